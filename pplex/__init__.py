@@ -1,0 +1,1 @@
+"""pplex: PersonaPlex full-duplex speech models on recordings, in MLX."""

@@ -1,0 +1,1 @@
+"""PCM in and out: files, streams and loudness (NumPy, no MLX)."""

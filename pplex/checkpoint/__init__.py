@@ -1,0 +1,1 @@
+"""Names to local files, published layouts, weights, voices and text pieces."""

@@ -1,0 +1,120 @@
+"""What of a model is in the Hugging Face cache; this module never goes online."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pplex.checkpoint.known import KNOWN_MODELS
+from pplex.checkpoint.needed import IncompleteError, needed_files
+from pplex.errors import PplexError
+
+_MAIN = "main"
+# One of these is in every snapshot of a model, and tells where the snapshot is.
+_LANDMARKS = (
+    "config.json",
+    "temporal.safetensors",
+    "model.safetensors",
+    "model.q8.safetensors",
+    "model.q4.safetensors",
+    "tokenizer_spm_32k_3.model",
+)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A line of the list of models: what is known of one, and what is on disk.
+
+    `path`, `revision` and `size_bytes` are None where nothing is; `complete` is false
+    too when files are missing.
+    """
+
+    name: str
+    repo: str | None
+    description: str
+    download_gb: float | None
+    memory_gb: float | None
+    path: Path | None
+    revision: str | None
+    size_bytes: int | None
+    complete: bool
+
+
+def cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    """The folder of a complete snapshot in the cache, without any network call."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for landmark in _LANDMARKS:
+        try:
+            found = try_to_load_from_cache(repo, landmark, revision=revision)
+        except HFValidationError as e:
+            raise bad_name(repo) from e
+        if isinstance(found, str):
+            snapshot = Path(found).parent
+            return snapshot if is_complete(names_in(snapshot)) else None
+    return None
+
+
+def cached_models() -> Iterator[ModelEntry]:
+    """The models in the Hugging Face cache that look like ours."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir(cache_folder()).repos
+    except CacheNotFound:
+        return
+    for repo in repos:
+        if repo.repo_type != "model" or not repo.revisions:
+            continue
+        newest = max(
+            repo.revisions, key=lambda r: (_MAIN in r.refs, r.last_modified or 0)
+        )
+        complete = is_complete(names_in(newest.snapshot_path))
+        known = any(model.repo == repo.repo_id for model in KNOWN_MODELS.values())
+        if not (known or complete):
+            continue
+        yield ModelEntry(
+            name=repo.repo_id,
+            repo=repo.repo_id,
+            description="in the Hugging Face cache",
+            download_gb=None,
+            memory_gb=None,
+            path=newest.snapshot_path,
+            revision=newest.commit_hash,
+            size_bytes=newest.size_on_disk,
+            complete=complete,
+        )
+
+
+def is_complete(names: list[str]) -> bool:
+    """Whether these files are all that a model needs."""
+    try:
+        needed_files(names)
+    except IncompleteError:
+        return False
+    return True
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of the files in a folder, relative and with slashes; no dead links."""
+    names = []
+    for base, _, files in os.walk(folder, followlinks=False):
+        paths = (Path(base, file) for file in files)
+        names += [p.relative_to(folder).as_posix() for p in paths if p.is_file()]
+    return names
+
+
+def cache_folder() -> Path:
+    """Where huggingface_hub keeps its downloads, made or not."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser().absolute()
+
+
+def bad_name(repo: str) -> PplexError:
+    """The refusal of what cannot name a repository."""
+    return PplexError(
+        f"{repo!r} cannot be the name of a Hugging Face repository; give owner/name"
+    )

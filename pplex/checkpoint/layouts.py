@@ -1,0 +1,310 @@
+"""Published checkpoint layouts of the language model, mapped to our names.
+
+Each layout is a table: the name a matrix has in the file, its shape, and where its rows
+go in ``model.lm.Lm``. The layouts are NVIDIA's PyTorch names, the folders of
+``aufklarer/PersonaPlex-7B-MLX`` (split into three files), and the single files of
+``moshi_mlx`` (a depformer slice for each step).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from pplex.config import LmConfig
+from pplex.errors import PplexError
+
+SPLIT_FILES = ("temporal", "depformer", "embeddings")
+PARTS = ("weight", "scales", "biases")
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a file.
+
+    ``name`` is what the weight is called there; ``shape`` (rows, columns), or
+    (columns,) for a norm; ``targets`` the modules of ours that get its rows in equal
+    shares, None for a share that is not needed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    targets: tuple[str | None, ...]
+
+    def part(self, part: str) -> str:
+        """The name of this matrix's ``weight``, ``scales`` or ``biases``."""
+        if self.name.endswith("in_proj_weight"):
+            return self.name.removesuffix("weight") + part
+        return f"{self.name.rsplit('.', 1)[0]}.{part}"
+
+    def in_split_file(self) -> Matrix:
+        """The same matrix as the split folders name it."""
+        prefix = r"^(transformer|depformer)\."
+        return replace(self, name=re.sub(prefix, "", self.name))
+
+    @property
+    def split_file(self) -> str:
+        """The file of the split folders that holds this matrix."""
+        if self.name.startswith(("transformer.", "out_norm.")):
+            return "temporal"
+        if self.name.startswith(("depformer.", "depformer_in.")):
+            return "depformer"
+        return "embeddings"
+
+
+def published_matrices(config: LmConfig, steps: int, kept: int) -> Iterator[Matrix]:
+    """NVIDIA's names, for a file of ``steps`` depformer steps of which ``kept`` stay."""
+    c = config
+
+    def stay(step: int, target: str) -> tuple[str | None]:
+        return (target if step < kept else None,)
+
+    yield Matrix("text_emb.weight", (c.text_card + 1, c.dim), ("text_emb",))
+    for i in range(c.n_q):
+        yield Matrix(f"emb.{i}.weight", (c.card + 1, c.dim), (f"audio_emb[{i}]",))
+    yield Matrix("text_linear.weight", (c.text_card, c.dim), ("text_linear",))
+    for i in range(c.num_layers):
+        theirs, ours = f"transformer.layers.{i}", f"layers.{i}"
+        yield from _attention(theirs, c.dim, 1, [ours + ".self_attn"])
+        for norm in ("norm1", "norm2"):
+            yield Matrix(f"{theirs}.{norm}.alpha", (c.dim,), (f"{ours}.{norm}",))
+        yield from _gating(
+            f"{theirs}.gating", c.dim, c.hidden_dim, f"{ours}.gating", True
+        )
+    yield Matrix("out_norm.alpha", (c.dim,), ("out_norm",))
+    d = c.depformer_dim
+    yield Matrix(
+        "depformer_text_emb.weight", (c.text_card + 1, d), ("depformer.text_emb",)
+    )
+    for s in range(steps):
+        yield Matrix(
+            f"depformer_in.{s}.weight", (d, c.dim), stay(s, f"depformer.input[{s}]")
+        )
+        if s < steps - 1:
+            target = stay(s + 1, f"depformer.audio_emb[{s}]")
+            yield Matrix(f"depformer_emb.{s}.weight", (c.card + 1, d), target)
+        target = stay(s, f"depformer.steps.{s}.head")
+        yield Matrix(f"linears.{s}.weight", (c.card, d), target)
+    for m in range(c.depformer_num_layers):
+        theirs = f"depformer.layers.{m}"
+        ours = [
+            f"depformer.steps.{s}.layers.{m}" if s < kept else None
+            for s in range(steps)
+        ]
+        yield from _attention(theirs, d, steps, ours)
+        for norm in ("norm1", "norm2"):
+            # One norm for all steps: every step of ours gets the whole of it.
+            targets = tuple(f"{o}.{norm}" for o in ours if o)
+            yield Matrix(f"{theirs}.{norm}.alpha", (d,), targets)
+        for s in range(steps):
+            yield from _gating(
+                f"{theirs}.gating.{s}",
+                d,
+                c.depformer_hidden_dim,
+                f"{ours[s]}.gating",
+                s < kept,
+            )
+
+
+def sliced_matrices(config: LmConfig, steps: int, kept: int) -> Iterator[Matrix]:
+    """The names of ``moshi_mlx``: a depformer slice for each step."""
+    c, d = config, config.depformer_dim
+    for matrix in published_matrices(replace(c, depformer_num_layers=0), 0, 0):
+        name = re.sub(r"^emb\.", "audio_embs.", matrix.name)
+        name = name.replace(".alpha", ".weight")
+        name = name.replace("in_proj_weight", "in_proj.weight")
+        if not name.startswith("depformer"):
+            yield replace(matrix, name=name)
+    for s in range(steps):
+        theirs, ours = f"depformer.slices.{s}", f"depformer.steps.{s}"
+
+        def stay(target: str, step: int = s) -> tuple[str | None]:
+            return (target if step < kept else None,)
+
+        emb = "depformer.text_emb" if s == 0 else f"depformer.audio_emb[{s - 1}]"
+        rows = c.text_card + 1 if s == 0 else c.card + 1
+        yield Matrix(f"{theirs}.emb.weight", (rows, d), stay(emb))
+        yield Matrix(
+            f"{theirs}.linear_in.weight", (d, c.dim), stay(f"depformer.input[{s}]")
+        )
+        yield Matrix(f"{theirs}.linear_out.weight", (c.card, d), stay(f"{ours}.head"))
+        for m in range(c.depformer_num_layers):
+            layer, mine = f"{theirs}.transformer.layers.{m}", f"{ours}.layers.{m}"
+            for matrix in _attention(layer, d, 1, [mine]):
+                name = matrix.name.replace("in_proj_weight", "in_proj.weight")
+                yield replace(matrix, name=name, targets=stay(matrix.targets[0] or ""))
+            for norm in ("norm1", "norm2"):
+                yield Matrix(f"{layer}.{norm}.weight", (d,), stay(f"{mine}.{norm}"))
+            yield from _gating(
+                f"{layer}.gating",
+                d,
+                c.depformer_hidden_dim,
+                f"{mine}.gating",
+                s < kept,
+            )
+
+
+def _attention(
+    theirs: str, dim: int, steps: int, ours: list[str] | list[str | None]
+) -> Iterator[Matrix]:
+    for name, rows, target in (
+        ("in_proj_weight", 3 * dim, "in_proj"),
+        ("out_proj.weight", dim, "out_proj"),
+    ):
+        targets = tuple(o and f"{o}.{target}" for o in ours)
+        yield Matrix(f"{theirs}.self_attn.{name}", (steps * rows, dim), targets)
+
+
+def _gating(
+    theirs: str, dim: int, hidden: int, ours: str, stays: bool
+) -> Iterator[Matrix]:
+    for name, shape in (
+        ("linear_in", (2 * hidden, dim)),
+        ("linear_out", (dim, hidden)),
+    ):
+        target = f"{ours}.{name}" if stays else None
+        yield Matrix(f"{theirs}.{name}.weight", shape, (target,))
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a matrix is stored."""
+
+    bits: int
+    group_size: int
+
+
+Arrays = dict[str, mx.array]
+
+
+def read_matrices(
+    arrays: Arrays, matrices: list[Matrix], path: Path
+) -> tuple[Arrays, dict[str, Quantization]]:
+    """Check ``arrays`` of the file ``path`` against a layout and give them our names.
+
+    Returns our weights and, for each quantized module of ours, how it is stored. A
+    tensor that is missing, extra or of another shape raises with its name.
+    """
+    left = dict(arrays)
+    shares: dict[str, dict[str, mx.array]] = {}
+    stored: dict[str, Quantization] = {}
+    for matrix in matrices:
+        parts, quantization = _take(left, matrix, path)
+        for idx, target in enumerate(matrix.targets):
+            if target is None:
+                continue
+            if quantization:
+                stored[target] = quantization
+            num = 1 if len(matrix.shape) == 1 else len(matrix.targets)
+            at = idx if num > 1 else 0
+            for part, array in parts.items():
+                rows = array.shape[0] // num
+                share = array if num == 1 else array[at * rows : (at + 1) * rows]
+                shares.setdefault(target, {})[part] = share
+    if left:
+        raise PplexError(
+            f"{path}: has the tensor `{sorted(left)[0]}`, which this layout and these "
+            f"sizes do not have{_and_more(len(left))}; is config.json the one for it?"
+        )
+    return _join(shares, stored, path)
+
+
+def _take(
+    left: Arrays, matrix: Matrix, path: Path
+) -> tuple[dict[str, mx.array], Quantization | None]:
+    weight = _pop(
+        left, matrix.part("weight") if _is_linear(matrix) else matrix.name, path
+    )
+    if len(matrix.shape) == 1:
+        if weight.size != matrix.shape[0] or weight.shape[-1] != matrix.shape[0]:
+            raise _wrong_shape(path, matrix.name, weight.shape, matrix.shape)
+        return {"weight": weight.reshape(-1)}, None
+    if matrix.part("scales") not in left:
+        if tuple(weight.shape) != matrix.shape:
+            raise _wrong_shape(path, matrix.name, weight.shape, matrix.shape)
+        if not mx.issubdtype(weight.dtype, mx.floating):
+            raise PplexError(
+                f"{path}: the tensor `{matrix.name}` holds {weight.dtype} without scales"
+            )
+        return {"weight": weight}, None
+    scales = _pop(left, matrix.part("scales"), path)
+    biases = _pop(left, matrix.part("biases"), path)
+    rows, columns = matrix.shape
+    groups = scales.shape[-1] if scales.ndim == 2 else 0
+    packed = weight.shape[-1] if weight.ndim == 2 else 0
+    quantization = Quantization(
+        32 * packed // columns, columns // groups if groups else 0
+    )
+    fits = (
+        weight.dtype == mx.uint32
+        and tuple(weight.shape) == (rows, columns * quantization.bits // 32)
+        and quantization.bits in BITS
+        and tuple(scales.shape) == (rows, groups)
+        and groups * quantization.group_size == columns
+        and quantization.group_size in (32, 64, 128)
+    )
+    if not fits:
+        raise _wrong_shape(path, matrix.name, weight.shape, matrix.shape)
+    if biases.shape != scales.shape:
+        name = matrix.part("biases")
+        raise _wrong_shape(path, name, biases.shape, tuple(scales.shape))
+    return {"weight": weight, "scales": scales, "biases": biases}, quantization
+
+
+def _is_linear(matrix: Matrix) -> bool:
+    return len(matrix.shape) == 2
+
+
+def _pop(left: Arrays, name: str, path: Path) -> mx.array:
+    if name not in left:
+        raise PplexError(f"{path}: the tensor `{name}` is missing; get the file again")
+    return left.pop(name)
+
+
+def _wrong_shape(
+    path: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]
+) -> PplexError:
+    return PplexError(
+        f"{path}: the tensor `{name}` has shape {list(found)}, expected "
+        f"{list(expected)} or its quantized form; is config.json the one for it?"
+    )
+
+
+def _and_more(count: int) -> str:
+    return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def _join(
+    shares: dict[str, dict[str, mx.array]],
+    stored: dict[str, Quantization],
+    path: Path,
+) -> tuple[Arrays, dict[str, Quantization]]:
+    """Join ``name[0]``, ``name[1]``, ... into one module ``name``, rows in order."""
+    groups: dict[str, list[str]] = {}
+    for target in shares:
+        groups.setdefault(target.split("[")[0], []).append(target)
+    weights: Arrays = {}
+    quantized: dict[str, Quantization] = {}
+    for name, targets in groups.items():
+        kinds = {stored.get(target) for target in targets}
+        if len(kinds) > 1:
+            raise PplexError(
+                f"{path}: the parts of `{name}` are quantized in different ways, which "
+                "is not supported"
+            )
+        kind = kinds.pop()
+        if kind:
+            quantized[name] = kind
+        targets.sort(
+            key=lambda t: int(re.findall(r"\[(\d+)\]", t)[0]) if "[" in t else 0
+        )
+        for part in shares[targets[0]]:
+            parts = [shares[target][part] for target in targets]
+            whole = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            weights[f"{name}.{part}"] = whole
+    return weights, quantized

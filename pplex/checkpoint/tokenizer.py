@@ -1,0 +1,72 @@
+"""Text pieces: role prompts to ids, ids to what the reference prints."""
+
+from pathlib import Path
+
+import sentencepiece
+
+from pplex.errors import PplexError
+
+TEXT_EPAD = 0
+TEXT_PAD = 3
+
+_TAG = "<system>"
+_WORD_MARK = "\u2581"
+
+
+class TextTokenizer:
+    """SentencePiece model of the text stream."""
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        self._processor = processor
+
+    @classmethod
+    def load(cls, path: Path) -> "TextTokenizer":
+        """Read a `tokenizer_spm_*.model` file."""
+        try:
+            content = Path(path).read_bytes()
+        except FileNotFoundError as e:
+            raise PplexError(
+                f"the text tokenizer {path} does not exist; "
+                "the checkpoint is incomplete: download it again"
+            ) from e
+        except OSError as e:
+            raise PplexError(
+                f"the text tokenizer {path} cannot be read: {e.strerror or e}"
+            ) from e
+        broken = f"{path} is not a SentencePiece model; download the checkpoint again"
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            loaded = bool(content) and processor.LoadFromSerializedProto(content)
+        except RuntimeError as e:
+            raise PplexError(broken) from e
+        if not loaded or not processor.get_piece_size():
+            raise PplexError(broken)
+        return cls(processor)
+
+    @property
+    def num_pieces(self) -> int:
+        """How many ids there are."""
+        return int(self._processor.get_piece_size())
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Turn a role prompt into ids, tagged; no ids for an empty text."""
+        wrapped = wrap_prompt(text)
+        return list(self._processor.encode(wrapped)) if wrapped else []
+
+    def piece(self, idx: int) -> str:
+        """Print an id as the reference does: EPAD, PAD, or its piece with spaces."""
+        if idx == TEXT_EPAD:
+            return "EPAD"
+        if idx == TEXT_PAD:
+            return "PAD"
+        if not 0 <= idx < self.num_pieces:
+            raise ValueError(f"text id {idx} is not in 0..{self.num_pieces - 1}")
+        return str(self._processor.id_to_piece(int(idx))).replace(_WORD_MARK, " ")
+
+
+def wrap_prompt(text: str) -> str:
+    """Strip a role prompt and put it between `<system>` tags unless it has both."""
+    text = text.strip()
+    if not text or (text.startswith(_TAG) and text.endswith(_TAG)):
+        return text
+    return f"{_TAG} {text} {_TAG}"

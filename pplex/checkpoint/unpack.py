@@ -1,0 +1,137 @@
+"""Unpack a checkpoint's `voices.tgz` into the user's cache, trusting nothing in it."""
+
+import gzip
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from pplex.errors import PplexError
+
+MAX_VOICE_BYTES = 1 << 26
+MAX_UNPACKED_BYTES = 1 << 29
+MAX_MEMBERS = 1_000
+
+_SUFFIXES = (".pt", ".safetensors")
+_CHUNK_BYTES = 1 << 20
+
+
+def cache_folder() -> Path:
+    """The folder for what pplex can make again: under $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pplex"
+
+
+def unpack_voices(archive: Path) -> Path:
+    """Return a folder with the voices of a tar.gz file, unpacked on first use.
+
+    The folder is named by the archive's SHA-256. Only regular files whose names end
+    in .pt or .safetensors are written, flat; a path that leads elsewhere, a link or a
+    device stops everything. The folder appears whole or not at all.
+    """
+    try:
+        folder = cache_folder() / "voices" / _sha256(archive)
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+        try:
+            _unpack(archive, temporary)
+            _move(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as e:
+        raise PplexError(
+            f"{archive} is not a whole tar.gz archive ({e}); download it again"
+        ) from e
+    except OSError as e:
+        raise PplexError(
+            f"the voices of {archive} cannot be unpacked into {cache_folder()}: "
+            f"{e.strerror or e}"
+        ) from e
+    return folder
+
+
+class _LimitedReader:
+    """Passes on what a stream gives, until it has given too much."""
+
+    def __init__(self, archive: Path, stream: BinaryIO) -> None:
+        self._archive = archive
+        self._stream = stream
+        self._left = MAX_UNPACKED_BYTES
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise PplexError(
+                f"{self._archive} is refused: it unpacks to more than "
+                f"{MAX_UNPACKED_BYTES} bytes"
+            )
+        return content
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    names: set[str] = set()
+    with gzip.open(archive, "rb") as stream:
+        reader = _LimitedReader(archive, stream)
+        # A stream is read once and in order: nothing seeks past the limit.
+        with tarfile.open(fileobj=reader, mode="r|") as tar:  # type: ignore[call-overload]
+            for count, member in enumerate(tar):
+                if count >= MAX_MEMBERS:
+                    raise PplexError(f"{archive} is refused: it has too many members")
+                _check_member(archive, member)
+                name = PurePosixPath(member.name).name
+                if not member.isreg() or not name.endswith(_SUFFIXES):
+                    continue
+                if name.startswith("."):  # ._NAME.pt: what macOS adds to archives
+                    continue
+                if name in names:
+                    raise PplexError(f"{archive} is refused: it has two files {name!r}")
+                names.add(name)
+                source = tar.extractfile(member)
+                assert source is not None  # a regular file has content
+                with source, (folder / name).open("xb") as target:
+                    shutil.copyfileobj(source, target, _CHUNK_BYTES)
+        while reader.read(_CHUNK_BYTES):  # to the end, where gzip checks the whole
+            pass
+
+
+def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
+    path = PurePosixPath(member.name)
+    found = None
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name:
+        found = "leads out of the archive's folder"
+    elif "\0" in member.name:
+        found = "has a name that is none"
+    elif not (member.isreg() or member.isdir()):
+        found = "is a link or a device"
+    elif not 0 <= member.size <= MAX_VOICE_BYTES:
+        found = f"has {member.size} bytes, where {MAX_VOICE_BYTES} are the most"
+    if found:
+        raise PplexError(
+            f"{archive} is refused: its member {member.name[:200]!r} {found}; "
+            "get the archive from its publisher"
+        )
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    """Give the folder its name; another process may have been first with the same."""
+    temporary.chmod(0o755)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

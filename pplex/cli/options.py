@@ -1,0 +1,205 @@
+"""Options that more than one command has, and how they become settings."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pplex.checkpoint.known import DEFAULT_MODEL
+from pplex.conversation.roles import DEFAULT_ROLE, ROLES
+from pplex.errors import PplexError
+
+if TYPE_CHECKING:
+    from pplex.jobs.settings import Settings
+
+DEFAULT_SEED = 42424242
+
+Command = Callable[..., Any]
+
+
+def model_options(command: Command) -> Command:
+    """``--model`` and ``--offline``."""
+    for option in (
+        click.option("--offline", is_flag=True, help="Never use the network."),
+        click.option(
+            "-m",
+            "--model",
+            "model_name",
+            envvar="PPLEX_MODEL",
+            default=DEFAULT_MODEL,
+            show_default=True,
+            show_envvar=True,
+            metavar="MODEL",
+            help="8bit, 4bit, bf16, mini, a folder or file, or owner/name[@revision].",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def conversation_options(command: Command) -> Command:
+    """Everything that decides the answer, apart from the model and the recording."""
+    for option in reversed(
+        (
+            click.option(
+                "--voice",
+                metavar="NAME|FILE",
+                help="The agent's voice: a name of `pplex voices list`, or a .pt, "
+                ".safetensors or audio file.  [default: NATF2, or the model's first]",
+            ),
+            click.option("--prompt", metavar="TEXT", help="The agent's role in words."),
+            click.option(
+                "--prompt-file",
+                type=click.Path(path_type=Path),
+                help="Read the role from a text file.",
+            ),
+            click.option(
+                "--role",
+                type=click.Choice(list(ROLES)),
+                help=f"A published role prompt.  [default: {DEFAULT_ROLE}]",
+            ),
+            click.option(
+                "--seed",
+                type=click.IntRange(0, 2**63 - 1),
+                default=DEFAULT_SEED,
+                show_default=True,
+                help="The same seed gives the same answer on the same machine.",
+            ),
+            click.option(
+                "--greedy", is_flag=True, help="Take the likeliest token every time."
+            ),
+            click.option(
+                "--temp",
+                type=click.FloatRange(0.0, 100.0),
+                default=0.8,
+                show_default=True,
+                help="Temperature of the audio tokens; 0 is greedy.",
+            ),
+            click.option(
+                "--top-k",
+                type=click.IntRange(0),
+                default=250,
+                show_default=True,
+                help="Draw audio tokens from the K likeliest; 0 keeps all.",
+            ),
+            click.option(
+                "--text-temp",
+                type=click.FloatRange(0.0, 100.0),
+                default=0.7,
+                show_default=True,
+                help="Temperature of the text tokens; 0 is greedy.",
+            ),
+            click.option(
+                "--text-top-k",
+                type=click.IntRange(0),
+                default=25,
+                show_default=True,
+                help="Draw text tokens from the K likeliest; 0 keeps all.",
+            ),
+            click.option(
+                "--channel",
+                type=ChannelType(),
+                default=None,
+                help="Which channel is the user: a number from 1, or mix for the "
+                "average.  [default: 1]",
+            ),
+            click.option(
+                "--tail",
+                type=click.FloatRange(0.0, 3600.0),
+                default=0.0,
+                show_default=True,
+                metavar="SECONDS",
+                help="Silence after the user, for the agent to finish in.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def verbosity_options(command: Command) -> Command:
+    """``-q`` and ``-v``."""
+
+    @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
+        if quiet and verbose:
+            raise click.UsageError("--quiet and --verbose exclude each other")
+        return command(*args, verbosity=verbose - quiet, **kwargs)
+
+    return wrapped
+
+
+class ChannelType(click.ParamType):
+    """A channel number from 1, or ``mix``."""
+
+    name = "N|mix"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """Turn the option's text into its value."""
+        if value == "mix" or isinstance(value, int):
+            return value
+        if value.isdecimal() and int(value) >= 1:
+            return int(value)
+        self.fail(f"{value!r} is neither a channel number from 1 nor 'mix'", param, ctx)
+
+
+def settings_from(text: str, channel: int | str, options: dict[str, Any]) -> Settings:
+    """The job's settings from what ``conversation_options`` parsed."""
+    from pplex.jobs.settings import Settings
+    from pplex.model.sampling import GREEDY, SamplingConfig
+
+    sampling = SamplingConfig(
+        **{key: options[key] for key in ("temp", "top_k", "text_temp", "text_top_k")}
+    )
+    return Settings(
+        voice=options["voice"],
+        text=text,
+        sampling=GREEDY if options["greedy"] else sampling,
+        seed=options["seed"],
+        channel=channel,
+        tail_s=options["tail"],
+    )
+
+
+def role_text(prompt: str | None, prompt_file: Path | None, role: str | None) -> str:
+    """The role prompt that was asked for, in words."""
+    given = [
+        name
+        for name, value in (
+            ("--prompt", prompt),
+            ("--prompt-file", prompt_file),
+            ("--role", role),
+        )
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} exclude each other")
+    if prompt_file is not None:
+        return read_prompt(prompt_file)
+    if prompt is not None:
+        return prompt
+    return ROLES[role or DEFAULT_ROLE]
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a prompt file."""
+    limit = 1 << 20
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as e:
+        raise PplexError(f"--prompt-file {path}: {e.strerror or e}") from e
+    if len(content) > limit:
+        raise PplexError(f"--prompt-file {path}: over 1 MiB; give a short text")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise PplexError(f"--prompt-file {path}: not UTF-8 text") from e

@@ -1,0 +1,88 @@
+"""Messages and progress on stderr."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import click
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pplex.audio.files import Recording
+    from pplex.checkpoint.hub import LocalModel
+
+QUIET = -1
+VERBOSE = 1
+
+
+class Progress:
+    """Tells on stderr how ``respond`` gets on; a context manager."""
+
+    def __init__(self, verbosity: int, channel_chosen: bool) -> None:
+        """``verbosity`` is -1 for quiet, 0, or 1 for verbose."""
+        self._verbosity = verbosity
+        self._channel_chosen = channel_chosen
+        self._bar: tqdm | None = None
+        self._start = 0.0
+        self.shows_bars = verbosity > QUIET
+
+    def __enter__(self) -> Progress:
+        """Start."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def say(self, message: str, verbosity: int = 0) -> None:
+        """Print a line, at this verbosity or above."""
+        if self._verbosity >= verbosity:
+            click.echo(message, err=True)
+
+    def reading(self, recording: Recording) -> None:
+        """Say which channel is the user's, where there is a choice."""
+        channels = recording.source_channels
+        if channels > 1 and not self._channel_chosen:
+            self.say(
+                f"{channels} channels: channel 1 is taken as the user; "
+                "--channel picks another"
+            )
+        self.say(
+            f"{recording.format} {recording.subtype}, {recording.source_rate} Hz, "
+            f"{channels} channels, {recording.source_frames} samples",
+            VERBOSE,
+        )
+
+    def loading(self, local: LocalModel) -> None:
+        """Say what is being loaded."""
+        revision = f", revision {local.revision}" if local.revision else ""
+        self.say(f"loading {local.name} ({local.path}{revision})", VERBOSE)
+
+    def answering(self, duration_s: float) -> None:
+        """Show a bar in seconds of audio, with the real-time factor so far."""
+        self._start = time.perf_counter()
+        self._bar = tqdm(
+            total=round(duration_s, 2),
+            unit="s",
+            # Quiet: none. Otherwise None, which shows a bar on terminals only.
+            disable=True if self._verbosity == QUIET else None,
+            bar_format="{percentage:3.0f}% |{bar}| {n:.1f}/{total:.1f} s of audio"
+            " [{elapsed}<{remaining}{postfix}]",
+            leave=False,
+        )
+
+    def advance(self, seconds: float) -> None:
+        """Move the bar on."""
+        assert self._bar is not None
+        self._bar.update(seconds)
+        spent = time.perf_counter() - self._start
+        if self._bar.n:
+            self._bar.set_postfix_str(f"RTF {spent / self._bar.n:.2f}", refresh=False)

@@ -1,0 +1,1 @@
+"""Mimi: PCM to codes and back."""

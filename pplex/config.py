@@ -1,0 +1,466 @@
+"""Sizes of a model, read from its ``config.json``; the published 7B where it has none.
+
+Key names follow the constructor arguments of NVIDIA's PersonaPlex (nested under
+``lm`` and ``mimi``) and the schema of the ``aufklarer/PersonaPlex-7B-MLX`` folders
+(``temporal`` and ``depformer``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pplex.errors import PplexError
+
+MAX_CONFIG_BYTES = 1 << 20
+
+# Prompt constants of the published codec: eight codes of a silent agent frame and of a
+# user frame that holds a sine tone.
+SILENCE_CODES = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
+SINE_CODES = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
+
+TEXT_EPAD = 0
+TEXT_PAD = 3
+
+
+def gated_hidden_dim(feed_forward: int) -> int:
+    """Width of a SwiGLU layer whose nominal feed-forward width is ``feed_forward``."""
+    return 2 * feed_forward // 3
+
+
+@dataclass(frozen=True)
+class LmConfig:
+    """Sizes of the language model: temporal transformer, depformer, token streams."""
+
+    dim: int = 4096
+    num_heads: int = 32
+    num_layers: int = 32
+    hidden_dim: int = 11264
+    context: int = 3000
+    max_period: float = 10000.0
+    text_card: int = 32000
+    card: int = 2048
+    n_q: int = 16
+    dep_q: int = 16
+    delays: tuple[int, ...] = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
+    depformer_dim: int = 1024
+    depformer_num_heads: int = 16
+    depformer_num_layers: int = 6
+    depformer_hidden_dim: int = 2816
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codebooks of one audio stream (agent or user)."""
+        return self.n_q // 2
+
+    @property
+    def num_streams(self) -> int:
+        """Rows of the token grid: text, agent codebooks, user codebooks."""
+        return self.n_q + 1
+
+    @property
+    def num_agent_streams(self) -> int:
+        """Rows that the model writes in a conversation: text and agent codebooks."""
+        return 1 + self.num_codebooks
+
+    @property
+    def text_initial(self) -> int:
+        """Text id before the first frame."""
+        return self.text_card
+
+    @property
+    def audio_initial(self) -> int:
+        """Audio id before the first frame."""
+        return self.card
+
+    @property
+    def window(self) -> int:
+        """Keys a position sees, itself included: the reference hides one slot."""
+        return self.context - 1
+
+
+@dataclass(frozen=True)
+class SeanetConfig:
+    """Sizes of the convolutional encoder and decoder of the codec."""
+
+    n_filters: int = 64
+    dimension: int = 512
+    ratios: tuple[int, ...] = (8, 6, 5, 4)
+    kernel_size: int = 7
+    residual_kernel_size: int = 3
+    last_kernel_size: int = 3
+    compress: int = 2
+
+
+@dataclass(frozen=True)
+class CodecTransformerConfig:
+    """Sizes of the transformers on both sides of the codec's quantizer."""
+
+    d_model: int = 512
+    num_heads: int = 8
+    num_layers: int = 8
+    dim_feedforward: int = 2048
+    context: int = 250
+    max_period: float = 10000.0
+
+    @property
+    def window(self) -> int:
+        """Keys visible to the last latent of a frame: the reference hides one slot."""
+        return self.context - 1
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """Sizes of the split residual vector quantizer."""
+
+    dimension: int = 256
+    n_q: int = 32
+    bins: int = 2048
+
+
+@dataclass(frozen=True)
+class MimiConfig:
+    """Sizes of the codec."""
+
+    sample_rate: int = 24000
+    frame_rate: float = 12.5
+    num_codebooks: int = 8
+    seanet: SeanetConfig = field(default_factory=SeanetConfig)
+    transformer: CodecTransformerConfig = field(default_factory=CodecTransformerConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+
+    @property
+    def frame_size(self) -> int:
+        """Samples in a frame."""
+        return round(self.sample_rate / self.frame_rate)
+
+    @property
+    def latents_per_frame(self) -> int:
+        """Latents the transformers see in a frame: the stride of the resamplers."""
+        return self.frame_size // math.prod(self.seanet.ratios)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything ``config.json`` decides."""
+
+    lm: LmConfig = field(default_factory=LmConfig)
+    mimi: MimiConfig = field(default_factory=MimiConfig)
+    silence_codes: tuple[int, ...] = SILENCE_CODES
+    sine_codes: tuple[int, ...] = SINE_CODES
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of the model's audio."""
+        return self.mimi.sample_rate
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.mimi.frame_rate
+
+    @property
+    def frame_size(self) -> int:
+        """Samples in a frame."""
+        return self.mimi.frame_size
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Read ``config.json`` at ``path``; the published 7B sizes if there is no file."""
+    if not path.is_file():
+        return ModelConfig()
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise PplexError(f"{path}: a config.json of over 1 MiB is not one of ours")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as e:
+        raise PplexError(f"{path}: not readable as JSON ({e})") from e
+    if not isinstance(raw, dict):
+        raise PplexError(f"{path}: expected a JSON object at the top")
+    try:
+        config = _parse(raw)
+        _check(config)
+    except _ConfigError as e:
+        raise PplexError(f"{path}: {e}") from e
+    return config
+
+
+class _ConfigError(ValueError):
+    """What is wrong with a config, without the file's name."""
+
+
+def _parse(raw: dict[str, Any]) -> ModelConfig:
+    sizes = raw.get("explicit", raw)
+    if not isinstance(sizes, dict):
+        raise _ConfigError("`explicit` must be an object")
+    if "lm" in sizes:
+        lm = _parse_lm(_object(sizes, "lm"))
+    elif "temporal" in raw:
+        lm = _parse_split_lm(raw)
+    else:
+        lm = LmConfig()
+    # The split folders describe their codec only in part: sizes are there if `seanet` is.
+    mimi = MimiConfig()
+    if "mimi" in sizes and "seanet" in _object(sizes, "mimi"):
+        mimi = _parse_mimi(_object(sizes, "mimi"))
+    constants = {
+        key: _codes(raw[key], key)
+        for key in ("silence_codes", "sine_codes")
+        if key in raw
+    }
+    return ModelConfig(lm=lm, mimi=mimi, **constants)
+
+
+# Arguments of the reference's language model that this port supports with one value.
+_LM_FIXED = {
+    "existing_text_padding_id": TEXT_PAD,
+    "causal": True,
+    "layer_scale": None,
+    "gating": "silu",
+    "norm": "rms_norm_f32",
+    "positional_embedding": "rope",
+    "depformer_causal": True,
+    "depformer_layer_scale": None,
+    "depformer_multi_linear": True,
+    "depformer_gating": "silu",
+    "depformer_pos_emb": "none",
+    "depformer_weights_per_step": True,
+    "norm_emb": False,
+    "bias_proj": False,
+}
+# Read by the reference, without effect on what it computes.
+_LM_IGNORED = {"depformer_context", "depformer_max_period", "depformer_norm"}
+
+
+def _parse_lm(raw: dict[str, Any]) -> LmConfig:
+    values = dict(raw)
+    _take_fixed(values, _LM_FIXED, "lm")
+    for key in _LM_IGNORED:
+        values.pop(key, None)
+    base = LmConfig()
+    dim = values.get("dim", base.dim)
+    scale = values.pop("hidden_scale", 4.125)
+    feed_forward = values.pop("dim_feedforward", None)
+    depformer_feed_forward = values.pop("depformer_dim_feedforward", None)
+    depformer_dim = values.get("depformer_dim", base.depformer_dim)
+    config = _build(LmConfig, values, "lm")
+    try:
+        nominal = int(scale * dim) if feed_forward is None else int(feed_forward)
+        if depformer_feed_forward is None:
+            depformer_feed_forward = int(scale * depformer_dim)
+        return replace(
+            config,
+            hidden_dim=_swiglu_dim(dim, nominal),
+            depformer_hidden_dim=_swiglu_dim(
+                depformer_dim, int(depformer_feed_forward)
+            ),
+        )
+    except (TypeError, ValueError, OverflowError) as e:
+        raise _ConfigError(f"`lm` feed-forward sizes are not numbers ({e})") from e
+
+
+def _swiglu_dim(dim: int, feed_forward: int) -> int:
+    if feed_forward == 4 * dim:  # the reference's other rule for this one size
+        return 21 * dim // 8
+    return gated_hidden_dim(feed_forward)
+
+
+def _parse_split_lm(raw: dict[str, Any]) -> LmConfig:
+    temporal, depformer = _object(raw, "temporal"), _object(raw, "depformer")
+    base = LmConfig()
+
+    def get(group: dict[str, Any], key: str, default: Any) -> Any:
+        return group.get(key, default)
+
+    values = {
+        "dim": get(temporal, "dim", base.dim),
+        "num_heads": get(temporal, "num_heads", base.num_heads),
+        "num_layers": get(temporal, "num_layers", base.num_layers),
+        "hidden_scale": get(temporal, "hidden_scale", 4.125),
+        "context": get(temporal, "context", base.context),
+        "max_period": get(temporal, "max_period", base.max_period),
+        "text_card": get(temporal, "text_card", base.text_card),
+        "card": get(temporal, "card", base.card),
+        "dep_q": get(depformer, "num_steps", base.dep_q),
+        "depformer_dim": get(depformer, "dim", base.depformer_dim),
+        "depformer_num_heads": get(depformer, "num_heads", base.depformer_num_heads),
+        "depformer_num_layers": get(depformer, "num_layers", base.depformer_num_layers),
+    }
+    per_side = get(temporal, "n_q", base.num_codebooks)
+    hidden = get(depformer, "dim_feedforward", base.depformer_hidden_dim)
+    if not isinstance(per_side, int) or not isinstance(hidden, int):
+        raise _ConfigError("`n_q` and `dim_feedforward` must be whole numbers")
+    values["n_q"] = 2 * per_side
+    if "delays" in raw:
+        values["delays"] = raw["delays"]
+    # This schema gives the depformer's gated width itself.
+    return replace(_parse_lm(values), depformer_hidden_dim=hidden)
+
+
+_MIMI_FIXED = {
+    "channels": 1,
+    "causal": True,
+    "resample_method": "conv",
+    "upsample_channel_wise_bug": True,
+}
+_SEANET_FIXED = {
+    "channels": 1,
+    "causal": True,
+    "n_residual_layers": 1,
+    "activation": "ELU",
+    "disable_norm_outer_blocks": 0,
+    "norm": "none",
+    "pad_mode": "constant",
+    "true_skip": True,
+}
+_TRANSFORMER_FIXED = {
+    "causal": True,
+    "conv_layout": True,
+    "gating": "none",
+    "norm": "layer_norm",
+    "positional_embedding": "rope",
+}
+
+
+def _parse_mimi(raw: dict[str, Any]) -> MimiConfig:
+    values = dict(raw)
+    _take_fixed(values, _MIMI_FIXED, "mimi")
+    encoder_frame_rate = values.pop("encoder_frame_rate", None)
+    seanet_raw = dict(_object(values, "seanet"))
+    _take_fixed(seanet_raw, _SEANET_FIXED, "mimi.seanet")
+    seanet_raw.pop("dilation_base", None)  # one residual layer: dilation 1
+    transformer_raw = dict(_object(values, "transformer"))
+    _take_fixed(transformer_raw, _TRANSFORMER_FIXED, "mimi.transformer")
+    transformer_raw.pop("layer_scale", None)  # the value to initialise with
+    quantizer_raw = dict(_object(values, "quantizer"))
+    seanet = _build(SeanetConfig, seanet_raw | {}, "mimi.seanet")
+    width = seanet.dimension
+    for group, name, keys in (
+        (transformer_raw, "mimi.transformer", ("input_dimension",)),
+        (quantizer_raw, "mimi.quantizer", ("input_dimension", "output_dimension")),
+    ):
+        _take_fixed(group, dict.fromkeys(keys, width), name)
+    _take_fixed(transformer_raw, {"output_dimensions": [width]}, "mimi.transformer")
+    for key in ("seanet", "transformer", "quantizer"):
+        values.pop(key, None)
+    config = replace(
+        _build(MimiConfig, values, "mimi"),
+        seanet=seanet,
+        transformer=_build(CodecTransformerConfig, transformer_raw, "mimi.transformer"),
+        quantizer=_build(QuantizerConfig, quantizer_raw, "mimi.quantizer"),
+    )
+    expected = config.sample_rate / max(1, math.prod(seanet.ratios))
+    if encoder_frame_rate not in (None, expected):
+        raise _ConfigError(
+            f"`mimi.encoder_frame_rate` is {encoder_frame_rate}, the ratios give "
+            f"{expected:g}"
+        )
+    return config
+
+
+Section = TypeVar("Section")
+
+
+def _build(cls: type[Section], values: dict[str, Any], where: str) -> Section:
+    """Make a config section of checked numbers; unknown keys raise."""
+    defaults = cls()
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise _ConfigError(f"unknown key `{where}.{key}`")
+        default = getattr(defaults, key)
+        if isinstance(default, tuple):
+            if not isinstance(value, list | tuple) or not all(
+                _is_int(v) and v >= 0 for v in value
+            ):
+                raise _ConfigError(f"`{where}.{key}` must be a list of whole numbers")
+            value = tuple(value)
+        elif isinstance(default, float):
+            if not isinstance(value, int | float) or not 0 < value < 1e9:
+                raise _ConfigError(f"`{where}.{key}` must be a number above 0")
+            value = float(value)
+        elif not _is_int(value) or not 0 < value < 1 << 24:
+            raise _ConfigError(f"`{where}.{key}` must be a whole number above 0")
+        checked[key] = value
+    return cls(**checked)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _take_fixed(values: dict[str, Any], fixed: dict[str, Any], where: str) -> None:
+    """Remove keys with only one supported value from ``values``; others raise."""
+    for key, supported in fixed.items():
+        found = values.pop(key, supported)
+        if found != supported:
+            raise _ConfigError(
+                f"`{where}.{key}` is {found!r}; only {supported!r} is supported"
+            )
+
+
+def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key, {})
+    if not isinstance(value, dict):
+        raise _ConfigError(f"`{key}` must be an object")
+    return value
+
+
+def _codes(value: Any, key: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(_is_int(v) for v in value):
+        raise _ConfigError(f"`{key}` must be a list of whole numbers")
+    return tuple(value)
+
+
+def _check(config: ModelConfig) -> None:
+    lm, mimi = config.lm, config.mimi
+    codec = mimi.transformer
+    per_latent = math.prod(mimi.seanet.ratios) * mimi.latents_per_frame
+    problems = {
+        "`lm.dim` must be a multiple of 2 x `lm.num_heads`": lm.dim
+        % (2 * lm.num_heads),
+        "`lm.depformer_dim` must be a multiple of `lm.depformer_num_heads`": (
+            lm.depformer_dim % lm.depformer_num_heads
+        ),
+        "`lm.n_q` must be even: agent and user codebooks": lm.n_q % 2,
+        f"`lm.delays` must have {lm.num_streams} entries": (
+            len(lm.delays) != lm.num_streams
+        ),
+        "`lm.delays` must be 0 or 1, and 0 for the text": (
+            max(lm.delays, default=0) > 1 or lm.delays[:1] != (0,)
+        ),
+        "`lm.context` must be at least 2": lm.context < 2,
+        f"`lm.dep_q` must be at least {lm.num_codebooks}": lm.dep_q < lm.num_codebooks,
+        f"`lm.card` is {lm.card}, the codec has {mimi.quantizer.bins} bins": (
+            lm.card != mimi.quantizer.bins
+        ),
+        f"the codec gives {mimi.num_codebooks} codebooks, the model needs "
+        f"{lm.num_codebooks}": mimi.num_codebooks != lm.num_codebooks,
+        "`mimi.quantizer.n_q` is below the number of codebooks used": (
+            mimi.quantizer.n_q < mimi.num_codebooks
+        ),
+        "`mimi.transformer.d_model` must equal `mimi.seanet.dimension`": (
+            codec.d_model != mimi.seanet.dimension
+        ),
+        "`mimi.transformer.d_model` must be a multiple of 2 x `num_heads`": (
+            codec.d_model % (2 * codec.num_heads)
+        ),
+        "a frame must be two latents of the codec": (
+            mimi.latents_per_frame != 2 or per_latent != mimi.frame_size
+        ),
+        f"`mimi.transformer.context` must be over {mimi.latents_per_frame}": (
+            codec.window < mimi.latents_per_frame
+        ),
+        f"`silence_codes` and `sine_codes` must be {lm.num_codebooks} codes below "
+        f"{lm.card}": not all(
+            len(codes) == lm.num_codebooks and all(0 <= c < lm.card for c in codes)
+            for codes in (config.silence_codes, config.sine_codes)
+        ),
+    }
+    for message, wrong in problems.items():
+        if wrong:
+            raise _ConfigError(message)

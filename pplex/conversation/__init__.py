@@ -1,0 +1,1 @@
+"""Prompts, the step loop, and conversations."""

@@ -1,0 +1,88 @@
+"""The step loop: one column of the user's tokens in, one of the agent's out.
+
+Offline, streaming, batch and benchmark commands are all callers of ``generate``.
+Follows ``LMGen.step`` of NVIDIA's PersonaPlex, ``models/lm.py``, without what a
+conversation never uses: the depformer steps of the user's codebooks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.conversation.prompt import LmState
+from pplex.model.depformer import NOT_FORCED
+from pplex.model.lm import Lm
+from pplex.model.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Step:
+    """The agent's column (rows, agent streams) of one frame; seconds it took."""
+
+    column: np.ndarray
+    seconds: float
+
+
+def generate(
+    lm: Lm,
+    state: LmState,
+    user_columns: Iterable[mx.array],
+    sampler: Sampler,
+    seeds: list[int],
+    *,
+    ahead: bool = True,
+) -> Iterator[Step]:
+    """Yield a step for each of ``user_columns`` (rows, codebooks), in order.
+
+    ``state`` is advanced in place; ``seeds`` has a number a row. With ``ahead``, the
+    next frame is already under way when a step is yielded; without, a frame is yielded
+    before the next column is asked for.
+    """
+    waiting: mx.array | None = None
+    for user_column in user_columns:
+        start = time.perf_counter()
+        noise = sampler.noise(
+            seeds, [state.frame] * len(seeds), lm.config.num_codebooks
+        )
+        column = step(lm, state, user_column, sampler, noise)
+        mx.async_eval(column, state.column)
+        ready, waiting = (waiting, column) if ahead else (column, None)
+        if ready is not None:
+            tokens = np.array(ready)
+            yield Step(tokens, time.perf_counter() - start)
+    if waiting is not None:
+        start = time.perf_counter()
+        tokens = np.array(waiting)
+        yield Step(tokens, time.perf_counter() - start)
+
+
+def step(
+    lm: Lm,
+    state: LmState,
+    user_column: mx.array,
+    sampler: Sampler,
+    noise: mx.array | None,
+) -> mx.array:
+    """Advance ``state`` by one frame; the agent's column (rows, agent streams)."""
+    x = lm.temporal(lm.embed(state.column[..., None]), state.cache)
+    hidden, logits = lm.head(x[:, 0])
+    text = sampler.text(logits, noise)
+    given = state.pending
+    if given is not None:
+        text = mx.where(given[:, 0] == NOT_FORCED, text, given[:, 0])
+    codes = lm.depformer(
+        hidden,
+        text,
+        lambda logits, idx: sampler.audio(logits, noise, idx),
+        None if given is None else given[:, 1:],
+    )
+    column = mx.concatenate([text[:, None], codes], axis=1).astype(mx.int32)
+    state.column = mx.concatenate([column, user_column], axis=1)
+    state.pending = None
+    state.frame += 1
+    return column

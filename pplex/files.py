@@ -1,0 +1,84 @@
+"""Output files that appear whole or not at all."""
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pplex.errors import PplexError
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a hidden temporary path beside `path`; rename it when the body is done.
+
+    The body writes to the yielded path and does nothing else: an OSError inside it
+    is reported as a failure to write `path`. On any failure the temporary file is
+    removed and an older file at `path` is left as it was. Links are followed.
+    """
+    target = Path(os.path.realpath(path))
+    _check_target(path, target)
+    # A long name is cut so that the temporary one stays within 255 bytes.
+    temporary = target.with_name(
+        f".{target.name[:48]}.pplex-{secrets.token_hex(4)}.tmp"
+    )
+    try:
+        temporary.open("xb").close()
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as e:
+        raise PplexError(_reason(path, e)) from e
+    finally:
+        _remove(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8 with Unix line ends, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+def _check_target(path: Path, target: Path) -> None:
+    """Refuse what a rename would wrongly replace: folders and devices."""
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise PplexError(_reason(path, e)) from e
+    if stat.S_ISDIR(mode):
+        raise PplexError(f"cannot write {path}: it is a folder; give a file name")
+    if not stat.S_ISREG(mode):
+        raise PplexError(
+            f"cannot write {path}: it is a device or pipe; give an ordinary file name"
+        )
+
+
+def _remove(temporary: Path) -> None:
+    """Remove the temporary file; one that is gone or out of reach is no new error."""
+    try:
+        temporary.unlink()
+    except OSError:
+        pass
+
+
+def _reason(path: Path, error: OSError) -> str:
+    folder = path.parent
+    if error.errno in _DISK_FULL:
+        return f"cannot write {path}: the disk is full; free some space and try again"
+    if error.errno in _DENIED:
+        return (
+            f"cannot write {path}: no permission to write in {folder}; "
+            "choose another folder"
+        )
+    if error.errno in {errno.ENOENT, errno.ENOTDIR} and not folder.is_dir():
+        return (
+            f"cannot write {path}: the folder {folder} does not exist; create it first"
+        )
+    return f"cannot write {path}: {error.strerror or error}"

@@ -1,0 +1,89 @@
+"""What a run took: the figures of ``--stats`` and of the summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pplex.files import write_text
+
+FRAME_BUDGET_MS = 80.0
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds a step took, and how many were over a frame's 80 ms."""
+
+    p50: float
+    p95: float
+    p99: float
+    max: float
+    mean: float
+    late_frames: int
+
+
+def latency(steps_s: Sequence[float]) -> Latency:
+    """Summarise the seconds of each step."""
+    ms = np.array(steps_s) * 1000.0
+    p50, p95, p99 = (float(p) for p in np.percentile(ms, [50, 95, 99]))
+    late = int((ms > FRAME_BUDGET_MS).sum())
+    return Latency(p50, p95, p99, float(ms.max()), float(ms.mean()), late)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """One recording's run; seconds are wall time, parts do not overlap.
+
+    ``total_s`` runs from the start of the command's work to the last file written;
+    ``other_s`` is what no part accounts for. ``real_time_factor`` is computing time
+    over audio time: everything but loading the model and warming up;
+    ``real_time_factor_with_load`` is ``total_s`` over audio time.
+    """
+
+    input: str
+    outputs: dict[str, str]
+    audio_s: float
+    tail_s: float
+    frames: int
+    prompt_frames: int
+    load_s: float
+    read_s: float
+    prefill_s: float
+    warm_up_s: float
+    encode_s: float
+    steps_s: float
+    decode_s: float
+    write_s: float
+    other_s: float
+    total_s: float
+    step_ms: Latency
+    real_time_factor: float
+    real_time_factor_with_load: float
+    peak_memory_gb: float
+    device: str
+    dtype: str
+    bits: tuple[int, ...]
+    layout: str
+    model: str
+    repo: str | None
+    revision: str | None
+    voice: str
+    prompt: str
+    seed: int
+    temp: float
+    top_k: int
+    text_temp: float
+    text_top_k: int
+    channel: int | str
+    source_rate: int
+    source_channels: int
+    pplex: str
+    mlx: str
+
+    def write(self, path: Path) -> None:
+        """Write the figures as JSON, whole or not at all."""
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,337 @@
+"""One recording: read it, let the agent answer it, write what was asked for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.audio.files import Recording, frames_of, read_pcm, write_wav
+from pplex.checkpoint.hub import LocalModel, resolve
+from pplex.config import MimiConfig
+from pplex.conversation.prompt import prefill
+from pplex.conversation.session import (
+    Conversation,
+    Model,
+    Reply,
+    Role,
+    Timings,
+    load,
+    make_role,
+    warm_up,
+)
+from pplex.errors import PplexError
+from pplex.files import atomic_write
+from pplex.insight.stats import Stats, latency
+from pplex.insight.transcript import check_transcript_path, words, write_transcript
+from pplex.jobs.settings import Settings
+
+Layout = Literal["stereo", "agent", "separate"]
+
+# Frames encoded and decoded at a time.
+CHUNK_FRAMES = 32
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the results of one recording go; None for what is not wanted."""
+
+    audio: Path
+    layout: Layout
+    transcript: Path | None = None
+    stats: Path | None = None
+    tokens: Path | None = None
+
+    def files(self) -> dict[str, Path]:
+        """Every file that will be written, by what it is."""
+        if self.layout == "separate":
+            stem = self.audio.with_suffix("")
+            audio = {
+                side: stem.with_name(f"{stem.name}.{side}.wav")
+                for side in ("user", "agent")
+            }
+        else:
+            audio = {"audio": self.audio}
+        side_files = {
+            "transcript": self.transcript,
+            "stats": self.stats,
+            "tokens": self.tokens,
+        }
+        return audio | {k: v for k, v in side_files.items() if v is not None}
+
+
+def check_outputs(source: Path, outputs: Outputs, overwrite: bool) -> None:
+    """Refuse outputs that would destroy something, before any work is done."""
+    if outputs.audio.suffix.lower() != ".wav":
+        raise PplexError(
+            f"cannot write {outputs.audio}: the output is a WAV file; end its name "
+            "in .wav"
+        )
+    if outputs.transcript is not None:
+        check_transcript_path(outputs.transcript)
+    if outputs.tokens is not None and outputs.tokens.suffix.lower() != ".npz":
+        raise PplexError(
+            f"cannot write {outputs.tokens}: tokens are a NumPy archive; end its name "
+            "in .npz"
+        )
+    seen: dict[Path, str] = {source.resolve(): "the input"}
+    for what, path in outputs.files().items():
+        other = seen.setdefault(path.resolve(), f"the {what} output")
+        if other != f"the {what} output":
+            raise PplexError(
+                f"cannot write {path}: it is also {other}; choose another name"
+            )
+        if not path.parent.is_dir():
+            raise PplexError(
+                f"cannot write {path}: the folder {path.parent} does not exist; "
+                "create it first"
+            )
+        if path.exists() and not overwrite:
+            raise PplexError(
+                f"{path} exists already; choose another name or give --overwrite"
+            )
+        if not os.access(path.parent, os.W_OK):
+            raise PplexError(
+                f"cannot write {path}: no permission to write in {path.parent}; choose "
+                "another folder"
+            )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The agent's track and tokens for one recording, frame by frame.
+
+    ``user_pcm`` and ``agent_pcm`` are (samples,) of equal length; ``text`` is
+    (frames,), ``agent`` and ``user`` are (codebooks, frames).
+    """
+
+    user_pcm: np.ndarray
+    agent_pcm: np.ndarray
+    text: np.ndarray
+    agent: np.ndarray
+    user: np.ndarray
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of ``pplex respond``."""
+
+    source: Path
+    outputs: Outputs
+    settings: Settings
+    model_name: str
+    offline: bool
+    overwrite: bool
+
+
+class Report(Protocol):
+    """Who is told how a run gets on."""
+
+    shows_bars: bool
+
+    def reading(self, recording: Recording) -> None:
+        """The recording was read."""
+
+    def loading(self, local: LocalModel) -> None:
+        """The model's files are there and will be loaded."""
+
+    def answering(self, duration_s: float) -> None:
+        """The agent starts to answer this many seconds of audio."""
+
+    def advance(self, seconds: float) -> None:
+        """Another stretch of audio is answered."""
+
+
+class Clock:
+    """Seconds of wall time, split into parts that do not overlap."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.parts: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        """Book the time since the last lap on ``part``."""
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._start
+
+
+def read_user(source: Path, settings: Settings, sample_rate: int) -> Recording:
+    """The user's side of ``source``, followed by the tail of silence."""
+    recording = read_pcm(source, sample_rate=sample_rate, channel=settings.channel)
+    tail = np.zeros(round(settings.tail_s * sample_rate), np.float32)
+    return replace(recording, pcm=np.concatenate([recording.pcm, tail]))
+
+
+def answer(
+    model: Model,
+    user_pcm: np.ndarray,
+    conversation: Conversation,
+    report: Report,
+) -> Answer:
+    """Run ``conversation`` over the whole of ``user_pcm`` (samples,)."""
+    frames = frames_of(user_pcm, model.config.frame_size)
+    frame_rate = model.config.frame_rate
+
+    def chunks() -> Iterator[np.ndarray]:
+        for start in range(0, len(frames), CHUNK_FRAMES):
+            yield frames[start : start + CHUNK_FRAMES]
+
+    report.answering(len(frames) / frame_rate)
+    replies: list[Reply] = []
+    for reply in conversation.run(chunks(), decode_frames=CHUNK_FRAMES):
+        replies.append(reply)
+        report.advance(len(reply.text) / frame_rate)
+    agent_pcm = np.concatenate([reply.pcm for reply in replies])
+    return Answer(
+        user_pcm=user_pcm,
+        agent_pcm=agent_pcm[: len(user_pcm)],
+        text=np.concatenate([reply.text for reply in replies]),
+        agent=np.concatenate([reply.agent for reply in replies], axis=1),
+        user=np.concatenate([reply.user for reply in replies], axis=1),
+    )
+
+
+def write_outputs(
+    model: Model, outputs: Outputs, result: Answer, role: Role, seed: int
+) -> None:
+    """Write everything but the stats."""
+    rate = model.config.sample_rate
+    files = outputs.files()
+    if outputs.layout == "stereo":
+        tracks = np.stack([result.user_pcm, result.agent_pcm], axis=1)
+        write_wav(files["audio"], tracks, rate)
+    elif outputs.layout == "agent":
+        write_wav(files["audio"], result.agent_pcm, rate)
+    else:
+        write_wav(files["user"], result.user_pcm, rate)
+        write_wav(files["agent"], result.agent_pcm, rate)
+    if outputs.transcript is not None:
+        spoken = words(result.text, model.tokenizer.piece, model.config.frame_rate)
+        metadata = {
+            "model": model.local.name,
+            "revision": model.local.revision,
+            "voice": role.voice,
+            "prompt": role.text,
+            "seed": seed,
+        }
+        duration_s = len(result.user_pcm) / rate
+        write_transcript(outputs.transcript, spoken, duration_s, metadata)
+    if outputs.tokens is not None:
+        with atomic_write(outputs.tokens) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(
+                file,
+                user=result.user.astype(np.int32),
+                agent=result.agent.astype(np.int32),
+                text=result.text.astype(np.int32),
+            )
+
+
+def respond(run: Run, report: Report) -> Stats:
+    """Answer one recording and write what was asked for."""
+    clock = Clock()
+    check_outputs(run.source, run.outputs, run.overwrite)
+    # Before a model is downloaded or loaded: a bad recording shows at once.
+    recording = read_user(run.source, run.settings, MimiConfig().sample_rate)
+    report.reading(recording)
+    clock.lap("read")
+    local = resolve(run.model_name, offline=run.offline, progress=report.shows_bars)
+    report.loading(local)
+    model = load(local)
+    if model.config.sample_rate != MimiConfig().sample_rate:
+        recording = read_user(run.source, run.settings, model.config.sample_rate)
+    clock.lap("load")
+    role = make_role(model, run.settings.voice, run.settings.text)
+    state = prefill(model.lm, role.prompt)
+    clock.lap("prefill")
+    warm_up(model, role.prompt, state)
+    clock.lap("warm_up")
+    conversation = Conversation(
+        model, role.prompt, state, run.settings.sampling, run.settings.seed
+    )
+    result = answer(model, recording.pcm, conversation, report)
+    clock.lap("answer")
+    write_outputs(model, run.outputs, result, role, run.settings.seed)
+    clock.lap("write")
+    stats = make_stats(run, model, role, recording, conversation.timings, clock)
+    if run.outputs.stats is not None:
+        stats.write(run.outputs.stats)
+    return stats
+
+
+def make_stats(
+    run: Run,
+    model: Model,
+    role: Role,
+    recording: Recording,
+    timings: Timings,
+    clock: Clock,
+) -> Stats:
+    """The figures of a run whose last part is done."""
+    parts, settings = clock.parts, run.settings
+    audio_s = len(recording.pcm) / model.config.sample_rate
+    steps_s = sum(timings.steps)
+    total_s = clock.total()
+    known = {
+        "load_s": parts["load"],
+        "read_s": parts["read"],
+        "prefill_s": parts["prefill"],
+        "warm_up_s": parts["warm_up"],
+        "encode_s": timings.encode_s,
+        "steps_s": steps_s,
+        "decode_s": timings.decode_s,
+        "write_s": parts["write"],
+    }
+    return Stats(
+        input=str(run.source),
+        outputs={what: str(path) for what, path in run.outputs.files().items()},
+        audio_s=audio_s,
+        tail_s=settings.tail_s,
+        frames=len(timings.steps),
+        prompt_frames=role.prompt.num_frames,
+        **known,
+        other_s=total_s - sum(known.values()),
+        total_s=total_s,
+        step_ms=latency(timings.steps),
+        real_time_factor=(total_s - known["load_s"] - known["warm_up_s"]) / audio_s,
+        real_time_factor_with_load=total_s / audio_s,
+        peak_memory_gb=mx.get_peak_memory() / 1e9,
+        device=device_name(),
+        dtype=model.dtype,
+        bits=model.bits,
+        layout=model.layout,
+        model=model.local.name,
+        repo=model.local.repo,
+        revision=model.local.revision,
+        voice=role.voice,
+        prompt=role.text,
+        seed=settings.seed,
+        temp=settings.sampling.temp,
+        top_k=settings.sampling.top_k,
+        text_temp=settings.sampling.text_temp,
+        text_top_k=settings.sampling.text_top_k,
+        channel=settings.channel,
+        source_rate=recording.source_rate,
+        source_channels=recording.source_channels,
+        pplex=importlib.metadata.version("pplex"),
+        mlx=importlib.metadata.version("mlx"),
+    )
+
+
+def device_name() -> str:
+    """The device that MLX computes on, with its name where MLX knows one."""
+    device = mx.default_device()
+    kind = "cpu" if device == mx.Device(mx.cpu) else "gpu"
+    name = mx.device_info(device).get("device_name", "")
+    return f"{kind} ({name})" if name else kind

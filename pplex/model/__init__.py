@@ -1,0 +1,1 @@
+"""The language model: tokens of one frame to tokens of the next."""

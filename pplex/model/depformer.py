@@ -1,0 +1,117 @@
+"""The depformer: the codes of one frame, codebook after codebook.
+
+Follows NVIDIA's PersonaPlex, ``models/lm.py`` (``depformer_step``). Each step has its
+own weights; there is no positional embedding, and the cache lives for one frame only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from pplex.config import LmConfig
+from pplex.layers.embedding import embed
+from pplex.layers.transformer import Gating, RmsNorm
+
+NOT_FORCED = -2
+
+
+class DepformerLayer(nn.Module):
+    """One layer of one step."""
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int) -> None:
+        super().__init__()
+        self._num_heads = num_heads
+        self._head_dim = dim // num_heads
+        self.norm1 = RmsNorm(dim)
+        self.in_proj = nn.Linear(dim, 3 * dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.norm2 = RmsNorm(dim)
+        self.gating = Gating(dim, hidden_dim)
+
+    def __call__(
+        self, x: mx.array, past: tuple[mx.array, mx.array] | None, hide_first: bool
+    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        """Map ``x`` (batch, dim) to the same shape; keys and values with its own."""
+        b, dim = x.shape
+        qkv = self.in_proj(self.norm1(x)).reshape(
+            b, 3 * self._num_heads, 1, self._head_dim
+        )
+        q, k, v = mx.split(qkv, 3, axis=1)
+        if past is not None:
+            k = mx.concatenate([past[0], k], axis=2)
+            v = mx.concatenate([past[1], v], axis=2)
+        first = 1 if hide_first else 0
+        y = mx.fast.scaled_dot_product_attention(
+            q, k[:, :, first:], v[:, :, first:], scale=self._head_dim**-0.5
+        )
+        x = x + self.out_proj(y.reshape(b, dim))
+        return x + self.gating(self.norm2(x)), (k, v)
+
+
+class DepformerStep(nn.Module):
+    """The weights of one codebook."""
+
+    def __init__(self, config: LmConfig) -> None:
+        super().__init__()
+        self.layers = [
+            DepformerLayer(
+                config.depformer_dim,
+                config.depformer_num_heads,
+                config.depformer_hidden_dim,
+            )
+            for _ in range(config.depformer_num_layers)
+        ]
+        self.head = nn.Linear(config.depformer_dim, config.card, bias=False)
+
+
+class Depformer(nn.Module):
+    """``num_steps`` codebooks; a conversation needs those of the agent only."""
+
+    def __init__(self, config: LmConfig, num_steps: int) -> None:
+        super().__init__()
+        self._config = config
+        self._num_steps = num_steps
+        dim = config.depformer_dim
+        self.input = nn.Linear(config.dim, num_steps * dim, bias=False)
+        self.text_emb = nn.Embedding(config.text_card + 1, dim)
+        self.audio_emb = nn.Embedding((num_steps - 1) * (config.card + 1), dim)
+        self.steps = [DepformerStep(config) for _ in range(num_steps)]
+
+    def __call__(
+        self,
+        hidden: mx.array,
+        text: mx.array,
+        sample: Callable[[mx.array, int], mx.array],
+        forced: mx.array | None = None,
+    ) -> mx.array:
+        """Codes (batch, steps) after the temporal output ``hidden`` (batch, dim).
+
+        ``text`` (batch,) is the frame's text id, ``sample`` draws ids (batch,) from the
+        logits (batch, card) of a step, ``forced`` (batch, steps) holds ids given
+        instead, ``NOT_FORCED`` elsewhere.
+        """
+        b = hidden.shape[0]
+        inputs = self.input(hidden).reshape(b, self._num_steps, -1)
+        pasts: list[tuple[mx.array, mx.array] | None]
+        pasts = [None] * self._config.depformer_num_layers
+        token, codes = text, []
+        for idx, step in enumerate(self.steps):
+            x = inputs[:, idx] + self._embed(token, idx)
+            # The reference's ring has `dep_q` slots and hides the oldest when full.
+            hide_first = idx == self._config.dep_q - 1 and idx > 0
+            for number, layer in enumerate(step.layers):
+                x, pasts[number] = layer(x, pasts[number], hide_first)
+            token = sample(step.head(x), idx)
+            if forced is not None:
+                given = forced[:, idx]
+                token = mx.where(given == NOT_FORCED, token, given)
+            codes.append(token)
+        return mx.stack(codes, axis=1)
+
+    def _embed(self, token: mx.array, idx: int) -> mx.array:
+        if idx == 0:
+            return embed(self.text_emb, token)
+        return embed(self.audio_emb, token, (idx - 1) * (self._config.card + 1))

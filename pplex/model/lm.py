@@ -1,0 +1,66 @@
+"""The language model: seventeen token streams in, one frame's logits and codes out.
+
+Follows NVIDIA's PersonaPlex, ``models/lm.py``.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from pplex.config import LmConfig
+from pplex.layers.cache import KvCache
+from pplex.layers.embedding import embed
+from pplex.layers.transformer import RmsNorm, TemporalLayer, run_layers
+from pplex.model.depformer import Depformer
+
+
+class Lm(nn.Module):
+    """Temporal transformer, text head and depformer.
+
+    ``num_steps`` is the number of depformer steps held: those of the agent's codebooks
+    unless the user's are wanted too.
+    """
+
+    def __init__(self, config: LmConfig, num_steps: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        steps = config.num_codebooks if num_steps is None else num_steps
+        self.text_emb = nn.Embedding(config.text_card + 1, config.dim)
+        self.audio_emb = nn.Embedding(config.n_q * (config.card + 1), config.dim)
+        self.layers = [
+            TemporalLayer(
+                config.dim, config.num_heads, config.hidden_dim, config.max_period
+            )
+            for _ in range(config.num_layers)
+        ]
+        self.out_norm = RmsNorm(config.dim)
+        self.text_linear = nn.Linear(config.dim, config.text_card, bias=False)
+        self.depformer = Depformer(config, steps)
+
+    def make_cache(self) -> KvCache:
+        """An empty cache for the temporal transformer."""
+        return KvCache(self.config.num_layers, self.config.window)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Summed rows (batch, t, dim) of tokens (batch, streams, t), text first.
+
+        Audio rows are added in order and the text row last, rounding after each sum, as
+        saved voice prompts were made.
+        """
+        config = self.config
+        first_rows = mx.arange(config.n_q) * (config.card + 1)
+        rows = embed(self.audio_emb, tokens[:, 1:], first_rows[:, None])
+        total = rows[:, 0]
+        for idx in range(1, config.n_q):
+            total = total + rows[:, idx]
+        return total + embed(self.text_emb, tokens[:, 0])
+
+    def temporal(self, x: mx.array, cache: KvCache) -> mx.array:
+        """Run inputs (batch, t, dim) as the next ``t`` positions; before the norm."""
+        return run_layers(self.layers, x, cache)
+
+    def head(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Normalised output and text logits of temporal output ``x`` (..., dim)."""
+        hidden = self.out_norm(x)
+        return hidden, self.text_linear(hidden)
