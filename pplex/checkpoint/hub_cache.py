@@ -1,6 +1,5 @@
 """What of a model is in the Hugging Face cache; this module never goes online."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +97,15 @@ def is_complete(names: list[str]) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names of the files in a folder, relative and with slashes; no dead links."""
-    names = []
-    for base, _, files in os.walk(folder, followlinks=False):
-        paths = (Path(base, file) for file in files)
-        names += [p.relative_to(folder).as_posix() for p in paths if p.is_file()]
-    return names
+    """Names of a model folder's files: at the top and in `voices`; no dead links."""
+    places = [(folder, ""), (folder / "voices", "voices/")]
+    return [
+        prefix + path.name
+        for place, prefix in places
+        if place.is_dir()
+        for path in sorted(place.iterdir())
+        if path.is_file()
+    ]
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,47 @@
+"""What the tests share: the data folder, a small model, and a way to run commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pplex.backend import use_fast_blas
+
+use_fast_blas()
+
+DATA = Path(__file__).parent / "data"
+TINY = DATA / "tiny"
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of reference data."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """A checkpoint folder with random weights, in NVIDIA's layout."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """The loaded model of ``tiny``."""
+    from pplex.checkpoint.hub import resolve
+    from pplex.conversation.session import load
+
+    return load(resolve(str(TINY), offline=True))
+
+
+@pytest.fixture
+def run():
+    """Run ``pplex`` with arguments; stdout and stderr apart."""
+    from pplex.cli.main import cli
+
+    def invoke(*args: object) -> Result:
+        return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+    return invoke
