@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pplex.config import SeanetConfig
+from pplex.layers.activation import elu
 from pplex.layers.conv import StreamConv, StreamConvTranspose
 
 
@@ -28,8 +29,8 @@ class ResidualBlock(nn.Module):
         self, x: mx.array, state: mx.array | None
     ) -> tuple[mx.array, mx.array | None]:
         """Map ``x`` (batch, t, channels) to the same shape."""
-        y, state = self.conv1(nn.elu(x), state)
-        y, _ = self.conv2(nn.elu(y), None)
+        y, state = self.conv1(elu(x), state)
+        y, _ = self.conv2(elu(y), None)
         return x + y, state
 
 
@@ -38,7 +39,7 @@ class Elu(nn.Module):
 
     def __call__(self, x: mx.array, state: None) -> tuple[mx.array, None]:
         """Apply ELU to ``x``."""
-        return nn.elu(x), None
+        return elu(x), None
 
 
 class Seanet(nn.Module):
