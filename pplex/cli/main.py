@@ -1,9 +1,11 @@
-"""The ``pplex`` command and what all its commands share."""
+"""The ``pplex`` command: its subcommands and the errors they have in common."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
+import sys
+from pathlib import Path
 
 import click
 
@@ -22,12 +24,30 @@ class Cli(click.Group):
             return super().invoke(ctx)
         except PplexError as e:
             raise click.ClickException(str(e)) from e
+        except ImportError as e:
+            if not _is_mlx(e):
+                raise
+            raise click.ClickException(_without_mlx(e)) from e
+
+
+def _is_mlx(error: ImportError) -> bool:
+    """Whether MLX, or the part of it that computes, is what could not be imported."""
+    package = (error.name or "").partition(".")[0]
+    return package == "mlx" or "mlx" in Path(error.path or "").parts
+
+
+def _without_mlx(error: ImportError) -> str:
+    if sys.platform == "linux":
+        how = "install pplex[cpu], or pplex[cuda] for an NVIDIA GPU"
+    else:
+        how = "install pplex again"
+    return f"MLX cannot be loaded ({error}): {how}"
 
 
 @click.group(
     cls=Cli,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Try it: pplex respond samples/teacher_sky.wav -o reply.wav --model mini",
+    epilog="Example: pplex respond call.wav -o reply.wav --model mini",
 )
 @click.version_option(importlib.metadata.version("pplex"), prog_name="pplex")
 def cli() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from pplex.checkpoint.known import DEFAULT_MODEL
+from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
 from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 from pplex.errors import PplexError
 
@@ -19,6 +21,47 @@ if TYPE_CHECKING:
 DEFAULT_SEED = 42424242
 
 Command = Callable[..., Any]
+
+
+def complete_model(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Known models for the shell to offer, and otherwise files."""
+    names = [name for name in KNOWN_MODELS if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in names] or _files(incomplete)
+
+
+def complete_voice(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Voices of the model, if it is on this machine, and otherwise files."""
+    from pplex.checkpoint.hub import resolve
+    from pplex.checkpoint.voices import find_voices
+
+    try:
+        local = resolve(ctx.params.get("model_name") or DEFAULT_MODEL, offline=True)
+        found = find_voices(local.path)
+    except PplexError:
+        found = {}
+    names = [name for name in found if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in names] or _files(incomplete)
+
+
+def _files(incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(incomplete, type="file")]
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers that holds no NaN."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Turn the option's text into its value."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
 
 
 def model_options(command: Command) -> Command:
@@ -34,6 +77,7 @@ def model_options(command: Command) -> Command:
             show_default=True,
             show_envvar=True,
             metavar="MODEL",
+            shell_complete=complete_model,
             help="8bit, 4bit, bf16, mini, a folder or file, or owner/name[@revision].",
         ),
     ):
@@ -48,14 +92,20 @@ def conversation_options(command: Command) -> Command:
             click.option(
                 "--voice",
                 metavar="NAME|FILE",
+                shell_complete=complete_voice,
                 help="The agent's voice: a name of `pplex voices list`, or a .pt, "
                 ".safetensors or audio file.  [default: NATF2, or the model's first]",
             ),
-            click.option("--prompt", metavar="TEXT", help="The agent's role in words."),
+            click.option(
+                "--prompt",
+                metavar="TEXT",
+                help="The agent's role in words; '' for none.",
+            ),
             click.option(
                 "--prompt-file",
+                metavar="FILE",
                 type=click.Path(path_type=Path),
-                help="Read the role from a text file.",
+                help="Read the role from a UTF-8 text file.",
             ),
             click.option(
                 "--role",
@@ -64,6 +114,7 @@ def conversation_options(command: Command) -> Command:
             ),
             click.option(
                 "--seed",
+                metavar="N",
                 type=click.IntRange(0, 2**63 - 1),
                 default=DEFAULT_SEED,
                 show_default=True,
@@ -74,13 +125,15 @@ def conversation_options(command: Command) -> Command:
             ),
             click.option(
                 "--temp",
-                type=click.FloatRange(0.0, 100.0),
+                metavar="X",
+                type=FiniteRange(0.0, 100.0),
                 default=0.8,
                 show_default=True,
                 help="Temperature of the audio tokens; 0 is greedy.",
             ),
             click.option(
                 "--top-k",
+                metavar="K",
                 type=click.IntRange(0),
                 default=250,
                 show_default=True,
@@ -88,13 +141,15 @@ def conversation_options(command: Command) -> Command:
             ),
             click.option(
                 "--text-temp",
-                type=click.FloatRange(0.0, 100.0),
+                metavar="X",
+                type=FiniteRange(0.0, 100.0),
                 default=0.7,
                 show_default=True,
                 help="Temperature of the text tokens; 0 is greedy.",
             ),
             click.option(
                 "--text-top-k",
+                metavar="K",
                 type=click.IntRange(0),
                 default=25,
                 show_default=True,
@@ -102,6 +157,7 @@ def conversation_options(command: Command) -> Command:
             ),
             click.option(
                 "--channel",
+                metavar="N|mix",
                 type=ChannelType(),
                 default=None,
                 help="Which channel is the user: a number from 1, or mix for the "
@@ -109,7 +165,7 @@ def conversation_options(command: Command) -> Command:
             ),
             click.option(
                 "--tail",
-                type=click.FloatRange(0.0, 3600.0),
+                type=FiniteRange(0.0, 3600.0),
                 default=0.0,
                 show_default=True,
                 metavar="SECONDS",
@@ -185,6 +241,8 @@ def role_text(prompt: str | None, prompt_file: Path | None, role: str | None) ->
     if prompt_file is not None:
         return read_prompt(prompt_file)
     if prompt is not None:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise click.UsageError("--prompt is not UTF-8 text")
         return prompt
     return ROLES[role or DEFAULT_ROLE]
 

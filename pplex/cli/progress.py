@@ -17,6 +17,11 @@ QUIET = -1
 VERBOSE = 1
 
 
+def size(size_gb: float) -> str:
+    """A number of GB in the unit that suits it."""
+    return f"{size_gb:.1f} GB" if size_gb >= 1 else f"{size_gb * 1000:.0f} MB"
+
+
 class Progress:
     """Tells on stderr how ``respond`` gets on; a context manager."""
 
@@ -52,7 +57,7 @@ class Progress:
         channels = recording.source_channels
         if channels > 1 and not self._channel_chosen:
             self.say(
-                f"{channels} channels: channel 1 is taken as the user; "
+                f"{channels} channels: channel 1 is taken as the user, "
                 "--channel picks another"
             )
         self.say(

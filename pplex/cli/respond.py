@@ -14,7 +14,7 @@ from pplex.cli.options import (
     settings_from,
     verbosity_options,
 )
-from pplex.cli.progress import Progress
+from pplex.cli.progress import Progress, size
 
 if TYPE_CHECKING:
     from pplex.insight.stats import Stats
@@ -27,7 +27,12 @@ _FILE = click.Path(path_type=Path)
 )
 @click.argument("input", type=_FILE)
 @click.option(
-    "-o", "--output", type=_FILE, required=True, help="The WAV file to write."
+    "-o",
+    "--output",
+    metavar="OUT",
+    type=_FILE,
+    required=True,
+    help="The WAV file to write.",
 )
 @click.option(
     "--layout",
@@ -41,12 +46,19 @@ _FILE = click.Path(path_type=Path)
 @conversation_options
 @click.option(
     "--transcript",
+    metavar="FILE",
     type=_FILE,
     help="Write what the agent said, with times: .json, .srt, .vtt or .txt.",
 )
-@click.option("--stats", type=_FILE, help="Write timings and settings as JSON.")
+@click.option(
+    "--stats",
+    metavar="FILE",
+    type=_FILE,
+    help="Write timings and settings as JSON.",
+)
 @click.option(
     "--tokens",
+    metavar="FILE",
     type=_FILE,
     help="Write the token arrays user, agent and text as .npz.",
 )
@@ -94,13 +106,12 @@ def respond(
 
 
 def summary(stats: Stats) -> str:
-    """What a run did, in two lines."""
-    files = ", ".join(stats.outputs.values())
+    """What a run wrote and how long it took, in two lines."""
     step = stats.step_ms
     return (
-        f"{files}: {stats.audio_s:.1f} s, voice {stats.voice}, seed {stats.seed}\n"
-        f"{stats.real_time_factor:.2f} x real time ({stats.total_s:.1f} s in all, "
-        f"{stats.load_s:.1f} s to load); step p50 {step.p50:.1f} ms, p95 "
-        f"{step.p95:.1f} ms, {step.late_frames} of {stats.frames} over 80 ms; "
-        f"{stats.peak_memory_gb:.1f} GB"
+        f"{', '.join(stats.outputs.values())}: {stats.audio_s:.1f} s, "
+        f"voice {stats.voice}, seed {stats.seed}\n"
+        f"{stats.total_s:.1f} s in all, {stats.load_s:.1f} s of it loading; real-time "
+        f"factor {stats.real_time_factor:.2f} without that; step p50 {step.p50:.1f} "
+        f"ms, p95 {step.p95:.1f} ms; {size(stats.peak_memory_gb)}"
     )

@@ -88,11 +88,17 @@ def check_outputs(source: Path, outputs: Outputs, overwrite: bool) -> None:
             raise PplexError(
                 f"cannot write {path}: it is also {other}; choose another name"
             )
+        if path.exists() and source.exists() and path.samefile(source):
+            raise PplexError(f"cannot write {path}: it is the input by another name")
+        if path.parent.exists() and not path.parent.is_dir():
+            raise PplexError(f"cannot write {path}: {path.parent} is not a folder")
         if not path.parent.is_dir():
             raise PplexError(
                 f"cannot write {path}: the folder {path.parent} does not exist; "
                 "create it first"
             )
+        if path.is_dir():
+            raise PplexError(f"cannot write {path}: it is a folder; give a file name")
         if path.exists() and not overwrite:
             raise PplexError(
                 f"{path} exists already; choose another name or give --overwrite"

@@ -34,8 +34,9 @@ class KvCache:
     def copy(self) -> KvCache:
         """A cache with the same contents that can go its own way."""
         other = copy.copy(self)
-        other._keys = list(self._keys)
-        other._values = list(self._values)
+        # New array objects: assignment to a slice changes the object it is done to.
+        other._keys = [None if a is None else mx.array(a) for a in self._keys]
+        other._values = [None if a is None else mx.array(a) for a in self._values]
         return other
 
     def arrays(self) -> list[mx.array]:

@@ -1,0 +1,93 @@
+"""The KV cache: windows, rings and chunks, against attention written out in full."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from pplex.layers.cache import GROWTH, KvCache
+from pplex.layers.transformer import TemporalLayer, run_layers
+
+DIM, HEADS = 32, 2
+
+
+def visible(total: int, window: int, block: int) -> np.ndarray:
+    """Which keys each query may see, from the rule in words.
+
+    The last position written counts: a query sees back to ``window`` positions before
+    the end of its own block, and never ahead of itself.
+    """
+    mask = np.zeros((total, total), bool)
+    for query in range(total):
+        end_of_block = query - query % block + block
+        for key in range(total):
+            mask[query, key] = end_of_block - window <= key <= query
+    return mask
+
+
+def outputs(layers, x: mx.array, sizes: list[int], window: int, block: int):
+    cache = KvCache(len(layers), window, block)
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(run_layers(layers, x[:, start : start + size], cache))
+        mx.eval(parts[-1])
+        start += size
+    return np.array(mx.concatenate(parts, axis=1)), cache
+
+
+@pytest.fixture(scope="module")
+def layers():
+    mx.random.seed(3)
+    made = [TemporalLayer(DIM, HEADS, 64, 10000.0) for _ in range(2)]
+    mx.eval([layer.parameters() for layer in made])
+    return made
+
+
+class WholeCache(KvCache):
+    """No cache at all: one call, an explicit mask."""
+
+    def mask(self, t):
+        return mx.array(visible(t, self.window, self.block))
+
+    def update(self, layer, keys, values):
+        return keys, values
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("window", [9, 24, 399])
+@pytest.mark.parametrize("pattern", ["steps", "chunks", "mixed", "prefill"])
+def test_any_way_of_feeding_equals_attention_without_a_cache(
+    layers, block, window, pattern
+):
+    total = 80
+    x = mx.random.normal((2, total, DIM), key=mx.random.key(1))
+    whole = np.array(run_layers(layers, x, WholeCache(2, window, block)))
+    sizes = {
+        "steps": [block] * (total // block),
+        "chunks": [16] * 5,
+        "mixed": [30, *[block] * (20 // block), 4, 6, *[block] * (20 // block)],
+        "prefill": [60, *[block] * (20 // block)],
+    }[pattern]
+    found, cache = outputs(layers, x, sizes, window, block)
+    assert cache.end == total
+    np.testing.assert_allclose(found, whole, atol=2e-5)
+
+
+def test_cache_stops_growing_at_its_window(layers):
+    window = GROWTH + 40
+    x = mx.random.normal((1, 3 * window, DIM))
+    _, cache = outputs(layers, x, [1] * (3 * window), window, 1)
+    assert {a.shape[2] for a in cache.arrays()} == {window}
+
+
+def test_copy_goes_its_own_way(layers):
+    x = mx.random.normal((1, 40, DIM))
+    _, cache = outputs(layers, x[:, :20], [20], 16, 1)
+    other = cache.copy()
+    first = np.array(run_layers(layers, x[:, 20:21], cache))
+    run_layers(layers, x[:, 30:31], other)
+    again = np.array(run_layers(layers, x[:, 21:22], cache))
+    expected, _ = outputs(layers, x[:, :22], [20, 1, 1], 16, 1)
+    np.testing.assert_allclose(first, expected[:, 20:21], atol=1e-6)
+    np.testing.assert_allclose(again, expected[:, 21:22], atol=1e-6)

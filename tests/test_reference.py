@@ -1,0 +1,183 @@
+"""Against NVIDIA's own code: same weights, same inputs, float32 (see data/reference)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from pplex.audio.files import read_pcm, to_pcm16
+from pplex.conversation.prompt import make_prompt, prefill
+from pplex.conversation.session import Conversation, encode_chunk, make_role
+from pplex.model.sampling import GREEDY
+
+DATA = Path(__file__).parent / "data"
+REFERENCE = DATA / "reference"
+FRAME = 1920
+RUNS = ["a_pt_voice_text", "b_wav_voice_no_text", "c_pt_voice_tagged_text"]
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference over the root mean square of what is expected."""
+    return float(np.abs(found - expected).max() / np.sqrt((expected**2).mean()))
+
+
+@pytest.fixture(scope="module")
+def codec() -> dict[str, np.ndarray]:
+    return dict(np.load(REFERENCE / "mimi.npz"))
+
+
+@pytest.fixture(scope="module")
+def forced_run() -> dict[str, np.ndarray]:
+    return dict(np.load(REFERENCE / "lm.npz"))
+
+
+def pcm_frames(samples: np.ndarray) -> np.ndarray:
+    pcm = samples.astype(np.float32) / 32768
+    return np.pad(pcm, (0, -len(pcm) % FRAME)).reshape(-1, FRAME)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_codec_encodes_like_the_reference_in_chunks_of_any_size(
+    tiny_model, codec, chunk
+):
+    frames = pcm_frames(codec["input"])
+    state = tiny_model.mimi.make_state()
+    latents, codes = [], []
+    for start in range(0, len(frames), chunk):
+        pcm = mx.array(frames[start : start + chunk].reshape(1, -1))
+        latent = tiny_model.mimi.encode_latent(pcm, state)
+        latents.append(np.array(latent[0]).T)
+        codes.append(np.array(tiny_model.mimi.quantizer.encode(latent)[0]))
+    assert relative(np.concatenate(latents, axis=1), codec["latent"]) < 1e-4
+    np.testing.assert_array_equal(np.concatenate(codes, axis=1), codec["codes"])
+
+
+def test_codec_encodes_a_ragged_end_like_the_reference(tiny_model, codec):
+    frames = pcm_frames(codec["tail"])
+    codes = encode_chunk(tiny_model.mimi, frames, tiny_model.mimi.make_state())
+    np.testing.assert_array_equal(codes, codec["tail_codes"])
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 50])
+@pytest.mark.parametrize("which", ["", "given_"])
+def test_codec_decodes_like_the_reference(tiny_model, codec, which, chunk):
+    codes = codec[f"{which}codes"]
+    state = tiny_model.mimi.make_state()
+    pcm = []
+    for start in range(0, codes.shape[1], chunk):
+        part = mx.array(codes[None, :, start : start + chunk])
+        pcm.append(np.array(tiny_model.mimi.decode(part, state)[0]))
+    expected = codec[f"{which}pcm"][0]
+    assert np.abs(np.concatenate(pcm) - expected).max() < 1e-5
+
+
+def test_rarely_used_codebook_rows_are_divided_by_the_floor(tiny_model, codec):
+    rows = codec["codebook_rows"]
+    quantizer = tiny_model.mimi.quantizer
+    for part, name in ((quantizer.semantic, "semantic"), (quantizer.acoustic, "acoustic")):
+        found = np.array(part.codebooks[:, mx.array(rows)])
+        np.testing.assert_allclose(found, codec[f"codebook_{name}"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 72])
+def test_temporal_transformer_gives_the_references_outputs(
+    tiny_model, forced_run, chunk
+):
+    lm = tiny_model.lm
+    tokens = mx.array(forced_run["tokens"])
+    embedded = lm.embed(tokens)
+    assert relative(np.array(embedded[0]), forced_run["embedding"]) < 1e-6
+    cache = lm.make_cache()
+    hidden, logits = [], []
+    for start in range(0, tokens.shape[2], chunk):
+        x = lm.temporal(embedded[:, start : start + chunk], cache)
+        h, text_logits = lm.head(x)
+        hidden.append(np.array(h[0]))
+        logits.append(np.array(text_logits[0]))
+    assert relative(np.concatenate(hidden), forced_run["transformer_out"]) < 1e-4
+    assert relative(np.concatenate(logits), forced_run["text_logits"]) < 1e-4
+
+
+def test_depformer_gives_the_references_logits(tiny_model, forced_run):
+    forced = mx.array(forced_run["forced"])
+    logits: list[mx.array] = []
+
+    def next_forced(step_logits: mx.array, idx: int) -> mx.array:
+        logits.append(step_logits)
+        return forced[:, idx + 1]
+
+    hidden = mx.array(forced_run["transformer_out"])
+    tiny_model.lm.depformer(hidden, forced[:, 0], next_forced)
+    found = np.stack([np.array(step) for step in logits], axis=1)
+    order = np.argsort(-found, axis=-1)[..., :4]
+    expected = forced_run["depformer_top4_values"]
+    np.testing.assert_array_equal(order, forced_run["depformer_top4_ids"])
+    assert relative(np.take_along_axis(found, order, -1), expected) < 1e-4
+    total = np.log(np.exp(found.astype(np.float64)).sum(axis=-1))
+    assert relative(total, forced_run["depformer_logsumexp"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("chunk", "decode", "ahead"), [(32, 32, True), (5, 8, True), (1, 1, False)]
+)
+def test_greedy_runs_are_the_references_token_for_token(
+    tiny_model, name, chunk, decode, ahead
+):
+    run = np.load(REFERENCE / f"{name}.npz")
+    voice = str(run["voice"])
+    voice = str(DATA / "respond" / voice) if voice.endswith("wav") else voice[:-3]
+    role = make_role(tiny_model, voice, str(run["text_prompt"]))
+    state = prefill(tiny_model.lm, role.prompt)
+    conversation = Conversation(tiny_model, role.prompt, state, GREEDY, seed=0)
+    source = DATA / "respond" / str(run["user_wav"])
+    recording = read_pcm(source, sample_rate=24000)
+    frames = np.pad(recording.pcm, (0, -len(recording.pcm) % FRAME)).reshape(-1, FRAME)
+    chunks = (frames[i : i + chunk] for i in range(0, len(frames), chunk))
+    replies = list(conversation.run(chunks, ahead=ahead, decode_frames=decode))
+
+    user = np.concatenate([r.user for r in replies], axis=1)
+    np.testing.assert_array_equal(user, run["user_codes"])
+    tokens = [np.concatenate([r.text[None], r.agent]) for r in replies]
+    np.testing.assert_array_equal(np.concatenate(tokens, axis=1), run["output"])
+    pcm = np.concatenate([r.pcm for r in replies])[: len(recording.pcm)]
+    assert np.abs(to_pcm16(pcm).astype(int) - run["wav"]).max() <= 1
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_prompt_frames_hold_the_references_tokens(tiny_model, name):
+    run = np.load(REFERENCE / f"{name}.npz")
+    voice = str(run["voice"])
+    saved = voice.endswith(".pt")
+    voice = voice[:-3] if saved else str(DATA / "respond" / voice)
+    prompt = make_role(tiny_model, voice, str(run["text_prompt"])).prompt
+    skipped = len(prompt.embeddings) if saved else 0
+    # The reference's last prompt column is the input of the first conversation step.
+    found = prompt.columns[:, skipped:-1]
+    np.testing.assert_array_equal(found, run["prompt_inputs"][:, skipped:])
+
+
+def test_saved_voice_equals_the_recording_it_was_made_from(tiny_model):
+    frames = pcm_frames(np.zeros(FRAME, np.int16))
+    replies = []
+    for voice in ("NATF0", str(DATA / "respond" / "voice_NATF0.wav")):
+        role = make_role(tiny_model, voice, "You enjoy having a good conversation.")
+        state = prefill(tiny_model.lm, role.prompt)
+        conversation = Conversation(tiny_model, role.prompt, state, GREEDY, seed=0)
+        chunks = [np.repeat(frames, 20, axis=0)]
+        replies.append(next(conversation.run(chunks, decode_frames=20)))
+    np.testing.assert_array_equal(replies[0].agent, replies[1].agent)
+    np.testing.assert_array_equal(replies[0].text, replies[1].text)
+
+
+def test_without_a_voice_frame_the_first_role_frame_is_dropped(tiny_model):
+    config = tiny_model.config
+    none = np.zeros((8, 0), np.int32)
+    prompt = make_prompt(config, [], voice_codes=none)
+    assert prompt.columns[0, 0] == config.lm.text_initial
+    assert (prompt.columns[1:, 0] == config.lm.audio_initial).all()
+    assert (prompt.columns[[2, 8, 10, 16], 1] == config.lm.audio_initial).all()
+    assert prompt.columns[1, 1] == config.silence_codes[0]
