@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import struct
 from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
 
+from pplex.checkpoint.codec_layout import published_shapes
 from pplex.checkpoint.layouts import (
     SPLIT_FILES,
     Matrix,
@@ -79,69 +81,28 @@ def _random(matrix: Matrix) -> mx.array:
 
 def mimi_arrays(config: MimiConfig) -> Arrays:
     """Tensors of a codec with random weights, under the published names."""
-    s, t, q = config.seanet, config.transformer, config.quantizer
     arrays: Arrays = {}
-
-    def conv(name: str, *shape: int, fan_in: int, bias: int | None = None) -> None:
-        arrays[f"{name}.weight"] = mx.random.normal(shape) / fan_in**0.5
-        if bias:
-            arrays[f"{name}.bias"] = 0.1 * mx.random.normal((bias,))
-
-    def plain(name: str, out: int, into: int, k: int) -> None:
-        conv(f"{name}.conv.conv", out, into, k, fan_in=into * k, bias=out)
-
-    def block(name: str, channels: int) -> None:
-        hidden = channels // s.compress
-        plain(f"{name}.block.1", hidden, channels, s.residual_kernel_size)
-        plain(f"{name}.block.3", channels, hidden, 1)
-
-    channels = s.n_filters
-    plain("encoder.model.0", channels, 1, s.kernel_size)
-    for stage, ratio in enumerate(reversed(s.ratios)):
-        block(f"encoder.model.{3 * stage + 1}", channels)
-        name = f"encoder.model.{3 * stage + 3}"
-        plain(name, 2 * channels, channels, 2 * ratio)
-        channels *= 2
-    last = 3 * len(s.ratios) + 2
-    plain(f"encoder.model.{last}", s.dimension, channels, s.last_kernel_size)
-    plain("decoder.model.0", channels, s.dimension, s.kernel_size)
-    for stage, ratio in enumerate(s.ratios):
-        conv(
-            f"decoder.model.{3 * stage + 2}.convtr.convtr",
-            *(channels, channels // 2, 2 * ratio),
-            fan_in=2 * channels,
-            bias=channels // 2,
-        )
-        channels //= 2
-        block(f"decoder.model.{3 * stage + 3}", channels)
-    plain(f"decoder.model.{last}", 1, channels, s.last_kernel_size)
-
-    d = t.d_model
-    for side in ("encoder_transformer", "decoder_transformer"):
-        for i in range(t.num_layers):
-            name = f"{side}.transformer.layers.{i}"
-            for key, shape in (
-                ("self_attn.in_proj_weight", (3 * d, d)),
-                ("self_attn.out_proj.weight", (d, d)),
-                ("linear1.weight", (t.dim_feedforward, d)),
-                ("linear2.weight", (d, t.dim_feedforward)),
-            ):
-                arrays[f"{name}.{key}"] = mx.random.normal(shape) / shape[1] ** 0.5
-            for norm in ("norm1", "norm2"):
-                arrays[f"{name}.{norm}.weight"] = 1 + 0.1 * mx.random.normal((d,))
-                arrays[f"{name}.{norm}.bias"] = 0.1 * mx.random.normal((d,))
-            for scale in ("layer_scale_1", "layer_scale_2"):
-                arrays[f"{name}.{scale}.scale"] = 0.4 + 0.1 * mx.random.normal((d,))
-    conv("downsample.conv.conv.conv", d, d, 4, fan_in=4 * d)
-    conv("upsample.convtr.convtr.convtr", d, 1, 4, fan_in=2)
-    for part, count in (("rvq_first", 1), ("rvq_rest", q.n_q - 1)):
-        conv(f"quantizer.{part}.input_proj", q.dimension, d, 1, fan_in=d)
-        conv(f"quantizer.{part}.output_proj", d, q.dimension, 1, fan_in=q.dimension)
-        for i in range(count):
-            stem = f"quantizer.{part}.vq.layers.{i}._codebook"
-            arrays[f"{stem}._initialized"] = mx.ones((1,))
-            arrays[f"{stem}.cluster_usage"] = mx.random.uniform(0.5, 2.0, (q.bins,))
-            arrays[f"{stem}.embedding_sum"] = mx.random.normal((q.bins, q.dimension))
+    for name, shape in published_shapes(config).items():
+        noise = mx.random.normal(shape)
+        if "cluster_usage" in name:
+            array = mx.random.uniform(0.5, 2.0, shape)
+        elif "layer_scale" in name:
+            array = 0.4 + 0.1 * noise
+        elif "norm" in name and name.endswith("weight"):
+            array = 1 + 0.1 * noise
+        elif len(shape) == 1:
+            array = 0.1 * noise
+        elif "embedding_sum" in name:
+            array = noise
+        elif "convtr" in name:
+            array = noise / (2 * (shape[0] if shape[1] > 1 else 1)) ** 0.5
+        else:
+            array = noise / math.prod(shape[1:]) ** 0.5
+        arrays[name] = array
+    for name in list(arrays):
+        if name.endswith("cluster_usage"):
+            flag = name.replace("cluster_usage", "_initialized")
+            arrays[flag] = mx.ones((1,))
     return arrays
 
 
@@ -215,9 +176,7 @@ def write_checkpoint(
         mx.save_safetensors(str(folder / f"{name}.safetensors"), arrays)
     split = layout == "mlx-split"
     codec = "mimi" if split else "tokenizer-e351c8d8-checkpoint125"
-    mx.save_safetensors(
-        str(folder / f"{codec}.safetensors"), mimi_arrays(config.mimi)
-    )
+    mx.save_safetensors(str(folder / f"{codec}.safetensors"), mimi_arrays(config.mimi))
     (folder / "tokenizer_spm_32k_3.model").write_bytes(tokenizer_bytes(lm.text_card))
     (folder / "config.json").write_text(json.dumps(config_json(config), indent=1))
     voices = folder / "voices"

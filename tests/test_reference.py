@@ -1,4 +1,4 @@
-"""Against NVIDIA's own code: same weights, same inputs, float32 (see data/reference)."""
+"""Against NVIDIA's own code, float32, with the same weights (see data/reference)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ def test_codec_decodes_like_the_reference(tiny_model, codec, which, chunk):
 def test_rarely_used_codebook_rows_are_divided_by_the_floor(tiny_model, codec):
     rows = codec["codebook_rows"]
     quantizer = tiny_model.mimi.quantizer
-    for part, name in ((quantizer.semantic, "semantic"), (quantizer.acoustic, "acoustic")):
+    for part, name in (
+        (quantizer.semantic, "semantic"),
+        (quantizer.acoustic, "acoustic"),
+    ):
         found = np.array(part.codebooks[:, mx.array(rows)])
         np.testing.assert_allclose(found, codec[f"codebook_{name}"], rtol=1e-6)
 

@@ -36,13 +36,17 @@ def test_the_references_noise_draws_the_references_ids(case):
     order = ARRAYS[f"{name}_kept_ids"].reshape(-1)
     place = {int(idx): at for at, idx in enumerate(order)}
     ours = [place[int(idx)] for idx in np.array(ids)[0]]
-    for noise, drawn in zip(ARRAYS[f"{name}_noise"], ARRAYS[f"{name}_drawn"], strict=True):
+    for noise, drawn in zip(
+        ARRAYS[f"{name}_noise"], ARRAYS[f"{name}_drawn"], strict=True
+    ):
         share = mx.array(noise.reshape(-1)[ours][None])
         found = draw(mx.array(logits), case["temperature"], len(ours), share)
         assert found.item() == int(drawn)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c["top_k"]], ids=lambda c: c["case"])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c["top_k"]], ids=lambda c: c["case"]
+)
 def test_draws_follow_the_references_probabilities(case):
     logits, _, k = kept(case)
     probs = ARRAYS[f"{case['case']}_probs"].reshape(-1)

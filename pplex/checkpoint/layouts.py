@@ -58,7 +58,7 @@ class Matrix:
 
 
 def published_matrices(config: LmConfig, steps: int, kept: int) -> Iterator[Matrix]:
-    """NVIDIA's names, for a file of ``steps`` depformer steps of which ``kept`` stay."""
+    """NVIDIA's names, for a file of ``steps`` depformer steps; ``kept`` of them stay."""
     c = config
 
     def stay(step: int, target: str) -> tuple[str | None]:
@@ -222,14 +222,14 @@ def _take(
     )
     if len(matrix.shape) == 1:
         if weight.size != matrix.shape[0] or weight.shape[-1] != matrix.shape[0]:
-            raise _wrong_shape(path, matrix.name, weight.shape, matrix.shape)
+            raise wrong_shape(path, matrix.name, weight.shape, matrix.shape)
         return {"weight": weight.reshape(-1)}, None
     if matrix.part("scales") not in left:
         if tuple(weight.shape) != matrix.shape:
-            raise _wrong_shape(path, matrix.name, weight.shape, matrix.shape)
+            raise wrong_shape(path, matrix.name, weight.shape, matrix.shape)
         if not mx.issubdtype(weight.dtype, mx.floating):
             raise PplexError(
-                f"{path}: the tensor `{matrix.name}` holds {weight.dtype} without scales"
+                f"{path}: the tensor `{matrix.name}` is {weight.dtype} without scales"
             )
         return {"weight": weight}, None
     scales = _pop(left, matrix.part("scales"), path)
@@ -249,10 +249,10 @@ def _take(
         and quantization.group_size in (32, 64, 128)
     )
     if not fits:
-        raise _wrong_shape(path, matrix.name, weight.shape, matrix.shape)
+        raise wrong_shape(path, matrix.name, weight.shape, matrix.shape)
     if biases.shape != scales.shape:
         name = matrix.part("biases")
-        raise _wrong_shape(path, name, biases.shape, tuple(scales.shape))
+        raise wrong_shape(path, name, biases.shape, tuple(scales.shape))
     return {"weight": weight, "scales": scales, "biases": biases}, quantization
 
 
@@ -262,13 +262,19 @@ def _is_linear(matrix: Matrix) -> bool:
 
 def _pop(left: Arrays, name: str, path: Path) -> mx.array:
     if name not in left:
-        raise PplexError(f"{path}: the tensor `{name}` is missing; get the file again")
+        raise missing(path, name)
     return left.pop(name)
 
 
-def _wrong_shape(
+def missing(path: Path, name: str) -> PplexError:
+    """The error for a tensor that a file lacks."""
+    return PplexError(f"{path}: the tensor `{name}` is missing; get the file again")
+
+
+def wrong_shape(
     path: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]
 ) -> PplexError:
+    """The error for a tensor of another shape than the sizes of the model give."""
     return PplexError(
         f"{path}: the tensor `{name}` has shape {list(found)}, expected "
         f"{list(expected)} or its quantized form; is config.json the one for it?"

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from pplex.checkpoint.codec_layout import sanitize_codec
 from pplex.checkpoint.layouts import (
     SPLIT_FILES,
     Arrays,
@@ -25,12 +26,10 @@ from pplex.config import LmConfig, MimiConfig
 from pplex.errors import PplexError
 from pplex.model.lm import Lm
 
-USAGE_FLOOR = 1e-5
-
 
 @dataclass(frozen=True)
 class LoadedLm:
-    """A language model, its layout's name, and the bits its linear layers have."""
+    """A language model, its layout's name, the bits of its transformers' weights."""
 
     lm: Lm
     layout: str
@@ -124,127 +123,22 @@ def _kept(path: Path, steps: int, wanted: int) -> int:
     return wanted
 
 
-def sanitize_mimi(arrays: Arrays, config: MimiConfig, path: Path) -> Arrays:
-    """Our weights of the codec from the published names; float32, channels last."""
-    left = dict(arrays)
-    width = config.seanet.dimension
-    weights: Arrays = {}
-
-    def take(name: str, *aliases: str) -> mx.array:
-        for candidate in (name, *aliases):
-            if candidate in left:
-                return left.pop(candidate).astype(mx.float32)
-        raise PplexError(f"{path}: the tensor `{name}` is missing; get the file again")
-
-    def conv(theirs: str, ours: str, bias: bool = True) -> None:
-        weights[f"{ours}.weight"] = take(f"{theirs}.weight").transpose(0, 2, 1)
-        if bias:
-            weights[f"{ours}.bias"] = take(f"{theirs}.bias")
-
-    def conv_transpose(theirs: str, ours: str) -> None:
-        # (in, out, 2 stride) to rows for the current, then for the previous input.
-        weight = take(f"{theirs}.weight")
-        _, _, kernel = _three_axes(weight, f"{theirs}.weight", path)
-        now, before = mx.split(weight.transpose(0, 2, 1), [kernel // 2], axis=1)
-        rows = [w.reshape(w.shape[0], -1) for w in (now, before)]
-        weights[f"{ours}.weight"] = mx.concatenate(rows)
-        weights[f"{ours}.bias"] = take(f"{theirs}.bias")
-
-    def block(side: str, idx: int) -> None:
-        theirs, ours = f"{side}.model.{idx}.block", f"{side}.model.{idx}"
-        conv(f"{theirs}.1.conv.conv", f"{ours}.conv1")
-        conv(f"{theirs}.3.conv.conv", f"{ours}.conv2")
-
-    stages = len(config.seanet.ratios)
-    last = 3 * stages + 2
-    for side in ("encoder", "decoder"):
-        for idx in (0, last):
-            conv(f"{side}.model.{idx}.conv.conv", f"{side}.model.{idx}")
-    for stage in range(stages):
-        block("encoder", 3 * stage + 1)
-        name = f"encoder.model.{3 * stage + 3}"
-        conv(f"{name}.conv.conv", name)
-        name = f"decoder.model.{3 * stage + 2}"
-        conv_transpose(f"{name}.convtr.convtr", name)
-        block("decoder", 3 * stage + 3)
-
-    for side in ("encoder_transformer", "decoder_transformer"):
-        for layer in range(config.transformer.num_layers):
-            theirs = f"{side}.transformer.layers.{layer}"
-            ours = f"{side}.layers.{layer}"
-            weights[f"{ours}.self_attn.in_proj.weight"] = take(
-                f"{theirs}.self_attn.in_proj_weight"
-            )
-            for name in ("self_attn.out_proj", "linear1", "linear2", "norm1", "norm2"):
-                weights[f"{ours}.{name}.weight"] = take(f"{theirs}.{name}.weight")
-            for name in ("norm1", "norm2"):
-                weights[f"{ours}.{name}.bias"] = take(f"{theirs}.{name}.bias")
-            for name in ("layer_scale_1", "layer_scale_2"):
-                weights[f"{ours}.{name}"] = take(f"{theirs}.{name}.scale")
-    conv("downsample.conv.conv.conv", "downsample", bias=False)
-    upsample = take("upsample.convtr.convtr.convtr.weight")
-    _three_axes(upsample, "upsample.convtr.convtr.convtr.weight", path)
-    weights["upsample.weight"] = upsample[:, 0].transpose(1, 0)
-
-    used = {"rvq_first": 1, "rvq_rest": config.num_codebooks - 1}
-    present = {"rvq_first": 1, "rvq_rest": config.quantizer.n_q - 1}
-    for theirs, ours in (("rvq_first", "semantic"), ("rvq_rest", "acoustic")):
-        for name in ("input_proj", "output_proj"):
-            key = f"quantizer.{theirs}.{name}.weight"
-            weight = take(key)
-            _three_axes(weight, key, path)
-            weights[f"quantizer.{ours}.{name}.weight"] = weight[..., 0]
-        tables = []
-        for idx in range(present[theirs]):
-            stem = f"quantizer.{theirs}.vq.layers.{idx}._codebook"
-            for flag in ("_initialized", "inited"):
-                left.pop(f"{stem}.{flag}", None)
-            total = take(
-                f"{stem}.embedding_sum", f"{stem}.embed_avg", f"{stem}.embed_sum"
-            )
-            usage = take(f"{stem}.cluster_usage", f"{stem}.cluster_size")
-            shape = (config.quantizer.bins, config.quantizer.dimension)
-            if tuple(total.shape) != shape or tuple(usage.shape) != shape[:1]:
-                raise PplexError(
-                    f"{path}: the tensor `{stem}.embedding_sum` has shape "
-                    f"{list(total.shape)}, expected {list(shape)}"
-                )
-            if idx < used[theirs]:
-                tables.append(total / mx.maximum(usage, USAGE_FLOOR)[:, None])
-        weights[f"quantizer.{ours}.codebooks"] = mx.stack(tables)
-    if left:
-        raise PplexError(
-            f"{path}: has the tensor `{sorted(left)[0]}`, which a codec of width "
-            f"{width} and {config.quantizer.n_q} codebooks does not have"
-        )
-    return weights
-
-
-def _three_axes(array: mx.array, name: str, path: Path) -> tuple[int, int, int]:
-    if array.ndim != 3:
-        raise PplexError(
-            f"{path}: the tensor `{name}` has shape {list(array.shape)}, expected "
-            "three axes"
-        )
-    return array.shape
-
-
 def load_mimi(path: Path, config: MimiConfig) -> Mimi:
     """The codec of a safetensors file, in float32."""
     mimi = Mimi(config)
-    weights = sanitize_mimi(read_tensors(path), config, path)
+    weights = sanitize_codec(read_tensors(path), config, path)
     assign(mimi, weights, path)
     return mimi
 
 
 def assign(module: nn.Module, weights: Arrays, path: Path) -> None:
-    """Put ``weights`` into ``module``; a shape that does not fit raises by name."""
+    """Put ``weights``, whose shapes are checked, into ``module`` and read them."""
+    module.load_weights(list(weights.items()), strict=True)
     try:
-        module.load_weights(list(weights.items()), strict=True)
         mx.eval(module.parameters())
-    except (ValueError, RuntimeError) as e:
+    except RuntimeError as e:  # the file ends before its tensors do
         reason = str(e).splitlines()[0]
-        raise PplexError(f"{path}: does not fit its config.json ({reason})") from e
+        raise PplexError(f"{path}: cannot be read whole ({reason})") from e
 
 
 def quantize_as_stored(module: nn.Module, stored: dict[str, Quantization]) -> None:
@@ -279,7 +173,15 @@ def load_lm(
     """
     steps = config.num_codebooks if num_steps is None else num_steps
     weights, stored, layout = read_lm(path, config, steps)
+    bits = {
+        stored[module].bits
+        if (module := name.removesuffix(".weight")) in stored
+        # Not quantized: what the file holds.
+        else 8 * weight.dtype.size
+        for name, weight in weights.items()
+        if "layers." in name and name.endswith(".weight") and weight.ndim == 2
+    }
     lm = Lm(config, steps)
     quantize_as_stored(lm, stored)
     assign(lm, cast(weights, dtype), path)
-    return LoadedLm(lm, layout, tuple(sorted({kind.bits for kind in stored.values()})))
+    return LoadedLm(lm, layout, tuple(sorted(bits)))

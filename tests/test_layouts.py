@@ -1,0 +1,331 @@
+"""Checkpoint layouts: each is read exactly, and what does not fit is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from random_checkpoint import config_json, lm_arrays, write_checkpoint
+from test_generate import SMALL, converse, speech
+
+from pplex.checkpoint.hub import resolve
+from pplex.checkpoint.weights import load_lm
+from pplex.conversation.prompt import prefill
+from pplex.conversation.session import load, make_role
+from pplex.errors import PplexError
+
+LAYOUTS = ["pytorch", "mlx", "mlx-split"]
+
+
+def dequantized(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The same tensors with every quantized matrix written out in float32."""
+    out = {}
+    for name, array in arrays.items():
+        if name.endswith(("scales", "biases")):
+            continue
+        scales = arrays.get(re.sub("weight$", "scales", name))
+        if scales is None or not name.endswith("weight"):
+            out[name] = array
+            continue
+        biases = arrays[re.sub("weight$", "biases", name)]
+        bits = 32 * array.shape[1] // (scales.shape[1] * 32)
+        group_size = 32
+        out[name] = mx.dequantize(
+            array,
+            scales.astype(mx.float32),
+            biases.astype(mx.float32),
+            group_size,
+            bits,
+        )
+    return out
+
+
+def save(folder: Path, files: dict[str, dict[str, mx.array]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, arrays in files.items():
+        mx.save_safetensors(str(folder / f"{name}.safetensors"), arrays)
+    return folder
+
+
+def logits(path: Path, steps: int = 8) -> list[np.ndarray]:
+    """What the language model at ``path`` computes for a few fixed tokens."""
+    lm = load_lm(path, SMALL.lm, mx.float32, num_steps=steps).lm
+    tokens = mx.random.randint(0, 60, (1, 17, 12), key=mx.random.key(2))
+    hidden, text = lm.head(lm.temporal(lm.embed(tokens), lm.make_cache()))
+    heads: list[mx.array] = []
+
+    def first(step_logits, _):
+        heads.append(step_logits)
+        return mx.zeros((12,), mx.int32) + 5
+
+    lm.depformer(hidden[0], tokens[0, 0], first)
+    return [np.array(a) for a in (hidden, text, *heads)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_files_compute_what_their_written_out_weights_do(
+    tmp_path, layout, bits
+):
+    mx.random.seed(1)
+    files = lm_arrays(SMALL.lm, layout, bits=bits, group_size=32)
+    whole = {name: dequantized(arrays) for name, arrays in files.items()}
+    stored = load_lm(save(tmp_path / "q", files), SMALL.lm, mx.float32)
+    assert bits in stored.bits
+    for found, expected in zip(
+        logits(tmp_path / "q"), logits(save(tmp_path / "w", whole)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def as_sliced(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """NVIDIA's names turned into those of moshi_mlx, as the published table says."""
+    out = {}
+    for name, array in arrays.items():
+        squeezed = array.reshape(-1) if name.endswith("alpha") else array
+        if match := re.fullmatch(r"emb\.(\d+)\.weight", name):
+            out[f"audio_embs.{match[1]}.weight"] = array
+        elif match := re.fullmatch(r"depformer_in\.(\d+)\.weight", name):
+            out[f"depformer.slices.{match[1]}.linear_in.weight"] = array
+        elif match := re.fullmatch(r"linears\.(\d+)\.weight", name):
+            out[f"depformer.slices.{match[1]}.linear_out.weight"] = array
+        elif match := re.fullmatch(r"depformer_emb\.(\d+)\.weight", name):
+            out[f"depformer.slices.{int(match[1]) + 1}.emb.weight"] = array
+        elif name == "depformer_text_emb.weight":
+            out["depformer.slices.0.emb.weight"] = array
+        elif match := re.fullmatch(r"depformer\.(layers\.\d+)\.(norm\d)\.alpha", name):
+            for step in range(16):
+                stem = f"depformer.slices.{step}.transformer.{match[1]}.{match[2]}"
+                out[f"{stem}.weight"] = squeezed
+        elif match := re.fullmatch(
+            r"depformer\.(layers\.\d+)\.self_attn\.(in|out)_proj[._]weight", name
+        ):
+            for step, rows in enumerate(mx.split(array, 16)):
+                stem = f"depformer.slices.{step}.transformer.{match[1]}.self_attn"
+                out[f"{stem}.{match[2]}_proj.weight"] = rows
+        elif match := re.fullmatch(
+            r"depformer\.(layers\.\d+)\.gating\.(\d+)\.(linear_\w+)\.weight", name
+        ):
+            stem = f"depformer.slices.{match[2]}.transformer.{match[1]}.gating"
+            out[f"{stem}.{match[3]}.weight"] = array
+        else:
+            renamed = name.replace("in_proj_weight", "in_proj.weight")
+            out[renamed.replace("alpha", "weight")] = squeezed
+    return out
+
+
+def as_split(arrays: dict[str, mx.array]) -> dict[str, dict[str, mx.array]]:
+    """NVIDIA's names turned into the three files of the split folders."""
+    files: dict[str, dict[str, mx.array]] = {
+        "temporal": {},
+        "depformer": {},
+        "embeddings": {},
+    }
+    for name, array in arrays.items():
+        if name.startswith("transformer."):
+            files["temporal"][name.removeprefix("transformer.")] = array
+        elif name == "out_norm.alpha":
+            files["temporal"][name] = array
+        elif name.startswith("depformer."):
+            files["depformer"][name.removeprefix("depformer.")] = array
+        elif name.startswith("depformer_in."):
+            files["depformer"][name] = array
+        else:
+            files["embeddings"][name] = array
+    return files
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, mx.array]:
+    mx.random.seed(4)
+    return lm_arrays(SMALL.lm, "pytorch")["model"]
+
+
+def test_one_model_in_every_layout_computes_the_same(tmp_path, published):
+    plain = logits(save(tmp_path / "a", {"model": published}), steps=16)
+    sliced = save(tmp_path / "c", {"model": as_sliced(published)})
+    split = save(tmp_path / "b", as_split(published))
+    for other in (sliced, split, sliced / "model.safetensors"):
+        for found, expected in zip(logits(other, steps=16), plain, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_a_file_of_eight_steps_answers_like_one_of_sixteen(tmp_path, published):
+    eight = {}
+    for name, array in published.items():
+        match = re.match(r"(linears|depformer_in|depformer_emb)\.(\d+)", name)
+        match = match or re.match(r"(depformer\.layers\.\d+\.gating)\.(\d+)", name)
+        limit = 7 if name.startswith("depformer_emb") else 8
+        if match and int(match[2]) >= limit:
+            continue
+        if name.startswith("depformer.layers") and "self_attn" in name:
+            array = array[: array.shape[0] // 2]
+        eight[name] = array
+    assert len(eight) < len(published)
+    found = logits(save(tmp_path / "eight", {"model": eight}))
+    expected = logits(save(tmp_path / "sixteen", {"model": published}))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_too_few_depformer_steps_are_refused(tmp_path, published):
+    few = {
+        n: a for n, a in published.items() if not re.match(r"linears\.(7|8|9|1\d)", n)
+    }
+    with pytest.raises(PplexError, match="7 steps, 8 are needed"):
+        logits(save(tmp_path / "few", {"model": few}))
+
+
+BREAKS = {
+    "missing": lambda a, n: a.pop(n),
+    "wrong shape": lambda a, n: a.update({n: mx.zeros((3, 5))}),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_emb.weight",
+        "emb.15.weight",
+        "transformer.layers.1.gating.linear_in.weight",
+        "transformer.layers.0.norm2.alpha",
+        "out_norm.alpha",
+        "depformer.layers.1.self_attn.in_proj_weight",
+        "depformer.layers.0.gating.15.linear_out.weight",
+        "linears.3.weight",
+    ],
+)
+def test_a_tensor_that_does_not_fit_stops_the_load_by_its_name(
+    tmp_path, published, how, name
+):
+    broken = dict(published)
+    BREAKS[how](broken, name)
+    if name.startswith("linears") and how == "missing":
+        pytest.skip("counts as fewer steps")
+    with pytest.raises(PplexError, match=re.escape(f"`{name}`")) as caught:
+        logits(save(tmp_path / "m", {"model": broken}))
+    assert "model.safetensors" in str(caught.value)
+
+
+def test_an_extra_tensor_stops_the_load_by_its_name(tmp_path, published):
+    more = published | {"transformer.layers.2.norm1.alpha": mx.ones((1, 1, 64))}
+    with pytest.raises(PplexError, match=r"`transformer\.layers\.2\.norm1\.alpha`"):
+        logits(save(tmp_path / "m", {"model": more}))
+
+
+@pytest.mark.parametrize("part", ["scales", "biases"])
+def test_a_quantized_matrix_without_a_part_stops_the_load(tmp_path, part):
+    files = lm_arrays(SMALL.lm, "mlx-split", bits=4, group_size=32)
+    files["depformer"].pop(f"layers.0.self_attn.in_proj_{part}")
+    with pytest.raises(
+        PplexError, match=r"layers\.0\.self_attn\.in_proj_(weight|biases)"
+    ):
+        logits(save(tmp_path / "q", files))
+
+
+def test_partly_quantized_folders_load(tmp_path):
+    """Earlier published conversions left the depformer in 16 bits."""
+    mx.random.seed(9)
+    files = lm_arrays(SMALL.lm, "mlx-split", bits=8, group_size=32)
+    mx.random.seed(9)
+    dense = lm_arrays(SMALL.lm, "mlx-split")
+    found = load_lm(
+        save(tmp_path / "p", files | {"depformer": dense["depformer"]}),
+        SMALL.lm,
+        mx.float32,
+    )
+    assert found.bits == (8, 16)
+
+
+def test_codec_tensors_that_do_not_fit_are_named(tmp_path):
+    folder = tmp_path / "m"
+    write_checkpoint(folder, SMALL)
+    path = next(folder.glob("tokenizer-*.safetensors"))
+    whole = mx.load(str(path))
+    cases = {
+        "encoder.model.0.conv.conv.weight": None,
+        "decoder.model.5.convtr.convtr.weight": mx.zeros((8, 4, 3)),
+        "encoder_transformer.transformer.layers.1.linear1.weight": mx.zeros((2, 2)),
+        "quantizer.rvq_rest.vq.layers.3._codebook.embedding_sum": mx.zeros((64, 9)),
+        "downsample.conv.conv.conv.weight": mx.zeros((32, 32)),
+        "surplus.weight": mx.zeros((1,)),
+    }
+    for name, array in cases.items():
+        broken = dict(whole)
+        if array is None:
+            del broken[name]
+        else:
+            broken[name] = array
+        mx.save_safetensors(str(path), broken)
+        with pytest.raises(PplexError, match=re.escape(f"`{name}`")) as caught:
+            load(resolve(str(folder), offline=True))
+        assert path.name in str(caught.value)
+
+
+def test_older_codebook_names_are_read(tmp_path):
+    folder = tmp_path / "m"
+    write_checkpoint(folder, SMALL)
+    model = load(resolve(str(folder), offline=True))
+    path = next(folder.glob("tokenizer-*.safetensors"))
+    renamed = {
+        name.replace("_initialized", "inited")
+        .replace("cluster_usage", "cluster_size")
+        .replace("embedding_sum", "embed_avg"): array
+        for name, array in mx.load(str(path)).items()
+    }
+    mx.save_safetensors(str(path), renamed)
+    again = load(resolve(str(folder), offline=True))
+    np.testing.assert_array_equal(
+        np.array(model.mimi.quantizer.acoustic.codebooks),
+        np.array(again.mimi.quantizer.acoustic.codebooks),
+    )
+
+
+def test_a_truncated_weights_file_is_refused(tmp_path):
+    folder = tmp_path / "m"
+    write_checkpoint(folder, SMALL)
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    for size in (0, 7, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(PplexError, match="model.safetensors"):
+            load(resolve(str(folder), offline=True))
+
+
+def test_config_keys_are_checked_by_name(tmp_path):
+    folder = tmp_path / "m"
+    write_checkpoint(folder, SMALL)
+    good = config_json(SMALL)
+    path = folder / "config.json"
+    bad = {
+        "lm.surprise": good | {"lm": good["lm"] | {"surprise": 1}},
+        "lm.dim": good | {"lm": good["lm"] | {"dim": "wide"}},
+        "lm.gating": good | {"lm": good["lm"] | {"gating": "relu"}},
+        "mimi.seanet.norm": good
+        | {"mimi": good["mimi"] | {"seanet": good["mimi"]["seanet"] | {"norm": "x"}}},
+        "silence_codes": good | {"silence_codes": [1, 2]},
+    }
+    for name, content in bad.items():
+        path.write_text(json.dumps(content))
+        with pytest.raises(PplexError, match=re.escape(name)) as caught:
+            load(resolve(str(folder), offline=True))
+        assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_conversation_runs_from_every_layout(tmp_path, layout):
+    write_checkpoint(tmp_path / "m", SMALL, layout, bits=8, group_size=32)
+    model = load(resolve(str(tmp_path / "m"), offline=True))
+    assert model.layout == layout
+    role = make_role(model, None, "hello")
+    tokens, user, pcm = converse(
+        model, role.prompt, prefill(model.lm, role.prompt), speech(3)
+    )
+    assert tokens.shape == (9, 3)
+    assert user.shape == (8, 3)
+    assert np.isfinite(pcm).all() and pcm.shape == (3 * 1920,)
