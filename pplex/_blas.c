@@ -1,40 +1,68 @@
-/* cblas_sgemm for MLX on Linux CPUs, passed on to another BLAS.
+/* cblas_sgemm for MLX on Linux CPUs.
 
    MLX's Linux wheels carry the reference BLAS: one thread, no vector instructions.
-   NumPy's wheels carry OpenBLAS with 64-bit integers under other names. pplex.backend
-   loads this library before MLX, with its symbols global, so that MLX finds this
-   cblas_sgemm first, and tells it where OpenBLAS's functions are.
-
-   A product with one row goes to sgemv: sgemm would copy the whole matrix first. */
+   pplex.backend loads this library before MLX, with its symbols global, so that MLX
+   finds this cblas_sgemm first. Products of many rows go to the OpenBLAS in NumPy's
+   wheels, which has 64-bit integers and other names; products of a few rows, which is
+   what a frame of a conversation needs, are done here: OpenBLAS would copy the matrix
+   first, and a row's result would depend on the number of rows (see _rows.h). */
 
 #include <stdint.h>
+#include <string.h>
 
 typedef void (*sgemm64)(int, int, int, int64_t, int64_t, int64_t, float,
                         const float *, int64_t, const float *, int64_t, float,
                         float *, int64_t);
-typedef void (*sgemv64)(int, int, int64_t, int64_t, float, const float *, int64_t,
-                        const float *, int64_t, float, float *, int64_t);
 
-enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
+enum { ROW_MAJOR = 101, NO_TRANS = 111, MAX_ROWS = 16 };
+
+typedef float lanes __attribute__((vector_size(64)));
+typedef float loose __attribute__((vector_size(64), aligned(4)));
+
+typedef void (*few_rows)(long, long, long, const float *, long, const float *, long,
+                         float *, long);
+
+#define NAME(x) x##_base
+#define TARGET
+#include "_rows.h"
+#undef NAME
+#undef TARGET
+
+#ifdef __x86_64__
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#include "_rows.h"
+#undef NAME
+#undef TARGET
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f,avx2,fma")))
+#include "_rows.h"
+#endif
 
 static sgemm64 gemm;
-static sgemv64 gemv;
+static few_rows product = product_base, product_transposed = product_transposed_base;
 
-void pplex_set_blas(sgemm64 their_gemm, sgemv64 their_gemv) {
-  gemm = their_gemm;
-  gemv = their_gemv;
+void pplex_set_blas(sgemm64 theirs) {
+  gemm = theirs;
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f")) {
+    product = product_avx512;
+    product_transposed = product_transposed_avx512;
+  } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    product = product_avx2;
+    product_transposed = product_transposed_avx2;
+  }
+#endif
 }
 
 void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k,
                  float alpha, const float *a, int lda, const float *b, int ldb,
                  float beta, float *c, int ldc) {
-  if (order == ROW_MAJOR && m == 1) {
-    int64_t step = trans_a == NO_TRANS ? 1 : lda;
-    if (trans_b == NO_TRANS)
-      gemv(order, TRANS, k, n, alpha, b, ldb, a, step, beta, c, 1);
-    else
-      gemv(order, NO_TRANS, n, k, alpha, b, ldb, a, step, beta, c, 1);
-  } else {
+  if (order != ROW_MAJOR || trans_a != NO_TRANS || m > MAX_ROWS || alpha != 1.0f ||
+      beta != 0.0f)
     gemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-  }
+  else if (trans_b == NO_TRANS)
+    product(m, n, k, a, lda, b, ldb, c, ldc);
+  else
+    product_transposed(m, n, k, a, lda, b, ldb, c, ldc);
 }

@@ -31,9 +31,9 @@ def use_fast_blas() -> str:
         return BUNDLED
     try:
         numpy_blas = ctypes.CDLL(str(openblas))
-        theirs = (numpy_blas.scipy_cblas_sgemm64_, numpy_blas.scipy_cblas_sgemv64_)
         ours = ctypes.CDLL(str(shim), mode=ctypes.RTLD_GLOBAL)
-        ours.pplex_set_blas(*(ctypes.cast(f, ctypes.c_void_p) for f in theirs))
+        sgemm = numpy_blas.scipy_cblas_sgemm64_
+        ours.pplex_set_blas(ctypes.cast(sgemm, ctypes.c_void_p))
         if "OPENBLAS_NUM_THREADS" not in os.environ:
             # Its threads spin while they wait: on a busy machine that costs far more
             # than a second core gains on products of this size.

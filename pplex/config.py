@@ -202,7 +202,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         lm = _parse_split_lm(raw)
     else:
         lm = LmConfig()
-    # The split folders describe their codec only in part: sizes are there if `seanet` is.
+    # The split folders describe their codec in part: the sizes are there if seanet is.
     mimi = MimiConfig()
     if "mimi" in sizes and "seanet" in _object(sizes, "mimi"):
         mimi = _parse_mimi(_object(sizes, "mimi"))

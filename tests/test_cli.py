@@ -65,7 +65,7 @@ def test_every_commands_help_ends_with_an_example_that_parses(path):
     example = page.splitlines()[-1].strip()
     assert example.startswith(f"Example: pplex {' '.join(path)}")
     words = example.removeprefix("Example: pplex ").split()
-    command, context = cli, click.Context(cli)
+    command, context = cli, click.Context(cli, **cli.context_settings)
     for name in path:
         command = command.commands[name]
         context = click.Context(command, parent=context)

@@ -318,7 +318,7 @@ def test_the_stats_say_what_was_run(done, call, tiny):
         "tail_s": 0.5,
         "frames": 19,
         "dtype": "float32",
-        "bits": [],
+        "bits": [16],  # as the file has them
         "model": str(tiny),
         "repo": None,
         "revision": None,

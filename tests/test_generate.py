@@ -75,8 +75,8 @@ def speech(frames: int, seed: int = 0) -> np.ndarray:
     return 0.1 * rng.standard_normal((frames, FRAME)).astype(np.float32)
 
 
-def converse(model, prompt, state, frames, sampling=GREEDY, seed=0, chunk=16):
-    conversation = Conversation(model, prompt, state, sampling, seed)
+def converse(model, prefilled, frames, sampling=GREEDY, seed=0, chunk=16):
+    conversation = Conversation(model, prefilled, sampling, seed)
     chunks = (frames[i : i + chunk] for i in range(0, len(frames), chunk))
     replies = list(conversation.run(chunks, decode_frames=chunk))
     return (
@@ -167,7 +167,7 @@ def test_shortcuts_equal_the_whole_computation(model, full_lm):
     text_ids = [7, 90, 33, 100]
     prompt = make_prompt(SMALL, text_ids, voice_codes=voice)
     state = prefill(model.lm, prompt)
-    found, user, _ = converse(model, prompt, state, speech(70))
+    found, user, _ = converse(model, state, speech(70))
     expected = literal_run(full_lm, SMALL, voice, text_ids, user)
     np.testing.assert_array_equal(found, expected)
 
@@ -179,7 +179,7 @@ def test_a_recording_past_both_windows_equals_the_whole_computation(model, full_
     voice = rng.integers(0, 64, (8, 20)).astype(np.int32)
     prompt = make_prompt(SMALL, [], voice_codes=voice)
     frames = speech(5 * SMALL.lm.context, seed=2)
-    found, user, _ = converse(model, prompt, prefill(model.lm, prompt), frames)
+    found, user, _ = converse(model, prefill(model.lm, prompt), frames)
     assert user.shape[1] > 4 * SMALL.lm.window
     expected = literal_run(full_lm, SMALL, voice, [], user)
     np.testing.assert_array_equal(found, expected)
@@ -187,9 +187,7 @@ def test_a_recording_past_both_windows_equals_the_whole_computation(model, full_
 
 def test_state_does_not_grow_past_the_windows(model):
     role = make_role(model, None, "hello")
-    conversation = Conversation(
-        model, role.prompt, prefill(model.lm, role.prompt), GREEDY, 0
-    )
+    conversation = Conversation(model, prefill(model.lm, role.prompt), GREEDY, 0)
     sizes = set()
     chunks = (speech(1) for _ in range(200))
     for count, _ in enumerate(conversation.run(chunks, decode_frames=1, ahead=False)):
@@ -204,7 +202,7 @@ def test_chunk_sizes_do_not_change_the_answer(model):
     state = prefill(model.lm, role.prompt)
     frames = speech(60)
     results = [
-        converse(model, role.prompt, state, frames, SamplingConfig(), 3, chunk)
+        converse(model, state, frames, SamplingConfig(), 3, chunk)
         for chunk in (1, 7, 60)
     ]
     for tokens, user, pcm in results[1:]:
@@ -218,11 +216,11 @@ def test_interleaved_conversations_equal_the_same_two_apart(model):
     state = prefill(model.lm, role.prompt)
     frames = [speech(30, seed) for seed in (1, 2)]
     apart = [
-        converse(model, role.prompt, state, f, SamplingConfig(), seed, 1)[0]
+        converse(model, state, f, SamplingConfig(), seed, 1)[0]
         for seed, f in enumerate(frames)
     ]
     running = [
-        Conversation(model, role.prompt, state, SamplingConfig(), seed).run(
+        Conversation(model, state, SamplingConfig(), seed).run(
             (frame[None] for frame in f), decode_frames=1, ahead=False
         )
         for seed, f in enumerate(frames)
@@ -241,8 +239,7 @@ def test_the_seed_alone_decides_what_is_drawn(model):
     state = prefill(model.lm, role.prompt)
     frames = speech(20)
     first, again, other = (
-        converse(model, role.prompt, state, frames, SamplingConfig(), seed)[0]
-        for seed in (1, 1, 2)
+        converse(model, state, frames, SamplingConfig(), seed)[0] for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
@@ -258,8 +255,8 @@ def test_without_looking_ahead_a_frame_is_answered_before_the_next_is_asked_for(
             yield mx.zeros((1, 8), mx.int32)
 
     sampler = Sampler(GREEDY, SMALL.lm.text_card, SMALL.lm.card)
-    state = prefill(model.lm, role.prompt)
-    steps = generate(model.lm, state, columns(), sampler, [0], ahead=False)
+    state = prefill(model.lm, role.prompt).start(SMALL.lm, seed=0)
+    steps = generate(model.lm, state, columns(), sampler, ahead=False)
     for count, _ in enumerate(steps, 1):
         assert len(asked) == count
 

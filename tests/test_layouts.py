@@ -323,9 +323,7 @@ def test_a_conversation_runs_from_every_layout(tmp_path, layout):
     model = load(resolve(str(tmp_path / "m"), offline=True))
     assert model.layout == layout
     role = make_role(model, None, "hello")
-    tokens, user, pcm = converse(
-        model, role.prompt, prefill(model.lm, role.prompt), speech(3)
-    )
+    tokens, user, pcm = converse(model, prefill(model.lm, role.prompt), speech(3))
     assert tokens.shape == (9, 3)
     assert user.shape == (8, 3)
     assert np.isfinite(pcm).all() and pcm.shape == (3 * 1920,)

@@ -30,7 +30,7 @@ def parse(line: str) -> None:
     """Parse a command line as the shell and click would; run nothing."""
     words = shlex.split(line, comments=True)[1:]
     command: click.Command = cli
-    context = click.Context(cli, info_name="pplex")
+    context = click.Context(cli, info_name="pplex", **cli.context_settings)
     while isinstance(command, click.Group) and not words[0].startswith("-"):
         name = words.pop(0)
         assert name in command.commands, line

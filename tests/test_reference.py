@@ -135,7 +135,7 @@ def test_greedy_runs_are_the_references_token_for_token(
     voice = str(DATA / "respond" / voice) if voice.endswith("wav") else voice[:-3]
     role = make_role(tiny_model, voice, str(run["text_prompt"]))
     state = prefill(tiny_model.lm, role.prompt)
-    conversation = Conversation(tiny_model, role.prompt, state, GREEDY, seed=0)
+    conversation = Conversation(tiny_model, state, GREEDY, seed=0)
     source = DATA / "respond" / str(run["user_wav"])
     recording = read_pcm(source, sample_rate=24000)
     frames = np.pad(recording.pcm, (0, -len(recording.pcm) % FRAME)).reshape(-1, FRAME)
@@ -169,7 +169,7 @@ def test_saved_voice_equals_the_recording_it_was_made_from(tiny_model):
     for voice in ("NATF0", str(DATA / "respond" / "voice_NATF0.wav")):
         role = make_role(tiny_model, voice, "You enjoy having a good conversation.")
         state = prefill(tiny_model.lm, role.prompt)
-        conversation = Conversation(tiny_model, role.prompt, state, GREEDY, seed=0)
+        conversation = Conversation(tiny_model, state, GREEDY, seed=0)
         chunks = [np.repeat(frames, 20, axis=0)]
         replies.append(next(conversation.run(chunks, decode_frames=20)))
     np.testing.assert_array_equal(replies[0].agent, replies[1].agent)

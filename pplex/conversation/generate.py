@@ -33,23 +33,20 @@ def generate(
     state: LmState,
     user_columns: Iterable[mx.array],
     sampler: Sampler,
-    seeds: list[int],
     *,
     ahead: bool = True,
 ) -> Iterator[Step]:
     """Yield a step for each of ``user_columns`` (rows, codebooks), in order.
 
-    ``state`` is advanced in place; ``seeds`` has a number a row. With ``ahead``, the
-    next frame is already under way when a step is yielded; without, a frame is yielded
-    before the next column is asked for.
+    ``state`` is advanced in place; whoever makes ``user_columns`` may exchange rows of
+    it before giving the next column. With ``ahead``, the next frame is already under
+    way when a step is yielded; without, a frame is yielded before the next column is
+    asked for.
     """
     waiting: mx.array | None = None
     for user_column in user_columns:
         start = time.perf_counter()
-        noise = sampler.noise(
-            seeds, [state.frame] * len(seeds), lm.config.num_codebooks
-        )
-        column = step(lm, state, user_column, sampler, noise)
+        column = step(lm, state, user_column, sampler)
         mx.async_eval(column, state.column)
         ready, waiting = (waiting, column) if ahead else (column, None)
         if ready is not None:
@@ -66,9 +63,9 @@ def step(
     state: LmState,
     user_column: mx.array,
     sampler: Sampler,
-    noise: mx.array | None,
 ) -> mx.array:
     """Advance ``state`` by one frame; the agent's column (rows, agent streams)."""
+    noise = sampler.noise(state.seeds, state.frames, lm.config.num_codebooks)
     x = lm.temporal(lm.embed(state.column[..., None]), state.cache)
     hidden, logits = lm.head(x[:, 0])
     text = sampler.text(logits, noise)
@@ -84,5 +81,5 @@ def step(
     column = mx.concatenate([text[:, None], codes], axis=1).astype(mx.int32)
     state.column = mx.concatenate([column, user_column], axis=1)
     state.pending = None
-    state.frame += 1
+    state.frames = [frame + 1 for frame in state.frames]
     return column

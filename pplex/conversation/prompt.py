@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pplex.config import TEXT_PAD, ModelConfig
+from pplex.config import TEXT_PAD, LmConfig, ModelConfig
 from pplex.errors import PplexError
-from pplex.layers.cache import KvCache
+from pplex.layers.cache import Cache, KvCache
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.lm import Lm
 from pplex.model.streams import TEXT_ROW, agent_rows, user_rows
@@ -104,23 +104,40 @@ def _role_frame(config: ModelConfig, text: int) -> np.ndarray:
 
 @dataclass
 class LmState:
-    """Where a conversation stands, for a batch of rows.
+    """Where conversations stand, a row each.
 
     ``column`` (rows, streams) is the next input, ``pending`` (rows, agent streams) what
-    is given of the column after it, or None; ``frame`` counts conversation frames.
+    is given of the column after it, or None. ``seeds`` and ``frames`` hold a row's seed
+    and how many frames it has had.
     """
 
-    cache: KvCache
+    cache: Cache
     column: mx.array
     pending: mx.array | None
-    frame: int = 0
-
-    def copy(self) -> LmState:
-        """The same state, free to go its own way."""
-        return LmState(self.cache.copy(), self.column, self.pending, self.frame)
+    seeds: list[int]
+    frames: list[int]
 
 
-def prefill(lm: Lm, prompt: Prompt) -> LmState:
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt and what the temporal transformer keeps of it; start rows from it."""
+
+    prompt: Prompt
+    cache: KvCache
+
+    def start(self, config: LmConfig, seed: int) -> LmState:
+        """The state of a new conversation of one row."""
+        agent = config.num_agent_streams
+        return LmState(
+            cache=self.cache.copy(),
+            column=mx.array(self.prompt.columns[None, :, -1]),
+            pending=mx.array(self.prompt.pending[None, :agent]),
+            seeds=[seed],
+            frames=[0],
+        )
+
+
+def prefill(lm: Lm, prompt: Prompt) -> Prefilled:
     """Run a prompt through the temporal transformer in one pass, and evaluate it."""
     saved = 0 if prompt.embeddings is None else len(prompt.embeddings)
     inputs = lm.embed(mx.array(prompt.columns[None, :, saved:-1]))
@@ -129,10 +146,5 @@ def prefill(lm: Lm, prompt: Prompt) -> LmState:
         inputs = mx.concatenate([embeddings, inputs], axis=1)
     cache = lm.make_cache()
     lm.temporal(inputs, cache)
-    state = LmState(
-        cache=cache,
-        column=mx.array(prompt.columns[None, :, -1]),
-        pending=mx.array(prompt.pending[None, : lm.config.num_agent_streams]),
-    )
-    mx.eval(state.column, state.pending, cache.arrays())
-    return state
+    mx.eval(cache.arrays())
+    return Prefilled(prompt, cache)

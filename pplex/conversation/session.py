@@ -22,7 +22,7 @@ from pplex.checkpoint.weights import load_lm, load_mimi
 from pplex.codec.mimi import CodecState, Mimi
 from pplex.config import ModelConfig, load_config
 from pplex.conversation.generate import generate
-from pplex.conversation.prompt import LmState, Prompt, make_prompt
+from pplex.conversation.prompt import Prefilled, Prompt, make_prompt
 from pplex.errors import PplexError
 from pplex.model.lm import Lm
 from pplex.model.sampling import Sampler, SamplingConfig
@@ -181,18 +181,16 @@ class Conversation:
     def __init__(
         self,
         model: Model,
-        prompt: Prompt,
-        state: LmState,
+        prefilled: Prefilled,
         sampling: SamplingConfig,
         seed: int,
     ) -> None:
-        """Start after ``prompt``, whose prefilled ``state`` is copied."""
-        self._model = model
-        self._prompt = prompt
-        self._state = state.copy()
+        """Start after a prompt."""
         lm = model.config.lm
+        self._model = model
+        self._prompt = prefilled.prompt
+        self._state = prefilled.start(lm, seed)
         self._sampler = Sampler(sampling, lm.text_card, lm.card)
-        self._seed = seed
         self._user_codes: list[np.ndarray] = []
         self.timings = Timings()
 
@@ -214,7 +212,6 @@ class Conversation:
             self._state,
             self._user_columns(chunks),
             self._sampler,
-            [self._seed],
             ahead=ahead,
         )
         for step in steps:
@@ -255,9 +252,9 @@ class Conversation:
         return codes[:, :count]
 
 
-def warm_up(model: Model, prompt: Prompt, state: LmState) -> None:
+def warm_up(model: Model, prefilled: Prefilled) -> None:
     """Run a frame that leaves no trace, so that the first real one is not slower."""
     silence = np.zeros((1, model.config.frame_size), np.float32)
-    conversation = Conversation(model, prompt, state, SamplingConfig(), seed=0)
+    conversation = Conversation(model, prefilled, SamplingConfig(), seed=0)
     for _ in conversation.run([silence], decode_frames=1):
         pass

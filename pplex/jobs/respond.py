@@ -259,12 +259,12 @@ def respond(run: Run, report: Report) -> Stats:
         recording = read_user(run.source, run.settings, model.config.sample_rate)
     clock.lap("load")
     role = make_role(model, run.settings.voice, run.settings.text)
-    state = prefill(model.lm, role.prompt)
+    prefilled = prefill(model.lm, role.prompt)
     clock.lap("prefill")
-    warm_up(model, role.prompt, state)
+    warm_up(model, prefilled)
     clock.lap("warm_up")
     conversation = Conversation(
-        model, role.prompt, state, run.settings.sampling, run.settings.seed
+        model, prefilled, run.settings.sampling, run.settings.seed
     )
     result = answer(model, recording.pcm, conversation, report)
     clock.lap("answer")

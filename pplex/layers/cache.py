@@ -9,11 +9,30 @@ codec brings two latents a frame), the earlier ones of a block therefore see few
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 GROWTH = 256
+
+Mask = mx.array | str | None
+
+
+class Cache(Protocol):
+    """What a transformer needs of a cache."""
+
+    def mask(self, t: int) -> Mask:
+        """What ``t`` new positions may see; made once for all layers."""
+
+    def attend(
+        self, layer: int, qkv: mx.array, max_period: float, mask: Mask
+    ) -> mx.array:
+        """Attention of new positions (batch, 3 heads, t, head_dim), which are added."""
+
+    def advance(self, t: int) -> None:
+        """Count ``t`` positions as written, once every layer has attended."""
 
 
 class KvCache:
@@ -43,11 +62,10 @@ class KvCache:
         """The arrays held, for evaluation."""
         return [a for a in self._keys + self._values if a is not None]
 
-    def mask(self, t: int) -> mx.array | str | None:
+    def mask(self, t: int) -> Mask:
         """What ``t`` new positions may see of the keys ``update`` will return.
 
-        Boolean ``(t, keys)``, or what stands for it in MLX's attention. Made once for
-        all layers.
+        Boolean ``(t, keys)``, or what stands for it in MLX's attention.
         """
         if t > self.block:
             if self.end == 0 and self.block == 1 and t <= self.window:
@@ -69,6 +87,15 @@ class KvCache:
         block_end = (queries // self.block + 1) * self.block
         return (keys <= queries) & (keys >= block_end - self.window)
 
+    def attend(
+        self, layer: int, qkv: mx.array, max_period: float, mask: Mask
+    ) -> mx.array:
+        """Attention of new positions (batch, 3 heads, t, head_dim), which are added."""
+        heads = qkv.shape[1] // 3
+        rotated = rotate(qkv[:, : 2 * heads], max_period, self.end)
+        keys, values = self.update(layer, rotated[:, heads:], qkv[:, 2 * heads :])
+        return scaled_attention(rotated[:, :heads], keys, values, mask)
+
     def update(
         self, layer: int, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
@@ -83,8 +110,17 @@ class KvCache:
         )
 
     def advance(self, t: int) -> None:
-        """Count ``t`` positions as written."""
+        """Count ``t`` positions as written, once every layer has attended."""
         self.end += t
+
+    def ordered(self, length: int) -> list[tuple[mx.array, mx.array]]:
+        """The last ``length`` keys and values of each layer, in order of position."""
+        pairs = zip(self._keys, self._values, strict=True)
+        return [
+            (self._in_order(k)[:, :, -length:], self._in_order(v)[:, :, -length:])
+            for k, v in pairs
+            if k is not None and v is not None
+        ]
 
     def _update(
         self, store: list[mx.array | None], layer: int, new: mx.array, t: int
@@ -131,3 +167,109 @@ class KvCache:
         b, h, _, d = new.shape
         room = mx.zeros((b, h, size - have, d), new.dtype)
         return room if buffer is None else mx.concatenate([buffer, room], axis=2)
+
+
+class RowCaches:
+    """A cache a row, for rows at different positions that share all other work.
+
+    What a row computes does not depend on the rows beside it, bit for bit.
+    """
+
+    def __init__(self, rows: Sequence[KvCache]) -> None:
+        self.rows = list(rows)
+
+    def mask(self, t: int) -> None:
+        """Rows take one position at a time, which sees all that is kept."""
+        assert t == 1
+
+    def attend(
+        self, layer: int, qkv: mx.array, max_period: float, mask: Mask
+    ) -> mx.array:
+        """Attention of new positions (rows, 3 heads, 1, head_dim), which are added."""
+        return mx.concatenate(
+            [
+                row.attend(layer, qkv[idx : idx + 1], max_period, mask)
+                for idx, row in enumerate(self.rows)
+            ]
+        )
+
+    def advance(self, t: int) -> None:
+        """Count ``t`` positions as written in every row."""
+        for row in self.rows:
+            row.advance(t)
+
+
+class SlotCache:
+    """One ring for all rows, in which the rows' latest positions share a slot.
+
+    Every step writes one slot for the whole batch; a row's older positions lie in the
+    slots before it, as many as it has. ``capacity`` slots must hold the longest row,
+    or be the window.
+    """
+
+    def __init__(self, like: KvCache, num_rows: int, capacity: int) -> None:
+        """Empty rows, with the layers, heads and type of ``like``."""
+        self.capacity = capacity
+        self._step = 0  # where the next position goes: slot ``step % capacity``
+        self._lengths = np.zeros(num_rows, np.int32)
+        _, heads, _, head_dim = like.arrays()[0].shape
+        shape, dtype = (num_rows, heads, capacity, head_dim), like.arrays()[0].dtype
+        layers = range(len(like.arrays()) // 2)
+        self._keys = [mx.zeros(shape, dtype) for _ in layers]
+        self._values = [mx.zeros(shape, dtype) for _ in layers]
+
+    def put(self, row: int, source: KvCache) -> None:
+        """Replace ``row`` by the positions of ``source`` (a cache of one row)."""
+        length = min(source.end, self.capacity)
+        self._lengths[row] = source.end
+        start = (self._step - length) % self.capacity
+        first = min(length, self.capacity - start)
+        for layer, pair in enumerate(source.ordered(length)):
+            for store, new in zip((self._keys, self._values), pair, strict=True):
+                into = store[layer]
+                into[row : row + 1, :, start : start + first] = new[:, :, :first]
+                into[row : row + 1, :, : length - first] = new[:, :, first:]
+
+    def mask(self, t: int) -> mx.array:
+        """Boolean (rows, 1, 1, slots): the slots that hold a position of the row."""
+        assert t == 1
+        ages = (self._step - np.arange(self.capacity)) % self.capacity
+        self._offsets = mx.array(self._lengths)
+        visible = mx.array(ages.astype(np.int32))[None] <= self._offsets[:, None]
+        return visible[:, None, None]
+
+    def attend(
+        self, layer: int, qkv: mx.array, max_period: float, mask: Mask
+    ) -> mx.array:
+        """Attention of new positions (rows, 3 heads, 1, head_dim), which are added."""
+        heads = qkv.shape[1] // 3
+        slot = self._step % self.capacity
+        rotated = rotate(qkv[:, : 2 * heads], max_period, self._offsets)
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, :, slot : slot + 1] = rotated[:, heads:]
+        values[:, :, slot : slot + 1] = qkv[:, 2 * heads :]
+        return scaled_attention(rotated[:, :heads], keys, values, mask)
+
+    def advance(self, t: int) -> None:
+        """Count ``t`` positions as written in every row."""
+        self._step += t
+        self._lengths += t
+
+
+def rotate(x: mx.array, max_period: float, offset: int | mx.array) -> mx.array:
+    """Rotary embedding, interleaved pairs, of ``x`` (batch, heads, t, head_dim).
+
+    ``offset`` is the position of the first of ``t``, one for all rows or one a row.
+    """
+    return mx.fast.rope(
+        x, x.shape[-1], traditional=True, base=max_period, scale=1.0, offset=offset
+    )
+
+
+def scaled_attention(
+    q: mx.array, keys: mx.array, values: mx.array, mask: Mask
+) -> mx.array:
+    """Attention scaled by the root of the head's width."""
+    return mx.fast.scaled_dot_product_attention(
+        q, keys, values, scale=q.shape[-1] ** -0.5, mask=mask
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from pplex.layers.cache import KvCache
+from pplex.layers.cache import Cache, Mask
 
 RMS_NORM_EPS = 1e-8
 LAYER_NORM_EPS = 1e-5
@@ -39,26 +39,11 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(dim, 3 * dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def __call__(
-        self, x: mx.array, cache: KvCache, layer: int, mask: mx.array | str | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache, layer: int, mask: Mask) -> mx.array:
         """Attend from ``x`` (batch, t, dim) to the cache and to ``x`` itself."""
         b, t, dim = x.shape
         qkv = self.in_proj(x).reshape(b, t, 3 * self._num_heads, self._head_dim)
-        qkv = qkv.transpose(0, 2, 1, 3)
-        rotated = mx.fast.rope(
-            qkv[:, : 2 * self._num_heads],
-            self._head_dim,
-            traditional=True,
-            base=self._max_period,
-            scale=1.0,
-            offset=cache.end,
-        )
-        q, k = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
-        keys, values = cache.update(layer, k, qkv[:, 2 * self._num_heads :])
-        y = mx.fast.scaled_dot_product_attention(
-            q, keys, values, scale=self._head_dim**-0.5, mask=mask
-        )
+        y = cache.attend(layer, qkv.transpose(0, 2, 1, 3), self._max_period, mask)
         return self.out_proj(y.transpose(0, 2, 1, 3).reshape(b, t, dim))
 
 
@@ -88,9 +73,7 @@ class TemporalLayer(nn.Module):
         self.norm2 = RmsNorm(dim)
         self.gating = Gating(dim, hidden_dim)
 
-    def __call__(
-        self, x: mx.array, cache: KvCache, layer: int, mask: mx.array | str | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache, layer: int, mask: Mask) -> mx.array:
         """Map ``x`` (batch, t, dim) to the same shape."""
         x = x + self.self_attn(self.norm1(x), cache, layer, mask)
         return x + self.gating(self.norm2(x))
@@ -111,9 +94,7 @@ class CodecLayer(nn.Module):
         self.linear2 = nn.Linear(feed_forward, dim, bias=False)
         self.layer_scale_2 = mx.ones((dim,))
 
-    def __call__(
-        self, x: mx.array, cache: KvCache, layer: int, mask: mx.array | str | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache, layer: int, mask: Mask) -> mx.array:
         """Map ``x`` (batch, t, dim) to the same shape."""
         y = self.self_attn(self.norm1(x), cache, layer, mask)
         x = x + self.layer_scale_1 * y
@@ -122,7 +103,7 @@ class CodecLayer(nn.Module):
 
 
 def run_layers(
-    layers: list[TemporalLayer] | list[CodecLayer], x: mx.array, cache: KvCache
+    layers: list[TemporalLayer] | list[CodecLayer], x: mx.array, cache: Cache
 ) -> mx.array:
     """Run ``x`` (batch, t, dim) through ``layers``, adding ``t`` positions."""
     t = x.shape[1]

@@ -48,11 +48,15 @@ class Sampler:
         width = self._text_noise + num_codebooks * self._audio_noise
         if width == 0:
             return None
-        rows = []
-        for seed, frame in zip(seeds, frames, strict=True):
-            key = mx.array([(seed ^ (seed >> 32)) & 0xFFFFFFFF, frame], mx.uint32)
-            rows.append(-mx.log(1.0 - mx.random.uniform(shape=(width,), key=key)))
-        return mx.stack(rows)
+        keys = [
+            [(seed ^ (seed >> 32)) & 0xFFFFFFFF, frame]
+            for seed, frame in zip(seeds, frames, strict=True)
+        ]
+
+        def row(key: mx.array) -> mx.array:
+            return mx.random.uniform(shape=(width,), key=key)
+
+        return -mx.log(1.0 - mx.vmap(row)(mx.array(keys, mx.uint32)))
 
     def text(self, logits: mx.array, noise: mx.array | None) -> mx.array:
         """Text ids (batch,) from logits (batch, text_card)."""

@@ -1,0 +1,97 @@
+/* Products of a few rows, for one instruction set. Included once for each by _blas.c.
+
+   NAME(x) gives a function its suffix, TARGET its attribute. Every output is summed in
+   an order that depends on k alone: a row's result is the same bits whatever rows
+   stand beside it. */
+
+/* Sum of 16 lanes, in a fixed order. */
+TARGET static inline float NAME(total)(lanes x) {
+  float sum[16];
+  memcpy(sum, &x, sizeof x);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) sum[i] += sum[i + width];
+  return sum[0];
+}
+
+/* c[r][j] = a[r] . b[j] for ROWS rows of a and COLUMNS rows of b. */
+#define DOTS(ROWS, COLUMNS)                                                          \
+  TARGET static void NAME(dots_##ROWS##x##COLUMNS)(                                  \
+      long k, const float *a, long lda, const float *b, long ldb, float *c,          \
+      long ldc) {                                                                    \
+    lanes even[ROWS][COLUMNS] = {{{0}}}, odd[ROWS][COLUMNS] = {{{0}}};               \
+    long i = 0;                                                                      \
+    for (; i + 32 <= k; i += 32)                                                     \
+      for (int j = 0; j < COLUMNS; j++) {                                            \
+        lanes b0 = *(const loose *)(b + j * ldb + i);                                \
+        lanes b1 = *(const loose *)(b + j * ldb + i + 16);                           \
+        for (int r = 0; r < ROWS; r++) {                                             \
+          even[r][j] += *(const loose *)(a + r * lda + i) * b0;                      \
+          odd[r][j] += *(const loose *)(a + r * lda + i + 16) * b1;                  \
+        }                                                                            \
+      }                                                                              \
+    for (int r = 0; r < ROWS; r++)                                                   \
+      for (int j = 0; j < COLUMNS; j++) {                                            \
+        float rest = 0;                                                              \
+        for (long l = i; l < k; l++) rest += a[r * lda + l] * b[j * ldb + l];        \
+        c[r * ldc + j] = NAME(total)(even[r][j] + odd[r][j]) + rest;                 \
+      }                                                                              \
+  }
+DOTS(1, 4)
+DOTS(1, 1)
+DOTS(2, 4)
+DOTS(2, 1)
+DOTS(4, 2)
+DOTS(4, 1)
+#undef DOTS
+
+/* c = a b^T: m rows of a, n rows of b, both of length k. */
+TARGET static void NAME(product_transposed)(long m, long n, long k, const float *a,
+                                            long lda, const float *b, long ldb,
+                                            float *c, long ldc) {
+  for (long r = 0; r < m;) {
+    long left = m - r, step = left >= 4 ? 4 : left >= 2 ? 2 : 1, j = 0;
+    const float *ar = a + r * lda;
+    float *cr = c + r * ldc;
+    if (step == 4) {
+      for (; j + 2 <= n; j += 2)
+        NAME(dots_4x2)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
+      if (j < n) NAME(dots_4x1)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
+    } else if (step == 2) {
+      for (; j + 4 <= n; j += 4)
+        NAME(dots_2x4)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
+      for (; j < n; j++) NAME(dots_2x1)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
+    } else {
+      for (; j + 4 <= n; j += 4)
+        NAME(dots_1x4)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
+      for (; j < n; j++) NAME(dots_1x1)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
+    }
+    r += step;
+  }
+}
+
+/* c = a b: m rows of a, k rows of b of length n. */
+TARGET static void NAME(product)(long m, long n, long k, const float *a, long lda,
+                                 const float *b, long ldb, float *c, long ldc) {
+  for (long r = 0; r < m; r++) {
+    const float *ar = a + r * lda;
+    float *cr = c + r * ldc;
+    long j = 0;
+    for (; j + 64 <= n; j += 64) {
+      lanes sum[4] = {{0}};
+      for (long i = 0; i < k; i++)
+        for (int v = 0; v < 4; v++)
+          sum[v] += ar[i] * *(const loose *)(b + i * ldb + j + 16 * v);
+      memcpy(cr + j, sum, sizeof sum);
+    }
+    for (; j + 16 <= n; j += 16) {
+      lanes sum = {0};
+      for (long i = 0; i < k; i++) sum += ar[i] * *(const loose *)(b + i * ldb + j);
+      memcpy(cr + j, &sum, sizeof sum);
+    }
+    for (; j < n; j++) {
+      float sum = 0;
+      for (long i = 0; i < k; i++) sum += ar[i] * b[i * ldb + j];
+      cr[j] = sum;
+    }
+  }
+}
