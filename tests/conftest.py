@@ -45,3 +45,23 @@ def run():
         return CliRunner().invoke(cli, [str(arg) for arg in args])
 
     return invoke
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory) -> Path:
+    """A checkpoint folder of the sizes of ``small.SMALL``."""
+    from random_checkpoint import write_checkpoint
+    from small import SMALL
+
+    folder = tmp_path_factory.mktemp("small")
+    write_checkpoint(folder, SMALL, voice_frames=12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(small_folder):
+    """The loaded model of ``small_folder``."""
+    from pplex.checkpoint.hub import resolve
+    from pplex.conversation.session import load
+
+    return load(resolve(str(small_folder), offline=True))

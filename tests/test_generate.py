@@ -5,85 +5,21 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from random_checkpoint import write_checkpoint
+from small import SMALL, converse, speech
 
-from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.weights import load_lm
-from pplex.config import (
-    CodecTransformerConfig,
-    LmConfig,
-    MimiConfig,
-    ModelConfig,
-    QuantizerConfig,
-    SeanetConfig,
-)
 from pplex.conversation.generate import generate
 from pplex.conversation.prompt import prefill
-from pplex.conversation.session import Conversation, load, make_role
+from pplex.conversation.session import Conversation, make_role
 from pplex.layers.cache import KvCache
 from pplex.model.sampling import GREEDY, Sampler, SamplingConfig
 from pplex.model.streams import shift, unshift
 
-FRAME = 1920
-SMALL = ModelConfig(
-    lm=LmConfig(
-        dim=64,
-        num_heads=2,
-        num_layers=2,
-        hidden_dim=128,
-        context=50,
-        text_card=120,
-        card=64,
-        dep_q=16,
-        depformer_dim=64,
-        depformer_num_heads=2,
-        depformer_num_layers=2,
-        depformer_hidden_dim=64,
-    ),
-    mimi=MimiConfig(
-        seanet=SeanetConfig(n_filters=2, dimension=32),
-        transformer=CodecTransformerConfig(
-            d_model=32, num_heads=2, num_layers=2, dim_feedforward=64, context=20
-        ),
-        quantizer=QuantizerConfig(dimension=8, n_q=8, bins=64),
-    ),
-    silence_codes=tuple(range(8)),
-    sine_codes=tuple(range(8, 16)),
-)
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small")
-    write_checkpoint(folder, SMALL, voice_frames=12)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return load(resolve(str(folder), offline=True))
-
-
-@pytest.fixture(scope="module")
-def full_lm(folder):
+def full_lm(small_folder):
     """The same language model with all sixteen depformer steps."""
-    return load_lm(folder, SMALL.lm, mx.float32, num_steps=16).lm
-
-
-def speech(frames: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return 0.1 * rng.standard_normal((frames, FRAME)).astype(np.float32)
-
-
-def converse(model, prefilled, frames, sampling=GREEDY, seed=0, chunk=16):
-    conversation = Conversation(model, prefilled, sampling, seed)
-    chunks = (frames[i : i + chunk] for i in range(0, len(frames), chunk))
-    replies = list(conversation.run(chunks, decode_frames=chunk))
-    return (
-        np.concatenate([np.concatenate([r.text[None], r.agent]) for r in replies], 1),
-        np.concatenate([r.user for r in replies], 1),
-        np.concatenate([r.pcm for r in replies]),
-    )
+    return load_lm(small_folder, SMALL.lm, mx.float32, num_steps=16).lm
 
 
 class Literal:
@@ -159,35 +95,37 @@ def literal_run(lm, config, voice_codes, text_ids, user) -> np.ndarray:
     return np.stack(outputs, axis=1)
 
 
-def test_shortcuts_equal_the_whole_computation(model, full_lm):
+def test_shortcuts_equal_the_whole_computation(small_model, full_lm):
     from pplex.conversation.prompt import make_prompt
 
     rng = np.random.default_rng(5)
     voice = rng.integers(0, 64, (8, 14)).astype(np.int32)
     text_ids = [7, 90, 33, 100]
     prompt = make_prompt(SMALL, text_ids, voice_codes=voice)
-    state = prefill(model.lm, prompt)
-    found, user, _ = converse(model, state, speech(70))
+    state = prefill(small_model.lm, prompt)
+    found, user, _ = converse(small_model, state, speech(70))
     expected = literal_run(full_lm, SMALL, voice, text_ids, user)
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_recording_past_both_windows_equals_the_whole_computation(model, full_lm):
+def test_past_both_windows_it_equals_the_whole_computation(small_model, full_lm):
     from pplex.conversation.prompt import make_prompt
 
     rng = np.random.default_rng(6)
     voice = rng.integers(0, 64, (8, 20)).astype(np.int32)
     prompt = make_prompt(SMALL, [], voice_codes=voice)
     frames = speech(5 * SMALL.lm.context, seed=2)
-    found, user, _ = converse(model, prefill(model.lm, prompt), frames)
+    found, user, _ = converse(small_model, prefill(small_model.lm, prompt), frames)
     assert user.shape[1] > 4 * SMALL.lm.window
     expected = literal_run(full_lm, SMALL, voice, [], user)
     np.testing.assert_array_equal(found, expected)
 
 
-def test_state_does_not_grow_past_the_windows(model):
-    role = make_role(model, None, "hello")
-    conversation = Conversation(model, prefill(model.lm, role.prompt), GREEDY, 0)
+def test_state_does_not_grow_past_the_windows(small_model):
+    role = make_role(small_model, None, "hello")
+    conversation = Conversation(
+        small_model, prefill(small_model.lm, role.prompt), GREEDY, 0
+    )
     sizes = set()
     chunks = (speech(1) for _ in range(200))
     for count, _ in enumerate(conversation.run(chunks, decode_frames=1, ahead=False)):
@@ -197,12 +135,12 @@ def test_state_does_not_grow_past_the_windows(model):
     assert len(sizes) == 1
 
 
-def test_chunk_sizes_do_not_change_the_answer(model):
-    role = make_role(model, None, "hello")
-    state = prefill(model.lm, role.prompt)
+def test_chunk_sizes_do_not_change_the_answer(small_model):
+    role = make_role(small_model, None, "hello")
+    state = prefill(small_model.lm, role.prompt)
     frames = speech(60)
     results = [
-        converse(model, state, frames, SamplingConfig(), 3, chunk)
+        converse(small_model, state, frames, SamplingConfig(), 3, chunk)
         for chunk in (1, 7, 60)
     ]
     for tokens, user, pcm in results[1:]:
@@ -211,16 +149,16 @@ def test_chunk_sizes_do_not_change_the_answer(model):
         np.testing.assert_allclose(pcm, results[0][2], atol=1e-5)
 
 
-def test_interleaved_conversations_equal_the_same_two_apart(model):
-    role = make_role(model, None, "hello")
-    state = prefill(model.lm, role.prompt)
+def test_interleaved_conversations_equal_the_same_two_apart(small_model):
+    role = make_role(small_model, None, "hello")
+    state = prefill(small_model.lm, role.prompt)
     frames = [speech(30, seed) for seed in (1, 2)]
     apart = [
-        converse(model, state, f, SamplingConfig(), seed, 1)[0]
+        converse(small_model, state, f, SamplingConfig(), seed, 1)[0]
         for seed, f in enumerate(frames)
     ]
     running = [
-        Conversation(model, state, SamplingConfig(), seed).run(
+        Conversation(small_model, state, SamplingConfig(), seed).run(
             (frame[None] for frame in f), decode_frames=1, ahead=False
         )
         for seed, f in enumerate(frames)
@@ -234,19 +172,22 @@ def test_interleaved_conversations_equal_the_same_two_apart(model):
         np.testing.assert_array_equal(np.concatenate(together[idx], 1), apart[idx])
 
 
-def test_the_seed_alone_decides_what_is_drawn(model):
-    role = make_role(model, None, "hello")
-    state = prefill(model.lm, role.prompt)
+def test_the_seed_alone_decides_what_is_drawn(small_model):
+    role = make_role(small_model, None, "hello")
+    state = prefill(small_model.lm, role.prompt)
     frames = speech(20)
     first, again, other = (
-        converse(model, state, frames, SamplingConfig(), seed)[0] for seed in (1, 1, 2)
+        converse(small_model, state, frames, SamplingConfig(), seed)[0]
+        for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
-def test_without_looking_ahead_a_frame_is_answered_before_the_next_is_asked_for(model):
-    role = make_role(model, None, "hello")
+def test_without_looking_ahead_frames_are_answered_one_by_one(
+    small_model,
+):
+    role = make_role(small_model, None, "hello")
     asked = []
 
     def columns():
@@ -255,8 +196,8 @@ def test_without_looking_ahead_a_frame_is_answered_before_the_next_is_asked_for(
             yield mx.zeros((1, 8), mx.int32)
 
     sampler = Sampler(GREEDY, SMALL.lm.text_card, SMALL.lm.card)
-    state = prefill(model.lm, role.prompt).start(SMALL.lm, seed=0)
-    steps = generate(model.lm, state, columns(), sampler, ahead=False)
+    state = prefill(small_model.lm, role.prompt).start(SMALL.lm, seed=0)
+    steps = generate(small_model.lm, state, columns(), sampler, ahead=False)
     for count, _ in enumerate(steps, 1):
         assert len(asked) == count
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from random_checkpoint import config_json, lm_arrays, write_checkpoint
-from test_generate import SMALL, converse, speech
+from small import SMALL, converse, speech
 
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.weights import load_lm

@@ -8,6 +8,7 @@ go in ``model.lm.Lm``. The layouts are NVIDIA's PyTorch names, the folders of
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -58,7 +59,7 @@ class Matrix:
 
 
 def published_matrices(config: LmConfig, steps: int, kept: int) -> Iterator[Matrix]:
-    """NVIDIA's names, for a file of ``steps`` depformer steps; ``kept`` of them stay."""
+    """NVIDIA's names, for a file of ``steps`` depformer steps; ``kept`` stay."""
     c = config
 
     def stay(step: int, target: str) -> tuple[str | None]:
@@ -221,39 +222,59 @@ def _take(
         left, matrix.part("weight") if _is_linear(matrix) else matrix.name, path
     )
     if len(matrix.shape) == 1:
-        if weight.size != matrix.shape[0] or weight.shape[-1] != matrix.shape[0]:
-            raise wrong_shape(path, matrix.name, weight.shape, matrix.shape)
+        stored_form(matrix, {"weight": tuple(weight.shape)}, False, path)
         return {"weight": weight.reshape(-1)}, None
-    if matrix.part("scales") not in left:
-        if tuple(weight.shape) != matrix.shape:
-            raise wrong_shape(path, matrix.name, weight.shape, matrix.shape)
-        if not mx.issubdtype(weight.dtype, mx.floating):
-            raise PplexError(
-                f"{path}: the tensor `{matrix.name}` is {weight.dtype} without scales"
-            )
-        return {"weight": weight}, None
-    scales = _pop(left, matrix.part("scales"), path)
-    biases = _pop(left, matrix.part("biases"), path)
+    parts = {"weight": weight}
+    if matrix.part("scales") in left:
+        parts["scales"] = _pop(left, matrix.part("scales"), path)
+        parts["biases"] = _pop(left, matrix.part("biases"), path)
+    elif not mx.issubdtype(weight.dtype, mx.floating):
+        raise PplexError(
+            f"{path}: the tensor `{matrix.name}` is {weight.dtype} without scales"
+        )
+    shapes = {part: tuple(array.shape) for part, array in parts.items()}
+    return parts, stored_form(matrix, shapes, weight.dtype == mx.uint32, path)
+
+
+def stored_form(
+    matrix: Matrix,
+    shapes: dict[str, tuple[int, ...]],
+    is_packed: bool,
+    path: Path,
+) -> Quantization | None:
+    """How a matrix with parts of these shapes is stored; None where it is not quantized.
+
+    ``is_packed``: the weight is of uint32. Shapes that do not fit raise.
+    """
+    weight, scales = shapes["weight"], shapes.get("scales")
+    if len(matrix.shape) == 1:
+        if math.prod(weight) != matrix.shape[0] or weight[-1:] != matrix.shape:
+            raise wrong_shape(path, matrix.name, weight, matrix.shape)
+        return None
+    if scales is None:
+        if weight != matrix.shape:
+            raise wrong_shape(path, matrix.name, weight, matrix.shape)
+        return None
     rows, columns = matrix.shape
-    groups = scales.shape[-1] if scales.ndim == 2 else 0
-    packed = weight.shape[-1] if weight.ndim == 2 else 0
+    groups = scales[-1] if len(scales) == 2 else 0
+    packed = weight[-1] if len(weight) == 2 else 0
     quantization = Quantization(
         32 * packed // columns, columns // groups if groups else 0
     )
     fits = (
-        weight.dtype == mx.uint32
-        and tuple(weight.shape) == (rows, columns * quantization.bits // 32)
+        is_packed
+        and weight == (rows, columns * quantization.bits // 32)
         and quantization.bits in BITS
-        and tuple(scales.shape) == (rows, groups)
+        and scales == (rows, groups)
         and groups * quantization.group_size == columns
         and quantization.group_size in (32, 64, 128)
     )
     if not fits:
-        raise wrong_shape(path, matrix.name, weight.shape, matrix.shape)
-    if biases.shape != scales.shape:
+        raise wrong_shape(path, matrix.name, weight, matrix.shape)
+    if shapes["biases"] != scales:
         name = matrix.part("biases")
-        raise wrong_shape(path, name, biases.shape, tuple(scales.shape))
-    return {"weight": weight, "scales": scales, "biases": biases}, quantization
+        raise wrong_shape(path, name, shapes["biases"], scales)
+    return quantization
 
 
 def _is_linear(matrix: Matrix) -> bool:

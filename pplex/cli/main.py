@@ -18,6 +18,15 @@ from pplex.errors import PplexError
 class Cli(click.Group):
     """A group that shows a ``PplexError`` as one line and exits with 1."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse what is not text: it could be neither printed nor written as JSON."""
+        for arg in args:
+            if any("\ud800" <= character <= "\udfff" for character in arg):
+                raise click.UsageError(
+                    f"the argument {arg!r} is not UTF-8 text; rename such a file"
+                )
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> object:
         """Run the command line."""
         try:

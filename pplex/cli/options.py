@@ -241,8 +241,6 @@ def role_text(prompt: str | None, prompt_file: Path | None, role: str | None) ->
     if prompt_file is not None:
         return read_prompt(prompt_file)
     if prompt is not None:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise click.UsageError("--prompt is not UTF-8 text")
         return prompt
     return ROLES[role or DEFAULT_ROLE]
 

@@ -62,7 +62,8 @@ class Progress:
             )
         self.say(
             f"{recording.format} {recording.subtype}, {recording.source_rate} Hz, "
-            f"{channels} channels, {recording.source_frames} samples",
+            f"{channels} channel{'s' * (channels > 1)}, "
+            f"{recording.source_frames} samples",
             VERBOSE,
         )
 

@@ -21,7 +21,7 @@ from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.weights import load_lm, load_mimi
 from pplex.codec.mimi import CodecState, Mimi
 from pplex.config import ModelConfig, load_config
-from pplex.conversation.generate import generate
+from pplex.conversation.generate import Step, generate
 from pplex.conversation.prompt import Prefilled, Prompt, make_prompt
 from pplex.errors import PplexError
 from pplex.model.lm import Lm
@@ -146,6 +146,14 @@ def encode_voice(model: Model, path: Path) -> np.ndarray:
     return encode_chunk(model.mimi, frames, state)
 
 
+def chunk_frames() -> int:
+    """Frames to encode and decode at a time where nobody waits for them.
+
+    Many on a GPU, where a chunk of any size takes as long to launch.
+    """
+    return 32 if mx.default_device() == mx.Device(mx.cpu) else 128
+
+
 def encode_chunk(mimi: Mimi, frames: np.ndarray, state: CodecState) -> np.ndarray:
     """Codes int32 (codebooks, frames) of ``frames`` (frames, frame_size)."""
     pcm = mx.array(frames.reshape(1, -1))
@@ -175,6 +183,72 @@ class Timings:
     steps: list[float] = field(default_factory=list)
 
 
+class Track:
+    """The codec's side of one conversation.
+
+    The user's PCM becomes columns of the grid, the agent's columns become replies.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: Prompt,
+        chunks: Iterable[np.ndarray],
+        decode_frames: int,
+    ) -> None:
+        """``chunks`` are (frames, frame_size) PCM; replies have ``decode_frames``."""
+        self._model = model
+        self._prompt = prompt
+        self._chunks = chunks
+        self._decode_frames = decode_frames
+        self._user_codes: list[np.ndarray] = []
+        self._decoder = model.mimi.make_state()
+        agent = model.config.lm.num_agent_streams
+        self._columns = [prompt.columns[:agent, -1]]
+        self.timings = Timings()
+
+    def user_columns(self) -> Iterator[np.ndarray]:
+        """Encode the user; yield (codebooks,) int32 for each frame."""
+        config = self._model.config.lm
+        rows = user_rows(config)
+        before = self._prompt.pending[rows]
+        state = self._model.mimi.make_state()
+        for frames in self._chunks:
+            start = time.perf_counter()
+            codes = encode_chunk(self._model.mimi, frames, state)
+            columns = shift(codes, config.delays[rows], before).T
+            before = codes[:, -1]
+            self._user_codes.append(codes)
+            self.timings.encode_s += time.perf_counter() - start
+            yield from columns
+
+    def push(self, step: Step, row: int = 0) -> Reply | None:
+        """Add the agent's column of a frame; a reply when enough have come."""
+        self.timings.steps.append(step.seconds)
+        self._columns.append(step.column[row])
+        return self.flush() if len(self._columns) > self._decode_frames else None
+
+    def flush(self) -> Reply | None:
+        """The reply of the frames that have come since the last one."""
+        if len(self._columns) == 1:
+            return None
+        start = time.perf_counter()
+        config = self._model.config.lm
+        delays = config.delays[: config.num_agent_streams]
+        frames = unshift(np.stack(self._columns, axis=1), delays)
+        self._columns = self._columns[-1:]
+        text, agent = frames[0], frames[1:]
+        pcm = self._model.mimi.decode(mx.array(agent[None]), self._decoder)
+        reply = Reply(np.array(pcm[0]), text, agent, self._take_user_codes(len(text)))
+        self.timings.decode_s += time.perf_counter() - start
+        return reply
+
+    def _take_user_codes(self, count: int) -> np.ndarray:
+        codes = np.concatenate(self._user_codes, axis=1)
+        self._user_codes = [codes[:, count:]]
+        return codes[:, :count]
+
+
 class Conversation:
     """One conversation on a model; others may use the same model at the same time."""
 
@@ -191,7 +265,6 @@ class Conversation:
         self._prompt = prefilled.prompt
         self._state = prefilled.start(lm, seed)
         self._sampler = Sampler(sampling, lm.text_card, lm.card)
-        self._user_codes: list[np.ndarray] = []
         self.timings = Timings()
 
     def run(
@@ -203,53 +276,17 @@ class Conversation:
         chunks of one frame, ``ahead=False`` and ``decode_frames=1``: every frame is
         answered before the next is asked for.
         """
-        config = self._model.config.lm
-        state = self._model.mimi.make_state()
-        delays = config.delays[: config.num_agent_streams]
-        columns = [self._prompt.columns[: config.num_agent_streams, -1]]
+        track = Track(self._model, self._prompt, chunks, decode_frames)
+        self.timings = track.timings
+        columns = (mx.array(column[None]) for column in track.user_columns())
         steps = generate(
-            self._model.lm,
-            self._state,
-            self._user_columns(chunks),
-            self._sampler,
-            ahead=ahead,
+            self._model.lm, self._state, columns, self._sampler, ahead=ahead
         )
         for step in steps:
-            self.timings.steps.append(step.seconds)
-            columns.append(step.column[0])
-            if len(columns) > decode_frames:
-                yield self._decode(unshift(np.stack(columns, axis=1), delays), state)
-                columns = columns[-1:]
-        if len(columns) > 1:
-            yield self._decode(unshift(np.stack(columns, axis=1), delays), state)
-
-    def _user_columns(self, chunks: Iterable[np.ndarray]) -> Iterator[mx.array]:
-        """Encode the user and lay the codes out as columns of the grid."""
-        config = self._model.config.lm
-        rows = user_rows(config)
-        before = self._prompt.pending[rows]
-        state = self._model.mimi.make_state()
-        for frames in chunks:
-            start = time.perf_counter()
-            codes = encode_chunk(self._model.mimi, frames, state)
-            columns = mx.array(shift(codes, config.delays[rows], before).T)
-            before = codes[:, -1]
-            self._user_codes.append(codes)
-            self.timings.encode_s += time.perf_counter() - start
-            for idx in range(len(frames)):
-                yield columns[idx : idx + 1]
-
-    def _decode(self, frames: np.ndarray, state: CodecState) -> Reply:
-        start = time.perf_counter()
-        text, agent = frames[0], frames[1:]
-        pcm = np.array(self._model.mimi.decode(mx.array(agent[None]), state)[0])
-        self.timings.decode_s += time.perf_counter() - start
-        return Reply(pcm, text, agent, self._take_user_codes(len(text)))
-
-    def _take_user_codes(self, count: int) -> np.ndarray:
-        codes = np.concatenate(self._user_codes, axis=1)
-        self._user_codes = [codes[:, count:]]
-        return codes[:, :count]
+            if reply := track.push(step):
+                yield reply
+        if reply := track.flush():
+            yield reply
 
 
 def warm_up(model: Model, prefilled: Prefilled) -> None:

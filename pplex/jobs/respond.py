@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -23,6 +22,7 @@ from pplex.conversation.session import (
     Reply,
     Role,
     Timings,
+    chunk_frames,
     load,
     make_role,
     warm_up,
@@ -34,9 +34,6 @@ from pplex.insight.transcript import check_transcript_path, words, write_transcr
 from pplex.jobs.settings import Settings
 
 Layout = Literal["stereo", "agent", "separate"]
-
-# Frames encoded and decoded at a time.
-CHUNK_FRAMES = 32
 
 
 @dataclass(frozen=True)
@@ -190,13 +187,12 @@ def answer(
     frames = frames_of(user_pcm, model.config.frame_size)
     frame_rate = model.config.frame_rate
 
-    def chunks() -> Iterator[np.ndarray]:
-        for start in range(0, len(frames), CHUNK_FRAMES):
-            yield frames[start : start + CHUNK_FRAMES]
+    size = chunk_frames()
+    chunks = (frames[i : i + size] for i in range(0, len(frames), size))
 
     report.answering(len(frames) / frame_rate)
     replies: list[Reply] = []
-    for reply in conversation.run(chunks(), decode_frames=CHUNK_FRAMES):
+    for reply in conversation.run(chunks, decode_frames=size):
         replies.append(reply)
         report.advance(len(reply.text) / frame_rate)
     agent_pcm = np.concatenate([reply.pcm for reply in replies])

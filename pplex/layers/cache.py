@@ -113,14 +113,10 @@ class KvCache:
         """Count ``t`` positions as written, once every layer has attended."""
         self.end += t
 
-    def ordered(self, length: int) -> list[tuple[mx.array, mx.array]]:
-        """The last ``length`` keys and values of each layer, in order of position."""
-        pairs = zip(self._keys, self._values, strict=True)
-        return [
-            (self._in_order(k)[:, :, -length:], self._in_order(v)[:, :, -length:])
-            for k, v in pairs
-            if k is not None and v is not None
-        ]
+    def ordered(self, length: int) -> list[mx.array]:
+        """The last ``length`` positions of ``arrays()``, in order."""
+        whole = [self._in_order(array) for array in self.arrays()]
+        return [array[:, :, -length:] for array in whole if array is not None]
 
     def _update(
         self, store: list[mx.array | None], layer: int, new: mx.array, t: int
@@ -203,37 +199,64 @@ class SlotCache:
     """One ring for all rows, in which the rows' latest positions share a slot.
 
     Every step writes one slot for the whole batch; a row's older positions lie in the
-    slots before it, as many as it has. ``capacity`` slots must hold the longest row,
-    or be the window.
+    slots before it, as many as it has. The ring grows up to the window.
     """
 
-    def __init__(self, like: KvCache, num_rows: int, capacity: int) -> None:
-        """Empty rows, with the layers, heads and type of ``like``."""
-        self.capacity = capacity
-        self._step = 0  # where the next position goes: slot ``step % capacity``
-        self._lengths = np.zeros(num_rows, np.int32)
-        _, heads, _, head_dim = like.arrays()[0].shape
-        shape, dtype = (num_rows, heads, capacity, head_dim), like.arrays()[0].dtype
-        layers = range(len(like.arrays()) // 2)
-        self._keys = [mx.zeros(shape, dtype) for _ in layers]
-        self._values = [mx.zeros(shape, dtype) for _ in layers]
+    def __init__(self, like: KvCache) -> None:
+        """No rows yet; layers, heads, type and window are those of ``like``."""
+        self.window = like.window
+        self._capacity = self._step = 0  # the next slot is ``step % capacity``
+        self._lengths = np.zeros(0, np.int32)
+        self._offsets = mx.array(self._lengths)
+        arrays = like.arrays()
+        _, heads, _, head_dim = arrays[0].shape
+        empty = mx.zeros((0, heads, 0, head_dim), arrays[0].dtype)
+        self._stores = [mx.array(empty) for _ in arrays]  # keys, then values
 
     def put(self, row: int, source: KvCache) -> None:
-        """Replace ``row`` by the positions of ``source`` (a cache of one row)."""
-        length = min(source.end, self.capacity)
+        """Replace ``row``, or add it, by the positions of a cache of one row."""
+        length = min(source.end, self.window)
+        self._grow(length + 1)
+        if row == len(self._lengths):
+            self._lengths = np.append(self._lengths, np.int32(0))
+            _, heads, slots, head_dim = self._stores[0].shape
+            room = mx.zeros((1, heads, slots, head_dim), self._stores[0].dtype)
+            self._stores = [mx.concatenate([s, room]) for s in self._stores]
         self._lengths[row] = source.end
-        start = (self._step - length) % self.capacity
-        first = min(length, self.capacity - start)
-        for layer, pair in enumerate(source.ordered(length)):
-            for store, new in zip((self._keys, self._values), pair, strict=True):
-                into = store[layer]
-                into[row : row + 1, :, start : start + first] = new[:, :, :first]
-                into[row : row + 1, :, : length - first] = new[:, :, first:]
+        start = (self._step - length) % self._capacity
+        first = min(length, self._capacity - start)
+        for into, new in zip(self._stores, source.ordered(length), strict=True):
+            into[row : row + 1, :, start : start + first] = new[:, :, :first]
+            into[row : row + 1, :, : length - first] = new[:, :, first:]
+
+    def take(self, rows: list[int]) -> None:
+        """Keep only ``rows``."""
+        self._lengths = self._lengths[rows]
+        self._stores = [store[mx.array(rows)] for store in self._stores]
+
+    def _grow(self, need: int) -> None:
+        """Make room for ``need`` positions, or the window."""
+        need = min(need, self.window)
+        if need <= self._capacity:
+            return
+        have = self._capacity
+        self._capacity = min(self.window, -(-need // GROWTH) * GROWTH)
+        b, heads, _, head_dim = self._stores[0].shape
+        shape = (b, heads, self._capacity - have, head_dim)
+        room = mx.zeros(shape, self._stores[0].dtype)
+        # Oldest slot first, so that the new ones come after the latest.
+        turn = -(self._step % have) if have else 0
+        self._stores = [
+            mx.concatenate([mx.roll(store, turn, axis=2), room], axis=2)
+            for store in self._stores
+        ]
+        self._step = have
 
     def mask(self, t: int) -> mx.array:
         """Boolean (rows, 1, 1, slots): the slots that hold a position of the row."""
         assert t == 1
-        ages = (self._step - np.arange(self.capacity)) % self.capacity
+        self._grow(int(self._lengths.max()) + 1)
+        ages = (self._step - np.arange(self._capacity)) % self._capacity
         self._offsets = mx.array(self._lengths)
         visible = mx.array(ages.astype(np.int32))[None] <= self._offsets[:, None]
         return visible[:, None, None]
@@ -243,9 +266,9 @@ class SlotCache:
     ) -> mx.array:
         """Attention of new positions (rows, 3 heads, 1, head_dim), which are added."""
         heads = qkv.shape[1] // 3
-        slot = self._step % self.capacity
+        slot = self._step % self._capacity
         rotated = rotate(qkv[:, : 2 * heads], max_period, self._offsets)
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = (self._stores[layer + i] for i in (0, len(self._stores) // 2))
         keys[:, :, slot : slot + 1] = rotated[:, heads:]
         values[:, :, slot : slot + 1] = qkv[:, 2 * heads :]
         return scaled_attention(rotated[:, :heads], keys, values, mask)

@@ -1,0 +1,69 @@
+# make demo    answer a recording, from nothing to a WAV file
+# make test    run the tests
+# make lint    check style and layering
+# make check   both
+#
+# The first one called makes a virtual environment in .venv. On Linux with an NVIDIA
+# GPU: make demo EXTRA=cuda
+
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(shell uname -s),Linux)
+EXTRA ?= cpu
+endif
+
+comma := ,
+BIN := $(VENV)/bin
+PACKAGE := .$(if $(EXTRA),[$(EXTRA)])
+PACKAGE_DEV := .[dev$(if $(EXTRA),$(comma)$(EXTRA))]
+BUILD_FILES := pyproject.toml $(wildcard setup.py pplex/*.c)
+
+# An environment for another EXTRA is another environment: its stamp has another name.
+STAMP := $(VENV)/.installed-$(or $(EXTRA),plain)
+STAMP_DEV := $(STAMP)-dev
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+
+DEMO_MODEL := $(if $(wildcard pplex/mini/config.json),mini,tests/data/tiny)
+SAMPLE ?= $(firstword $(sort $(wildcard samples/teacher*.wav)) \
+	$(sort $(wildcard samples/*.wav)) tests/data/respond/user_a.wav)
+
+.PHONY: demo test lint check clean
+
+demo: $(STAMP)
+	@mkdir -p demo
+	$(BIN)/pplex respond $(SAMPLE) -o demo/reply.wav --model $(DEMO_MODEL) \
+		--transcript demo/reply.json --stats demo/stats.json --overwrite
+	@$(BIN)/python -c 'import json; print("The agent said:", json.load(open(\
+		"demo/reply.json", encoding="utf-8"))["text"] or "(nothing)")'
+ifneq ($(DEMO_MODEL),mini)
+	@echo "This model is a tiny one with random weights, made for tests: its words and"
+	@echo "its sound are noise. It shows that the program runs, nothing more."
+endif
+	@echo "Listen to demo/reply.wav: left the recording $(SAMPLE), right the agent."
+	@echo "Its words with their times are in demo/reply.json, timings in demo/stats.json."
+
+test: $(STAMP_DEV)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache
+
+$(STAMP): $(BUILD_FILES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
+		"pplex needs Python 3.10 or newer, and $(PYTHON) is not; install one and say" \
+		"which: make demo PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV); the first time takes a few minutes."
+	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)
+	$(INSTALL) '$(PACKAGE)'
+	@touch $@
+
+$(STAMP_DEV): $(STAMP)
+	$(INSTALL) '$(PACKAGE_DEV)'
+	@touch $@

@@ -1,0 +1,269 @@
+"""Many recordings at once: rows of one batch, each at its own place.
+
+A row is taken by the next recording as soon as the one before has ended. All rows go
+through ``generate``, the one step loop; the codec works recording by recording.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.audio.files import frames_of
+from pplex.config import LmConfig
+from pplex.conversation.generate import Step, generate
+from pplex.conversation.prompt import LmState, Prefilled
+from pplex.conversation.session import Model, Reply, Timings, Track, chunk_frames
+from pplex.layers.cache import KvCache, RowCaches, SlotCache
+from pplex.model.depformer import NOT_FORCED
+from pplex.model.sampling import Sampler, SamplingConfig
+
+
+@dataclass(frozen=True)
+class Item:
+    """A recording to answer; ``key`` is the caller's, ``pcm`` float32 (samples,)."""
+
+    key: object
+    pcm: np.ndarray
+    prefilled: Prefilled
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The agent's answer to an item.
+
+    ``agent_pcm`` is as long as the item's PCM; ``text`` is (frames,), ``agent`` and
+    ``user`` are (codebooks, frames). ``timings.steps`` is this row's share of each
+    step.
+    """
+
+    key: object
+    agent_pcm: np.ndarray
+    text: np.ndarray
+    agent: np.ndarray
+    user: np.ndarray
+    timings: Timings
+
+
+def converse_many(
+    model: Model,
+    items: Iterable[Item],
+    sampling: SamplingConfig,
+    *,
+    batch_size: int,
+) -> Iterator[Result]:
+    """Answer ``items``, at most ``batch_size`` at a time, in the order they end.
+
+    The next item is asked for when a row is free.
+    """
+    lm = model.config.lm
+    rows = _Rows(model, iter(items), batch_size)
+    sampler = Sampler(sampling, lm.text_card, lm.card)
+    for step in generate(model.lm, rows.state, rows.user_columns(), sampler):
+        owners = rows.owners.popleft()
+        share = replace(step, seconds=step.seconds / len(owners))
+        for idx, owner in enumerate(owners):
+            if owner is not None and (result := owner.push(share, idx)):
+                yield result
+
+
+class _Row:
+    """One recording under way."""
+
+    def __init__(self, model: Model, item: Item) -> None:
+        frames = frames_of(item.pcm, model.config.frame_size)
+        size = chunk_frames()
+        chunks = (frames[i : i + size] for i in range(0, len(frames), size))
+        self.item = item
+        self.num_frames = len(frames)
+        self._track = Track(model, item.prefilled.prompt, chunks, size)
+        self._columns = self._track.user_columns()
+        self._asked = self._answered = 0
+        self._replies: list[Reply] = []
+
+    @property
+    def all_asked(self) -> bool:
+        """Whether every frame of the user has gone into a step."""
+        return self._asked == self.num_frames
+
+    def next_column(self) -> np.ndarray:
+        """The user's codes for the next step."""
+        self._asked += 1
+        return next(self._columns)
+
+    def start(self, config: LmConfig) -> LmState:
+        """The state of a row in which this recording starts."""
+        return self.item.prefilled.start(config, self.item.seed)
+
+    def push(self, step: Step, idx: int) -> Result | None:
+        """Add the agent's column, row ``idx`` of ``step``; the result if it is done."""
+        self._answered += 1
+        if reply := self._track.push(step, idx):
+            self._replies.append(reply)
+        if self._answered < self.num_frames:
+            return None
+        if reply := self._track.flush():
+            self._replies.append(reply)
+        pcm = np.concatenate([r.pcm for r in self._replies])
+        return Result(
+            key=self.item.key,
+            agent_pcm=pcm[: len(self.item.pcm)],
+            text=np.concatenate([r.text for r in self._replies]),
+            agent=np.concatenate([r.agent for r in self._replies], axis=1),
+            user=np.concatenate([r.user for r in self._replies], axis=1),
+            timings=self._track.timings,
+        )
+
+
+class _Rows:
+    """Who sits in which row, and the state that goes with it."""
+
+    def __init__(self, model: Model, items: Iterator[Item], batch_size: int) -> None:
+        self._model = model
+        self._items = items
+        self._batch_size = batch_size
+        self._seated: list[_Row | None] = []
+        self.owners: deque[list[_Row | None]] = deque()
+        nobody = mx.zeros((0, model.config.lm.num_streams), mx.int32)
+        self.state = LmState(RowCaches([]), nobody, None, [], [])
+
+    def user_columns(self) -> Iterator[mx.array]:
+        """Fill the rows and yield the user's column of each, until all are done."""
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        num_codebooks = self._model.config.lm.num_codebooks
+        nothing = np.zeros(num_codebooks, np.int32)
+        while True:
+            if on_cpu:
+                self._come_and_go()
+            else:
+                self._change_seats()
+            if not any(self._seated):
+                return
+            self.owners.append(list(self._seated))
+            columns = [row.next_column() if row else nothing for row in self._seated]
+            yield mx.array(np.stack(columns))
+
+    def _next_row(self) -> _Row | None:
+        item = next(self._items, None)
+        return None if item is None else _Row(self._model, item)
+
+    def _come_and_go(self) -> None:
+        """A cache a row, as many rows as there are recordings.
+
+        What a row computes is the same bits as if it were alone.
+        """
+        stay = [i for i, row in enumerate(self._seated) if row and not row.all_asked]
+        seated = [self._seated[i] for i in stay]
+        states = [_row_of(self.state, i) for i in stay]
+        while len(seated) < self._batch_size and (row := self._next_row()):
+            seated.append(row)
+            states.append(row.start(self._model.config.lm))
+        if seated != self._seated:
+            self._seated = seated
+            _join(self.state, states)
+
+    def _change_seats(self) -> None:
+        """One ring for all rows; a row that nobody takes idles.
+
+        When half of the rows idle, the rest move together.
+        """
+        for idx in range(self._batch_size):
+            row = self._seated[idx] if idx < len(self._seated) else None
+            if row and not row.all_asked:
+                continue
+            row = self._next_row()
+            if idx == len(self._seated):
+                if row is None:
+                    break
+                self._seated.append(None)
+            self._seated[idx] = row
+            if row:
+                _put(self.state, idx, row.start(self._model.config.lm))
+        taken = [i for i, row in enumerate(self._seated) if row]
+        if taken and 2 * len(taken) <= len(self._seated):
+            self._seated = [self._seated[i] for i in taken]
+            _take(self.state, taken)
+            self._batch_size = len(taken)
+
+
+def _row_of(state: LmState, idx: int) -> LmState:
+    """Row ``idx`` of a state whose rows have caches of their own."""
+    assert isinstance(state.cache, RowCaches)
+    return LmState(
+        cache=state.cache.rows[idx],
+        column=state.column[idx : idx + 1],
+        pending=None if state.pending is None else state.pending[idx : idx + 1],
+        seeds=state.seeds[idx : idx + 1],
+        frames=state.frames[idx : idx + 1],
+    )
+
+
+def _join(state: LmState, rows: list[LmState]) -> None:
+    """Make ``state`` of ``rows``, each with its own cache."""
+    state.cache = RowCaches([row.cache for row in rows])
+    if not rows:
+        return
+    state.column = mx.concatenate([row.column for row in rows])
+    state.seeds = [row.seeds[0] for row in rows]
+    state.frames = [row.frames[0] for row in rows]
+    given = next((row.pending for row in rows if row.pending is not None), None)
+    state.pending = None
+    if given is not None:
+        free = mx.full(given.shape, NOT_FORCED, given.dtype)
+        pending = [free if row.pending is None else row.pending for row in rows]
+        state.pending = mx.concatenate(pending)
+
+
+def _put(state: LmState, idx: int, row: LmState) -> None:
+    """Put ``row`` in place ``idx`` of a state whose rows share a ring."""
+    assert isinstance(row.cache, KvCache) and row.pending is not None
+    if not isinstance(state.cache, SlotCache):
+        state.cache = SlotCache(row.cache)
+    state.cache.put(idx, row.cache)
+    column, pending = state.column, state.pending
+    if pending is None:
+        shape = (len(column), row.pending.shape[1])
+        pending = mx.full(shape, NOT_FORCED, row.pending.dtype)
+    state.column = mx.concatenate([column[:idx], row.column, column[idx + 1 :]])
+    state.pending = mx.concatenate([pending[:idx], row.pending, pending[idx + 1 :]])
+    state.seeds[idx : idx + 1] = row.seeds
+    state.frames[idx : idx + 1] = row.frames
+
+
+def _take(state: LmState, rows: list[int]) -> None:
+    """Keep only ``rows`` of a state whose rows share a ring."""
+    assert isinstance(state.cache, SlotCache)
+    state.cache.take(rows)
+    chosen = mx.array(rows)
+    state.column = state.column[chosen]
+    state.pending = None if state.pending is None else state.pending[chosen]
+    state.seeds = [state.seeds[i] for i in rows]
+    state.frames = [state.frames[i] for i in rows]
+
+
+MAX_ROWS_CPU = 16  # of these, a product's rows are the same bits as alone (_blas.c)
+MAX_ROWS_GPU = 256
+MEMORY_SHARE = 0.85
+
+
+def auto_batch_size(model: Model, max_frames: int, count: int) -> int:
+    """How many of ``count`` recordings to answer at once.
+
+    ``max_frames`` is the most frames any of them has, its prompt included.
+    """
+    if mx.default_device() == mx.Device(mx.cpu):
+        return max(1, min(count, MAX_ROWS_CPU))
+    lm = model.config.lm
+    positions = min(lm.window, max_frames)
+    per_position = 2 * lm.num_layers * lm.dim * 2  # keys and values, 16 bits
+    # The ring is copied when it grows.
+    per_row = 2 * positions * per_position
+    info = mx.device_info(mx.default_device())
+    total = info.get("total_memory") or info.get("max_recommended_working_set_size")
+    free = info.get("free_memory") or int(total or 0) - mx.get_active_memory()
+    return max(1, min(count, MAX_ROWS_GPU, int(MEMORY_SHARE * int(free)) // per_row))

@@ -1,0 +1,138 @@
+"""Many recordings at once: nobody's answer depends on the company."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from small import converse, speech
+
+import pplex.conversation.many as many
+from pplex.conversation.many import Item, auto_batch_size, converse_many
+from pplex.conversation.prompt import prefill
+from pplex.conversation.session import make_role
+from pplex.layers.cache import GROWTH, KvCache, SlotCache
+from pplex.model.sampling import GREEDY, SamplingConfig
+
+LENGTHS = [40, 3, 1, 75, 20, 33, 2, 120, 9]
+
+
+@pytest.fixture(scope="module")
+def items(small_model):
+    prompts = [
+        prefill(small_model.lm, make_role(small_model, None, text).prompt)
+        for text in ("hello", "a rather longer role than that")
+    ]
+    return [
+        Item(
+            key=idx,
+            pcm=speech(frames, seed=idx).reshape(-1)[: frames * 1920 - 100 * idx],
+            prefilled=prompts[idx % 2],
+            seed=1000 + idx,
+        )
+        for idx, frames in enumerate(LENGTHS)
+    ]
+
+
+def alone(model, item, sampling):
+    frames = np.pad(item.pcm, (0, -len(item.pcm) % 1920)).reshape(-1, 1920)
+    tokens, user, pcm = converse(
+        model, item.prefilled, frames, sampling, item.seed, chunk=32
+    )
+    return tokens, user, pcm[: len(item.pcm)]
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, SamplingConfig()], ids=["greedy", "drawn"]
+)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_answers_equal_those_given_alone_bit_for_bit(
+    small_model,
+    items,
+    sampling,
+    batch_size,
+):
+    results = list(converse_many(small_model, items, sampling, batch_size=batch_size))
+    assert sorted(r.key for r in results) == list(range(len(LENGTHS)))
+    for result in results:
+        tokens, user, pcm = alone(small_model, items[result.key], sampling)
+        found = np.concatenate([result.text[None], result.agent])
+        np.testing.assert_array_equal(found, tokens)
+        np.testing.assert_array_equal(result.user, user)
+        np.testing.assert_array_equal(result.agent_pcm, pcm)
+        assert len(result.timings.steps) == LENGTHS[result.key]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_answers_from_a_shared_ring_equal_those_given_alone(
+    small_model,
+    items,
+    batch_size,
+    monkeypatch,
+):
+    """The way of GPUs, here on the CPU: tokens agree, rounding may differ."""
+    seats = many._Rows._change_seats
+    monkeypatch.setattr(many._Rows, "_come_and_go", seats)
+    results = list(
+        converse_many(small_model, items, SamplingConfig(), batch_size=batch_size)
+    )
+    assert len(results) == len(LENGTHS)
+    for result in results:
+        tokens, user, pcm = alone(small_model, items[result.key], SamplingConfig())
+        found = np.concatenate([result.text[None], result.agent])
+        np.testing.assert_array_equal(found, tokens)
+        np.testing.assert_allclose(result.agent_pcm, pcm, atol=1e-5)
+
+
+def test_the_next_item_is_asked_for_when_a_row_is_free(small_model, items):
+    asked = []
+
+    def lazily():
+        for item in items:
+            asked.append(item.key)
+            yield item
+
+    results = converse_many(small_model, lazily(), GREEDY, batch_size=2)
+    next(results)
+    assert len(asked) <= 4
+    assert len(list(results)) == len(items) - 1
+
+
+def test_nothing_to_answer_is_no_result(small_model):
+    assert list(converse_many(small_model, [], GREEDY, batch_size=4)) == []
+
+
+def test_batch_size_follows_the_number_of_recordings(small_model):
+    assert auto_batch_size(small_model, 400, 3) == 3
+    assert 1 <= auto_batch_size(small_model, 400, 10_000) < 10_000
+
+
+@pytest.mark.parametrize("window", [30, GROWTH + 50])
+def test_ring_for_many_rows_equals_caches_apart(window):
+    rng = np.random.default_rng(0)
+    heads, dim = 2, 8
+
+    def qkv(t):
+        return mx.array(rng.standard_normal((1, 3 * heads, t, dim)).astype(np.float32))
+
+    apart: list[KvCache] = []
+    ring = None
+    for step in range(2 * window + 40):
+        if step in (0, 7, window, window + 20):
+            cache = KvCache(1, window)
+            prompt = qkv(5 + step % 50)
+            cache.attend(0, prompt, 10000.0, cache.mask(prompt.shape[2]))
+            cache.advance(prompt.shape[2])
+            ring = ring or SlotCache(cache)
+            row = len(apart) if step < window else step % 2
+            ring.put(row, cache)
+            apart[row : row + 1] = [cache]
+        new = [qkv(1) for _ in apart]
+        found = ring.attend(0, mx.concatenate(new), 10000.0, ring.mask(1))
+        ring.advance(1)
+        for idx, (cache, one) in enumerate(zip(apart, new, strict=True)):
+            expected = cache.attend(0, one, 10000.0, cache.mask(1))
+            cache.advance(1)
+            np.testing.assert_allclose(
+                np.array(found[idx]), np.array(expected[0]), atol=1e-5
+            )
