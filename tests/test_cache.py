@@ -30,7 +30,7 @@ def outputs(layers, x: mx.array, sizes: list[int], window: int, block: int):
     cache = KvCache(len(layers), window, block)
     parts, start = [], 0
     for size in sizes:
-        parts.append(run_layers(layers, x[:, start : start + size], cache))
+        parts.append(run_layers(layers, x[:, start : start + size], cache, 1e4))
         mx.eval(parts[-1])
         start += size
     return np.array(mx.concatenate(parts, axis=1)), cache
@@ -39,7 +39,7 @@ def outputs(layers, x: mx.array, sizes: list[int], window: int, block: int):
 @pytest.fixture(scope="module")
 def layers():
     mx.random.seed(3)
-    made = [TemporalLayer(DIM, HEADS, 64, 10000.0) for _ in range(2)]
+    made = [TemporalLayer(DIM, HEADS, 64) for _ in range(2)]
     mx.eval([layer.parameters() for layer in made])
     return made
 
@@ -62,7 +62,7 @@ def test_any_way_of_feeding_equals_attention_without_a_cache(
 ):
     total = 80
     x = mx.random.normal((2, total, DIM), key=mx.random.key(1))
-    whole = np.array(run_layers(layers, x, WholeCache(2, window, block)))
+    whole = np.array(run_layers(layers, x, WholeCache(2, window, block), 1e4))
     sizes = {
         "steps": [block] * (total // block),
         "chunks": [16] * 5,
@@ -85,9 +85,9 @@ def test_copy_goes_its_own_way(layers):
     x = mx.random.normal((1, 40, DIM))
     _, cache = outputs(layers, x[:, :20], [20], 16, 1)
     other = cache.copy()
-    first = np.array(run_layers(layers, x[:, 20:21], cache))
-    run_layers(layers, x[:, 30:31], other)
-    again = np.array(run_layers(layers, x[:, 21:22], cache))
+    first = np.array(run_layers(layers, x[:, 20:21], cache, 1e4))
+    run_layers(layers, x[:, 30:31], other, 1e4)
+    again = np.array(run_layers(layers, x[:, 21:22], cache, 1e4))
     expected, _ = outputs(layers, x[:, :22], [20, 1, 1], 16, 1)
     np.testing.assert_allclose(first, expected[:, 20:21], atol=1e-6)
     np.testing.assert_allclose(again, expected[:, 21:22], atol=1e-6)

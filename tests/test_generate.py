@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from small import SMALL, converse, speech
 
 from pplex.checkpoint.weights import load_lm
-from pplex.conversation.generate import generate
+from pplex.conversation.generate import generate, make_sampler
 from pplex.conversation.prompt import prefill
-from pplex.conversation.session import Conversation, make_role
+from pplex.conversation.session import Conversation, load, make_role
 from pplex.layers.cache import KvCache
-from pplex.model.sampling import GREEDY, Sampler, SamplingConfig
+from pplex.model.sampling import GREEDY, SamplingConfig
 from pplex.model.streams import shift, unshift
 
 
@@ -195,11 +197,26 @@ def test_without_looking_ahead_frames_are_answered_one_by_one(
             asked.append(idx)
             yield mx.zeros((1, 8), mx.int32)
 
-    sampler = Sampler(GREEDY, SMALL.lm.text_card, SMALL.lm.card)
+    sampler = make_sampler(SMALL.lm, GREEDY)
     state = prefill(small_model.lm, role.prompt).start(SMALL.lm, seed=0)
     steps = generate(small_model.lm, state, columns(), sampler, ahead=False)
     for count, _ in enumerate(steps, 1):
         assert len(asked) == count
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="MLX compiles with g++ on a CPU")
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, SamplingConfig()], ids=["greedy", "drawn"]
+)
+def test_compiled_frames_give_the_same_tokens(small_model, sampling, monkeypatch):
+    role = make_role(small_model, None, "hello")
+    prefilled = prefill(small_model.lm, role.prompt)
+    plain, _, _ = converse(small_model, prefilled, speech(70), sampling, 4)
+    compiled = load(small_model.local)
+    compiled.lm.compile()
+    monkeypatch.setattr("pplex.conversation.generate.on_cpu", lambda: False)
+    found, _, _ = converse(compiled, prefilled, speech(70), sampling, 4)
+    np.testing.assert_array_equal(found, plain)
 
 
 def test_delays_shift_and_unshift():

@@ -9,7 +9,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pplex.model.sampling import GREEDY, Sampler, SamplingConfig, draw, top_k_ids
+from pplex.model.sampling import (
+    GREEDY,
+    Sampler,
+    SamplingConfig,
+    draw,
+    noise_keys,
+    top_k_ids,
+)
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 CASES = json.loads((REFERENCE / "sampling_cases.json").read_text())
@@ -62,37 +69,50 @@ def test_draws_follow_the_references_probabilities(case):
     assert counts[probs == 0].sum() == 0
 
 
+def sampler(config: SamplingConfig, text_card=512, card=300, num_codebooks=8):
+    return Sampler(config, text_card, card, num_codebooks)
+
+
 def test_greedy_takes_the_largest_and_needs_no_noise():
-    sampler = Sampler(GREEDY, text_card=50, card=20)
-    assert sampler.noise([1], [0], 8) is None
+    greedy = sampler(GREEDY, text_card=50)
+    assert not greedy.draws
     logits = mx.array(np.eye(50, dtype=np.float32)[[17]])
-    assert sampler.text(logits, None).item() == 17
+    assert greedy.text(logits, None).item() == 17
 
 
 def test_noise_of_a_row_depends_on_its_seed_and_frame_only():
-    sampler = Sampler(SamplingConfig(), text_card=500, card=300)
-    alone = np.array(sampler.noise([5], [9], 8))
-    beside = np.array(sampler.noise([1, 5, 2], [0, 9, 9], 8))
+    draws = sampler(SamplingConfig())
+    alone = np.array(draws.noise(noise_keys([5], [9])))
+    beside = np.array(draws.noise(noise_keys([1, 5, 2], [0, 9, 9])))
     np.testing.assert_array_equal(alone[0], beside[1])
     assert not np.array_equal(beside[0], beside[1])
     assert not np.array_equal(beside[1], beside[2])
-    next_frame = np.array(sampler.noise([5], [10], 8))
+    next_frame = np.array(draws.noise(noise_keys([5], [10])))
     assert not np.array_equal(alone, next_frame)
 
 
 def test_text_and_audio_can_be_greedy_apart():
     config = SamplingConfig(temp=0.0)
-    sampler = Sampler(config, text_card=500, card=300)
-    noise = sampler.noise([5], [9], 8)
+    half = sampler(config)
+    noise = half.noise(noise_keys([5], [9]))
     assert noise.shape == (1, config.text_top_k)
     logits = mx.random.normal((1, 300), key=mx.random.key(1))
-    assert sampler.audio(logits, noise, 3).item() == mx.argmax(logits).item()
+    assert half.audio(logits, noise, 3).item() == mx.argmax(logits).item()
 
 
 @pytest.mark.parametrize("top_k", [0, 10_000])
 def test_top_k_of_zero_or_more_than_there_are_keeps_all(top_k):
     config = SamplingConfig(temp=1.0, top_k=top_k, text_temp=1.0, text_top_k=top_k)
-    sampler = Sampler(config, text_card=7, card=5)
-    noise = sampler.noise([1], [0], 2)
+    whole = sampler(config, text_card=7, card=5, num_codebooks=2)
+    noise = whole.noise(noise_keys([1], [0]))
     assert noise.shape == (1, 7 + 2 * 5)
-    assert 0 <= sampler.audio(mx.zeros((1, 5)), noise, 1).item() < 5
+    assert 0 <= whole.audio(mx.zeros((1, 5)), noise, 1).item() < 5
+
+
+@pytest.mark.parametrize(
+    ("card", "k"), [(32000, 25), (2048, 250), (6400, 100), (64, 1)]
+)
+def test_the_largest_ids_are_found_in_rows_of_any_length(card, k):
+    logits = np.random.default_rng(card).permutation(3 * card).reshape(3, card)
+    found = np.sort(np.array(top_k_ids(mx.array(logits.astype(np.float32)), k)))
+    np.testing.assert_array_equal(found, np.sort(np.argsort(-logits)[:, :k]))

@@ -34,19 +34,15 @@ class CodecTransformer(nn.Module):
 
     def __init__(self, config: CodecTransformerConfig) -> None:
         super().__init__()
+        self._max_period = config.max_period
         self.layers = [
-            CodecLayer(
-                config.d_model,
-                config.num_heads,
-                config.dim_feedforward,
-                config.max_period,
-            )
+            CodecLayer(config.d_model, config.num_heads, config.dim_feedforward)
             for _ in range(config.num_layers)
         ]
 
     def __call__(self, x: mx.array, cache: KvCache) -> mx.array:
         """Map latents (batch, t, width) to the same shape."""
-        return run_layers(self.layers, x, cache)
+        return run_layers(self.layers, x, cache, self._max_period)
 
 
 class Mimi(nn.Module):

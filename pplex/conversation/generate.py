@@ -8,16 +8,18 @@ conversation never uses: the depformer steps of the user's codebooks.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from pplex.config import LmConfig
 from pplex.conversation.prompt import LmState
+from pplex.layers.device import on_cpu
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.lm import Lm
-from pplex.model.sampling import Sampler
+from pplex.model.sampling import Sampler, SamplingConfig, noise_keys
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ def generate(
     way when a step is yielded; without, a frame is yielded before the next column is
     asked for.
     """
+    frame = make_frame(lm, sampler)
     waiting: mx.array | None = None
     for user_column in user_columns:
         start = time.perf_counter()
-        column = step(lm, state, user_column, sampler)
+        column = step(lm, state, user_column, sampler, frame)
         mx.async_eval(column, state.column)
         ready, waiting = (waiting, column) if ahead else (column, None)
         if ready is not None:
@@ -58,28 +61,49 @@ def generate(
         yield Step(tokens, time.perf_counter() - start)
 
 
+def make_sampler(config: LmConfig, sampling: SamplingConfig) -> Sampler:
+    """The sampler for a model's heads."""
+    return Sampler(sampling, config.text_card, config.card, config.num_codebooks)
+
+
+# From the temporal transformer's output (rows, dim), the noise's keys and what is given
+# (each only where there is any) to the agent's column (rows, agent streams).
+Frame = Callable[[mx.array, dict[str, mx.array]], mx.array]
+
+
+def make_frame(lm: Lm, sampler: Sampler) -> Frame:
+    """All of a frame after the temporal transformer; compiled on a GPU."""
+
+    def frame(x: mx.array, inputs: dict[str, mx.array]) -> mx.array:
+        noise = sampler.noise(inputs["keys"]) if "keys" in inputs else None
+        given = inputs.get("given")
+        hidden, logits = lm.head(x)
+        text = sampler.text(logits, noise)
+        if given is not None:
+            text = mx.where(given[:, 0] == NOT_FORCED, text, given[:, 0])
+        codes = lm.depformer(
+            hidden,
+            text,
+            lambda logits, idx: sampler.audio(logits, noise, idx),
+            None if given is None else given[:, 1:],
+        )
+        return mx.concatenate([text[:, None], codes], axis=1).astype(mx.int32)
+
+    return frame if on_cpu() else mx.compile(frame)
+
+
 def step(
-    lm: Lm,
-    state: LmState,
-    user_column: mx.array,
-    sampler: Sampler,
+    lm: Lm, state: LmState, user_column: mx.array, sampler: Sampler, frame: Frame
 ) -> mx.array:
     """Advance ``state`` by one frame; the agent's column (rows, agent streams)."""
-    noise = sampler.noise(state.seeds, state.frames, lm.config.num_codebooks)
     x = lm.temporal(lm.embed(state.column[..., None]), state.cache)
-    hidden, logits = lm.head(x[:, 0])
-    text = sampler.text(logits, noise)
-    given = state.pending
-    if given is not None:
-        text = mx.where(given[:, 0] == NOT_FORCED, text, given[:, 0])
-    codes = lm.depformer(
-        hidden,
-        text,
-        lambda logits, idx: sampler.audio(logits, noise, idx),
-        None if given is None else given[:, 1:],
-    )
-    column = mx.concatenate([text[:, None], codes], axis=1).astype(mx.int32)
+    inputs = {}
+    if sampler.draws:
+        inputs["keys"] = noise_keys(state.seeds, state.frames)
+    if state.pending is not None:
+        inputs["given"] = state.pending
+    column = frame(x[:, 0], inputs)
     state.column = mx.concatenate([column, user_column], axis=1)
     state.pending = None
-    state.frames = [frame + 1 for frame in state.frames]
+    state.frames = [number + 1 for number in state.frames]
     return column

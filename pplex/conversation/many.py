@@ -15,12 +15,13 @@ import numpy as np
 
 from pplex.audio.files import frames_of
 from pplex.config import LmConfig
-from pplex.conversation.generate import Step, generate
+from pplex.conversation.generate import Step, generate, make_sampler
 from pplex.conversation.prompt import LmState, Prefilled
 from pplex.conversation.session import Model, Reply, Timings, Track, chunk_frames
 from pplex.layers.cache import KvCache, RowCaches, SlotCache
+from pplex.layers.device import on_cpu
 from pplex.model.depformer import NOT_FORCED
-from pplex.model.sampling import Sampler, SamplingConfig
+from pplex.model.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def converse_many(
     """
     lm = model.config.lm
     rows = _Rows(model, iter(items), batch_size)
-    sampler = Sampler(sampling, lm.text_card, lm.card)
+    sampler = make_sampler(lm, sampling)
     for step in generate(model.lm, rows.state, rows.user_columns(), sampler):
         owners = rows.owners.popleft()
         share = replace(step, seconds=step.seconds / len(owners))
@@ -134,11 +135,10 @@ class _Rows:
 
     def user_columns(self) -> Iterator[mx.array]:
         """Fill the rows and yield the user's column of each, until all are done."""
-        on_cpu = mx.default_device() == mx.Device(mx.cpu)
         num_codebooks = self._model.config.lm.num_codebooks
         nothing = np.zeros(num_codebooks, np.int32)
         while True:
-            if on_cpu:
+            if on_cpu():
                 self._come_and_go()
             else:
                 self._change_seats()
@@ -256,7 +256,7 @@ def auto_batch_size(model: Model, max_frames: int, count: int) -> int:
 
     ``max_frames`` is the most frames any of them has, its prompt included.
     """
-    if mx.default_device() == mx.Device(mx.cpu):
+    if on_cpu():
         return max(1, min(count, MAX_ROWS_CPU))
     lm = model.config.lm
     positions = min(lm.window, max_frames)

@@ -21,11 +21,12 @@ from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.weights import load_lm, load_mimi
 from pplex.codec.mimi import CodecState, Mimi
 from pplex.config import ModelConfig, load_config
-from pplex.conversation.generate import Step, generate
+from pplex.conversation.generate import Step, generate, make_sampler
 from pplex.conversation.prompt import Prefilled, Prompt, make_prompt
 from pplex.errors import PplexError
+from pplex.layers.device import on_cpu
 from pplex.model.lm import Lm
-from pplex.model.sampling import Sampler, SamplingConfig
+from pplex.model.sampling import SamplingConfig
 from pplex.model.streams import shift, unshift, user_rows
 
 DEFAULT_VOICE = "NATF2"
@@ -60,10 +61,11 @@ def load(local: LocalModel) -> Model:
             f"{folder}: the tokenizer has {tokenizer.num_pieces} pieces, the model "
             f"{config.lm.text_card}; they belong to different models"
         )
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    dtype = mx.float32 if on_cpu else mx.bfloat16
+    dtype = mx.float32 if on_cpu() else mx.bfloat16
     mimi = load_mimi(_one_file(folder, MIMI_PATTERNS), config.mimi)
     loaded = load_lm(local.path, config.lm, dtype)
+    if not on_cpu():
+        loaded.lm.compile()
     return Model(
         local=local,
         config=config,
@@ -151,7 +153,7 @@ def chunk_frames() -> int:
 
     Many on a GPU, where a chunk of any size takes as long to launch.
     """
-    return 32 if mx.default_device() == mx.Device(mx.cpu) else 128
+    return 32 if on_cpu() else 128
 
 
 def encode_chunk(mimi: Mimi, frames: np.ndarray, state: CodecState) -> np.ndarray:
@@ -264,7 +266,7 @@ class Conversation:
         self._model = model
         self._prompt = prefilled.prompt
         self._state = prefilled.start(lm, seed)
-        self._sampler = Sampler(sampling, lm.text_card, lm.card)
+        self._sampler = make_sampler(lm, sampling)
         self.timings = Timings()
 
     def run(

@@ -14,7 +14,8 @@ import numpy as np
 
 from pplex.audio.files import Recording, frames_of, read_pcm, write_wav
 from pplex.checkpoint.hub import LocalModel, resolve
-from pplex.config import MimiConfig
+from pplex.checkpoint.tokenizer import TextTokenizer
+from pplex.config import MimiConfig, ModelConfig
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import (
     Conversation,
@@ -32,6 +33,7 @@ from pplex.files import atomic_write
 from pplex.insight.stats import Stats, latency
 from pplex.insight.transcript import check_transcript_path, words, write_transcript
 from pplex.jobs.settings import Settings
+from pplex.layers.device import on_cpu
 
 Layout = Literal["stereo", "agent", "separate"]
 
@@ -152,6 +154,14 @@ class Report(Protocol):
         """Another stretch of audio is answered."""
 
 
+class Described(Protocol):
+    """What the outputs need to know of a model, loaded or not."""
+
+    local: LocalModel
+    config: ModelConfig
+    tokenizer: TextTokenizer
+
+
 class Clock:
     """Seconds of wall time, split into parts that do not overlap."""
 
@@ -206,7 +216,7 @@ def answer(
 
 
 def write_outputs(
-    model: Model, outputs: Outputs, result: Answer, role: Role, seed: int
+    model: Described, outputs: Outputs, result: Answer, voice: str, text: str, seed: int
 ) -> None:
     """Write everything but the stats."""
     rate = model.config.sample_rate
@@ -224,8 +234,8 @@ def write_outputs(
         metadata = {
             "model": model.local.name,
             "revision": model.local.revision,
-            "voice": role.voice,
-            "prompt": role.text,
+            "voice": voice,
+            "prompt": text,
             "seed": seed,
         }
         duration_s = len(result.user_pcm) / rate
@@ -264,7 +274,7 @@ def respond(run: Run, report: Report) -> Stats:
     )
     result = answer(model, recording.pcm, conversation, report)
     clock.lap("answer")
-    write_outputs(model, run.outputs, result, role, run.settings.seed)
+    write_outputs(model, run.outputs, result, role.voice, role.text, run.settings.seed)
     clock.lap("write")
     stats = make_stats(run, model, role, recording, conversation.timings, clock)
     if run.outputs.stats is not None:
@@ -334,6 +344,6 @@ def make_stats(
 def device_name() -> str:
     """The device that MLX computes on, with its name where MLX knows one."""
     device = mx.default_device()
-    kind = "cpu" if device == mx.Device(mx.cpu) else "gpu"
+    kind = "cpu" if on_cpu() else "gpu"
     name = mx.device_info(device).get("device_name", "")
     return f"{kind} ({name})" if name else kind

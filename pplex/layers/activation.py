@@ -6,6 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from pplex.layers.device import on_cpu
+
 
 def elu(x: mx.array) -> mx.array:
     """ELU with alpha 1.
@@ -13,7 +15,7 @@ def elu(x: mx.array) -> mx.array:
     MLX's ``exp`` is not vectorised in its Linux CPU build (25 ns a value, and the codec
     takes it of half a million values a frame), so there NumPy computes it.
     """
-    if mx.default_device() != mx.Device(mx.cpu):
+    if not on_cpu():
         return nn.elu(x)
     values = np.asarray(x)
     y = np.minimum(values, 0.0)

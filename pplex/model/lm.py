@@ -11,7 +11,13 @@ import mlx.nn as nn
 from pplex.config import LmConfig
 from pplex.layers.cache import KvCache
 from pplex.layers.embedding import embed
-from pplex.layers.transformer import RmsNorm, TemporalLayer, run_layers
+from pplex.layers.transformer import (
+    Joint,
+    RmsNorm,
+    TemporalLayer,
+    joints,
+    run_layers,
+)
 from pplex.model.depformer import Depformer
 
 
@@ -29,14 +35,17 @@ class Lm(nn.Module):
         self.text_emb = nn.Embedding(config.text_card + 1, config.dim)
         self.audio_emb = nn.Embedding(config.n_q * (config.card + 1), config.dim)
         self.layers = [
-            TemporalLayer(
-                config.dim, config.num_heads, config.hidden_dim, config.max_period
-            )
+            TemporalLayer(config.dim, config.num_heads, config.hidden_dim)
             for _ in range(config.num_layers)
         ]
         self.out_norm = RmsNorm(config.dim)
         self.text_linear = nn.Linear(config.dim, config.text_card, bias=False)
         self.depformer = Depformer(config, steps)
+        self._joints: list[Joint] | None = None
+
+    def compile(self) -> None:
+        """Compile what a frame does between attentions; for GPUs, once loaded."""
+        self._joints = [mx.compile(joint) for joint in joints(self.layers)]
 
     def make_cache(self) -> KvCache:
         """An empty cache for the temporal transformer."""
@@ -58,7 +67,8 @@ class Lm(nn.Module):
 
     def temporal(self, x: mx.array, cache: KvCache) -> mx.array:
         """Run inputs (batch, t, dim) as the next ``t`` positions; before the norm."""
-        return run_layers(self.layers, x, cache)
+        between = self._joints if x.shape[1] == 1 else None
+        return run_layers(self.layers, x, cache, self.config.max_period, between)
 
     def head(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Normalised output and text logits of temporal output ``x`` (..., dim)."""

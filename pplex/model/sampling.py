@@ -31,32 +31,28 @@ class Sampler:
     so a row's draws do not depend on the rows beside it.
     """
 
-    def __init__(self, config: SamplingConfig, text_card: int, card: int) -> None:
+    def __init__(
+        self, config: SamplingConfig, text_card: int, card: int, num_codebooks: int
+    ) -> None:
         self.config = config
         self._text_width = _kept(config.text_top_k, text_card)
         self._audio_width = _kept(config.top_k, card)
         self._text_noise = self._text_width if config.text_temp > 0 else 0
         self._audio_noise = self._audio_width if config.temp > 0 else 0
+        self._noise_width = self._text_noise + num_codebooks * self._audio_noise
 
-    def noise(
-        self, seeds: list[int], frames: list[int], num_codebooks: int
-    ) -> mx.array | None:
-        """Exponential noise for one frame of each row; None if all is greedy.
+    @property
+    def draws(self) -> bool:
+        """Whether anything is drawn; if not, no noise is needed."""
+        return self._noise_width > 0
 
-        ``seeds`` and ``frames`` hold a number a row. Shape ``(rows, values)``.
-        """
-        width = self._text_noise + num_codebooks * self._audio_noise
-        if width == 0:
-            return None
-        keys = [
-            [(seed ^ (seed >> 32)) & 0xFFFFFFFF, frame]
-            for seed, frame in zip(seeds, frames, strict=True)
-        ]
+    def noise(self, keys: mx.array) -> mx.array:
+        """Exponential noise (rows, values) for a frame, from ``noise_keys``."""
 
         def row(key: mx.array) -> mx.array:
-            return mx.random.uniform(shape=(width,), key=key)
+            return mx.random.uniform(shape=(self._noise_width,), key=key)
 
-        return -mx.log(1.0 - mx.vmap(row)(mx.array(keys, mx.uint32)))
+        return -mx.log(1.0 - mx.vmap(row)(keys))
 
     def text(self, logits: mx.array, noise: mx.array | None) -> mx.array:
         """Text ids (batch,) from logits (batch, text_card)."""
@@ -74,16 +70,39 @@ class Sampler:
         return draw(logits, self.config.temp, self._audio_width, share)
 
 
+def noise_keys(seeds: list[int], frames: list[int]) -> mx.array:
+    """Keys (rows, 2) of the noise of frame ``frames[r]`` of a row with ``seeds[r]``."""
+    return mx.array(
+        [
+            [(seed ^ (seed >> 32)) & 0xFFFFFFFF, frame]
+            for seed, frame in zip(seeds, frames, strict=True)
+        ],
+        mx.uint32,
+    )
+
+
 def _kept(top_k: int, card: int) -> int:
     return card if top_k == 0 else min(top_k, card)
 
 
+# A long row is cut into blocks of this many; the blocks that can matter are a quarter
+# of it at most.
+BLOCK = 64
+
+
 def top_k_ids(logits: mx.array, k: int) -> mx.array:
     """The ids (batch, k) of the ``k`` largest logits, in no particular order."""
-    card = logits.shape[-1]
+    b, card = logits.shape
     if k == card:
         return mx.broadcast_to(mx.arange(card), logits.shape)
-    return mx.argpartition(logits, kth=card - k, axis=-1)[:, card - k :]
+    if card < 4 * BLOCK * k or card % BLOCK:
+        return mx.argpartition(logits, kth=card - k, axis=-1)[:, card - k :]
+    # The k largest lie in the k blocks with the largest maxima: sorting those is less.
+    blocks = logits.reshape(b, card // BLOCK, BLOCK)
+    best = top_k_ids(blocks.max(axis=-1), k)
+    ids = (best[..., None] * BLOCK + mx.arange(BLOCK)).reshape(b, k * BLOCK)
+    inside = top_k_ids(mx.take_along_axis(logits, ids, axis=-1), k)
+    return mx.take_along_axis(ids, inside, axis=-1)
 
 
 def draw(logits: mx.array, temp: float, k: int, noise: mx.array) -> mx.array:
