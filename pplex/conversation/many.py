@@ -172,23 +172,19 @@ class _Rows:
 
         When half of the rows idle, the rest move together.
         """
-        for idx in range(self._batch_size):
-            row = self._seated[idx] if idx < len(self._seated) else None
+        if not self._seated:
+            self._seated = [None] * self._batch_size
+        for idx, row in enumerate(self._seated):
             if row and not row.all_asked:
                 continue
-            row = self._next_row()
-            if idx == len(self._seated):
-                if row is None:
-                    break
-                self._seated.append(None)
-            self._seated[idx] = row
+            self._seated[idx] = row = self._next_row()
             if row:
-                _put(self.state, idx, row.start(self._model.config.lm))
+                start = row.start(self._model.config.lm)
+                _put(self.state, idx, start, len(self._seated))
         taken = [i for i, row in enumerate(self._seated) if row]
         if taken and 2 * len(taken) <= len(self._seated):
             self._seated = [self._seated[i] for i in taken]
             _take(self.state, taken)
-            self._batch_size = len(taken)
 
 
 def _row_of(state: LmState, idx: int) -> LmState:
@@ -219,20 +215,22 @@ def _join(state: LmState, rows: list[LmState]) -> None:
         state.pending = mx.concatenate(pending)
 
 
-def _put(state: LmState, idx: int, row: LmState) -> None:
-    """Put ``row`` in place ``idx`` of a state whose rows share a ring."""
+def _put(state: LmState, idx: int, row: LmState, num_rows: int) -> None:
+    """Put ``row`` in place ``idx`` of a state whose ``num_rows`` rows share a ring."""
     assert isinstance(row.cache, KvCache) and row.pending is not None
     if not isinstance(state.cache, SlotCache):
-        state.cache = SlotCache(row.cache)
+        state.cache = SlotCache(row.cache, num_rows)
+        state.column = mx.repeat(row.column, num_rows, axis=0)
+        state.seeds, state.frames = [0] * num_rows, [0] * num_rows
+    if state.pending is None:
+        shape = (num_rows, row.pending.shape[1])
+        state.pending = mx.full(shape, NOT_FORCED, row.pending.dtype)
     state.cache.put(idx, row.cache)
-    column, pending = state.column, state.pending
-    if pending is None:
-        shape = (len(column), row.pending.shape[1])
-        pending = mx.full(shape, NOT_FORCED, row.pending.dtype)
-    state.column = mx.concatenate([column[:idx], row.column, column[idx + 1 :]])
-    state.pending = mx.concatenate([pending[:idx], row.pending, pending[idx + 1 :]])
-    state.seeds[idx : idx + 1] = row.seeds
-    state.frames[idx : idx + 1] = row.frames
+    column, pending = mx.array(state.column), mx.array(state.pending)
+    column[idx : idx + 1] = row.column
+    pending[idx : idx + 1] = row.pending
+    state.column, state.pending = column, pending
+    state.seeds[idx], state.frames[idx] = row.seeds[0], row.frames[0]
 
 
 def _take(state: LmState, rows: list[int]) -> None:

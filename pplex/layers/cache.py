@@ -202,26 +202,21 @@ class SlotCache:
     slots before it, as many as it has. The ring grows up to the window.
     """
 
-    def __init__(self, like: KvCache) -> None:
-        """No rows yet; layers, heads, type and window are those of ``like``."""
+    def __init__(self, like: KvCache, num_rows: int) -> None:
+        """Empty rows; layers, heads, type and window are those of ``like``."""
         self.window = like.window
         self._capacity = self._step = 0  # the next slot is ``step % capacity``
-        self._lengths = np.zeros(0, np.int32)
+        self._lengths = np.zeros(num_rows, np.int32)
         self._offsets = mx.array(self._lengths)
         arrays = like.arrays()
         _, heads, _, head_dim = arrays[0].shape
-        empty = mx.zeros((0, heads, 0, head_dim), arrays[0].dtype)
+        empty = mx.zeros((num_rows, heads, 0, head_dim), arrays[0].dtype)
         self._stores = [mx.array(empty) for _ in arrays]  # keys, then values
 
     def put(self, row: int, source: KvCache) -> None:
-        """Replace ``row``, or add it, by the positions of a cache of one row."""
+        """Replace ``row`` by the positions of a cache of one row."""
         length = min(source.end, self.window)
         self._grow(length + 1)
-        if row == len(self._lengths):
-            self._lengths = np.append(self._lengths, np.int32(0))
-            _, heads, slots, head_dim = self._stores[0].shape
-            room = mx.zeros((1, heads, slots, head_dim), self._stores[0].dtype)
-            self._stores = [mx.concatenate([s, room]) for s in self._stores]
         self._lengths[row] = source.end
         start = (self._step - length) % self._capacity
         first = min(length, self._capacity - start)
