@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from pplex.checkpoint.layouts import Arrays, missing, wrong_shape
+from pplex.checkpoint.layouts import Arrays, check_floating, missing, wrong_shape
 from pplex.config import MimiConfig
 from pplex.errors import PplexError
 
@@ -97,6 +97,7 @@ def sanitize_codec(arrays: Arrays, config: MimiConfig, path: Path) -> Arrays:
         array = left.pop(name)
         if tuple(array.shape) != shape:
             raise wrong_shape(path, name, array.shape, shape)
+        check_floating(path, name, array)
         published[name] = array.astype(mx.float32)
     if left:
         raise PplexError(

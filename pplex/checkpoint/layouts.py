@@ -223,15 +223,14 @@ def _take(
     )
     if len(matrix.shape) == 1:
         stored_form(matrix, {"weight": tuple(weight.shape)}, False, path)
+        check_floating(path, matrix.name, weight)
         return {"weight": weight.reshape(-1)}, None
     parts = {"weight": weight}
     if matrix.part("scales") in left:
         parts["scales"] = _pop(left, matrix.part("scales"), path)
         parts["biases"] = _pop(left, matrix.part("biases"), path)
-    elif not mx.issubdtype(weight.dtype, mx.floating):
-        raise PplexError(
-            f"{path}: the tensor `{matrix.name}` is {weight.dtype} without scales"
-        )
+    else:
+        check_floating(path, matrix.name, weight)
     shapes = {part: tuple(array.shape) for part, array in parts.items()}
     return parts, stored_form(matrix, shapes, weight.dtype == mx.uint32, path)
 
@@ -242,7 +241,7 @@ def stored_form(
     is_packed: bool,
     path: Path,
 ) -> Quantization | None:
-    """How a matrix with parts of these shapes is stored; None where it is not quantized.
+    """How a matrix with parts of these shapes is stored; None if it is not quantized.
 
     ``is_packed``: the weight is of uint32. Shapes that do not fit raise.
     """
@@ -290,6 +289,13 @@ def _pop(left: Arrays, name: str, path: Path) -> mx.array:
 def missing(path: Path, name: str) -> PplexError:
     """The error for a tensor that a file lacks."""
     return PplexError(f"{path}: the tensor `{name}` is missing; get the file again")
+
+
+def check_floating(path: Path, name: str, array: mx.array) -> None:
+    """Refuse whole numbers where there should be weights."""
+    if not mx.issubdtype(array.dtype, mx.floating):
+        kind = str(array.dtype).removeprefix("mlx.core.")
+        raise PplexError(f"{path}: the tensor `{name}` is {kind}, not floating point")
 
 
 def wrong_shape(

@@ -21,6 +21,7 @@ from pplex.checkpoint.layouts import (
     read_matrices,
     sliced_matrices,
 )
+from pplex.checkpoint.tensor_file import read_specs
 from pplex.codec.mimi import Mimi
 from pplex.config import LmConfig, MimiConfig
 from pplex.errors import PplexError
@@ -40,6 +41,7 @@ def read_tensors(path: Path) -> Arrays:
     """The tensors of a safetensors file, read when they are first used."""
     if not path.is_file():
         raise PplexError(f"{path}: this file of the checkpoint is missing")
+    read_specs(path)  # MLX believes what a header says of sizes
     try:
         arrays = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as e:
@@ -64,16 +66,16 @@ def read_lm(
     arrays = read_tensors(path)
     if "transformer.layers.0.self_attn.in_proj_weight" in arrays:
         layout, table = "pytorch", published_matrices
-        steps = _count(arrays, r"linears\.(\d+)\.weight")
+        steps = _count(arrays, _STEPS)
     elif "transformer.layers.0.self_attn.in_proj.weight" in arrays:
         layout, table = "mlx", sliced_matrices
-        steps = _count(arrays, r"depformer\.slices\.(\d+)\.linear_in\.weight")
+        steps = _count(arrays, _SLICES)
     else:
         raise PplexError(
             f"{path}: not a PersonaPlex or Moshi language model: it has no "
             "`transformer.layers.0.self_attn.in_proj` weight"
         )
-    kept = _kept(path, steps, num_steps)
+    kept = _kept(path, steps, num_steps, config)
     weights, quantized = read_matrices(arrays, list(table(config, steps, kept)), path)
     return weights, quantized, layout
 
@@ -97,8 +99,8 @@ def _read_split(
     folder: Path, config: LmConfig, num_steps: int
 ) -> tuple[Arrays, dict[str, Quantization], str]:
     files = {name: read_tensors(folder / f"{name}.safetensors") for name in SPLIT_FILES}
-    steps = _count(files["embeddings"], r"linears\.(\d+)\.weight")
-    kept = _kept(folder, steps, num_steps)
+    steps = max(_count(arrays, _STEPS) for arrays in files.values())
+    kept = _kept(folder, steps, num_steps, config)
     matrices = list(published_matrices(config, steps, kept))
     weights: Arrays = {}
     quantized: dict[str, Quantization] = {}
@@ -110,15 +112,21 @@ def _read_split(
     return weights, quantized, "mlx-split"
 
 
+_STEPS = r"(?:linears|depformer_in)\.(\d+)\."
+_SLICES = r"depformer\.slices\.(\d+)\."
+
+
 def _count(arrays: Arrays, pattern: str) -> int:
-    """How many depformer steps a file has."""
-    return sum(re.fullmatch(pattern, name) is not None for name in arrays)
+    """How many depformer steps a file has: one more than the last it names."""
+    found = (re.match(pattern, name) for name in arrays)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def _kept(path: Path, steps: int, wanted: int) -> int:
-    if steps < wanted:
+def _kept(path: Path, steps: int, wanted: int, config: LmConfig) -> int:
+    if not wanted <= steps <= config.n_q:
         raise PplexError(
-            f"{path}: the depformer has {steps} steps, {wanted} are needed"
+            f"{path}: the depformer has {steps} steps, {wanted} to {config.n_q} are "
+            "expected"
         )
     return wanted
 
@@ -164,12 +172,17 @@ def cast(weights: Arrays, dtype: mx.Dtype) -> Arrays:
 
 
 def load_lm(
-    path: Path, config: LmConfig, dtype: mx.Dtype, num_steps: int | None = None
+    path: Path,
+    config: LmConfig,
+    dtype: mx.Dtype,
+    num_steps: int | None = None,
+    *,
+    dense: bool = False,
 ) -> LoadedLm:
     """The language model in the folder or file ``path``, computing in ``dtype``.
 
     Only the depformer steps of the agent's codebooks are kept unless ``num_steps``
-    asks for more.
+    asks for more. With ``dense``, quantized matrices are written out in ``dtype``.
     """
     steps = config.num_codebooks if num_steps is None else num_steps
     weights, stored, layout = read_lm(path, config, steps)
@@ -181,7 +194,22 @@ def load_lm(
         for name, weight in weights.items()
         if "layers." in name and name.endswith(".weight") and weight.ndim == 2
     }
+    if dense:
+        weights, stored = write_out(weights, stored), {}
     lm = Lm(config, steps)
     quantize_as_stored(lm, stored)
     assign(lm, cast(weights, dtype), path)
     return LoadedLm(lm, layout, tuple(sorted(bits)))
+
+
+def write_out(weights: Arrays, stored: dict[str, Quantization]) -> Arrays:
+    """``weights`` with every quantized matrix as the values it stands for."""
+    whole = dict(weights)
+    for name, kind in stored.items():
+        packed, scales, biases = (
+            whole.pop(f"{name}.{part}") for part in ("weight", "scales", "biases")
+        )
+        whole[f"{name}.weight"] = mx.dequantize(
+            packed, scales, biases, kind.group_size, kind.bits
+        )
+    return whole
