@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pplex.layers.cache import GROWTH, KvCache
+from pplex.layers.rotary import rotate
 from pplex.layers.transformer import TemporalLayer, run_layers
 
 DIM, HEADS = 32, 2
@@ -91,3 +92,32 @@ def test_copy_goes_its_own_way(layers):
     expected, _ = outputs(layers, x[:, :22], [20, 1, 1], 16, 1)
     np.testing.assert_allclose(first, expected[:, 20:21], atol=1e-6)
     np.testing.assert_allclose(again, expected[:, 21:22], atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0, 7, 2999, 45000])
+def test_rotation_of_a_position_does_not_depend_on_how_many_come_with_it(offset):
+    x = mx.random.normal((1, 4, 6, 16), key=mx.random.key(3))
+    together = np.array(rotate(x, 10000.0, offset))
+    for idx in range(6):
+        apart = np.array(rotate(x[:, :, idx : idx + 1], 10000.0, offset + idx))
+        np.testing.assert_allclose(apart[:, :, 0], together[:, :, idx], atol=1e-6)
+
+
+def test_rotation_far_from_the_start_is_the_references():
+    """Interleaved pairs; the angles' rounding to float32 shows there.
+
+    Expected: the published formula in PyTorch, position 44321, width 8.
+    """
+    x = mx.array([1.0, 0.0] * 4).reshape(1, 1, 1, 8)
+    expected = [
+        0.8314095,
+        -0.5556602,
+        -0.7727557,
+        0.6347036,
+        -0.9700336,
+        -0.2429708,
+        0.943188,
+        0.3322595,
+    ]
+    found = np.array(rotate(x, 10000.0, 44_321))
+    np.testing.assert_allclose(found[0, 0, 0], expected, atol=1e-6)

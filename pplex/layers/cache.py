@@ -15,6 +15,8 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from pplex.layers.rotary import rotate
+
 GROWTH = 256
 
 Mask = mx.array | str | None
@@ -272,16 +274,6 @@ class SlotCache:
         """Count ``t`` positions as written in every row."""
         self._step += t
         self._lengths += t
-
-
-def rotate(x: mx.array, max_period: float, offset: int | mx.array) -> mx.array:
-    """Rotary embedding, interleaved pairs, of ``x`` (batch, heads, t, head_dim).
-
-    ``offset`` is the position of the first of ``t``, one for all rows or one a row.
-    """
-    return mx.fast.rope(
-        x, x.shape[-1], traditional=True, base=max_period, scale=1.0, offset=offset
-    )
 
 
 def scaled_attention(
