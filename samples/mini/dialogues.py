@@ -1,0 +1,121 @@
+"""Put training dialogues together from codes.
+
+    python dialogues.py WORK [--chunks N] [--size N]
+
+Needs WORK/tokenizer.model, WORK/agent.pt and WORK/users.pt; writes WORK/chunk_000.pt
+and so on, which train_lm.py reads as they come. All on the CPU: only codes are moved.
+"""
+
+import argparse
+import multiprocessing
+import random
+from pathlib import Path
+
+import domain
+import sentencepiece
+import torch
+from codes import Agent
+from plan import Grid, Plan, Planner
+from sizes import FRAME_SIZE, config
+from torch import Tensor
+
+SHORT, LONG = 288, 704
+
+
+class Writer:
+    """Writes dialogues of one random seed after the other."""
+
+    def __init__(self, work: Path) -> None:
+        torch.set_num_threads(1)
+        tokenizer = sentencepiece.SentencePieceProcessor(str(work / "tokenizer.model"))
+        self.work, self.agent = work, Agent.load(work / "agent.pt")
+        users = torch.load(work / "users.pt", weights_only=False)
+        self.rooms = users["rooms"]
+        self.sizes = config(tokenizer.vocab_size())["lm"]
+        text_card, card = self.sizes["text_card"], self.sizes["card"]
+        self.grid = Grid(self.agent, tokenizer, text_card, card)
+        self.planners = []
+        for level in self.rooms:
+            fitting = [c for c in users["clips"] if c["level"] == level]
+            texts = {c["text"] for c in fitting}
+            fitting += [c for c in users["clips"] if c["text"] not in texts]
+            self.planners.append(Planner(fitting, self.agent, FRAME_SIZE))
+
+    def user(self, rng: random.Random, plan: Plan, level: int) -> Tensor:
+        """The user's semantic codes: a room with the clips in it."""
+        codes = rng.choice(self.rooms[level])[: plan.frames].clone()
+        for clip, sample in plan.user:
+            first = sample // FRAME_SIZE
+            room = codes[first : first + len(clip["codes"])]
+            room[:] = clip["codes"][: len(room)]
+        return codes
+
+    def dialogue(self, rng: random.Random, length: int) -> tuple[Tensor, int]:
+        """A dialogue of as many turns as fit, sometimes of none."""
+        silent = rng.random() < 0.04
+        return self.lay_out(
+            rng, domain.dialogue(rng, "ask", 0 if silent else length // 60), length
+        )
+
+    def lay_out(
+        self, rng: random.Random, talk: domain.Dialogue, length: int
+    ) -> tuple[Tensor, int]:
+        """Rows (10, length) and how many columns are prompt."""
+        voice = rng.choice(tuple(self.agent.voices))
+        codes = rng.choice(self.agent.voices[voice][1:])[:, : rng.randint(24, 44)]
+        texts, agent = self.grid.prompt(codes, talk.prompt)
+        level = rng.choice((0, 0, 1, 1, 2, 3))
+        plan = self.planners[level].plan(rng, talk, voice, length - len(texts))
+        spoken_texts, spoken = self.grid.speech(plan, voice)
+        sine = self.agent.constants.sine[0].expand(len(texts))
+        rows = self.grid.rows(
+            torch.cat([texts, spoken_texts]),
+            torch.cat([agent, spoken], 1),
+            torch.cat([sine, self.user(rng, plan, level).long()]),
+        )
+        return rows, len(texts)
+
+    def write(self, number: int, size: int) -> None:
+        """One file of `size` short dialogues and a twelfth as many long ones."""
+        rng, chunk = random.Random(100 + number), {}
+        for kind, length, count in (("short", SHORT, size), ("long", LONG, size // 12)):
+            made = [self.dialogue(rng, length) for _ in range(count)]
+            chunk[kind] = {
+                "rows": torch.stack([rows for rows, _ in made]),
+                "prompt": torch.tensor([prompt for _, prompt in made]),
+            }
+        path = self.work / f"chunk_{number:03d}.pt"
+        torch.save(chunk, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+
+
+def work_off(work: Path, numbers: list[int], size: int) -> None:
+    """What one process does."""
+    writer = Writer(work)
+    for number in numbers:
+        writer.write(number, size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--chunks", type=int, default=120)
+    parser.add_argument("--size", type=int, default=1200)
+    parser.add_argument("--processes", type=int, default=12)
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    numbers = range(args.chunks)
+    workers = [
+        context.Process(
+            target=work_off, args=(args.work, numbers[i :: args.processes], args.size)
+        )
+        for i in range(args.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+if __name__ == "__main__":
+    main()
