@@ -10,6 +10,7 @@ import numpy as np
 
 from pplex.errors import PplexError
 
+TRIM_MARGIN = 5  # windows of 20 ms that stay before and after the sound
 MIN_DURATION_S = 0.4  # one block of the measurement
 
 
@@ -40,3 +41,20 @@ def integrated_loudness(pcm: np.ndarray, sample_rate: int) -> float:
             "measured; give one in which somebody speaks"
         )
     return loudness
+
+
+def trim_silence(pcm: np.ndarray, sample_rate: int) -> np.ndarray:
+    """PCM (samples,) without what is silent at its ends, but for a little of it.
+
+    Silent is what lies 40 dB below the loudest 20 ms.
+    """
+    window = max(1, sample_rate // 50)
+    count = len(pcm) // window
+    if not count:
+        return pcm
+    power = np.square(pcm[: count * window].reshape(count, window)).mean(axis=1)
+    loud = np.flatnonzero(power > 1e-4 * power.max())
+    if not len(loud):
+        return pcm
+    start = max(0, loud[0] - TRIM_MARGIN) * window
+    return pcm[start : (loud[-1] + 1 + TRIM_MARGIN) * window]

@@ -21,6 +21,7 @@ from pplex.checkpoint.hub_cache import (
     cached_snapshot,
     is_complete,
     names_in,
+    remove_from_cache,
 )
 from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
 from pplex.checkpoint.needed import IncompleteError, needed_files
@@ -102,6 +103,31 @@ def list_models() -> list[ModelEntry]:
             )
         )
     return entries + [on_disk[repo] for repo in sorted(on_disk, key=str)]
+
+
+def remove(name: str) -> int:
+    """Delete a downloaded model, by alias or owner/name; bytes that were freed."""
+    known = KNOWN_MODELS.get(name)
+    if known is None and Path(name).expanduser().exists():
+        raise PplexError(
+            f"{name} is a folder or file of yours, not a download; delete it yourself"
+        )
+    repo = known.repo if known else name
+    if repo is None:
+        raise PplexError(f"the model {name!r} is part of pplex and cannot be removed")
+    if not any(entry.repo == repo for entry in cached_models()):
+        raise PplexError(
+            f"{name} is not on this machine; `pplex models list` shows what is"
+        )
+    return remove_from_cache(repo)
+
+
+def locate(name: str) -> LocalModel:
+    """Like ``resolve`` offline, but a local folder may lack files: to look into it."""
+    path = Path(name).expanduser()
+    if name not in KNOWN_MODELS and path.is_dir():
+        return LocalModel(name, path, None, None)
+    return resolve(name, offline=True)
 
 
 def _built_in_folder(name: str) -> Path:

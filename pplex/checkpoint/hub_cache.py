@@ -87,6 +87,27 @@ def cached_models() -> Iterator[ModelEntry]:
         )
 
 
+def remove_from_cache(repo: str) -> int:
+    """Delete every revision of a repository from the cache; bytes that were freed."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        scan = scan_cache_dir(cache_folder())
+    except CacheNotFound:
+        return 0
+    found = [r for r in scan.repos if r.repo_id == repo and r.repo_type == "model"]
+    commits = [revision.commit_hash for r in found for revision in r.revisions]
+    strategy = scan.delete_revisions(*commits)
+    try:
+        strategy.execute()
+    except OSError as e:
+        raise PplexError(
+            f"{repo} cannot be removed from {cache_folder()}: {e.strerror or e}"
+        ) from e
+    return strategy.expected_freed_size
+
+
 def is_complete(names: list[str]) -> bool:
     """Whether these files are all that a model needs."""
     try:

@@ -7,6 +7,7 @@ how much memory is taken. Model weights are read by MLX.
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,9 +45,25 @@ def read_arrays(
         raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
 
 
-def write_arrays(path: Path, arrays: dict[str, tuple[str, np.ndarray]]) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words that a file's header holds besides its tensors."""
+    try:
+        with path.open("rb") as file:
+            header, _ = _read_header(path, file, os.fstat(file.fileno()).st_size)
+    except OSError as e:
+        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
+    found = header.get("__metadata__")
+    words = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in words if isinstance(value, str)}
+
+
+def write_arrays(
+    path: Path,
+    arrays: dict[str, tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write arrays given as (safetensors dtype, array of that storage), atomically."""
-    header = {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, array) in arrays.items():
         end = offset + array.nbytes

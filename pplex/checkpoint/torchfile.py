@@ -5,9 +5,11 @@ name the handful of globals below, and these are replaced by objects that do no 
 than note down their arguments.
 """
 
+import lzma
 import math
 import pickle
 import pickletools
+import struct
 import zipfile
 import zlib
 from io import BytesIO
@@ -50,7 +52,15 @@ def read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
                 for name, tensor in saved.items()
                 if isinstance(name, str) and isinstance(tensor, _Tensor)
             }
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as e:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,  # names that are not UTF-8
+        lzma.LZMAError,
+        struct.error,
+        zlib.error,
+    ) as e:
         raise _broken(path, f"it is not a readable zip archive ({e})") from e
     except EOFError as e:
         raise _broken(path, "it ends too early") from e

@@ -4,7 +4,8 @@ A voice is what NVIDIA's `save_voice_prompt_embeddings` stores: the summed input
 vectors of its frames and the ring of tokens at their end.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,11 @@ from pplex.errors import PplexError
 NUM_STREAM_ROWS = 17
 RING_LENGTH = 4
 VOICE_SUFFIXES = (".safetensors", ".pt")
+MADE_FOR = "pplex_model"
+
+# How far a voice's first vector may lie from the model's, relative to its length:
+# tables may be quantized, voices rounded.
+FIRST_VECTOR_TOLERANCE = 0.1
 
 _FLOATS = ("bfloat16", "float16", "float32")
 
@@ -26,13 +32,15 @@ class VoicePrompt:
     """A stored voice.
 
     `embeddings` is float32 (frames, dim), one less than the voice's frames; `cache`
-    is int32 (17, 4), rows as text, agent, user; `dtype` is what the file held.
+    is int32 (17, 4), rows as text, agent, user; `dtype` is what the file held;
+    `notes` what pplex wrote of a voice that it made, empty for others.
     """
 
     name: str
     embeddings: np.ndarray
     cache: np.ndarray
     dtype: str
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_voice_file(path: Path) -> VoicePrompt:
@@ -42,9 +50,11 @@ def read_voice_file(path: Path) -> VoicePrompt:
         raise PplexError(f"{path} is not a voice file: give a .pt or .safetensors file")
     if not path.is_file():
         raise PplexError(f"the voice file {path} does not exist; check the name")
+    notes: dict[str, str] = {}
     if path.suffix.lower() == ".pt":
         arrays = torchfile.read_tensors(path)
     else:
+        notes = safetensors.read_metadata(path)
         arrays = safetensors.read_arrays(path, ("embeddings", "cache"))
     missing = [name for name in ("embeddings", "cache") if name not in arrays]
     if missing:
@@ -55,7 +65,26 @@ def read_voice_file(path: Path) -> VoicePrompt:
         embeddings=_check_embeddings(path, dtype, embeddings),
         cache=_check_cache(path, arrays["cache"][1]),
         dtype=dtype,
+        notes=notes,
     )
+
+
+def fits_first(voice: VoicePrompt, first: np.ndarray) -> bool:
+    """Whether a voice begins as the model does: with its input before any frame.
+
+    ``first`` is float32 (dim,), the sum of the rows of all initial ids.
+    """
+    apart = np.linalg.norm(voice.embeddings[0] - first)
+    return bool(apart <= FIRST_VECTOR_TOLERANCE * np.linalg.norm(first))
+
+
+def check_made_for(voice: VoicePrompt, first: np.ndarray) -> None:
+    """Refuse a voice of `pplex voices make` that was made for another model."""
+    if MADE_FOR in voice.notes and not fits_first(voice, first):
+        raise PplexError(
+            f"voice {voice.name!r} was made for the model {voice.notes[MADE_FOR]}, and "
+            "this is another; make it again with `pplex voices make`"
+        )
 
 
 def check_voice(
@@ -92,7 +121,7 @@ def find_voices(model_path: Path) -> dict[str, Path]:
     `voices/*.safetensors` and `voices/*.pt` count, the former first where a name has
     both; without any, `voices.tgz` is unpacked once into the user's cache.
     """
-    folder = model_path if model_path.is_dir() else model_path.parent
+    folder = folder_of(model_path)
     voices = _voices_in(folder / "voices")
     archive = folder / "voices.tgz"
     if not voices and archive.is_file():
@@ -100,15 +129,22 @@ def find_voices(model_path: Path) -> dict[str, Path]:
     return voices
 
 
+def folder_of(model_path: Path) -> Path:
+    """The folder of a checkpoint that is given as a folder or as its weights' file."""
+    return model_path if model_path.is_dir() else model_path.parent
+
+
 def write_voice_file(
     path: Path,
     embeddings: np.ndarray,
     cache: np.ndarray,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write embeddings (frames, dim) and cache (17, 4) as the MLX layouts have them.
 
-    [frames,1,1,dim] in `dtype` and [1,17,4] in float32 (sic), atomically.
+    [frames,1,1,dim] in `dtype` and [1,17,4] in float32 (sic), atomically. `notes` go
+    into the file's metadata.
     """
     frames, dim = embeddings.shape
     stored = np.asarray(embeddings, "<f4").reshape(frames, 1, 1, dim)
@@ -116,7 +152,8 @@ def write_voice_file(
     if dtype == "bfloat16":
         entry = ("BF16", safetensors.narrow_bfloat16(stored))
     ring = np.asarray(cache, "<f4").reshape(1, NUM_STREAM_ROWS, RING_LENGTH)
-    safetensors.write_arrays(Path(path), {"cache": ("F32", ring), "embeddings": entry})
+    arrays = {"cache": ("F32", ring), "embeddings": entry}
+    safetensors.write_arrays(Path(path), arrays, notes)
 
 
 def _voices_in(folder: Path) -> dict[str, Path]:

@@ -1,21 +1,37 @@
-"""``pplex models``: the models known, those on disk, and how one gets there."""
+"""``pplex models``: what is known and on disk; get, look at, check, make, compare."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
 import click
 
+from pplex.cli.models_check import info, verify
+from pplex.cli.models_compare import compare, sensitivity
+from pplex.cli.models_convert import convert
 from pplex.cli.options import complete_model
 from pplex.cli.progress import size
+from pplex.cli.tables import echo_json, echo_table
+
+if TYPE_CHECKING:
+    from pplex.checkpoint.hub_cache import ModelEntry
 
 
 @click.group()
 def models() -> None:
-    """List models, or download one."""
+    """Get, check, convert and compare models."""
+
+
+for command in (info, verify, convert, compare, sensitivity):
+    models.add_command(command)
 
 
 @models.command("pull", epilog="Example: pplex models pull 4bit")
 @click.argument("model", shell_complete=complete_model)
-def pull_model(model: str) -> None:
+@click.option("--revision", metavar="REV", help="A branch, tag or commit.")
+def pull_model(model: str, revision: str | None) -> None:
     """Download MODEL if it is not on this machine yet; print where it lies.
 
     MODEL is 8bit, 4bit, bf16 or owner/name[@revision]. A download that was cut off
@@ -23,29 +39,77 @@ def pull_model(model: str) -> None:
     """
     from pplex.checkpoint.hub import resolve
 
-    click.echo(resolve(model, offline=False).path)
+    click.echo(resolve(model, offline=False, revision=revision).path)
+
+
+@models.command("path", epilog="Example: pplex models path 8bit")
+@click.argument("model", shell_complete=complete_model)
+def path(model: str) -> None:
+    """Print where MODEL lies on this machine; never goes online."""
+    from pplex.checkpoint.hub import resolve
+
+    click.echo(resolve(model, offline=True).path)
+
+
+@models.command("remove", epilog="Example: pplex models remove bf16")
+@click.argument("model", shell_complete=complete_model)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def remove(model: str, yes: bool) -> None:
+    """Delete the downloaded MODEL, every revision of it, from this machine."""
+    from pplex.checkpoint import hub
+
+    if not yes:
+        click.confirm(f"Delete {model} from this machine?", abort=True, err=True)
+    freed = hub.remove(model)
+    click.echo(f"{model} is removed, {size(freed / 1e9)} are free again", err=True)
 
 
 @models.command("list", epilog="Example: pplex models list")
-def list_models() -> None:
-    """Print the known models and those on this machine; never goes online."""
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_models(as_json: bool) -> None:
+    """Print the known models and those on this machine; never goes online.
+
+    MEMORY is what a conversation takes; FITS says whether this machine has it.
+    """
     from pplex.checkpoint.hub import list_models as entries
 
-    rows = [("NAME", "DISK", "DOWNLOAD", "MEMORY", "WHAT")]
+    memory_gb = machine_memory_gb()
+    if as_json:
+        echo_json([_as_json(entry, memory_gb) for entry in entries()])
+        return
+    rows = [("NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "WHAT")]
     for entry in entries():
+        fits = _fits(entry, memory_gb)
         rows.append(
             (
                 entry.name,
                 _size(entry.size_bytes, entry.complete),
                 _gb(entry.download_gb),
                 _gb(entry.memory_gb),
+                "-" if fits is None else "yes" if fits else "no",
                 entry.description,
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for row in rows:
-        cells = [cell.ljust(w) for cell, w in zip(row, widths, strict=False)]
-        click.echo("  ".join([*cells, row[4]]).rstrip())
+    echo_table(rows)
+
+
+def machine_memory_gb() -> float | None:
+    """Memory of this machine in GB, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except (ValueError, OSError):
+        return None
+
+
+def _fits(entry: ModelEntry, memory_gb: float | None) -> bool | None:
+    if memory_gb is None or not entry.memory_gb:
+        return None
+    return entry.memory_gb <= memory_gb
+
+
+def _as_json(entry: ModelEntry, memory_gb: float | None) -> dict[str, object]:
+    path = None if entry.path is None else str(entry.path)
+    return asdict(entry) | {"path": path, "fits": _fits(entry, memory_gb)}
 
 
 def _size(size_bytes: int | None, complete: bool) -> str:

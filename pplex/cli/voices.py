@@ -1,16 +1,27 @@
-"""``pplex voices``: the voices of a model."""
+"""``pplex voices``: the voices of a model, and one from a recording."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from pplex.cli.options import model_options
+from pplex.cli.options import ChannelType, complete_voice, model_options
+from pplex.cli.progress import size
+from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
+
+if TYPE_CHECKING:
+    from pplex.checkpoint.hub import LocalModel
+
+_FILE = click.Path(path_type=Path)
+SHORT_S, LONG_S = 3.0, 15.0
 
 
 @click.group()
 def voices() -> None:
-    """List the voices that a model can speak with."""
+    """List the voices that a model can speak with, or make one."""
 
 
 @voices.command("list", epilog="Example: pplex voices list --model mini")
@@ -20,8 +31,15 @@ def list_voices(model_name: str, offline: bool) -> None:
 
     Nothing is downloaded for this: the model must be on this machine.
     """
-    from pplex.checkpoint.hub import list_models, resolve
     from pplex.checkpoint.voices import find_voices
+
+    for name in find_voices(_local(model_name).path):
+        click.echo(name)
+
+
+def _local(model_name: str) -> LocalModel:
+    """The model, which must be on this machine."""
+    from pplex.checkpoint.hub import list_models, resolve
 
     for entry in list_models():
         if entry.name == model_name and entry.repo and not entry.complete:
@@ -29,6 +47,121 @@ def list_voices(model_name: str, offline: bool) -> None:
                 f"the model {model_name} is not on this machine; get it with "
                 f"`pplex models pull {model_name}`"
             )
-    local = resolve(model_name, offline=True)
-    for name in find_voices(local.path):
-        click.echo(name)
+    return resolve(model_name, offline=True)
+
+
+@voices.command(
+    "make", epilog="Example: pplex voices make me.wav me.safetensors -m mini"
+)
+@click.argument("recording", metavar="IN", type=_FILE)
+@click.argument("output", metavar="OUT", type=_FILE)
+@model_options
+@click.option(
+    "--channel",
+    type=ChannelType(),
+    default=1,
+    show_default=True,
+    help="Which channel to take: a number from 1, or 'mix' for the average.",
+)
+@click.option("--trim", is_flag=True, help="Leave out silence at both ends.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+def make(
+    recording: Path,
+    output: Path,
+    model_name: str,
+    offline: bool,
+    channel: int | str,
+    trim: bool,
+    overwrite: bool,
+) -> None:
+    """Make the voice file OUT from IN, a recording of one person speaking.
+
+    3 to 15 seconds with little noise serve best. The sound is brought to -24 LUFS.
+    OUT works with the model it was made for, at any bits, as --voice OUT. Use a voice
+    only with the consent of the person it belongs to.
+    """
+    if output.suffix.lower() != ".safetensors":
+        raise PplexError(f"cannot write {output}: end its name in .safetensors")
+    if output.exists() and not overwrite:
+        raise PplexError(f"{output} exists already; give --overwrite or another name")
+    from pplex.backend import use_fast_blas
+
+    use_fast_blas()
+    from pplex.checkpoint.hub import resolve
+    from pplex.conversation.own_voice import write_voice
+    from pplex.conversation.session import load
+
+    local = resolve(model_name, offline=offline)
+    made = write_voice(load(local), recording, output, channel=channel, trim=trim)
+    click.echo(output)
+    click.echo(f"{made.duration_s:.1f} s, {made.frames} frames", err=True)
+    if not SHORT_S <= made.duration_s <= LONG_S:
+        click.echo(
+            f"a voice of {SHORT_S:g} to {LONG_S:g} s serves best: this one may be "
+            f"{'too little to go by' if made.duration_s < SHORT_S else 'long to read'}",
+            err=True,
+        )
+
+
+@voices.command("show", epilog="Example: pplex voices show NATF0 --model mini")
+@click.argument("voice", shell_complete=complete_voice)
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(voice: str, model_name: str, offline: bool, as_json: bool) -> None:
+    """Print what VOICE, a name or a file, is, and whether it fits the model.
+
+    The model must be on this machine.
+    """
+    from pplex.backend import use_fast_blas
+
+    use_fast_blas()
+    found = _describe(voice, _local(model_name))
+    if as_json:
+        echo_json(found)
+        return
+    click.echo(f"{found['name']}: {found['path']}")
+    click.echo(
+        f"{found['duration_s']:.2f} s, {found['frames']} frames of width "
+        f"{found['width']}, {found['dtype']}, {size(found['bytes'] / 1e9)}"
+    )
+    for key, value in found["notes"].items():
+        click.echo(f"{key.removeprefix('pplex_')}: {value}")
+    fits = "fits" if not found["doubts"] else "may not fit"
+    click.echo(f"{fits} the model {model_name}")
+    for doubt in found["doubts"]:
+        click.echo(f"  {doubt}")
+
+
+def _describe(voice: str, local: LocalModel) -> dict[str, Any]:
+    from pplex.checkpoint.source import Source
+    from pplex.checkpoint.verify import first_vector, voice_doubts
+    from pplex.checkpoint.voices import (
+        check_voice,
+        find_voices,
+        folder_of,
+        read_voice_file,
+    )
+    from pplex.config import load_config
+
+    path = find_voices(local.path).get(voice, Path(voice))
+    read = read_voice_file(path)
+    config = load_config(folder_of(local.path) / "config.json")
+    lm = config.lm
+    try:
+        check_voice(read, lm.dim, text_card=lm.text_card, card=lm.card)
+        first = first_vector(Source(local.path, lm))
+        doubts = list(voice_doubts(read, config, first))
+    except PplexError as e:
+        doubts = [str(e)]
+    frames = len(read.embeddings) + 1
+    return {
+        "name": read.name,
+        "path": str(path),
+        "frames": frames,
+        "duration_s": frames / config.frame_rate,
+        "width": read.embeddings.shape[1],
+        "dtype": read.dtype,
+        "bytes": path.stat().st_size,
+        "notes": dict(read.notes),
+        "doubts": doubts,
+    }

@@ -13,9 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from pplex.audio.files import frames_of, read_pcm
-from pplex.audio.loudness import normalize_loudness
-from pplex.checkpoint import voices
+from pplex.audio.files import Channel, frames_of, read_pcm
+from pplex.audio.loudness import normalize_loudness, trim_silence
+from pplex.checkpoint import voice_codes, voices
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.weights import load_lm, load_mimi
@@ -27,7 +27,7 @@ from pplex.errors import PplexError
 from pplex.layers.device import on_cpu
 from pplex.model.lm import Lm
 from pplex.model.sampling import SamplingConfig
-from pplex.model.streams import shift, unshift, user_rows
+from pplex.model.streams import TEXT_ROW, shift, unshift, user_rows
 
 DEFAULT_VOICE = "NATF2"
 MIMI_PATTERNS = ("mimi.safetensors", "tokenizer-*-checkpoint*.safetensors")
@@ -50,8 +50,12 @@ class Model:
     load_s: float
 
 
-def load(local: LocalModel) -> Model:
-    """Load the model at ``local``: float32 on a CPU, bfloat16 on a GPU."""
+def load(local: LocalModel, *, dense: bool = False) -> Model:
+    """Load the model at ``local``: float32 on a CPU, bfloat16 on a GPU.
+
+    With ``dense``, quantized weights are written out in that type: more memory, and
+    faster where many rows go through them at once.
+    """
     start = time.perf_counter()
     folder = local.path if local.path.is_dir() else local.path.parent
     config = load_config(folder / "config.json")
@@ -63,7 +67,7 @@ def load(local: LocalModel) -> Model:
         )
     dtype = mx.float32 if on_cpu() else mx.bfloat16
     mimi = load_mimi(_one_file(folder, MIMI_PATTERNS), config.mimi)
-    loaded = load_lm(local.path, config.lm, dtype)
+    loaded = load_lm(local.path, config.lm, dtype, dense=dense)
     if not on_cpu():
         loaded.lm.compile()
     return Model(
@@ -127,6 +131,7 @@ def make_role(model: Model, voice: str | None, text: str) -> Role:
         saved = voices.read_voice_file(path)
         lm = model.config.lm
         voices.check_voice(saved, lm.dim, text_card=lm.text_card, card=lm.card)
+        voices.check_made_for(saved, first_input(model))
         prompt = make_prompt(
             model.config, text_ids, saved_voice=(saved.embeddings, saved.cache)
         )
@@ -136,13 +141,40 @@ def make_role(model: Model, voice: str | None, text: str) -> Role:
     return Role(prompt, name, text)
 
 
-def encode_voice(model: Model, path: Path) -> np.ndarray:
-    """Codes (codebooks, frames) of a voice recording, normalised to -24 LUFS."""
+def first_input(model: Model) -> np.ndarray:
+    """The model's input before the first frame, float32 (dim,)."""
+    lm = model.config.lm
+    initial = np.full((1, lm.num_streams, 1), lm.audio_initial, np.int32)
+    initial[:, TEXT_ROW] = lm.text_initial
+    return np.array(model.lm.embed(mx.array(initial))[0, 0].astype(mx.float32))
+
+
+def encode_voice(
+    model: Model, path: Path, *, channel: Channel = 1, trim: bool = False
+) -> np.ndarray:
+    """Codes (codebooks, frames) of a voice recording, normalised to -24 LUFS.
+
+    With ``trim``, without the silence at both ends. The codes are kept in the user's
+    cache, for the next time.
+    """
     rate = model.config.sample_rate
     try:
-        pcm = normalize_loudness(read_pcm(path, sample_rate=rate).pcm, rate)
+        pcm = read_pcm(path, sample_rate=rate, channel=channel).pcm
+        pcm = normalize_loudness(trim_silence(pcm, rate) if trim else pcm, rate)
     except PplexError as e:
         raise PplexError(f"voice {path}: {e}") from e
+    folder = voices.folder_of(model.local.path)
+    device = "cpu" if on_cpu() else "gpu"
+    key = voice_codes.key(pcm, _one_file(folder, MIMI_PATTERNS), device)
+    codes = voice_codes.read(key)
+    if codes is None:
+        codes = encode_frames(model, pcm)
+        voice_codes.write(key, codes)
+    return codes
+
+
+def encode_frames(model: Model, pcm: np.ndarray) -> np.ndarray:
+    """Codes (codebooks, frames) of a whole recording (samples,)."""
     frames = frames_of(pcm, model.config.frame_size)
     state = model.mimi.make_state()
     return encode_chunk(model.mimi, frames, state)
@@ -158,8 +190,35 @@ def chunk_frames() -> int:
 
 def encode_chunk(mimi: Mimi, frames: np.ndarray, state: CodecState) -> np.ndarray:
     """Codes int32 (codebooks, frames) of ``frames`` (frames, frame_size)."""
-    pcm = mx.array(frames.reshape(1, -1))
-    return np.array(mimi.encode(pcm, state)[0])
+    num_frames = len(frames)
+    padded = np.pad(frames, ((0, chunk_padding(num_frames)), (0, 0)))
+    pcm = mx.array(padded.reshape(1, -1))
+    return np.array(mimi.encode(pcm, state)[0, :, :num_frames])
+
+
+def decode_chunk(mimi: Mimi, codes: np.ndarray, state: CodecState) -> np.ndarray:
+    """PCM (samples,) of ``codes`` (codebooks, frames).
+
+    On a CPU it is the same bits however many frames come at a time.
+    """
+    num_frames = codes.shape[1]
+    if on_cpu():
+        # The order in which sums are taken depends on the length of a chunk.
+        frames = [codes[None, :, i : i + 1] for i in range(num_frames)]
+        parts = [mimi.decode(mx.array(frame), state)[0] for frame in frames]
+        return np.array(mx.concatenate(parts))
+    padded = np.pad(codes, ((0, 0), (0, chunk_padding(num_frames))))
+    pcm = np.array(mimi.decode(mx.array(padded[None]), state)[0])
+    return pcm.reshape(padded.shape[1], -1)[:num_frames].reshape(-1)
+
+
+def chunk_padding(num_frames: int) -> int:
+    """Frames to add to a chunk, the last of its stream if it is a ragged one.
+
+    A GPU's convolutions are planned for each shape, which takes longer than they do;
+    so there only powers of two are used. What is causal does not see the padding.
+    """
+    return 0 if on_cpu() else (1 << (num_frames - 1).bit_length()) - num_frames
 
 
 @dataclass(frozen=True)
@@ -240,8 +299,8 @@ class Track:
         frames = unshift(np.stack(self._columns, axis=1), delays)
         self._columns = self._columns[-1:]
         text, agent = frames[0], frames[1:]
-        pcm = self._model.mimi.decode(mx.array(agent[None]), self._decoder)
-        reply = Reply(np.array(pcm[0]), text, agent, self._take_user_codes(len(text)))
+        pcm = decode_chunk(self._model.mimi, agent, self._decoder)
+        reply = Reply(pcm, text, agent, self._take_user_codes(len(text)))
         self.timings.decode_s += time.perf_counter() - start
         return reply
 

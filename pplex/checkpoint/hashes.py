@@ -1,0 +1,83 @@
+"""SHA-256 lists of a model's files, in the form that ``sha256sum -c`` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from pplex.errors import PplexError
+from pplex.files import write_text
+
+SUMS_FILE = "SHA256SUMS"
+
+_CHUNK_BYTES = 1 << 22
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    return _digest(path, hashlib.sha256())
+
+
+def copy(source: Path, target: Path) -> str:
+    """Copy a file's content; its SHA-256."""
+    digest = hashlib.sha256()
+    try:
+        with source.open("rb") as reader, target.open("xb") as writer:
+            while chunk := reader.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                writer.write(chunk)
+    except OSError as e:
+        raise PplexError(f"cannot copy {source} to {target}: {e.strerror or e}") from e
+    return digest.hexdigest()
+
+
+def write_sums(path: Path, sums: dict[str, str]) -> None:
+    """Write a list: file names, relative and with slashes, to their SHA-256."""
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+    write_text(path, "".join(lines))
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """Read a list as ``write_sums`` and ``sha256sum`` make it."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise PplexError(f"{path} cannot be read as a list of SHA-256 sums: {e}") from e
+    sums = {}
+    for number, line in enumerate(lines, 1):
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        name = match[2] if match else ""
+        if not match or name.startswith("/") or ".." in Path(name).parts:
+            raise PplexError(
+                f"{path}, line {number}: expected a SHA-256 and a file of the folder"
+            )
+        sums[name] = match[1]
+    return sums
+
+
+def cached_name(path: Path) -> tuple[str, str] | None:
+    """What the Hugging Face cache calls a file, and what its content gives instead.
+
+    None for a file that does not lie in such a cache. Large files are named by their
+    SHA-256 there, small ones by git's hash of a blob.
+    """
+    blob = path.resolve()
+    if blob.parent.name != "blobs":
+        return None
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name, sha256(blob)
+    if re.fullmatch(r"[0-9a-f]{40}", blob.name):
+        size = blob.stat().st_size
+        return blob.name, _digest(blob, hashlib.sha1(b"blob %d\0" % size))
+    return None
+
+
+def _digest(path: Path, digest: hashlib._Hash) -> str:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as e:
+        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
+    return digest.hexdigest()

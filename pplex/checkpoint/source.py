@@ -1,0 +1,200 @@
+"""A language model's matrices on disk, in any published layout, read one at a time."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from pplex.checkpoint.layouts import (
+    SPLIT_FILES,
+    Matrix,
+    Quantization,
+    missing,
+    published_matrices,
+    sliced_matrices,
+    stored_form,
+)
+from pplex.checkpoint.tensor_file import TensorSpec, read_specs
+from pplex.checkpoint.weights import find_lm_file, read_tensors
+from pplex.config import LmConfig
+from pplex.errors import PplexError
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix of a file: how its table describes it and how it is stored there.
+
+    ``specs`` has its tensors by part: ``weight``, and ``scales`` and ``biases`` where
+    ``form`` is not None.
+    """
+
+    matrix: Matrix
+    path: Path
+    specs: dict[str, TensorSpec]
+    form: Quantization | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its parts."""
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    @property
+    def num_values(self) -> int:
+        """Values of the matrix, quantized or not."""
+        return math.prod(self.matrix.shape)
+
+
+class Source:
+    """The checked headers of a language model's files; values are read when asked for.
+
+    ``layout`` is pytorch, mlx or mlx-split, ``steps`` the depformer steps in the file,
+    ``matrices`` what it holds in the order of its table.
+    """
+
+    def __init__(self, path: Path, config: LmConfig) -> None:
+        """Read the headers of the folder or file ``path`` and check every tensor."""
+        self.config = config
+        self.files = _files(path)
+        specs = {file: read_specs(file) for file in self.files}
+        self.layout, self.steps = _layout(self.files, specs)
+        split = self.layout == "mlx-split"
+        table = sliced_matrices if self.layout == "mlx" else published_matrices
+        self.matrices: list[Stored] = []
+        for matrix in table(config, self.steps, self.steps):
+            file = self.files[SPLIT_FILES.index(matrix.split_file) if split else 0]
+            named = matrix.in_split_file() if split else matrix
+            self.matrices.append(_stored(named, file, specs[file]))
+        for file, left in specs.items():
+            if left:
+                raise PplexError(
+                    f"{file}: has the tensor `{min(left)}`, which this layout and "
+                    "these sizes do not have; is config.json the one for it?"
+                )
+        self._places = dict(_places(self.matrices))
+        self._read: dict[Path, dict[str, mx.array]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(stored.num_bytes for stored in self.matrices)
+
+    def form(self, target: str) -> Quantization | None:
+        """How the rows of our module ``target`` are stored."""
+        return self._places[target][0].form
+
+    def dtype(self, target: str) -> str:
+        """The type of the weight, or of the scales, of our module ``target``."""
+        specs = self._places[target][0].specs
+        return specs["scales" if "scales" in specs else "weight"].dtype
+
+    def whole(self, target: str) -> dict[str, mx.array]:
+        """The tensors, by part, of the file's matrix that ``target`` is a share of."""
+        stored = self._places[target][0]
+        arrays = self._read.get(stored.path, {})
+        if any(spec.name not in arrays for spec in stored.specs.values()):
+            arrays = self._read[stored.path] = read_tensors(stored.path)
+        return {part: arrays[spec.name] for part, spec in stored.specs.items()}
+
+    def parts(self, target: str) -> dict[str, mx.array]:
+        """The tensors of our module ``target`` as stored: its rows of each part."""
+        stored, idx, num = self._places[target]
+        parts = self.whole(target)
+        if len(stored.matrix.shape) == 1:
+            return {"weight": parts["weight"].reshape(-1)}
+        if num > 1:
+            rows = stored.matrix.shape[0] // num
+            parts = {p: a[idx * rows : (idx + 1) * rows] for p, a in parts.items()}
+        return parts
+
+    def dense(self, target: str) -> mx.array:
+        """The rows of our module ``target``; float32 where they were quantized."""
+        parts, form = self.parts(target), self.form(target)
+        if form is None:
+            return parts["weight"]
+        return mx.dequantize(
+            parts["weight"],
+            parts["scales"].astype(mx.float32),
+            parts["biases"].astype(mx.float32),
+            group_size=form.group_size,
+            bits=form.bits,
+        )
+
+    def release(self, target: str) -> int:
+        """Let go of what ``target``'s matrix holds; bytes of it that were read.
+
+        It can be read again.
+        """
+        stored = self._places[target][0]
+        read = self._read.get(stored.path, {})
+        return sum(
+            spec.num_bytes
+            for spec in stored.specs.values()
+            if read.pop(spec.name, None) is not None
+        )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir() and (path / "temporal.safetensors").is_file():
+        return [path / f"{name}.safetensors" for name in SPLIT_FILES]
+    return [find_lm_file(path) if path.is_dir() else path]
+
+
+def _layout(
+    files: list[Path], specs: dict[Path, dict[str, TensorSpec]]
+) -> tuple[str, int]:
+    names = [name for file in files for name in specs[file]]
+    if len(files) > 1:
+        layout, pattern = "mlx-split", r"linears\.\d+\.weight"
+    elif "transformer.layers.0.self_attn.in_proj_weight" in names:
+        layout, pattern = "pytorch", r"linears\.\d+\.weight"
+    elif "transformer.layers.0.self_attn.in_proj.weight" in names:
+        layout, pattern = "mlx", r"depformer\.slices\.\d+\.linear_in\.weight"
+    else:
+        raise PplexError(
+            f"{files[0]}: not a PersonaPlex or Moshi language model: it has no "
+            "`transformer.layers.0.self_attn.in_proj` weight"
+        )
+    return layout, sum(re.fullmatch(pattern, name) is not None for name in names)
+
+
+def _stored(matrix: Matrix, path: Path, left: dict[str, TensorSpec]) -> Stored:
+    """Take the tensors of ``matrix`` out of ``left`` and check them."""
+    linear = len(matrix.shape) == 2
+    wanted = ["weight"]
+    if linear and matrix.part("scales") in left:
+        wanted += ["scales", "biases"]
+    specs = {}
+    for part in wanted:
+        name = matrix.part(part) if linear else matrix.name
+        if name not in left:
+            raise missing(path, name)
+        specs[part] = left.pop(name)
+    shapes = {part: spec.shape for part, spec in specs.items()}
+    is_packed = specs["weight"].dtype == "U32"
+    form = stored_form(matrix, shapes, is_packed, path)
+    for spec in specs.values():
+        floating = ("BF16", "F16", "F32")
+        packed = spec is specs["weight"] and form is not None
+        if spec.dtype not in (("U32",) if packed else floating):
+            raise PplexError(
+                f"{path}: the tensor `{spec.name}` is {spec.dtype}, expected "
+                f"{'U32' if packed else ' or '.join(floating)}"
+            )
+    return Stored(matrix, path, specs, form)
+
+
+def _places(
+    matrices: list[Stored],
+) -> Iterator[tuple[str, tuple[Stored, int, int]]]:
+    """For each module of ours: its matrix, which share of the rows, of how many."""
+    for stored in matrices:
+        norm = len(stored.matrix.shape) == 1
+        num = 1 if norm else len(stored.matrix.targets)
+        for idx, target in enumerate(stored.matrix.targets):
+            assert target is not None  # every step is kept
+            yield target, (stored, 0 if norm else idx, num)

@@ -1,0 +1,261 @@
+"""Check a model on disk, part after part, and say what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.checkpoint import hashes
+from pplex.checkpoint.codec_layout import sanitize_codec
+from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.hub_cache import names_in
+from pplex.checkpoint.needed import (
+    MIMI_PATTERNS,
+    TOKENIZER_PATTERN,
+    IncompleteError,
+    needed_files,
+)
+from pplex.checkpoint.source import Source
+from pplex.checkpoint.tensor_file import read_specs
+from pplex.checkpoint.tokenizer import TextTokenizer
+from pplex.checkpoint.voices import (
+    RING_LENGTH,
+    VoicePrompt,
+    check_voice,
+    find_voices,
+    fits_first,
+    read_voice_file,
+)
+from pplex.checkpoint.weights import read_tensors
+from pplex.config import TEXT_PAD, ModelConfig, load_config
+from pplex.errors import PplexError
+from pplex.model.streams import TEXT_ROW, agent_rows, user_rows
+
+Level = Literal["ok", "note", "warning", "fault"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report; ``what`` is the file or part that was looked at."""
+
+    level: Level
+    what: str
+    text: str
+
+
+def verify(
+    local: LocalModel, sums: Path | None, advance: Callable[[int], None]
+) -> Iterator[Finding]:
+    """Yield findings: files, tensors, codec, tokenizer, voices, hashes.
+
+    ``sums`` is a list of SHA-256 to check against, instead of the model's own.
+    ``advance`` is told of bytes of the language model that are checked.
+    """
+    folder = local.path if local.path.is_dir() else local.path.parent
+    try:
+        needed_files(names_in(folder))
+    except IncompleteError as e:
+        yield Finding("fault", str(folder), str(e))
+    try:
+        config = load_config(folder / "config.json")
+    except PplexError as e:
+        yield Finding("fault", "config.json", str(e))
+        return
+    where = (
+        "its sizes" if (folder / "config.json").is_file() else "none: 7B sizes taken"
+    )
+    yield Finding("ok", "config.json", where)
+    source = None
+    try:
+        source = Source(local.path, config.lm)
+    except PplexError as e:
+        yield Finding("fault", "language model", str(e))
+    if source is not None:
+        yield from _tensors(source, advance)
+    yield from _codec(folder, config)
+    yield from _tokenizer(folder, config)
+    yield from _voices(folder, config, source)
+    yield from _hashes(folder, sums)
+
+
+def _tensors(source: Source, advance: Callable[[int], None]) -> Iterator[Finding]:
+    bad = 0
+    for stored in source.matrices:
+        target = stored.matrix.targets[0]
+        assert target is not None
+        for path, name in _not_finite(source, stored.specs, target, stored.path):
+            bad += 1
+            yield Finding("fault", path.name, f"`{name}` has NaN or infinite values")
+        advance(stored.num_bytes)
+        source.release(target)
+        mx.clear_cache()
+    count = sum(len(stored.specs) for stored in source.matrices)
+    if not bad:
+        text = f"{count} tensors, layout {source.layout}: names, shapes, types, values"
+        yield Finding("ok", "language model", text)
+
+
+def _not_finite(
+    source: Source, specs: dict, target: str, path: Path
+) -> Iterator[tuple[Path, str]]:
+    arrays = source.whole(target)
+    for part, spec in specs.items():
+        array = arrays[part]
+        if array.dtype != mx.uint32 and not mx.isfinite(array).all().item():
+            yield path, spec.name
+
+
+def _codec(folder: Path, config: ModelConfig) -> Iterator[Finding]:
+    path = next((f for p in MIMI_PATTERNS for f in sorted(folder.glob(p))), None)
+    if path is None:
+        return  # said already
+    try:
+        read_specs(path)
+        weights = sanitize_codec(read_tensors(path), config.mimi, path)
+    except PplexError as e:
+        yield Finding("fault", path.name, str(e))
+        return
+    for name, array in weights.items():
+        if not mx.isfinite(array).all().item():
+            yield Finding("fault", path.name, f"`{name}` has NaN or infinite values")
+            return
+    yield Finding("ok", path.name, f"the codec: {len(weights)} arrays")
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> Iterator[Finding]:
+    path = next(iter(sorted(folder.glob(TOKENIZER_PATTERN))), None)
+    if path is None:
+        return
+    try:
+        pieces = TextTokenizer.load(path).num_pieces
+    except PplexError as e:
+        yield Finding("fault", path.name, str(e))
+        return
+    expected = config.lm.text_card
+    level: Level = "ok" if pieces == expected else "fault"
+    also = "" if pieces == expected else f", the model has {expected}"
+    yield Finding(level, path.name, f"the tokenizer: {pieces} pieces{also}")
+
+
+def _voices(
+    folder: Path, config: ModelConfig, source: Source | None
+) -> Iterator[Finding]:
+    try:
+        found = find_voices(folder)
+    except PplexError as e:
+        yield Finding("fault", "voices", str(e))
+        return
+    for name in _promised_voices(folder):
+        if name not in found:
+            text = f"the voice {name}, which config.json names, is missing"
+            yield Finding("fault", "voices", text)
+    if not found:
+        yield Finding("warning", "voices", "none; give one with --voice FILE.wav")
+        return
+    first = None if source is None else first_vector(source)
+    for path in found.values():
+        try:
+            voice = read_voice_file(path)
+            lm = config.lm
+            check_voice(voice, lm.dim, text_card=lm.text_card, card=lm.card)
+        except PplexError as e:
+            yield Finding("fault", path.name, str(e))
+            continue
+        doubts = list(voice_doubts(voice, config, first))
+        for doubt in doubts:
+            yield Finding("warning", path.name, doubt)
+        if not doubts:
+            yield Finding("ok", path.name, f"{len(voice.embeddings) + 1} frames")
+
+
+def _promised_voices(folder: Path) -> list[str]:
+    try:
+        names = json.loads((folder / "config.json").read_text()).get("voices", [])
+    except (OSError, ValueError, AttributeError):
+        return []  # reported as what it is: a fault of config.json
+    return [name for name in names if isinstance(name, str)]
+
+
+def first_vector(source: Source) -> np.ndarray:
+    """The input before the first frame: the sum of the tables' last rows, in bf16."""
+    total = None
+    tables = [f"audio_emb[{i}]" for i in range(source.config.n_q)] + ["text_emb"]
+    for target in tables:
+        row = source.dense(target)[-1].astype(mx.bfloat16)
+        total = row if total is None else total + row
+        mx.eval(total)
+        source.release(target)
+    assert total is not None
+    return np.array(total.astype(mx.float32))
+
+
+def voice_doubts(
+    voice: VoicePrompt, config: ModelConfig, first: np.ndarray | None
+) -> Iterator[str]:
+    """What a voice made by the reference for this model would not look like."""
+    ring, lm = voice.cache, config.lm
+    delayed = np.array(lm.delays) > 0
+    # Of the column after the last, only the delayed rows are written yet.
+    written = np.ones(ring.shape, bool)
+    written[~delayed, (len(voice.embeddings) + 1) % RING_LENGTH] = False
+    if (ring[TEXT_ROW] != TEXT_PAD)[written[TEXT_ROW]].any():
+        yield "its text row is not padding throughout"
+    user = user_rows(lm)
+    if (ring[user] != np.array(config.sine_codes)[:, None])[written[user]].any():
+        yield "its user rows are not the constant sine codes of this model"
+    agent = ring[agent_rows(lm)][written[agent_rows(lm)]]
+    if agent.min() < 0 or agent.max() >= lm.card:
+        yield f"its agent rows are not codes from 0 to {config.lm.card - 1}"
+    if first is not None and not fits_first(voice, first):
+        yield "its first vector is not this model's: made for another model?"
+
+
+def _hashes(folder: Path, given: Path | None) -> Iterator[Finding]:
+    path = given or folder / hashes.SUMS_FILE
+    if given is None and not path.is_file():
+        yield from _cache_hashes(folder)
+        return
+    try:
+        sums = hashes.read_sums(path)
+    except PplexError as e:
+        yield Finding("fault", path.name, str(e))
+        return
+    bad = 0
+    for name, expected in sums.items():
+        file = folder / name
+        if not file.is_file():
+            yield Finding("fault", name, f"missing, though {path.name} lists it")
+        elif hashes.sha256(file) != expected:
+            text = f"its SHA-256 is not that of {path.name}: the content has changed"
+            yield Finding("fault", name, text)
+        else:
+            continue
+        bad += 1
+    if not bad:
+        yield Finding("ok", path.name, f"{len(sums)} files have the content it lists")
+
+
+def _cache_hashes(folder: Path) -> Iterator[Finding]:
+    checked = 0
+    for name in names_in(folder):
+        pair = hashes.cached_name(folder / name)
+        if pair is None:
+            continue
+        checked += 1
+        if pair[0] != pair[1]:
+            text = "its content is not what Hugging Face gave; remove and pull again"
+            yield Finding("fault", name, text)
+    if checked:
+        text = (
+            f"{checked} files were compared with the hashes Hugging Face names them by"
+        )
+        yield Finding("ok", "hashes", text)
+    else:
+        text = f"there is no {hashes.SUMS_FILE}; a changed value would not be noticed"
+        yield Finding("note", "hashes", text)

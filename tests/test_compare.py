@@ -1,0 +1,175 @@
+"""Comparing two models on the same tokens."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_convert import to
+
+from pplex.audio.files import read_pcm
+from pplex.checkpoint.hub import resolve
+from pplex.checkpoint.layouts import Quantization
+from pplex.checkpoint.recipe import recipe_bytes, uniform
+from pplex.checkpoint.sensitivity import mixed_recipe, read_costs
+from pplex.conversation.session import load, make_role
+from pplex.errors import PplexError
+from pplex.insight.compare import Tally, compare_lms, keep_logits, mean_kl
+from pplex.insight.compare_models import Settings, compare_models
+from pplex.insight.compare_plot import plot
+from pplex.insight.forced import Logits, write_script
+from pplex.insight.sensitivity import measure, module_parts, write_costs
+from pplex.model.sampling import GREEDY, SamplingConfig
+
+SETTINGS = Settings(None, "hello", seed=1, seconds=2.4, sampling=SamplingConfig())
+
+
+@pytest.fixture(scope="module")
+def script(tiny_model, data):
+    role = make_role(tiny_model, None, "hello there")
+    pcm = read_pcm(data / "respond" / "user_a.wav", sample_rate=24000).pcm
+    return write_script(tiny_model, role.prompt, pcm, GREEDY, 0)[0]
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """The tiny model at 4 and 8 bits."""
+    folder = tmp_path_factory.mktemp("made")
+    for bits in (4, 8):
+        to(tiny, folder / f"{bits}", Quantization(bits, 32))
+    return folder
+
+
+def test_a_model_would_say_what_it_said(tiny_model, script):
+    """Greedy tokens are the likeliest ones at every frame of the forced grid."""
+    kept = keep_logits(tiny_model.lm, script)
+    text = np.concatenate(kept.text).argmax(-1)
+    agent = np.concatenate(kept.agent).argmax(-1)
+    np.testing.assert_array_equal(text, script.columns[0, 1:])
+    np.testing.assert_array_equal(agent.T, script.columns[1:9, 1:])
+
+
+def test_a_model_is_no_distance_from_itself(tiny_model, script):
+    kept = keep_logits(tiny_model.lm, script)
+    for stream in compare_lms([kept], tiny_model.lm, [script], SamplingConfig()):
+        assert (stream.kl, stream.top1, stream.differ) == (0.0, 1.0, 0.0)
+        assert stream.perplexity_a == stream.perplexity_b
+
+
+def test_fewer_bits_are_further_away(tiny, tiny_model, script, made):
+    kept = [keep_logits(tiny_model.lm, script)]
+    distances = []
+    for bits in (8, 4):
+        lm = load(resolve(str(made / f"{bits}"), offline=True)).lm
+        distances.append(mean_kl(compare_lms(kept, lm, [script], SamplingConfig())))
+    assert 0 < distances[0] < distances[1] / 10
+
+
+def test_the_figures_are_those_of_the_definitions():
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(5, 1 + 8, 7)).astype(np.float32) for _ in range(2))
+    targets = rng.integers(0, 7, (5, 9))
+    tally = Tally(SamplingConfig(temp=0.8, top_k=3, text_temp=1.0, text_top_k=0))
+    other = Logits(mx.array(b[:, 0]), mx.array(b[:, 1:]), mx.array(targets))
+    tally.add(a[:, 0], a[:, 1:], other)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (a, b))
+    chosen = np.take_along_axis(q, targets[..., None], -1)[..., 0]
+
+    def drawn(x, temp, k):
+        kept = np.where(x >= np.sort(x, -1)[..., -k, None], np.exp(x / temp), 0)
+        return kept / kept.sum(-1, keepdims=True)
+
+    for idx, figures in enumerate(tally.figures()):
+        kl = (p[:, idx] * np.log(p[:, idx] / q[:, idx])).sum(-1).mean()
+        top1 = (a[:, idx].argmax(-1) == b[:, idx].argmax(-1)).mean()
+        temp, k = (0.8, 3) if idx else (1.0, 7)
+        apart = np.abs(drawn(a[:, idx], temp, k) - drawn(b[:, idx], temp, k))
+        assert figures.stream == (f"agent {idx}" if idx else "text")
+        assert figures.kl == pytest.approx(kl, rel=1e-4)
+        assert figures.top1 == pytest.approx(top1)
+        assert figures.differ == pytest.approx(apart.sum(-1).mean() / 2, rel=1e-4)
+        nll = -np.log(chosen[:, idx]).mean()
+        assert figures.perplexity_b == pytest.approx(math.exp(nll), rel=1e-4)
+
+
+def test_two_folders_are_compared_with_size_and_speed(tiny, made, data):
+    models = [resolve(str(path), offline=True) for path in (tiny, made / "4")]
+    found = compare_models(*models, [data / "respond" / "user_c.wav"], SETTINGS)
+    assert found.b.lm_bytes < found.a.lm_bytes
+    assert found.b.bytes_per_frame < found.a.bytes_per_frame
+    assert found.a.ms_per_frame > 0 and found.b.ms_per_frame > 0
+    assert (found.a.bits, found.b.bits) == ((16,), (4,))
+    assert [s.stream for s in found.streams] == ["text"] + [
+        f"agent {idx}" for idx in range(1, 9)
+    ]
+    drawn = ElementTree.fromstring(plot(found))
+    bars = [rect for rect in drawn.iter() if rect.tag.endswith("title")]
+    assert len(bars) == 9
+
+
+def test_without_recordings_the_user_is_silent(tiny, made):
+    models = [resolve(str(path), offline=True) for path in (tiny, made / "8")]
+    found = compare_models(*models, [], SETTINGS)
+    assert found.recordings == []
+    assert found.frames == 30 - 2
+
+
+def test_models_of_different_tokens_are_refused(tiny, tmp_path):
+    from random_checkpoint import write_checkpoint
+    from small import SMALL
+
+    write_checkpoint(tmp_path / "m", SMALL)
+    models = [resolve(str(path), offline=True) for path in (tiny, tmp_path / "m")]
+    with pytest.raises(PplexError, match="120 text tokens, the first model has 512"):
+        compare_models(*models, [], replace(SETTINGS, seconds=0.4))
+
+
+def test_mixed_halves_the_divergence_at_the_size_of_four_bits(tiny, tiny_model, script):
+    """With costs measured on the model itself."""
+    assert set(module_parts(tiny_model.lm))  # every module below is in one of them
+    costs = dict(measure(resolve(str(tiny), offline=True), [], SETTINGS))
+    assert all(cost > 0 for cost in costs.values())
+
+    def made_by(recipe_of, folder):
+        to(tiny, folder, None, recipe=recipe_of)
+        lm = load(resolve(str(folder), offline=True)).lm
+        return mean_kl(compare_lms(kept, lm, [script], SamplingConfig()))
+
+    import tempfile
+    from pathlib import Path
+
+    kept = [keep_logits(tiny_model.lm, script)]
+    form = Quantization(4, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = made_by(lambda _, m: uniform(m, form), Path(folder) / "uniform")
+        sizes = []
+
+        def mixed(source, matrices):
+            recipe = mixed_recipe(source.config, matrices, form, None, costs)
+            sizes.append(recipe_bytes(matrices, recipe))
+            sizes.append(recipe_bytes(matrices, uniform(matrices, form)))
+            return recipe
+
+        better = made_by(mixed, Path(folder) / "mixed")
+    assert sizes[0] <= sizes[1]
+    assert better < plain / 2
+
+
+def test_costs_are_read_back_and_nonsense_is_refused(tiny, tmp_path):
+    path = tmp_path / "parts.json"
+    write_costs(path, resolve(str(tiny), offline=True), {"emb": 0.5})
+    assert read_costs(path) == {"emb": 0.5}
+    assert len(read_costs(None)) > 20
+    for content in ("{}", '{"parts": {}}', '{"parts": {"a": -1}}', "x"):
+        path.write_text(content)
+        with pytest.raises(PplexError, match=r"parts\.json"):
+            read_costs(path)
+
+
+def test_a_quantized_model_cannot_be_measured(made):
+    with pytest.raises(PplexError, match="quantized already"):
+        next(measure(resolve(str(made / "4"), offline=True), [], SETTINGS))
