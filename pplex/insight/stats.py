@@ -42,6 +42,11 @@ class Stats:
     ``other_s`` is what no part accounts for. ``real_time_factor`` is computing time
     over audio time: everything but loading the model and warming up;
     ``real_time_factor_with_load`` is ``total_s`` over audio time.
+
+    Of streams only: ``latency_ms`` from a frame's last sample to its reply,
+    ``start_up_frames`` that came before the model was ready and were late, and
+    ``source_pace``, audio time over the time it took to come. A source faster than
+    real time has no latency.
     """
 
     input: str
@@ -83,6 +88,9 @@ class Stats:
     source_channels: int
     pplex: str
     mlx: str
+    latency_ms: Latency | None = None
+    start_up_frames: int | None = None
+    source_pace: float | None = None
 
     def write(self, path: Path) -> None:
         """Write the figures as JSON, whole or not at all."""

@@ -1,0 +1,91 @@
+"""``pplex check``: does an output hold what a script expects of it?"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+
+from pplex.cli.options import FiniteRange
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command(
+    epilog="Example: pplex check reply.wav --not-silent --no-clipping --max-rtf 1"
+)
+@click.argument("output", metavar="OUT.wav", type=_FILE)
+@click.option(
+    "--stats",
+    metavar="FILE",
+    type=_FILE,
+    help="The stats of the run.  [default: those beside the output]",
+)
+@click.option("--not-silent", is_flag=True, help="The agent makes a sound.")
+@click.option(
+    "--no-clipping", is_flag=True, help="The agent's sound never stays at full scale."
+)
+@click.option(
+    "--max-rtf",
+    metavar="X",
+    type=FiniteRange(0.0),
+    help="The real-time factor is at most X.",
+)
+@click.option(
+    "--length-of",
+    metavar="IN.wav",
+    type=_FILE,
+    help="The output is as long as this recording, and the tail if there was one.",
+)
+@click.option(
+    "--max-late-frames",
+    metavar="P",
+    type=FiniteRange(0.0, 100.0),
+    help="At most P percent of the steps took over 80 ms.",
+)
+@click.option(
+    "--says",
+    metavar="REGEX",
+    help="The transcript matches; capitals do not matter.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+def check(
+    output: Path,
+    stats: Path | None,
+    not_silent: bool,
+    no_clipping: bool,
+    max_rtf: float | None,
+    length_of: Path | None,
+    max_late_frames: float | None,
+    says: str | None,
+    as_json: bool,
+) -> None:
+    """Check OUT.wav, a line a check; exit with 0 if all pass and 1 if one fails.
+
+    Stats and the transcript (JSON) are looked for beside OUT.wav.
+    """
+    try:
+        re.compile(says or "")
+    except re.error as e:
+        raise click.UsageError(f"--says {says!r} is no regular expression: {e}") from e
+    from dataclasses import asdict
+
+    from pplex.insight.check import Checks, passed, run_checks
+
+    checks = Checks(not_silent, no_clipping, max_rtf, max_late_frames, length_of, says)
+    outcomes = run_checks(output, checks, stats)
+    if as_json:
+        content = {
+            "file": str(output),
+            "passed": passed(outcomes),
+            "checks": [asdict(outcome) for outcome in outcomes],
+        }
+        click.echo(json.dumps(content, ensure_ascii=False, indent=1))
+    else:
+        for outcome in outcomes:
+            verdict = "ok  " if outcome.passed else "FAIL"
+            click.echo(f"{verdict} {outcome.check}: {outcome.detail}")
+    if not passed(outcomes):
+        click.get_current_context().exit(1)

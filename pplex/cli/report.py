@@ -1,0 +1,72 @@
+"""``pplex report``: a page to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from pplex.errors import PplexError
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command(epilog="Example: pplex report replies/ -o report.html")
+@click.argument("paths", nargs=-1, required=True, type=_FILE)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=_FILE,
+    help="The page to write.  [default: report.html, in the folder if it is one]",
+)
+@click.option(
+    "--png",
+    metavar="DIR",
+    type=_FILE,
+    help="Also write a picture of each recording into DIR.",
+)
+@click.option(
+    "--vad",
+    type=click.Choice(["silero", "energy"]),
+    default="energy",
+    show_default=True,
+    help="What finds speech: a small network, slow and good with noise, or loudness.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
+def report(
+    paths: tuple[Path, ...],
+    output: Path | None,
+    png: Path | None,
+    vad: str,
+    overwrite: bool,
+) -> None:
+    """Write one HTML page about PATHS: a batch's folder, or WAV files.
+
+    It needs no network and no other file; the sound is played from where it lies.
+    """
+    from pplex.insight.recordings import find
+    from pplex.insight.report import make_entries, write_report
+
+    if output is None:
+        folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
+        output = folder / "report.html"
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise PplexError(f"cannot write {output}: end the page's name in .html")
+    if output.exists() and not overwrite:
+        raise PplexError(
+            f"{output} exists already; choose another name or give --overwrite"
+        )
+    found = find(paths)
+    with tqdm(total=len(found.items), disable=None, unit="file") as bar:
+        entries = make_entries(found, vad, lambda _: bar.update())
+    title = f"pplex report: {', '.join(path.name or str(path) for path in paths[:3])}"
+    write_report(output, entries, found.notes, vad, title)
+    if png is not None:
+        from pplex.insight.picture import write_pictures
+
+        write_pictures(png, entries, overwrite)
+    not_done = sum(entry.status != "done" for entry in entries)
+    said = f", {not_done} of them not done" if not_done else ""
+    click.echo(f"{output}: {len(entries)} recordings{said}", err=True)

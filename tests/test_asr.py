@@ -1,0 +1,211 @@
+"""Recognisers, word errors, and transcripts of both sides."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pplex.audio.files import read_pcm, write_wav
+from pplex.errors import PplexError
+from pplex.insight.asr import Recogniser, make_recogniser, utterances
+from pplex.insight.dialogue import dialogue_path, plan_dialogues, write_dialogue
+from pplex.insight.roundtrip import compare, plain
+from pplex.insight.transcript import Word
+
+DATA = Path(__file__).parent / "data" / "fdb"
+SENTENCES = (
+    "I would like to know when the bakery opens.",
+    "The bank opens at nine and closes at five.",
+    "Good morning, how can I help you?",
+)
+
+
+def words(*texts: str) -> list[Word]:
+    return [Word(text, i / 2, i / 2 + 0.4, i) for i, text in enumerate(texts)]
+
+
+def test_case_and_punctuation_are_no_errors():
+    found = compare(
+        words("Good", "morning,", "it\u2019s", "me."),
+        words("good", "morning", "it's", "me"),
+    )
+    assert found.word_error_rate == 0 and found.disagreements == []
+    assert [w.text for w in plain(words("well-known", "--", "'yes'"))] == [
+        "well",
+        "known",
+        "yes",
+    ]
+
+
+def test_errors_are_counted_and_timed():
+    said = words("a", "b", "c", "d")
+    heard = [*words("a", "x", "c"), Word("y", 9.0, 9.5, 0), Word("z", 9.5, 9.9, 0)]
+    found = compare(said, heard)
+    total = found.substitutions + found.deletions + found.insertions
+    assert (found.words, found.heard, total) == (4, 5, 3)
+    assert found.word_error_rate == pytest.approx(0.75)
+    first = found.disagreements[0]
+    assert (first.said, first.heard, first.start_s) == ("b", "x", 0.5)
+
+
+def test_silence_where_words_were_meant_is_all_deleted():
+    found = compare(words("a", "b"), [])
+    assert (found.deletions, found.word_error_rate) == (2, 1.0)
+    nothing = compare([], words("a"))
+    assert nothing.word_error_rate is None and nothing.insertions == 1
+    assert compare([], []).disagreements == []
+
+
+def test_a_track_is_cut_at_silences_and_at_its_length():
+    random = np.random.default_rng(0)
+    pcm = np.zeros(16_000 * 80, np.float32)
+    pcm[16_000:32_000] = random.normal(0, 0.1, 16_000)
+    pcm[64_000 : 64_000 + 70 * 16_000] = random.normal(0, 0.1, 70 * 16_000)
+    found = utterances(pcm)
+    assert len(found) == 4
+    assert found[0].start_s == pytest.approx(0.85, abs=0.02)
+    assert all(u.duration_s <= 30.01 for u in found)
+
+
+def test_times_are_the_tracks():
+    pcm = np.zeros(64_000, np.float32)
+    pcm[32_000:48_000] = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    recogniser = Recogniser("stub", "1", lambda pcm: [("word", 0.2, 5.0)])
+    (word,) = recogniser(pcm)
+    assert word.start_s == pytest.approx(2.05, abs=0.02)
+    assert word.end_s == pytest.approx(3.15, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def pocketsphinx(tmp_path_factory) -> Recogniser:
+    """The recogniser that expects the sentence of the test's speech, and others."""
+    path = tmp_path_factory.mktemp("asr") / "sentences.txt"
+    path.write_text("\n".join([*SENTENCES, SPOKEN]) + "\n")
+    return make_recogniser("pocketsphinx", path)
+
+
+SPOKEN = "well you know i was thinking that we are going away for a while"
+
+
+def test_pocketsphinx_hears_speech_and_its_times(pocketsphinx):
+    pcm = read_pcm(DATA / "speech_agent.flac", sample_rate=16_000).pcm
+    track = np.concatenate([np.zeros(16_000, np.float32), pcm])
+    heard = pocketsphinx(track)
+    said = [Word(text, 0, 0, 0) for text in SPOKEN.split()]
+    assert compare(said, heard).word_error_rate < 0.2
+    assert 0.9 < heard[0].start_s < 1.3
+    assert all(a.start_s <= b.start_s for a, b in zip(heard, heard[1:], strict=False))
+    described = pocketsphinx.describe()
+    assert described["language_model"] == "trigram over 4 sentences"
+
+
+def test_a_corrupted_track_is_caught(pocketsphinx):
+    pcm = read_pcm(DATA / "speech_agent.flac", sample_rate=16_000).pcm
+    broken = pcm.reshape(-1, 160)[np.random.default_rng(0).permutation(300)]
+    said = [Word(text, 0, 0, 0) for text in SPOKEN.split()]
+    assert compare(said, pocketsphinx(broken.reshape(-1))).word_error_rate > 0.6
+
+
+def test_the_score_compares_sound_and_text(tmp_path, run):
+    pcm = read_pcm(DATA / "speech_agent.flac", sample_rate=16_000).pcm
+    sides = np.stack([np.zeros_like(pcm), pcm], axis=1)
+    write_wav(tmp_path / "call.wav", sides, 16_000)
+    said = [
+        {"text": text, "start_s": i * 0.2, "end_s": i * 0.2 + 0.2, "frame": i}
+        for i, text in enumerate(SPOKEN.replace("while", "year").split())
+    ]
+    content = {"text": SPOKEN, "duration_s": 3.0, "words": said}
+    (tmp_path / "call.json").write_text(json.dumps(content))
+    (tmp_path / "sentences.txt").write_text("\n".join([*SENTENCES, SPOKEN]))
+    arguments = ["--vad", "energy", "--asr", "pocketsphinx", "--asr-sentences"]
+    arguments += [tmp_path / "sentences.txt", "--transcripts", tmp_path / "said"]
+    done = run("score", tmp_path / "call.wav", *arguments, "--format", "json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    trip = result["total"]["round_trip"]
+    assert 0 < trip["word_error_rate"] < 0.3
+    (row,) = result["recordings"]
+    assert any("year" in d["said"] for d in row["round_trip"]["disagreements"])
+    assert result["method"]["recogniser"]["name"] == "pocketsphinx"
+    assert "<v Agent>well you" in (tmp_path / "said" / "call.dialogue.vtt").read_text()
+
+
+def test_parakeet_is_called_as_its_package_wants(tmp_path, monkeypatch):
+    token = types.SimpleNamespace
+    tokens = [
+        token(text=" Hel", start=0.1, end=0.2),
+        token(text="lo", start=0.2, end=0.3),
+    ]
+    tokens.append(token(text=" there", start=0.4, end=0.6))
+    model = types.SimpleNamespace(
+        preprocessor_config="settings",
+        generate=lambda mel: [types.SimpleNamespace(tokens=tokens)],
+    )
+    package = types.ModuleType("parakeet_mlx")
+    package.from_pretrained = lambda folder: model
+    audio = types.ModuleType("parakeet_mlx.audio")
+    audio.get_logmel = lambda pcm, settings: (pcm, settings)
+    monkeypatch.setitem(sys.modules, "parakeet_mlx", package)
+    monkeypatch.setitem(sys.modules, "parakeet_mlx.audio", audio)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7.0")
+    (tmp_path / "config.json").write_text("{}")
+    recogniser = make_recogniser(f"parakeet={tmp_path}")
+    pcm = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    heard = recogniser(pcm)
+    assert [(w.text, w.start_s, w.end_s) for w in heard] == [
+        ("Hello", 0.1, 0.3),
+        ("there", 0.4, 0.6),
+    ]
+
+
+def test_what_cannot_be_had_is_named(tmp_path, monkeypatch):
+    with pytest.raises(PplexError, match="has no config.json: hf download"):
+        make_recogniser(f"parakeet={tmp_path}")
+    with pytest.raises(PplexError, match="known are pocketsphinx and parakeet"):
+        make_recogniser("whisper")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(PplexError, match="holds no sentences"):
+        make_recogniser("pocketsphinx", tmp_path / "empty.txt")
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
+    with pytest.raises(PplexError, match=r"pplex\[asr-pocketsphinx\]"):
+        make_recogniser("pocketsphinx")
+    monkeypatch.setitem(sys.modules, "jiwer", None)
+    with pytest.raises(PplexError, match=r"pplex\[score\]"):
+        compare([], [])
+
+
+def test_transcripts_replace_nothing_unasked(tmp_path):
+    (path,) = plan_dialogues(tmp_path / "t", ["a.wav"], "srt", False).values()
+    path.write_text("mine")
+    with pytest.raises(PplexError, match="exists already"):
+        plan_dialogues(tmp_path / "t", ["a.wav"], "srt", False)
+    assert plan_dialogues(tmp_path / "t", ["a.wav"], "srt", True) == {"a.wav": path}
+    with pytest.raises(PplexError, match="two recordings would have one"):
+        plan_dialogues(tmp_path, ["a.wav", "a.wav"], "srt", True)
+
+
+USER = [Word("Hello?", 0.0, 0.5, 0)]
+AGENT = [Word("Hi", 0.4, 0.6, 5), Word("<there>.", 0.6, 1.0, 7)]
+
+
+def test_both_sides_stand_in_the_order_of_their_times(tmp_path):
+    texts = {}
+    for form in ("vtt", "srt", "txt", "json"):
+        path = dialogue_path(tmp_path, "calls/a.wav", form)
+        assert path.name == f"calls-a.dialogue.{form}"
+        write_dialogue(path, USER, AGENT)
+        texts[form] = path.read_text()
+    assert texts["vtt"] == (
+        "WEBVTT\n\n00:00:00.000 --> 00:00:00.500\n<v User>Hello?</v>\n\n"
+        "00:00:00.400 --> 00:00:01.000\n<v Agent>Hi &lt;there&gt;.</v>\n\n"
+    )
+    assert texts["srt"].startswith("1\n00:00:00,000 --> 00:00:00,500\nUser: Hello?\n")
+    assert texts["txt"].splitlines()[1] == "[00:00:00.400] Agent: Hi <there>."
+    content = json.loads(texts["json"])
+    assert [word["speaker"] for word in content["words"]] == ["user", "agent", "agent"]
+    assert content["cues"][1]["end_s"] == 1.0

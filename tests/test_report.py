@@ -1,0 +1,192 @@
+"""The page: what is in it, that it stands alone, and that it tells what went wrong."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+from dialogues import write_dialogue
+from test_score import batch, transcript
+
+from pplex.insight.recordings import find
+from pplex.insight.report import _thinned, make_entries, peaks, write_report
+from pplex.insight.report_table import COLUMNS
+
+
+class Page(HTMLParser):
+    """The parts of a page that the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.links: list[str] = []
+        self.feed(text)
+        match = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', text)
+        self.data = json.loads(match[1])
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        self.links += [v for k, v in attrs if k in ("src", "href")]
+        if tag in ("link", "img", "iframe"):
+            raise AssertionError(f"<{tag}> in a page that stands alone")
+
+    def handle_data(self, text):
+        if self.rows and text.strip():
+            self.rows[-1].append(text.strip())
+
+
+def page_of(folder: Path, **options) -> Page:
+    found = find([folder])
+    entries = make_entries(found, "energy")
+    path = options.get("path", folder / "report.html")
+    write_report(path, entries, found.notes, "energy", "<calls> & more")
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_recording_has_its_row_and_its_picture(tmp_path):
+    write_dialogue(tmp_path / "call.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    transcript(tmp_path / "call.json", ("Good", 3.4, 4.0), ("morning.", 4.0, 5.0))
+    page = page_of(tmp_path)
+    head, row = page.rows
+    assert head == [
+        "Recording",
+        "Status",
+        "Who spoke when",
+        *(column.heading for column in COLUMNS[2:]),
+    ]
+    assert row[:4] == ["call.wav", "done", "8.0", "0.40"]
+    (data,) = page.data
+    assert data["a"] == "call.wav"
+    assert data["w"] == [["Good", 3.4, 4.0], ["morning.", 4.0, 5.0]]
+    assert data["ev"] == [["reply", 3.4, 6.0, "Good morning.", 0.4]]
+    assert len(base64.b64decode(data["u"])) == len(base64.b64decode(data["g"])) == 300
+    assert "lat" not in data
+
+
+def test_nothing_comes_from_elsewhere(tmp_path):
+    write_dialogue(tmp_path / "call.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    page = page_of(tmp_path)
+    assert page.links == []
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    urls = set(re.findall(r"https?://[^\"' ]+", text))
+    assert urls <= {"http://www.w3.org/2000/svg"}
+    assert "<!--" not in text.replace("<!DOCTYPE", "")
+
+
+def test_names_and_words_cannot_break_the_page(tmp_path):
+    name = "a</script><b>&'.wav".replace("/", "\u2215")
+    write_dialogue(tmp_path / name, ((1, 3),), ((3.4, 6),), 8.0)
+    said = "</script><script>alert(1)</script>"
+    transcript((tmp_path / name).with_suffix(".json"), (said, 3.4, 4.0))
+    page = page_of(tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in text and "<b>" not in text
+    assert page.data[0]["n"] == name and page.data[0]["w"][0][0] == said
+    assert "<title>&lt;calls&gt; &amp; more</title>" in text
+
+
+def test_the_sound_is_linked_from_where_the_page_lies(tmp_path):
+    folder = tmp_path / "out put"
+    folder.mkdir()
+    write_dialogue(folder / "a#1.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    page = page_of(folder, path=tmp_path / "report.html")
+    assert page.data[0]["a"] == "out%20put/a%231.wav"
+
+
+def test_a_half_finished_batch_says_so(tmp_path):
+    page = page_of(batch(tmp_path))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "2 of 3 recordings are not done:" in text
+    assert "1 failed, 1 missing" in text
+    assert "line 5 is cut off; the batch was stopped or is still running" in text
+    assert [row[:2] for row in page.rows[1:]] == [
+        ["a.wav", "done"],
+        ["bad.wav", "failed"],
+        ["lost.wav", "missing"],
+    ]
+    assert page.data[1]["e"] == "bad.wav is empty (0 bytes)"
+
+
+def test_a_batch_that_has_only_begun_makes_a_page(tmp_path):
+    (tmp_path / "manifest.jsonl").write_text("")
+    page = page_of(tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.data == [] and "no recording is finished yet" in text
+
+
+def test_a_file_that_cannot_be_read_is_a_row(tmp_path):
+    write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    (tmp_path / "b.wav").write_text("not sound")
+    page = page_of(tmp_path)
+    assert page.rows[2][:2] == ["b.wav", "unreadable"]
+    assert "not an audio file" in page.data[1]["e"]
+
+
+def test_the_latency_of_steps_is_there_where_stats_have_it(tmp_path):
+    path = tmp_path / "a.wav"
+    write_dialogue(path, ((1, 3),), ((3.4, 6),), 8.0)
+    stats = {
+        "input": "x",
+        "outputs": {"audio": str(path)},
+        "real_time_factor": 1.5,
+        "audio_s": 8.0,
+        "step_ms_series": [10.0, 95.5, 12.0],
+    }
+    (tmp_path / "a.stats.json").write_text(json.dumps(stats))
+    page = page_of(tmp_path)
+    assert page.data[0]["lat"] == [10.0, 95.5, 12.0]
+    assert "1.50" in page.rows[1]
+
+
+def test_thinning_keeps_the_slowest():
+    steps = [10.0] * 4000
+    steps[2345] = 200.0
+    thinned = _thinned(steps)
+    assert len(thinned) <= 1500 and max(thinned) == 200.0
+
+
+def test_peaks_are_the_largest_of_their_columns():
+    pcm = np.zeros(48_000, np.float32)
+    pcm[24_000] = -0.5
+    found = peaks(pcm, 4.0)  # the other side is longer
+    assert len(found) == 300 and found.max() == 0.5
+    assert np.flatnonzero(found).tolist() == [75]
+    assert peaks(np.zeros(0, np.float32), 1.0).max() == 0
+
+
+def test_the_command_writes_the_page_and_overwrites_nothing(tmp_path, run):
+    write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    done = run("report", tmp_path, "--png", tmp_path / "png")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "" and "1 recordings" in done.stderr
+    sound = run("report", tmp_path, "-o", tmp_path / "a.wav", "--overwrite")
+    assert sound.exit_code == 1 and "in .html" in sound.stderr
+    again = run("report", tmp_path)
+    assert again.exit_code == 1 and "--overwrite" in again.stderr
+    pictures = run(
+        "report", tmp_path, "-o", tmp_path / "b.html", "--png", tmp_path / "png"
+    )
+    assert pictures.exit_code == 1 and "a.png exists already" in pictures.stderr
+    assert run("report", tmp_path, "--overwrite").exit_code == 0
+
+
+def test_pictures_are_png_files(tmp_path, run):
+    write_dialogue(tmp_path / "a.wav", ((1, 3),), ((2.0, 6),), 8.0)
+    run("report", tmp_path, "--png", tmp_path / "png")
+    content = (tmp_path / "png" / "a.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    size = struct.unpack(">I", content[33:37])[0]
+    lines = zlib.decompress(content[41 : 41 + size])
+    assert len(lines) == height * (1 + 3 * width)
+    image = np.frombuffer(lines, np.uint8).reshape(height, -1)[:, 1:]
+    image = image.reshape(height, width, 3)
+    interruption = round(10 + 2.0 * (width - 20) / 8)
+    assert image[20, interruption].tolist() == [179, 38, 30]
