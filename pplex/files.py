@@ -10,6 +10,9 @@ from pathlib import Path
 
 from pplex.errors import PplexError
 
+PIPE = Path("-")  # stdin or stdout
+
+_STDOUT = 1
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -39,9 +42,45 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as UTF-8 with Unix line ends, whole or not at all."""
+    """Write `text` to `path` as UTF-8 with Unix line ends, whole or not at all.
+
+    `-` is stdout; devices and pipes are written to as they are.
+    """
+    if path == PIPE:
+        write_stdout(text.encode("utf-8"))
+        return
+    if is_pipe(path):
+        try:
+            with path.open("wb", buffering=0) as file:
+                file.write(text.encode("utf-8"))
+        except OSError as e:
+            raise PplexError(_reason(path, e)) from e
+        return
     with atomic_write(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
+
+
+def is_pipe(path: Path) -> bool:
+    """Whether `path` is stdout, a device or a pipe: nothing that can be replaced."""
+    if path == PIPE:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def write_stdout(content: bytes) -> None:
+    """Write bytes to stdout at once; a reader that has left is a BrokenPipeError."""
+    view = memoryview(content)
+    try:
+        while view:
+            view = view[os.write(_STDOUT, view) :]
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise PplexError(_reason(Path("stdout"), e)) from e
 
 
 def _check_target(path: Path, target: Path) -> None:

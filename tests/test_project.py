@@ -99,7 +99,9 @@ def section(title: str) -> str:
 def test_every_make_target_in_the_readme_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    named = set(re.findall(r"make ([a-z]+)\b", "\n".join([*BLOCKS, *inline()])))
+    named = set(
+        re.findall(r"(?<!voices )make ([a-z]+)\b", "\n".join([*BLOCKS, *inline()]))
+    )
     assert {"demo", "test", "lint", "check"} <= targets
     assert named and named <= targets
 

@@ -9,8 +9,14 @@ from pathlib import Path
 
 import click
 
+from pplex.cli.batch import batch
+from pplex.cli.check import check
+from pplex.cli.doctor import doctor
 from pplex.cli.models import models
+from pplex.cli.report import report
 from pplex.cli.respond import respond
+from pplex.cli.score import score
+from pplex.cli.signals import CLOSED_PIPE, exit_code, stop_on_signals
 from pplex.cli.voices import voices
 from pplex.errors import PplexError
 
@@ -30,7 +36,12 @@ class Cli(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         """Run the command line."""
         try:
-            return super().invoke(ctx)
+            with stop_on_signals() as ctx.obj:
+                return super().invoke(ctx)
+        except KeyboardInterrupt as e:
+            ctx.exit(exit_code(e))
+        except BrokenPipeError:
+            ctx.exit(CLOSED_PIPE)
         except PplexError as e:
             raise click.ClickException(str(e)) from e
         except ImportError as e:
@@ -70,5 +81,10 @@ def cli() -> None:
 
 
 cli.add_command(respond)
+cli.add_command(batch)
 cli.add_command(voices)
 cli.add_command(models)
+cli.add_command(score)
+cli.add_command(report)
+cli.add_command(check)
+cli.add_command(doctor)

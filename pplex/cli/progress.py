@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     from pplex.audio.files import Recording
+    from pplex.audio.streams import StreamFormat
     from pplex.checkpoint.hub import LocalModel
 
 QUIET = -1
@@ -25,8 +26,14 @@ def size(size_gb: float) -> str:
 class Progress:
     """Tells on stderr how ``respond`` gets on; a context manager."""
 
-    def __init__(self, verbosity: int, channel_chosen: bool) -> None:
-        """``verbosity`` is -1 for quiet, 0, or 1 for verbose."""
+    def __init__(
+        self, verbosity: int, channel_chosen: bool, captions: bool = False
+    ) -> None:
+        """``verbosity`` is -1 for quiet, 0, or 1 for verbose.
+
+        ``captions``: the agent's words are shown, and no bar; so with verbose.
+        """
+        self._captions = captions or verbosity >= VERBOSE
         self._verbosity = verbosity
         self._channel_chosen = channel_chosen
         self._bar: tqdm | None = None
@@ -55,11 +62,7 @@ class Progress:
     def reading(self, recording: Recording) -> None:
         """Say which channel is the user's, where there is a choice."""
         channels = recording.source_channels
-        if channels > 1 and not self._channel_chosen:
-            self.say(
-                f"{channels} channels: channel 1 is taken as the user, "
-                "--channel picks another"
-            )
+        self._say_channels(channels)
         self.say(
             f"{recording.format} {recording.subtype}, {recording.source_rate} Hz, "
             f"{channels} channel{'s' * (channels > 1)}, "
@@ -67,23 +70,50 @@ class Progress:
             VERBOSE,
         )
 
+    def listening(self, stream: StreamFormat) -> None:
+        """Say what the stream is, and which channel is the user's."""
+        channels = stream.channels
+        self._say_channels(channels)
+        self.say(
+            f"a stream of {stream.encoding}, {stream.rate} Hz, "
+            f"{channels} channel{'s' * (channels > 1)}",
+            VERBOSE,
+        )
+
+    def _say_channels(self, channels: int) -> None:
+        if channels > 1 and not self._channel_chosen:
+            self.say(
+                f"{channels} channels: channel 1 is taken as the user, "
+                "--channel picks another"
+            )
+
     def loading(self, local: LocalModel) -> None:
         """Say what is being loaded."""
         revision = f", revision {local.revision}" if local.revision else ""
         self.say(f"loading {local.name} ({local.path}{revision})", VERBOSE)
 
-    def answering(self, duration_s: float) -> None:
+    def answering(self, duration_s: float | None) -> None:
         """Show a bar in seconds of audio, with the real-time factor so far."""
         self._start = time.perf_counter()
+        bar = (
+            "{n:.1f} s of audio [{elapsed}{postfix}]"
+            if duration_s is None
+            else "{percentage:3.0f}% |{bar}| {n:.1f}/{total:.1f} s of audio"
+            " [{elapsed}<{remaining}{postfix}]"
+        )
         self._bar = tqdm(
-            total=round(duration_s, 2),
+            total=None if duration_s is None else round(duration_s, 2),
             unit="s",
             # Quiet: none. Otherwise None, which shows a bar on terminals only.
-            disable=True if self._verbosity == QUIET else None,
-            bar_format="{percentage:3.0f}% |{bar}| {n:.1f}/{total:.1f} s of audio"
-            " [{elapsed}<{remaining}{postfix}]",
+            disable=True if self._captions or self._verbosity == QUIET else None,
+            bar_format=bar,
             leave=False,
         )
+
+    def said(self, text: str) -> None:
+        """Show the agent's words."""
+        if self._captions and text:
+            click.echo(text, err=True, nl=False)
 
     def advance(self, seconds: float) -> None:
         """Move the bar on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from pplex.cli.options import (
     verbosity_options,
 )
 from pplex.cli.progress import Progress, size
+from pplex.files import PIPE
+from pplex.jobs.stopping import Stop
 
 if TYPE_CHECKING:
     from pplex.insight.stats import Stats
@@ -32,7 +35,7 @@ _FILE = click.Path(path_type=Path)
     metavar="OUT",
     type=_FILE,
     required=True,
-    help="The WAV file to write.",
+    help="The WAV file to write, or - for stdout.",
 )
 @click.option(
     "--layout",
@@ -42,19 +45,31 @@ _FILE = click.Path(path_type=Path)
     help="stereo: user left, agent right; agent: mono; separate: OUT becomes "
     "NAME.user.wav and NAME.agent.wav.",
 )
+@click.option(
+    "--raw",
+    type=click.Choice(["s16le", "f32le"]),
+    help="INPUT is - and has bare mono samples of this kind; give --rate as well.",
+)
+@click.option(
+    "--rate",
+    metavar="HZ",
+    type=click.IntRange(1000, 768_000),
+    help="Samples a second of --raw.",
+)
 @model_options
 @conversation_options
 @click.option(
     "--transcript",
     metavar="FILE",
     type=_FILE,
-    help="Write what the agent said, with times: .json, .srt, .vtt or .txt.",
+    help="Write what the agent said, with times: .json, .srt, .vtt or .txt; - prints "
+    "the words.",
 )
 @click.option(
     "--stats",
     metavar="FILE",
     type=_FILE,
-    help="Write timings and settings as JSON.",
+    help="Write timings and settings as JSON; - prints them.",
 )
 @click.option(
     "--tokens",
@@ -62,17 +77,27 @@ _FILE = click.Path(path_type=Path)
     type=_FILE,
     help="Write the token arrays user, agent and text as .npz.",
 )
+@click.option(
+    "--captions",
+    is_flag=True,
+    help="Show the agent's words as they are said; so does -v.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
 @verbosity_options
+@click.pass_context
 def respond(
+    ctx: click.Context,
     input: Path,
     output: Path,
     layout: Any,
+    raw: Any,
+    rate: int | None,
     model_name: str,
     offline: bool,
     transcript: Path | None,
     stats: Path | None,
     tokens: Path | None,
+    captions: bool,
     overwrite: bool,
     verbosity: int,
     **options: Any,
@@ -81,14 +106,21 @@ def respond(
 
     The agent hears the recording as it would a call, 80 ms at a time, and speaks when
     it sees fit; its track is as long as the recording and in time with it.
+
+    INPUT - is a live stream on stdin, WAV or bare samples: each frame is answered and
+    written as soon as it has come. Ctrl-C ends it and leaves what there is.
     """
     text = role_text(
         options.pop("prompt"), options.pop("prompt_file"), options.pop("role")
     )
+    is_stream = input == PIPE
+    check_pipes(is_stream, output == PIPE, raw, rate)
     from pplex.backend import use_fast_blas
 
     use_fast_blas()
+    from pplex.audio.streams import StreamFormat
     from pplex.jobs import respond as job
+    from pplex.jobs.stream import respond_stream
 
     channel = options.pop("channel")
     run = job.Run(
@@ -98,20 +130,44 @@ def respond(
         model_name=model_name,
         offline=offline,
         overwrite=overwrite,
+        raw=StreamFormat(raw, rate, channels=1) if raw and rate else None,
     )
-    with Progress(verbosity, channel_chosen=channel is not None) as progress:
-        done = job.respond(run, progress)
+    stop = ctx.ensure_object(Stop)
+    with Progress(verbosity, channel is not None, captions) as progress:
+        answer = respond_stream if is_stream else job.respond
+        done = answer(run, progress, stop)
     if verbosity >= 0:
         click.echo(summary(done), err=True)
+    stop.check()
+
+
+def check_pipes(reads: bool, writes: bool, raw: str | None, rate: int | None) -> None:
+    """Refuse what pipes cannot do."""
+    if (raw is None) != (rate is None):
+        raise click.UsageError("--raw and --rate go together")
+    if raw and not reads:
+        raise click.UsageError("--raw is for a stream: give - as INPUT")
+    if reads and sys.stdin.isatty():
+        raise click.UsageError("stdin is a terminal: pipe a recording into it")
+    if writes and sys.stdout.isatty():
+        raise click.UsageError("stdout is a terminal: pipe it into a player or a file")
 
 
 def summary(stats: Stats) -> str:
     """What a run wrote and how long it took, in two lines."""
     step = stats.step_ms
+    live = ""
+    if stats.latency_ms is not None:
+        latency = stats.latency_ms
+        live = (
+            f"\nlatency from a frame's last sample to its reply p50 {latency.p50:.0f} "
+            f"ms, p95 {latency.p95:.0f} ms, max {latency.max:.0f} ms; "
+            f"{latency.late_frames} late frames, {stats.start_up_frames} at start-up"
+        )
     return (
         f"{', '.join(stats.outputs.values())}: {stats.audio_s:.1f} s, "
         f"voice {stats.voice}, seed {stats.seed}\n"
         f"{stats.total_s:.1f} s in all, {stats.load_s:.1f} s of it loading; real-time "
         f"factor {stats.real_time_factor:.2f} without that; step p50 {step.p50:.1f} "
-        f"ms, p95 {step.p95:.1f} ms; {size(stats.peak_memory_gb)}"
+        f"ms, p95 {step.p95:.1f} ms; {size(stats.peak_memory_gb)}{live}"
     )

@@ -7,12 +7,13 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from pplex.audio.files import Recording, frames_of, read_pcm, write_wav
+from pplex.audio.streams import StreamFormat
 from pplex.checkpoint.hub import LocalModel, resolve
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.config import MimiConfig, ModelConfig
@@ -29,18 +30,22 @@ from pplex.conversation.session import (
     warm_up,
 )
 from pplex.errors import PplexError
-from pplex.files import atomic_write
-from pplex.insight.stats import Stats, latency
+from pplex.files import PIPE, atomic_write, is_pipe, write_text
+from pplex.insight.captions import Captions
+from pplex.insight.stats import Latency, Stats, latency
 from pplex.insight.transcript import check_transcript_path, words, write_transcript
 from pplex.jobs.settings import Settings
+from pplex.jobs.sink import Layout, Write, open_sink
+from pplex.jobs.stopping import Stop
 from pplex.layers.device import on_cpu
-
-Layout = Literal["stereo", "agent", "separate"]
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the results of one recording go; None for what is not wanted."""
+    """Where the results of one recording go; None for what is not wanted.
+
+    ``-`` is stdout; transcript and stats may also be devices and pipes.
+    """
 
     audio: Path
     layout: Layout
@@ -68,20 +73,28 @@ class Outputs:
 
 def check_outputs(source: Path, outputs: Outputs, overwrite: bool) -> None:
     """Refuse outputs that would destroy something, before any work is done."""
-    if outputs.audio.suffix.lower() != ".wav":
+    if outputs.audio == PIPE:
+        if outputs.layout == "separate":
+            raise PplexError("two files do not fit on stdout: choose another --layout")
+    elif outputs.audio.suffix.lower() != ".wav":
         raise PplexError(
             f"cannot write {outputs.audio}: the output is a WAV file; end its name "
             "in .wav"
         )
-    if outputs.transcript is not None:
+    if outputs.transcript is not None and not is_pipe(outputs.transcript):
         check_transcript_path(outputs.transcript)
     if outputs.tokens is not None and outputs.tokens.suffix.lower() != ".npz":
         raise PplexError(
             f"cannot write {outputs.tokens}: tokens are a NumPy archive; end its name "
             "in .npz"
         )
-    seen: dict[Path, str] = {source.resolve(): "the input"}
-    for what, path in outputs.files().items():
+    files = outputs.files()
+    if sum(path == PIPE for path in files.values()) > 1:
+        raise PplexError("only one output fits on stdout: give the others file names")
+    seen: dict[Path, str] = {} if source == PIPE else {source.resolve(): "the input"}
+    for what, path in files.items():
+        if path == PIPE or (what in ("transcript", "stats") and is_pipe(path)):
+            continue
         other = seen.setdefault(path.resolve(), f"the {what} output")
         if other != f"the {what} output":
             raise PplexError(
@@ -89,24 +102,28 @@ def check_outputs(source: Path, outputs: Outputs, overwrite: bool) -> None:
             )
         if path.exists() and source.exists() and path.samefile(source):
             raise PplexError(f"cannot write {path}: it is the input by another name")
-        if path.parent.exists() and not path.parent.is_dir():
-            raise PplexError(f"cannot write {path}: {path.parent} is not a folder")
-        if not path.parent.is_dir():
-            raise PplexError(
-                f"cannot write {path}: the folder {path.parent} does not exist; "
-                "create it first"
-            )
-        if path.is_dir():
-            raise PplexError(f"cannot write {path}: it is a folder; give a file name")
-        if path.exists() and not overwrite:
-            raise PplexError(
-                f"{path} exists already; choose another name or give --overwrite"
-            )
-        if not os.access(path.parent, os.W_OK):
-            raise PplexError(
-                f"cannot write {path}: no permission to write in {path.parent}; choose "
-                "another folder"
-            )
+        _check_place(path, overwrite)
+
+
+def _check_place(path: Path, overwrite: bool) -> None:
+    if path.parent.exists() and not path.parent.is_dir():
+        raise PplexError(f"cannot write {path}: {path.parent} is not a folder")
+    if not path.parent.is_dir():
+        raise PplexError(
+            f"cannot write {path}: the folder {path.parent} does not exist; "
+            "create it first"
+        )
+    if path.is_dir():
+        raise PplexError(f"cannot write {path}: it is a folder; give a file name")
+    if path.exists() and not overwrite:
+        raise PplexError(
+            f"{path} exists already; choose another name or give --overwrite"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise PplexError(
+            f"cannot write {path}: no permission to write in {path.parent}; choose "
+            "another folder"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Run:
-    """One call of ``pplex respond``."""
+    """One call of ``pplex respond``.
+
+    ``raw`` is how bare samples on stdin lie; None for a file or a WAV stream.
+    """
 
     source: Path
     outputs: Outputs
@@ -134,6 +154,7 @@ class Run:
     model_name: str
     offline: bool
     overwrite: bool
+    raw: StreamFormat | None = None
 
 
 class Report(Protocol):
@@ -144,14 +165,20 @@ class Report(Protocol):
     def reading(self, recording: Recording) -> None:
         """The recording was read."""
 
+    def listening(self, stream: StreamFormat) -> None:
+        """The input is a stream that has begun."""
+
     def loading(self, local: LocalModel) -> None:
         """The model's files are there and will be loaded."""
 
-    def answering(self, duration_s: float) -> None:
-        """The agent starts to answer this many seconds of audio."""
+    def answering(self, duration_s: float | None) -> None:
+        """The agent starts to answer this many seconds of audio; None: a stream."""
 
     def advance(self, seconds: float) -> None:
         """Another stretch of audio is answered."""
+
+    def said(self, text: str) -> None:
+        """The agent says this; for captions, as it is to be printed."""
 
 
 class Described(Protocol):
@@ -192,8 +219,12 @@ def answer(
     user_pcm: np.ndarray,
     conversation: Conversation,
     report: Report,
+    write: Write | None = None,
 ) -> Answer:
-    """Run ``conversation`` over the whole of ``user_pcm`` (samples,)."""
+    """Run ``conversation`` over the whole of ``user_pcm`` (samples,).
+
+    ``write`` is given both sides of each reply as soon as it is there.
+    """
     frames = frames_of(user_pcm, model.config.frame_size)
     frame_rate = model.config.frame_rate
 
@@ -201,10 +232,19 @@ def answer(
     chunks = (frames[i : i + size] for i in range(0, len(frames), size))
 
     report.answering(len(frames) / frame_rate)
+    captions = Captions(model.tokenizer.piece, frame_rate)
     replies: list[Reply] = []
+    done = 0
     for reply in conversation.run(chunks, decode_frames=size):
         replies.append(reply)
+        if write is not None:
+            user = user_pcm[done : done + len(reply.pcm)]
+            write(user, reply.pcm[: len(user)])
+            done += len(user)
         report.advance(len(reply.text) / frame_rate)
+        for idx in reply.text:
+            report.said(captions.add(int(idx)))
+    report.said(captions.end())
     agent_pcm = np.concatenate([reply.pcm for reply in replies])
     return Answer(
         user_pcm=user_pcm,
@@ -221,7 +261,9 @@ def write_outputs(
     """Write everything but the stats."""
     rate = model.config.sample_rate
     files = outputs.files()
-    if outputs.layout == "stereo":
+    if outputs.audio == PIPE:
+        pass  # it was written as it was made
+    elif outputs.layout == "stereo":
         tracks = np.stack([result.user_pcm, result.agent_pcm], axis=1)
         write_wav(files["audio"], tracks, rate)
     elif outputs.layout == "agent":
@@ -230,28 +272,53 @@ def write_outputs(
         write_wav(files["user"], result.user_pcm, rate)
         write_wav(files["agent"], result.agent_pcm, rate)
     if outputs.transcript is not None:
-        spoken = words(result.text, model.tokenizer.piece, model.config.frame_rate)
-        metadata = {
-            "model": model.local.name,
-            "revision": model.local.revision,
-            "voice": voice,
-            "prompt": text,
-            "seed": seed,
-        }
         duration_s = len(result.user_pcm) / rate
-        write_transcript(outputs.transcript, spoken, duration_s, metadata)
+        said = voice, text, seed
+        write_words(model, outputs.transcript, result.text, duration_s, *said)
     if outputs.tokens is not None:
-        with atomic_write(outputs.tokens) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                user=result.user.astype(np.int32),
-                agent=result.agent.astype(np.int32),
-                text=result.text.astype(np.int32),
-            )
+        write_tokens(outputs.tokens, result.user, result.agent, result.text)
 
 
-def respond(run: Run, report: Report) -> Stats:
-    """Answer one recording and write what was asked for."""
+def write_words(
+    model: Described,
+    path: Path,
+    text_tokens: np.ndarray,
+    duration_s: float,
+    voice: str,
+    text: str,
+    seed: int,
+) -> None:
+    """Write the transcript of ``text_tokens`` (frames,)."""
+    spoken = words(text_tokens, model.tokenizer.piece, model.config.frame_rate)
+    if is_pipe(path):
+        write_text(path, " ".join(word.text for word in spoken) + "\n")
+        return
+    metadata = {
+        "model": model.local.name,
+        "revision": model.local.revision,
+        "voice": voice,
+        "prompt": text,
+        "seed": seed,
+    }
+    write_transcript(path, spoken, duration_s, metadata)
+
+
+def write_tokens(
+    path: Path, user: np.ndarray, agent: np.ndarray, text: np.ndarray
+) -> None:
+    """Write token arrays as .npz."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(
+            file,
+            user=user.astype(np.int32),
+            agent=agent.astype(np.int32),
+            text=text.astype(np.int32),
+        )
+
+
+def respond(run: Run, report: Report, stop: Stop | None = None) -> Stats:
+    """Answer one recording and write what was asked for: all of it, or nothing."""
+    stop = stop or Stop()
     clock = Clock()
     check_outputs(run.source, run.outputs, run.overwrite)
     # Before a model is downloaded or loaded: a bad recording shows at once.
@@ -264,22 +331,36 @@ def respond(run: Run, report: Report) -> Stats:
     if model.config.sample_rate != MimiConfig().sample_rate:
         recording = read_user(run.source, run.settings, model.config.sample_rate)
     clock.lap("load")
+    role, conversation = start(run, model, clock)
+    rate, length = model.config.sample_rate, len(recording.pcm)
+    if run.outputs.audio == PIPE:
+        files = run.outputs.files()
+        with open_sink(run.outputs.layout, files, rate, length) as write:
+            result = answer(model, recording.pcm, conversation, report, write)
+    else:
+        result = answer(model, recording.pcm, conversation, report)
+    clock.lap("answer")
+    with stop.deferred():
+        # Another program may have written there in the meantime.
+        check_outputs(run.source, run.outputs, run.overwrite)
+        seed = run.settings.seed
+        write_outputs(model, run.outputs, result, role.voice, role.text, seed)
+        clock.lap("write")
+        stats = make_stats(run, model, role, recording, conversation.timings, clock)
+        if run.outputs.stats is not None:
+            stats.write(run.outputs.stats)
+    return stats
+
+
+def start(run: Run, model: Model, clock: Clock) -> tuple[Role, Conversation]:
+    """The prompt that was asked for, and a conversation that begins after it."""
     role = make_role(model, run.settings.voice, run.settings.text)
     prefilled = prefill(model.lm, role.prompt)
     clock.lap("prefill")
     warm_up(model, prefilled)
     clock.lap("warm_up")
-    conversation = Conversation(
-        model, prefilled, run.settings.sampling, run.settings.seed
-    )
-    result = answer(model, recording.pcm, conversation, report)
-    clock.lap("answer")
-    write_outputs(model, run.outputs, result, role.voice, role.text, run.settings.seed)
-    clock.lap("write")
-    stats = make_stats(run, model, role, recording, conversation.timings, clock)
-    if run.outputs.stats is not None:
-        stats.write(run.outputs.stats)
-    return stats
+    settings = run.settings
+    return role, Conversation(model, prefilled, settings.sampling, settings.seed)
 
 
 def make_stats(
@@ -291,33 +372,78 @@ def make_stats(
     clock: Clock,
 ) -> Stats:
     """The figures of a run whose last part is done."""
+    return stats_of(
+        run,
+        model,
+        role,
+        Source(
+            len(recording.pcm) / model.config.sample_rate,
+            recording.source_rate,
+            recording.source_channels,
+        ),
+        StepTimes(
+            timings.encode_s,
+            timings.decode_s,
+            latency(timings.steps),
+            len(timings.steps),
+        ),
+        clock,
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was answered: its length, tail included, and how it came."""
+
+    audio_s: float
+    rate: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of encoding and decoding, and the steps summarised over ``frames``."""
+
+    encode_s: float
+    decode_s: float
+    step_ms: Latency
+    frames: int
+
+
+def stats_of(
+    run: Run, model: Model, role: Role, source: Source, times: StepTimes, clock: Clock
+) -> Stats:
+    """The figures of a run of any kind."""
     parts, settings = clock.parts, run.settings
-    audio_s = len(recording.pcm) / model.config.sample_rate
-    steps_s = sum(timings.steps)
+    steps_s = times.step_ms.mean * times.frames / 1000.0
     total_s = clock.total()
     known = {
         "load_s": parts["load"],
         "read_s": parts["read"],
         "prefill_s": parts["prefill"],
         "warm_up_s": parts["warm_up"],
-        "encode_s": timings.encode_s,
+        "encode_s": times.encode_s,
         "steps_s": steps_s,
-        "decode_s": timings.decode_s,
+        "decode_s": times.decode_s,
         "write_s": parts["write"],
     }
+    # A stream is waited for while it is read.
+    computing_s = total_s - known["load_s"] - known["warm_up_s"]
+    if run.source == PIPE:
+        computing_s -= known["read_s"]
     return Stats(
         input=str(run.source),
         outputs={what: str(path) for what, path in run.outputs.files().items()},
-        audio_s=audio_s,
+        audio_s=source.audio_s,
         tail_s=settings.tail_s,
-        frames=len(timings.steps),
+        frames=times.frames,
         prompt_frames=role.prompt.num_frames,
         **known,
         other_s=total_s - sum(known.values()),
         total_s=total_s,
-        step_ms=latency(timings.steps),
-        real_time_factor=(total_s - known["load_s"] - known["warm_up_s"]) / audio_s,
-        real_time_factor_with_load=total_s / audio_s,
+        step_ms=times.step_ms,
+        real_time_factor=computing_s / source.audio_s,
+        real_time_factor_with_load=total_s / source.audio_s,
         peak_memory_gb=mx.get_peak_memory() / 1e9,
         device=device_name(),
         dtype=model.dtype,
@@ -334,8 +460,8 @@ def make_stats(
         text_temp=settings.sampling.text_temp,
         text_top_k=settings.sampling.text_top_k,
         channel=settings.channel,
-        source_rate=recording.source_rate,
-        source_channels=recording.source_channels,
+        source_rate=source.rate,
+        source_channels=source.channels,
         pplex=importlib.metadata.version("pplex"),
         mlx=importlib.metadata.version("mlx"),
     )

@@ -1,0 +1,236 @@
+"""``pplex batch``: many recordings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pplex.cli.batch_report import (
+    BatchProgress,
+    failures_before,
+    forecast_text,
+    summary,
+)
+from pplex.cli.options import (
+    conversation_options,
+    model_options,
+    role_text,
+    settings_from,
+    verbosity_options,
+)
+
+if TYPE_CHECKING:
+    from pplex.jobs.outcome import Summary
+    from pplex.jobs.prepare import Batch
+
+_FILE = click.Path(path_type=Path)
+SOME_FAILED = 3
+
+
+class BatchSize(click.ParamType):
+    """``auto`` (None) or a number from 1."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
+        """Turn the option's text into its value."""
+        if value is None or isinstance(value, int):
+            return value
+        if value == "auto":
+            return None
+        if value.isdecimal() and 1 <= int(value) <= 4096:
+            return int(value)
+        self.fail(f"{value!r} is neither 'auto' nor a number from 1 to 4096", param)
+
+
+class Shard(click.ParamType):
+    """``K/N``: the K-th of N parts, counted from 1."""
+
+    name = "K/N"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
+        """Turn the option's text into its value."""
+        match = isinstance(value, str) and re.fullmatch(r"(\d{1,6})/(\d{1,6})", value)
+        if match and 1 <= int(match[1]) <= int(match[2]):
+            return int(match[1]), int(match[2])
+        if isinstance(value, tuple):
+            return value
+        self.fail(f"{value!r} is not K/N with K from 1 to N, such as 1/4", param)
+
+
+class RayAddress(click.ParamType):
+    """An address of a Ray cluster, or ``local``."""
+
+    name = "ADDRESS"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
+        """Refuse what is probably a recording that was meant as an input."""
+        if re.fullmatch(r"local|auto|ray://\S+|[^\s/]+:\d+", value):
+            return value
+        self.fail(
+            f"{value!r} is no address (auto, local, HOST:PORT or ray://HOST:PORT); "
+            "for a local cluster write --ray=local",
+            param,
+        )
+
+
+@click.command(epilog="Example: pplex batch calls -o replies --recursive --model mini")
+@click.argument("inputs", nargs=-1, type=_FILE)
+@click.option(
+    "-o",
+    "--output",
+    "outdir",
+    metavar="OUTDIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="The folder for the results and manifest.jsonl.",
+)
+@click.option("--recursive", is_flag=True, help="Look in folders within folders.")
+@click.option(
+    "--glob",
+    metavar="PATTERN",
+    help="Take the files of a folder that fit, such as 'input.wav'.  [default: audio "
+    "files by their suffix]",
+)
+@click.option(
+    "--jobs",
+    metavar="FILE",
+    type=_FILE,
+    help="Recordings from a .jsonl or .csv file, with input and, where wanted, output, "
+    "voice, prompt, role, seed and tail.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["stereo", "agent", "separate"]),
+    default="stereo",
+    show_default=True,
+    help="stereo: user left, agent right; agent: mono; separate: NAME.user.wav and "
+    "NAME.agent.wav.",
+)
+@click.option(
+    "--output-name",
+    metavar="NAME.wav",
+    help="Call every output so, in the folder of its recording within OUTDIR.",
+)
+@click.option(
+    "--transcript",
+    type=click.Choice(["json", "srt", "vtt", "txt"]),
+    help="Write what the agent said, with times, for each recording.",
+)
+@click.option("--stats", is_flag=True, help="Write NAME.stats.json for each recording.")
+@click.option("--tokens", is_flag=True, help="Write NAME.npz for each recording.")
+@model_options
+@conversation_options
+@click.option(
+    "--batch-size",
+    type=BatchSize(),
+    metavar="auto|N",
+    default="auto",
+    show_default=True,
+    help="How many recordings are answered at a time.",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace existing outputs, and answer again what is done.",
+)
+@click.option("--retry-failed", is_flag=True, help="Try again what failed before.")
+@click.option("--fail-fast", is_flag=True, help="Stop at the first failure.")
+@click.option(
+    "--shard",
+    type=Shard(),
+    metavar="K/N",
+    help="Do only the K-th of N parts, for job arrays.",
+)
+@click.option(
+    "--ray",
+    type=RayAddress(),
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Spread the work over a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or "
+    "local; needs pplex[ray].",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, and run no model.")
+@verbosity_options
+def batch(dry_run: bool, verbosity: int, **options: Any) -> None:
+    """Answer many recordings with one load of the model, several at a time.
+
+    INPUTS are files and folders; the tree under a folder is mirrored in OUTDIR. Run
+    the same command again to go on where a run stopped: what is done is skipped.
+    """
+    job = batch_from(options)
+    with BatchProgress(verbosity) as progress:
+        if dry_run:
+            from pplex.jobs.forecast import forecast
+
+            found = forecast(job, progress.shows_bars)
+            click.echo(forecast_text(found))
+            code = exit_code(found.todo + found.skipped, len(found.failed))
+            code = 1 if found.problems() else code
+        else:
+            from pplex.jobs.batch import run_batch
+
+            done = run_batch(job, progress)
+            code = exit_code(done.done + done.skipped, len(done.failed))
+            progress.close()
+            report(done, verbosity)
+    click.get_current_context().exit(code)
+
+
+def batch_from(options: dict[str, Any]) -> Batch:
+    """The job that the command line describes."""
+    check_usage(options)
+    text = role_text(
+        options.pop("prompt"), options.pop("prompt_file"), options.pop("role")
+    )
+    from pplex.backend import use_fast_blas
+
+    use_fast_blas()
+    from pplex.jobs.plan import Selection
+    from pplex.jobs.prepare import Batch
+    from pplex.jobs.tasks import Wanted
+
+    def take(*names: str) -> dict[str, Any]:
+        return {name: options.pop(name) for name in names}
+
+    channel = options.pop("channel") or 1
+    return Batch(
+        selection=Selection(**take("inputs", "recursive", "glob", "jobs")),
+        wanted=Wanted(
+            name=options.pop("output_name"),
+            **take("layout", "transcript", "stats", "tokens"),
+        ),
+        **take("outdir", "model_name", "offline", "batch_size", "overwrite"),
+        **take("retry_failed", "fail_fast", "shard", "ray"),
+        settings=settings_from(text, channel, options),
+    )
+
+
+def check_usage(options: dict[str, Any]) -> None:
+    """Refuse options that do not go together."""
+    if bool(options["inputs"]) == (options["jobs"] is not None):
+        raise click.UsageError("give either INPUTS or --jobs FILE")
+    for name in ("recursive", "glob"):
+        if options["jobs"] is not None and options[name]:
+            raise click.UsageError(f"--{name} is for INPUTS, not for --jobs")
+    name = options["output_name"]
+    if name is not None and not re.fullmatch(r"[^/\0.][^/\0]*\.wav", name):
+        raise click.UsageError("--output-name is a file name that ends in .wav")
+
+
+def exit_code(good: int, failed: int) -> int:
+    """0 all done, 3 some failed, 1 none could be done."""
+    if not failed:
+        return 0
+    return SOME_FAILED if good else 1
+
+
+def report(done: Summary, verbosity: int) -> None:
+    """Say on stderr how it went."""
+    if verbosity >= 0:
+        for line in [*failures_before(done), summary(done)]:
+            click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)

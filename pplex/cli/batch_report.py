@@ -1,0 +1,160 @@
+"""What ``pplex batch`` says on stderr, and its summary."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import click
+from tqdm import tqdm
+
+from pplex.cli.progress import QUIET, VERBOSE, size
+
+if TYPE_CHECKING:
+    from pplex.checkpoint.hub import LocalModel
+    from pplex.jobs.forecast import Forecast
+    from pplex.jobs.outcome import Summary
+
+_SHOWN_FAILURES = 20
+
+
+class BatchProgress:
+    """Tells on stderr how a batch gets on; a context manager."""
+
+    def __init__(self, verbosity: int) -> None:
+        """``verbosity`` is -1 for quiet, 0, or 1 for verbose."""
+        self._verbosity = verbosity
+        self._bar: tqdm | None = None
+        self._start = 0.0
+        self._count = self._ended = 0
+        self.shows_bars = verbosity > QUIET
+
+    def __enter__(self) -> BatchProgress:
+        """Start."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the terminal as it was."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def note(self, message: str) -> None:
+        """Say something worth a line."""
+        self._say(message, 0)
+
+    def loading(self, local: LocalModel) -> None:
+        """Say what is being loaded."""
+        revision = f", revision {local.revision}" if local.revision else ""
+        self._say(f"loading {local.name} ({local.path}{revision})", VERBOSE)
+
+    def starting(self, count: int, audio_s: float) -> None:
+        """Show a bar in seconds of audio."""
+        self._start = time.perf_counter()
+        self._count = count
+        self._bar = tqdm(
+            total=round(audio_s, 2),
+            # Quiet: none. Otherwise None, which shows a bar on terminals only.
+            disable=True if self._verbosity == QUIET else None,
+            bar_format="{percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s of audio"
+            " [{elapsed}<{remaining}{postfix}]",
+            leave=False,
+        )
+
+    def finished(self, key: str, audio_s: float) -> None:
+        """Move the bar on; with -v, name the recording."""
+        self._say(f"{key}: done", VERBOSE)
+        self._advance(audio_s)
+
+    def failed(self, key: str, error: str, audio_s: float) -> None:
+        """Name the recording and say why, even when quiet."""
+        self._say(f"{key}: {error}", QUIET)
+        self._advance(audio_s)
+
+    def _advance(self, seconds: float) -> None:
+        assert self._bar is not None
+        self._ended += 1
+        self._bar.update(seconds)
+        spent = time.perf_counter() - self._start
+        self._bar.set_postfix_str(
+            f"{self._ended}/{self._count} recordings, {self._bar.n / spent:.1f} s/s",
+            refresh=False,
+        )
+
+    def _say(self, message: str, verbosity: int) -> None:
+        if self._verbosity < verbosity:
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        # A file name may hold bytes that are not text.
+        click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
+
+
+def summary(done: Summary) -> str:
+    """How a batch went, in a few lines."""
+    parts = [f"{done.done} done", f"{done.skipped} skipped"]
+    parts.append(f"{len(done.failed)} failed")
+    if done.not_run:
+        parts.append(f"{done.not_run} not run")
+    lines = [", ".join(parts)]
+    if done.failed_before:
+        lines[0] += (
+            f" ({done.failed_before} of them in an earlier run; --retry-failed tries "
+            "them again)"
+        )
+    if done.done:
+        lines.append(
+            f"{done.audio_s:.1f} s of audio in {done.total_s:.1f} s, {done.load_s:.1f} "
+            f"s of it loading: {done.audio_s / done.run_s:.1f} s of audio a second "
+            f"without that; batch size {done.batch_size}; {size(done.peak_memory_gb)}"
+        )
+    return "\n".join(lines)
+
+
+def forecast_text(found: Forecast) -> str:
+    """What a dry run found."""
+    hours = f"{found.audio_s / 3600:.1f} h" if found.audio_s >= 3600 else ""
+    seconds = hours or f"{found.audio_s:.1f} s"
+    lines = [
+        f"to do:   {found.todo} recording{'s' * (found.todo != 1)}, "
+        f"{seconds} of audio, the longest {found.longest_s:.1f} s",
+        f"skipped: {found.skipped} (done already)",
+        f"bad:     {len(found.failed)}",
+    ]
+    shown = list(found.failed.items())[:_SHOWN_FAILURES]
+    lines += [f"  {key}: {error}" for key, error in shown]
+    if len(found.failed) > len(shown):
+        lines.append(f"  and {len(found.failed) - len(shown)} more")
+    lines.append(
+        f"disk:    about {size(found.output_gb)} of {size(found.disk_free_gb)} free"
+    )
+    lines.append(
+        f"memory:  about {size(found.weights_gb)} for the model and "
+        f"{size(found.row_gb)} for each of {found.batch_size} recordings at a time, of "
+        f"{size(found.memory_gb)}"
+    )
+    if found.seconds is None:
+        lines.append("time:    unknown, as this model has answered nothing here yet")
+    else:
+        lines.append(f"time:    about {found.seconds:.0f} s at the speed so far")
+    lines += [f"problem: {problem}" for problem in found.problems()]
+    text = "\n".join(lines)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def failures_before(done: Summary) -> list[str]:
+    """The failures of earlier runs, as lines."""
+    known = list(done.failed.items())[: done.failed_before]
+    lines = [f"{key}: {error}" for key, error in known[:_SHOWN_FAILURES]]
+    if len(known) > len(lines):
+        lines.append(f"and {len(known) - len(lines)} more, see the manifest")
+    return lines

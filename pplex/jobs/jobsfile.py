@@ -1,0 +1,146 @@
+"""Jobs files: a line of JSON or a row of CSV for each recording of a batch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pplex.conversation.roles import ROLES
+from pplex.errors import PplexError
+
+COLUMNS = ("input", "output", "voice", "prompt", "role", "seed", "tail")
+MAX_SEED = 2**63 - 1
+MAX_TAIL_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recording as a jobs file has it; None for what the row leaves open.
+
+    ``number`` is the line it ends on, ``text`` the role in words, ``extra`` the other
+    columns.
+    """
+
+    number: int
+    input: str
+    output: str | None
+    voice: str | None
+    text: str | None
+    seed: int | None
+    tail_s: float | None
+    extra: dict[str, Any]
+
+
+def read_jobs(path: Path) -> list[Row]:
+    """The rows of a ``.jsonl`` or ``.csv`` file, each checked."""
+    kinds = {".jsonl": _json_lines, ".csv": _csv_rows}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise PplexError(f"{path}: a jobs file ends in .jsonl or .csv")
+    try:
+        rows = [_row(path, number, fields) for number, fields in kind(path)]
+    except OSError as e:
+        raise PplexError(f"the jobs file {path}: {e.strerror or e}") from e
+    except UnicodeDecodeError as e:
+        raise PplexError(f"the jobs file {path} is not UTF-8 text") from e
+    except csv.Error as e:
+        raise PplexError(f"the jobs file {path} is not CSV: {e}") from e
+    if not rows:
+        raise PplexError(f"the jobs file {path} names no recordings")
+    return rows
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise PplexError(f"{path} line {number} is not JSON: {e}") from e
+            if not isinstance(fields, dict):
+                raise PplexError(
+                    f'{path} line {number} is no object: write {{"input": "a.wav"}}'
+                )
+            yield number, {k: v for k, v in fields.items() if v is not None}
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        for fields in reader:
+            if None in fields or None in fields.values():
+                raise PplexError(
+                    f"{path} line {reader.line_num} has not as many columns as the "
+                    "first line has names"
+                )
+            yield reader.line_num, {k: v for k, v in fields.items() if v != ""}
+
+
+def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
+    where = f"{path} line {number}"
+    known = {name: fields[name] for name in COLUMNS if name in fields}
+    for name in ("input", "output", "voice", "prompt", "role"):
+        value = known.get(name, "text")
+        # An empty prompt is one; any other empty text is a slip.
+        if not isinstance(value, str) or (not value and name != "prompt"):
+            raise PplexError(f"{where}: {name} is {value!r}, where text is expected")
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise PplexError(f"{where}: {name} is {value!r}, which is not text")
+    if "input" not in known:
+        raise PplexError(f"{where} has no input, the name of a recording")
+    if "prompt" in known and "role" in known:
+        raise PplexError(f"{where}: prompt and role exclude each other")
+    text = known.get("prompt")
+    if "role" in known:
+        if known["role"] not in ROLES:
+            raise PplexError(
+                f"{where}: there is no role {known['role']!r}; give one of "
+                f"{', '.join(ROLES)}, or the words as prompt"
+            )
+        text = ROLES[known["role"]]
+    return Row(
+        number=number,
+        input=known["input"],
+        output=known.get("output"),
+        voice=known.get("voice"),
+        text=text,
+        seed=_seed(where, known.get("seed")),
+        tail_s=_tail(where, known.get("tail")),
+        extra={k: v for k, v in fields.items() if k not in COLUMNS},
+    )
+
+
+def _seed(where: str, value: Any) -> int | None:
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PplexError(
+            f"{where}: seed is {value!r}, where a whole number is expected"
+        )
+    if not 0 <= value <= MAX_SEED:
+        raise PplexError(f"{where}: seed is {value}, where 0 to 2**63 - 1 is expected")
+    return value
+
+
+def _tail(where: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0.0 <= seconds <= MAX_TAIL_S:
+        raise PplexError(
+            f"{where}: tail is {value!r}, where 0 to {MAX_TAIL_S:.0f} seconds are "
+            "expected"
+        )
+    return seconds

@@ -1,0 +1,125 @@
+"""One run at a time on an output folder, and what it has begun to write.
+
+Locks are the kernel's (``flock``): they vanish with the process, however it ends. The
+file beside them names the process and lists outputs that were begun, so that the next
+run knows the files of a killed one from those of others. A run that ends removes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pplex.errors import PplexError
+
+LOCK_NAME = ".pplex-batch.lock"
+LOCK_PATTERN = ".pplex-batch*.lock"
+
+
+class FolderLock:
+    """The right to write to ``outdir``: alone, or as one of several shards.
+
+    ``begun`` are the outputs that earlier runs, since killed, had begun to write.
+    """
+
+    def __init__(self, outdir: Path, shard: tuple[int, int] | None) -> None:
+        """Take the lock, or say who has it."""
+        self._outdir = outdir
+        self._files: list[_LockFile] = []
+        try:
+            self._files.append(_LockFile(outdir / LOCK_NAME, shared=shard is not None))
+            if shard is not None:
+                own = f".pplex-batch.{shard[0]}-of-{shard[1]}.lock"
+                self._files.append(_LockFile(outdir / own, shared=False))
+            self.begun = {
+                path
+                for file in outdir.glob(LOCK_PATTERN)
+                for line in _lines(file)
+                for path in line.get("begun", ())
+            }
+            self._files[-1].append({"pid": os.getpid(), "host": socket.gethostname()})
+        except OSError as e:
+            self.release()
+            raise PplexError(f"cannot write to {outdir}: {e.strerror or e}") from e
+        except PplexError:
+            self.release()
+            raise
+
+    def begin(self, outputs: Iterable[str]) -> None:
+        """Note that these files are about to be written."""
+        self._files[-1].append({"begun": list(outputs)})
+
+    def release(self, *, ended: bool = False) -> None:
+        """Give the lock back; ``ended`` if all that was begun is in the manifest."""
+        if ended and not self._files[0].shared:
+            # Nobody else is here: what killed shards left can go.
+            for path in self._outdir.glob(LOCK_PATTERN):
+                path.unlink(missing_ok=True)
+        for file in reversed(self._files):
+            file.release(remove=ended)
+        self._files.clear()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    for raw in content.splitlines():
+        try:
+            found.append(json.loads(raw))
+        except ValueError:  # torn
+            continue
+    return found
+
+
+class _LockFile:
+    def __init__(self, path: Path, shared: bool) -> None:
+        self._path = path
+        self.shared = shared
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        while True:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._fd)
+                raise PplexError(
+                    f"{path.parent} is being written by another run of pplex batch"
+                    f"{self._holder()}; wait until it ends, or choose another folder"
+                ) from None
+            if self._is_in_place():
+                return
+            os.close(self._fd)  # the run before removed it in between
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _holder(self) -> str:
+        named = [line for line in _lines(self._path) if "pid" in line]
+        return f" (process {named[-1]['pid']} on {named[-1]['host']})" if named else ""
+
+    def append(self, line: dict[str, Any]) -> None:
+        os.write(self._fd, json.dumps(line).encode() + b"\n")
+
+    def release(self, remove: bool) -> None:
+        try:
+            told = any("begun" in line for line in _lines(self._path))
+            if self.shared:  # the last shard removes it
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove = False  # what it tells is another run's
+            if remove or not told:
+                self._path.unlink(missing_ok=True)
+        except OSError:
+            pass
+        finally:
+            os.close(self._fd)

@@ -1,0 +1,188 @@
+"""What a batch writes for one recording: its outputs, stats and manifest line."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pplex.audio.files import Recording
+from pplex.errors import PplexError
+from pplex.insight.stats import Stats, latency
+from pplex.jobs.decoding import Answered
+from pplex.jobs.describe import Description
+from pplex.jobs.identity import FilePrint, file_print
+from pplex.jobs.manifest import DONE, FAILED, Line
+from pplex.jobs.respond import Answer, read_user, write_outputs
+from pplex.jobs.tasks import Task
+
+
+@dataclass(frozen=True)
+class Read:
+    """A recording in memory, and the file it was."""
+
+    recording: Recording
+    print: FilePrint
+    seconds: float
+
+
+def check_name(task: Task) -> None:
+    """Refuse a file name that can be written neither to stats nor on a screen."""
+    try:
+        str(task.source).encode()
+    except UnicodeEncodeError:
+        raise PplexError(
+            f"the name {str(task.source)!r} is not UTF-8 text; rename the file"
+        ) from None
+
+
+def read_task(task: Task, sample_rate: int) -> Read:
+    """Read the recording of ``task``, its tail included."""
+    start = time.perf_counter()
+    check_name(task)
+    recording = read_user(task.source, task.settings, sample_rate)
+    try:
+        print_ = file_print(task.source)
+    except OSError as e:
+        raise PplexError(f"{task.source}: {e.strerror or e}") from e
+    return Read(recording, print_, time.perf_counter() - start)
+
+
+def write_task(
+    model: Description, task: Task, read: Read, done: Answered
+) -> dict[str, float]:
+    """Write the outputs of ``task``; seconds spent on it, by part."""
+    start = time.perf_counter()
+    result, timings = done.result, done.result.timings
+    voice = model.voice_of(task)
+    folder = task.outputs.audio.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
+    write_outputs(
+        model,
+        task.outputs,
+        Answer(
+            user_pcm=read.recording.pcm,
+            agent_pcm=result.agent_pcm,
+            text=result.text,
+            agent=result.agent,
+            user=result.user,
+        ),
+        voice,
+        task.settings.text,
+        task.settings.seed,
+    )
+    seconds = {
+        "read_s": read.seconds,
+        "encode_s": timings.encode_s,
+        "steps_s": sum(timings.steps),
+        "decode_s": timings.decode_s,
+        "write_s": time.perf_counter() - start,
+    }
+    if task.outputs.stats is not None:
+        make_stats(model, task, read, done, seconds).write(task.outputs.stats)
+    return {part: round(s, 4) for part, s in seconds.items()}
+
+
+def make_stats(
+    model: Description,
+    task: Task,
+    read: Read,
+    done: Answered,
+    seconds: dict[str, float],
+) -> Stats:
+    """The figures of one recording of a batch: its share of the work.
+
+    Loading the model and its prompts is nobody's share.
+    """
+    settings, local = task.settings, model.local
+    audio_s = len(read.recording.pcm) / model.config.sample_rate
+    total_s = sum(seconds.values())
+    return Stats(
+        input=str(task.source),
+        outputs={what: str(path) for what, path in task.outputs.files().items()},
+        audio_s=audio_s,
+        tail_s=settings.tail_s,
+        frames=len(done.result.text),
+        prompt_frames=done.prompt_frames,
+        load_s=0.0,
+        prefill_s=0.0,
+        warm_up_s=0.0,
+        other_s=0.0,
+        **seconds,
+        total_s=total_s,
+        step_ms=latency(done.result.timings.steps),
+        real_time_factor=total_s / audio_s,
+        real_time_factor_with_load=total_s / audio_s,
+        peak_memory_gb=done.facts.peak_memory_gb,
+        device=done.facts.device,
+        dtype=done.facts.dtype,
+        bits=done.facts.bits,
+        layout=done.facts.layout,
+        model=local.name,
+        repo=local.repo,
+        revision=local.revision,
+        voice=model.voice_of(task),
+        prompt=settings.text,
+        seed=settings.seed,
+        temp=settings.sampling.temp,
+        top_k=settings.sampling.top_k,
+        text_temp=settings.sampling.text_temp,
+        text_top_k=settings.sampling.text_top_k,
+        channel=settings.channel,
+        source_rate=read.recording.source_rate,
+        source_channels=read.recording.source_channels,
+        pplex=importlib.metadata.version("pplex"),
+        mlx=importlib.metadata.version("mlx"),
+    )
+
+
+def done_line(
+    model: Description,
+    task: Task,
+    read: Read,
+    outputs: dict[str, Line],
+    seconds: dict[str, float],
+) -> Line:
+    """The manifest's line of a recording that was answered."""
+    audio_s = len(read.recording.pcm) / model.config.sample_rate
+    return _line(model, task, DONE, asdict(read.print)) | {
+        "outputs": outputs,
+        "audio_s": round(audio_s, 3),
+        "timings": seconds,
+    }
+
+
+def failed_line(model: Description, task: Task, error: str) -> Line:
+    """The manifest's line of a recording that cannot be answered."""
+    try:
+        known: Any = asdict(file_print(task.source))
+    except OSError:
+        known = None
+    return _line(model, task, FAILED, known) | {"error": error}
+
+
+def _line(model: Description, task: Task, status: str, known: Any) -> Line:
+    settings = task.settings
+    return {
+        "recording": task.key,
+        "status": status,
+        "error": None,
+        "input": None if known is None else {"path": str(task.source), **known},
+        "settings": model.settings_digest(task),
+        "outputs": {},
+        "voice": model.voice_of(task),
+        "prompt": settings.text,
+        "seed": settings.seed,
+        "tail_s": settings.tail_s,
+        "model": model.local.name,
+        "revision": model.local.revision,
+        "weights": model.identity,
+        "pplex": importlib.metadata.version("pplex"),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "extra": task.extra,
+    }

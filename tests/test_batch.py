@@ -1,0 +1,461 @@
+"""Batches of recordings on the tiny random model: results, resuming, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from pplex.errors import PplexError
+from pplex.jobs import decoding
+from pplex.jobs.batch import run_batch
+from pplex.jobs.manifest import read_lines
+from pplex.jobs.outcome import Summary
+from pplex.jobs.plan import Selection
+from pplex.jobs.prepare import Batch
+from pplex.jobs.settings import Settings
+from pplex.jobs.tasks import Wanted
+from pplex.model.sampling import SamplingConfig
+
+RATE = 24000
+SAMPLING = SamplingConfig(top_k=30, text_top_k=10)
+SETTINGS = Settings(voice=None, text="Plums.", sampling=SAMPLING, seed=7)
+
+
+class Notes:
+    """A report that remembers."""
+
+    shows_bars = False
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.done: list[str] = []
+        self.errors: dict[str, str] = {}
+
+    def note(self, message):
+        self.notes.append(message)
+
+    def loading(self, local):
+        self.notes.append("loading")
+
+    def starting(self, count, audio_s):
+        pass
+
+    def finished(self, key, audio_s):
+        self.done.append(key)
+
+    def failed(self, key, error, audio_s):
+        self.errors[key] = error
+
+
+def record(path: Path, samples: int, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pcm = np.random.default_rng(seed).uniform(-0.3, 0.3, samples)
+    soundfile.write(path, pcm.astype(np.float32), RATE)
+
+
+@pytest.fixture
+def calls(tmp_path) -> Path:
+    """Five recordings of different lengths."""
+    for idx, samples in enumerate((9000, 4000, 12001, 1920, 700)):
+        record(tmp_path / "in" / f"{'ab'[idx % 2]}" / f"{idx}.wav", samples, idx)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def batch(tmp_path, tiny):
+    """A batch of ``calls`` with every output."""
+    return Batch(
+        selection=Selection((tmp_path / "in",), recursive=True),
+        outdir=tmp_path / "out",
+        wanted=Wanted(transcript="json", tokens=True),
+        settings=SETTINGS,
+        model_name=str(tiny),
+        offline=True,
+        batch_size=3,
+    )
+
+
+def go(batch: Batch, **changes: object) -> tuple[Summary, Notes]:
+    notes = Notes()
+    return run_batch(replace(batch, **changes), notes), notes
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the manifest, by its relative name."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.jsonl"
+    }
+
+
+def last_lines(outdir: Path) -> dict[str, dict]:
+    return {x["recording"]: x for x in read_lines(outdir / "manifest.jsonl")}
+
+
+# Results
+
+
+def test_every_recording_gets_its_outputs_and_its_line(calls, batch):
+    summary, notes = go(batch, wanted=replace(batch.wanted, stats=True))
+    assert (summary.done, summary.skipped, summary.failed) == (5, 0, {})
+    assert summary.audio_s == pytest.approx(27621 / RATE, abs=0.01)
+    lines = last_lines(batch.outdir)
+    assert len(lines) == 5
+    for key, line in lines.items():
+        source, output = calls / key, batch.outdir / key
+        assert soundfile.info(output).frames == soundfile.info(source).frames
+        assert {o["path"] for o in line["outputs"].values()} == {
+            key,
+            key.replace(".wav", ".transcript.json"),
+            key.replace(".wav", ".stats.json"),
+            key.replace(".wav", ".npz"),
+        }
+        stats = json.loads((output.with_suffix(".stats.json")).read_text())
+        assert stats["seed"] == line["seed"]
+        parts = ("read_s", "encode_s", "steps_s", "decode_s", "write_s")
+        assert stats["total_s"] == pytest.approx(sum(stats[p] for p in parts))
+    assert not list(batch.outdir.rglob(".*"))
+
+
+def test_a_result_is_what_respond_gives_for_the_recordings_seed(
+    calls, batch, run, tmp_path
+):
+    go(batch)
+    for key, line in last_lines(batch.outdir).items():
+        alone = tmp_path / "alone.wav"
+        done = run(
+            *("respond", calls / key, "-o", alone, "--model", batch.model_name),
+            *("--seed", line["seed"], "--prompt", "Plums.", "--top-k", 30),
+            *("--text-top-k", 10, "--tokens", tmp_path / "alone.npz"),
+            *("--transcript", tmp_path / "alone.json", "--overwrite"),
+        )
+        assert done.exit_code == 0, done.stderr
+        ours = batch.outdir / key
+        assert ours.read_bytes() == alone.read_bytes()
+        for suffix in (".npz", ".transcript.json"):
+            other = alone.with_suffix(suffix.replace(".transcript", ""))
+            assert ours.with_suffix(suffix).read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_result_does_not_depend_on_its_company(calls, batch, tmp_path, size):
+    go(batch)
+    alone = {}
+    for key in ("a/0.wav", "b/1.wav"):
+        selection = Selection((calls,), True, glob=key)
+        go(batch, outdir=tmp_path / "alone", selection=selection)
+        alone[key] = (tmp_path / "alone" / key).read_bytes()
+    go(batch, outdir=tmp_path / "other", batch_size=size)
+    assert contents(batch.outdir) == contents(tmp_path / "other")
+    assert alone == {key: (batch.outdir / key).read_bytes() for key in alone}
+
+
+def test_prompts_are_computed_once_for_each_voice_and_role(
+    calls, batch, tmp_path, monkeypatch
+):
+    rows = [
+        {"input": str(calls / key), "output": f"{v}/{key}", "voice": v}
+        for key in ("a/0.wav", "b/1.wav", "a/2.wav")
+        for v in ("NATF0", "NATM0")
+    ]
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text("\n".join(map(json.dumps, rows)))
+    prefills = []
+    prefill = decoding.prefill
+    monkeypatch.setattr(
+        decoding, "prefill", lambda *a: prefills.append(a) or prefill(*a)
+    )
+    summary, _ = go(batch, selection=Selection(jobs=jobs))
+    assert (summary.done, len(prefills)) == (6, 2)
+    for key in ("a/0.wav", "b/1.wav"):
+        one, other = batch.outdir / "NATF0" / key, batch.outdir / "NATM0" / key
+        assert one.read_bytes() != other.read_bytes()
+
+
+def test_extra_columns_are_kept(calls, batch, tmp_path):
+    jobs = tmp_path / "jobs.csv"
+    jobs.write_text("input,speaker\nin/a/0.wav,Ann\n")
+    go(batch, selection=Selection(jobs=jobs))
+    assert last_lines(batch.outdir)["in/a/0.wav"]["extra"] == {"speaker": "Ann"}
+
+
+def test_results_may_lie_beside_the_recordings(calls, batch):
+    for folder in ("1", "2"):
+        record(calls / "bench" / folder / "input.wav", 2000)
+    tree = calls / "bench"
+    selection = Selection((tree,), True, glob="input.wav")
+    wanted = Wanted(layout="agent", name="output.wav", transcript="json")
+    for expected in ((2, 0), (0, 2)):
+        done, _ = go(batch, selection=selection, outdir=tree, wanted=wanted)
+        assert (done.done, done.skipped) == expected
+    names = {p.name for p in (tree / "1").iterdir()}
+    assert names == {"input.wav", "output.wav", "output.transcript.json"}
+
+
+# Failures
+
+
+def test_one_bad_file_spoils_nothing(calls, batch):
+    (calls / "bad.wav").write_text("no sound")
+    (calls / "empty.wav").touch()
+    pcm = np.array([0.1, np.nan, 0.1], np.float32)
+    soundfile.write(calls / "nan.wav", pcm, RATE, subtype="FLOAT")
+    summary, notes = go(batch)
+    assert summary.done == 5
+    assert set(summary.failed) == {"bad.wav", "empty.wav", "nan.wav"}
+    assert summary.failed == notes.errors
+    assert "NaN" in notes.errors["nan.wav"]
+    lines = last_lines(batch.outdir)
+    assert lines["nan.wav"]["status"] == "failed"
+    assert lines["nan.wav"]["error"] == notes.errors["nan.wav"]
+    assert not (batch.outdir / "nan.wav").exists()
+
+
+def test_what_failed_is_tried_again_when_asked_or_changed(calls, batch):
+    (calls / "bad.wav").write_text("no sound")
+    (calls / "worse.wav").write_text("no sound")
+    go(batch)
+    summary, notes = go(batch)
+    assert (summary.skipped, summary.failed_before, notes.notes) == (5, 2, [])
+    record(calls / "bad.wav", 3000)
+    summary, _ = go(batch)
+    assert (summary.done, summary.failed_before) == (1, 1)
+    summary, notes = go(batch, retry_failed=True)
+    assert (summary.done, summary.failed_before) == (0, 0)
+    assert list(notes.errors) == ["worse.wav"]
+
+
+def test_fail_fast_stops_at_the_first_failure(calls, batch):
+    for name in ("bad.wav", "worse.wav"):
+        (calls / name).write_text("no sound")
+    summary, notes = go(batch, fail_fast=True)
+    assert (summary.done, len(summary.failed), summary.not_run) == (0, 1, 6)
+    summary, _ = go(batch)
+    assert (summary.done, summary.failed_before) == (5, 1)
+
+
+def test_a_role_that_does_not_fit_fails_by_itself(calls, batch, tmp_path):
+    jobs = tmp_path / "jobs.jsonl"
+    rows = [{"input": "in/a/0.wav", "prompt": "far too long " * 50}]
+    rows.append({"input": "in/b/1.wav"})
+    jobs.write_text("\n".join(map(json.dumps, rows)))
+    summary, notes = go(batch, selection=Selection(jobs=jobs))
+    assert summary.done == 1
+    assert "tokens" in notes.errors["in/a/0.wav"]
+
+
+def test_an_unknown_voice_stops_before_anything_runs(calls, batch):
+    settings = replace(SETTINGS, voice="NATX9")
+    with pytest.raises(PplexError, match="'NATX9'"):
+        go(batch, settings=settings)
+    assert not batch.outdir.exists()
+
+
+def test_out_of_memory_halves_the_batch_and_does_the_rest_again(
+    calls, batch, monkeypatch
+):
+    go(batch)
+    expected = contents(batch.outdir)
+    shutil.rmtree(batch.outdir)
+    converse_many = decoding.converse_many
+    sizes = []
+
+    def short_of_memory(model, items, sampling, *, batch_size):
+        sizes.append(batch_size)
+        for idx, result in enumerate(
+            converse_many(model, items, sampling, batch_size=batch_size)
+        ):
+            if batch_size > 1 and idx == 1:
+                raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
+            yield result
+
+    monkeypatch.setattr(decoding, "converse_many", short_of_memory)
+    summary, notes = go(batch, batch_size=4)
+    assert sizes == [4, 2, 1]
+    assert (summary.done, summary.batch_size) == (5, 1)
+    assert sum("out of memory" in note for note in notes.notes) == 2
+    assert contents(batch.outdir) == expected
+
+
+def test_one_that_never_fits_in_memory_fails_alone(calls, batch, monkeypatch):
+    converse_many = decoding.converse_many
+
+    def short_of_memory(model, items, sampling, *, batch_size):
+        def checked():
+            for item in items:
+                if len(item.pcm) > 12000:
+                    raise MemoryError("too much")
+                yield item
+
+        yield from converse_many(model, checked(), sampling, batch_size=batch_size)
+
+    monkeypatch.setattr(decoding, "converse_many", short_of_memory)
+    summary, notes = go(batch)
+    assert summary.done == 4
+    assert "memory" in notes.errors["a/2.wav"]
+
+
+def test_a_fault_of_our_own_is_not_taken_for_memory(calls, batch, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("[matmul] shapes do not fit")
+
+    monkeypatch.setattr(decoding, "converse_many", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        go(batch)
+
+
+# Again
+
+
+def test_what_is_done_is_skipped_without_loading_a_model(calls, batch):
+    go(batch)
+    before = contents(batch.outdir)
+    summary, notes = go(batch)
+    assert (summary.done, summary.skipped, notes.notes) == (0, 5, [])
+    assert contents(batch.outdir) == before
+
+
+def test_a_changed_recording_and_a_new_one_are_done(calls, batch):
+    go(batch)
+    record(calls / "a/0.wav", 5000, seed=9)
+    record(calls / "new.wav", 2000)
+    summary, notes = go(batch)
+    assert set(notes.done) == {"a/0.wav", "new.wav"}
+    assert soundfile.info(batch.outdir / "a/0.wav").frames == 5000
+
+
+def test_a_lost_or_damaged_output_is_made_again(calls, batch):
+    go(batch)
+    before = contents(batch.outdir)
+    (batch.outdir / "a/0.npz").unlink()
+    (batch.outdir / "b/1.wav").write_bytes(b"x")
+    summary, notes = go(batch)
+    assert set(notes.done) == {"a/0.wav", "b/1.wav"}
+    assert contents(batch.outdir) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": replace(SETTINGS, seed=8)},
+        {"settings": replace(SETTINGS, text="Pears.")},
+        {"settings": replace(SETTINGS, voice="NATM0")},
+        {"settings": replace(SETTINGS, tail_s=0.1)},
+        {"settings": replace(SETTINGS, sampling=SamplingConfig(top_k=3))},
+        {"wanted": Wanted(transcript="srt", tokens=True)},
+        {"wanted": Wanted(layout="agent", transcript="json", tokens=True)},
+        {"overwrite": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_with_other_settings_everything_is_done_again(calls, batch, change):
+    selection = Selection((calls / "b",))
+    go(batch, selection=selection)
+    summary, _ = go(batch, selection=selection, **change)
+    assert (summary.done, summary.skipped) == (2, 0)
+
+
+def test_another_voice_under_the_same_name_counts(calls, batch, data, tmp_path):
+    voice = tmp_path / "me.wav"
+    settings = replace(SETTINGS, voice=str(voice))
+    selection = Selection((calls / "b",))
+    for name in ("voice_NATF0.wav", "voice_NATM0.wav"):
+        shutil.copy(data / "respond" / name, voice)
+        summary, _ = go(batch, selection=selection, settings=settings)
+        assert summary.done == 2
+
+
+def test_files_of_others_are_not_replaced_unasked(calls, batch):
+    (batch.outdir / "a").mkdir(parents=True)
+    (batch.outdir / "a/0.wav").write_text("mine")
+    with pytest.raises(PplexError, match="0.wav exists already"):
+        go(batch)
+    assert contents(batch.outdir) == {"a/0.wav": b"mine"}
+    summary, _ = go(batch, overwrite=True)
+    assert summary.done == 5
+
+
+def test_shards_together_do_it_all(calls, batch, tmp_path):
+    go(batch)
+    other = tmp_path / "other"
+    done = [go(batch, outdir=other, shard=(k, 3))[0].done for k in (1, 2, 3)]
+    assert sum(done) == 5 and max(done) < 5
+    summary, _ = go(batch, outdir=other)
+    assert (summary.done, summary.skipped) == (0, 5)
+    assert len(read_lines(other / "manifest.jsonl")) == 5
+    for manifest in other.glob("manifest.*-of-*"):
+        manifest.unlink()
+    assert contents(other) == contents(batch.outdir)
+    assert go(batch, outdir=other)[0].skipped == 5
+
+
+# Killed
+
+DRIVER = """
+import sys, pickle, time
+from pplex.backend import use_fast_blas
+use_fast_blas()
+from pplex.jobs import batch, records
+import test_batch
+if sys.argv[2] == "slow":
+    write = records.write_outputs
+    def slow(*args):
+        write(*args)
+        time.sleep(0.05)
+    records.write_outputs = slow
+batch.run_batch(pickle.loads(bytes.fromhex(sys.argv[1])), test_batch.Notes())
+"""
+
+
+def start(batch: Batch, speed: str) -> subprocess.Popen:
+    import pickle
+
+    code = [sys.executable, "-c", DRIVER, pickle.dumps(batch).hex(), speed]
+    paths = [str(Path(__file__).parent), *sys.path]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.Popen(code, env=env)
+
+
+def test_killed_at_random_and_run_again_the_bytes_are_the_same(calls, batch, tmp_path):
+    for idx in range(12):
+        record(calls / "more" / f"{idx}.wav", 3000 + idx, idx)
+    go(batch)
+    other = replace(batch, outdir=tmp_path / "other")
+    moments = random.Random(5)
+    for _ in range(3):
+        process = start(other, "slow")
+        begin = time.monotonic()
+        while not list(other.outdir.glob("**/*.wav")) and process.poll() is None:
+            assert time.monotonic() < begin + 60
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (other.outdir / f".{'x' * 48}.pplex-0123abcd.tmp").touch()
+    summary, _ = go(other)
+    assert summary.done + summary.skipped == 17
+    assert contents(other.outdir) == contents(batch.outdir)
+
+
+def test_a_second_run_on_the_same_folder_is_refused(calls, batch):
+    from pplex.jobs.lock import FolderLock
+
+    batch.outdir.mkdir()
+    lock = FolderLock(batch.outdir, None)
+    with pytest.raises(PplexError, match="another run of pplex batch"):
+        go(batch)
+    lock.release(ended=True)
+    assert go(batch)[0].done == 5

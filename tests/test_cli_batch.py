@@ -1,0 +1,213 @@
+"""``pplex batch`` at the command line: messages, exit codes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+DONE, NOTHING, USAGE, SOME = 0, 1, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("PPLEX_MODEL", raising=False)
+
+
+@pytest.fixture
+def calls(tmp_path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, samples in (("a", 3000), ("b", 5000)):
+        pcm = np.random.default_rng(samples).uniform(-0.3, 0.3, samples)
+        soundfile.write(folder / f"{name}.wav", pcm, 24000)
+    return folder
+
+
+@pytest.fixture
+def batch(run, tiny, tmp_path):
+    """Run ``pplex batch`` into ``tmp_path/out``; expect ``code``."""
+
+    def go(*args: object, code: int = DONE, outdir: Path = tmp_path / "out"):
+        result = run("batch", *args, "-o", outdir, "--model", tiny, "--offline")
+        assert result.exit_code == code, (result.stderr, result.exception)
+        if code in (NOTHING, USAGE):
+            assert "Traceback" not in result.stderr
+        return result
+
+    return go
+
+
+def test_a_folder_is_answered(batch, calls, tmp_path):
+    result = batch(calls, "--transcript", "srt", "--stats", "--tokens")
+    assert result.stdout == ""
+    assert "batch size 2" in result.stderr
+    assert "2 done, 0 skipped, 0 failed" in result.stderr
+    assert "s of audio a second" in result.stderr
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    kinds = ("wav", "srt", "stats.json", "npz")
+    expected = {f"{stem}.{kind}" for stem in "ab" for kind in kinds}
+    assert names == expected | {"manifest.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        ("stereo", {"a.wav"}),
+        ("agent", {"a.wav"}),
+        ("separate", {"a.user.wav", "a.agent.wav"}),
+    ],
+)
+def test_every_layout_of_respond(batch, calls, tmp_path, layout, names):
+    batch(calls / "a.wav", "--layout", layout)
+    files = {p.name for p in (tmp_path / "out").glob("*.wav")}
+    assert files == names
+    channels = {soundfile.info(tmp_path / "out" / n).channels for n in names}
+    assert channels == {2 if layout == "stereo" else 1}
+
+
+def test_options_of_the_answer_reach_it(batch, calls, tmp_path):
+    batch(
+        *(calls / "a.wav", "--prompt", "Plums.", "--voice", "NATM0", "--seed", "3"),
+        *("--tail", "0.5", "--greedy", "--channel", "mix"),
+    )
+    line = json.loads((tmp_path / "out/manifest.jsonl").read_text())
+    assert (line["prompt"], line["voice"], line["tail_s"]) == ("Plums.", "NATM0", 0.5)
+    assert soundfile.info(tmp_path / "out/a.wav").frames == 3000 + 12000
+
+
+def test_some_failed(batch, calls):
+    (calls / "bad.wav").write_text("no sound")
+    result = batch(calls, code=SOME)
+    assert "bad.wav: " in result.stderr and "not an audio file" in result.stderr
+    assert "2 done, 0 skipped, 1 failed" in result.stderr
+    result = batch(calls, code=SOME)
+    assert "bad.wav: " in result.stderr
+    assert "0 done, 2 skipped, 1 failed" in result.stderr
+    assert "--retry-failed" in result.stderr
+
+
+def test_nothing_could_run(batch, calls):
+    (calls / "bad.wav").write_text("no sound")
+    result = batch(calls / "bad.wav", calls / "none.wav", code=NOTHING)
+    assert "none.wav does not exist" in result.stderr
+    assert "0 done, 0 skipped, 2 failed" in result.stderr
+
+
+def test_done_already_is_done(batch, calls):
+    batch(calls)
+    assert "0 done, 2 skipped, 0 failed" in batch(calls).stderr
+
+
+def test_quiet_says_nothing_but_failures(batch, calls):
+    assert batch(calls, "--quiet").stderr == ""
+    (calls / "bad.wav").write_text("no sound")
+    assert batch(calls, "--quiet", code=SOME).stderr.count("\n") == 1
+
+
+def test_verbose_names_what_is_done(batch, calls):
+    result = batch(calls, "--verbose")
+    assert "a.wav: done" in result.stderr and "loading" in result.stderr
+
+
+def test_a_name_that_is_not_text_fails_alone(batch, calls):
+    (calls / "caf\udce9.wav").write_bytes((calls / "a.wav").read_bytes())
+    result = batch(calls, code=SOME)
+    assert "rename" in result.stderr and "2 done" in result.stderr
+
+
+def test_fail_fast_says_what_was_not_run(batch, calls):
+    (calls / "bad.wav").write_text("no sound")
+    result = batch(calls, "--fail-fast", code=NOTHING)
+    assert "1 failed, 2 not run" in result.stderr
+
+
+def test_a_second_run_on_one_folder_is_refused(batch, calls, tmp_path):
+    from pplex.jobs.lock import FolderLock
+
+    (tmp_path / "out").mkdir()
+    lock = FolderLock(tmp_path / "out", None)
+    assert "another run of pplex batch" in batch(calls, code=NOTHING).stderr
+    lock.release()
+
+
+# Dry run
+
+
+def test_a_dry_run_checks_all_and_writes_nothing(batch, calls, tmp_path, monkeypatch):
+    from pplex.conversation import session
+
+    def no_model(*args, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(session, "load_lm", no_model)
+    (calls / "bad.wav").write_text("no sound")
+    result = batch(calls, "--dry-run", "--tail", "1", code=SOME)
+    assert "2 recordings, 2.3 s of audio, the longest 1.2 s" in result.stdout
+    assert "bad.wav: " in result.stdout
+    for word in ("disk:", "memory:", "time:"):
+        assert word in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_knows_what_is_done_and_how_long_it_took(batch, calls):
+    batch(calls / "a.wav")
+    result = batch(calls, "--dry-run")
+    assert "1 recording, 0.2 s" in result.stdout
+    assert "skipped: 1" in result.stdout
+    assert "at the speed so far" in result.stdout
+
+
+def test_a_dry_run_says_when_the_disk_is_too_small(batch, calls, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+
+    small = SimpleNamespace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    result = batch(calls, "--dry-run", code=NOTHING)
+    assert "problem: the outputs need" in result.stdout
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((), "INPUTS or --jobs"),
+        (("in", "--jobs", "x.csv"), "INPUTS or --jobs"),
+        (("--jobs", "x.csv", "--recursive"), "--recursive"),
+        (("in", "--batch-size", "0"), "from 1"),
+        (("in", "--batch-size", "many"), "'many'"),
+        (("in", "--shard", "0/4"), "K/N"),
+        (("in", "--shard", "5/4"), "K/N"),
+        (("in", "--shard", "half"), "K/N"),
+        (("in", "--output-name", "a/b.wav"), "--output-name"),
+        (("in", "--output-name", "b.mp3"), "--output-name"),
+        (("--ray", "in"), "--ray=local"),
+        (("in", "--transcript", "pdf"), "pdf"),
+        (("in", "--prompt", "x", "--role", "casual"), "exclude each other"),
+    ],
+)
+def test_a_wrong_command_line_is_a_usage_error(batch, args, says, tmp_path):
+    assert says in batch(*args, code=USAGE).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file_is_a_usage_error(batch, calls):
+    batch(calls, outdir=calls / "a.wav", code=USAGE)
+
+
+def test_an_input_folder_without_recordings_is_refused(batch, tmp_path):
+    (tmp_path / "none").mkdir()
+    assert "no recording" in batch(tmp_path / "none", code=NOTHING).stderr
+
+
+def test_ray_that_is_not_installed_is_said(batch, calls, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pplex[ray]" in batch(calls, "--ray=local", code=NOTHING).stderr

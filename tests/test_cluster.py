@@ -1,0 +1,112 @@
+"""A batch on a Ray cluster of several nodes, one of which is lost; skipped without Ray.
+
+pip install 'pplex[ray]'
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_batch import SETTINGS, Notes, contents, last_lines, record
+
+from pplex.errors import PplexError
+from pplex.jobs.batch import run_batch
+from pplex.jobs.plan import Selection
+from pplex.jobs.prepare import Batch
+from pplex.jobs.tasks import Wanted
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(sys.platform == "win32", reason="Ray's test cluster"),
+]
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """Ray, without its reports to its makers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Actors find the test's pplex where it is.
+        paths = [str(Path(__file__).parent.parent), *sys.path]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        yield pytest.importorskip("ray")
+
+
+@pytest.fixture
+def cluster(ray):
+    """Two nodes that compute, and a head that does not."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    yield cluster, nodes
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def batch(tmp_path, tiny, data):
+    for idx in range(COUNT):
+        record(tmp_path / "in" / f"{idx}.wav", 24000 + 500 * idx, idx)
+    voice = tmp_path / "me.wav"
+    shutil.copy(data / "respond" / "voice_NATM0.wav", voice)
+    return Batch(
+        selection=Selection((tmp_path / "in",)),
+        outdir=tmp_path / "out",
+        wanted=Wanted(transcript="json", tokens=True),
+        settings=replace(SETTINGS, voice=str(voice)),
+        model_name=str(tiny),
+        offline=True,
+        batch_size=2,
+    )
+
+
+def test_a_lost_machines_recordings_are_done_elsewhere(cluster, batch, tmp_path):
+    run_batch(batch, Notes())
+    cluster, nodes = cluster
+    notes, failure = Notes(), []
+    other = replace(batch, outdir=tmp_path / "other", ray=cluster.address)
+
+    def drive() -> None:
+        try:
+            failure.append(run_batch(other, notes))
+        except BaseException as e:
+            failure.append(e)
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    begin = time.monotonic()
+    while len(notes.done) < 3 and thread.is_alive():
+        assert time.monotonic() < begin + 120
+        time.sleep(0.02)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    thread.join(timeout=180)
+    (summary,) = failure
+    assert not isinstance(summary, BaseException), summary
+    assert (summary.done, summary.failed) == (COUNT, {})
+    assert any("lost a worker" in note for note in notes.notes)
+    assert contents(other.outdir) == contents(batch.outdir)
+    assert len(last_lines(other.outdir)) == COUNT
+
+
+def test_a_cluster_that_is_not_there_is_said(ray, batch):
+    with pytest.raises(PplexError, match="no Ray cluster at 127.0.0.1:1"):
+        run_batch(replace(batch, ray="127.0.0.1:1"), Notes())
+
+
+def test_machines_with_another_model_do_not_work(cluster, batch, monkeypatch):
+    from pplex.jobs import describe
+
+    cluster, _ = cluster
+    monkeypatch.setattr(describe, "model_identity", lambda local: "another")
+    with pytest.raises(PplexError, match="another one than here"):
+        run_batch(replace(batch, ray=cluster.address), Notes())

@@ -1,0 +1,191 @@
+"""The manifest and the lock of an output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pplex.errors import PplexError
+from pplex.jobs.lock import LOCK_NAME, FolderLock
+from pplex.jobs.manifest import Manifest, manifest_name, read_lines
+
+
+def line(recording: str = "a.wav", status: str = "done", **more: object) -> dict:
+    plain = {"input": None, "settings": "s", "outputs": {}, "time": "2026-01-01"}
+    return {"recording": recording, "status": status, "error": None} | plain | more
+
+
+def written(folder: Path, *lines: dict | str, shard=None) -> Manifest:
+    text = "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines)
+    (folder / manifest_name(shard)).write_text(text + "\n", encoding="utf-8")
+    return Manifest(folder)
+
+
+def test_the_last_line_of_a_recording_counts(tmp_path):
+    manifest = written(tmp_path, line(settings="1"), line("b.wav"), line(settings="2"))
+    assert manifest.last["a.wav"]["settings"] == "2"
+
+
+def test_a_line_that_was_cut_off_is_passed_over(tmp_path):
+    whole = json.dumps(line("b.wav"))
+    manifest = written(tmp_path, line(), whole[:40])
+    assert set(manifest.last) == {"a.wav"}
+
+
+def test_new_lines_go_below_a_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(json.dumps(line()) + '\n{"recording": "b', encoding="utf-8")
+    manifest = Manifest(tmp_path)
+    manifest.open()
+    manifest.append(line("c.wav"))
+    manifest.close()
+    assert [x["recording"] for x in read_lines(path)] == ["a.wav", "c.wav"]
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_appended(tmp_path):
+    manifest = Manifest(tmp_path)
+    manifest.open()
+    manifest.append(line())
+    assert len(read_lines(manifest.path)) == 1
+    manifest.close()
+
+
+def test_names_that_are_not_utf8_can_be_written(tmp_path):
+    manifest = Manifest(tmp_path)
+    manifest.open()
+    manifest.append(line("caf\udce9.wav"))
+    manifest.close()
+    assert Manifest(tmp_path).last.keys() == {"caf\udce9.wav"}
+
+
+def test_a_hundred_thousand_lines_are_read_in_seconds(tmp_path):
+    output = {"path": "x", "size": 1, "mtime_ns": 1, "sha256": "0" * 64}
+    outputs = {"outputs": {"audio": output, "transcript": output}}
+    text = json.dumps(line("NAME", prompt="You are a wise teacher. " * 5, **outputs))
+    path = tmp_path / "manifest.jsonl"
+    with path.open("w") as file:
+        for idx in range(100_000):
+            file.write(text.replace("NAME", f"{idx}.wav") + "\n")
+    start = time.perf_counter()
+    manifest = Manifest(tmp_path)
+    assert time.perf_counter() - start < 10
+    assert len(manifest.last) == 100_000
+
+
+def test_an_unsharded_run_takes_over_what_shards_did(tmp_path):
+    written(tmp_path, line(settings="old"))
+    written(tmp_path, line(settings="new", time="2026-01-02"), shard=(1, 2))
+    written(tmp_path, line("b.wav"), shard=(2, 2))
+    manifest = Manifest(tmp_path)
+    manifest.open()
+    manifest.close()
+    lines = read_lines(tmp_path / "manifest.jsonl")
+    known = {x["recording"]: x["settings"] for x in lines}
+    assert known == {"a.wav": "new", "b.wav": "s"}
+    assert len(lines) == 3
+
+
+# What is done
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """A manifest with one recording that is done, its file and its output."""
+    source, output = tmp_path / "in.wav", tmp_path / "out" / "a.wav"
+    output.parent.mkdir()
+    source.write_bytes(b"recording")
+    output.write_bytes(b"answer")
+    manifest = Manifest(output.parent)
+    manifest.open()
+    known = manifest.describe({"audio": source})["audio"]
+    manifest.append(line(input=known, outputs=manifest.describe({"audio": output})))
+    yield manifest, source, output
+    manifest.close()
+
+
+def is_done(answered, settings: str = "s") -> bool:
+    manifest, source, output = answered
+    return manifest.is_done("a.wav", settings, source, [output])
+
+
+def test_what_is_as_it_was_is_done(answered):
+    assert is_done(answered)
+
+
+def test_with_other_settings_it_is_not_done(answered):
+    assert not is_done(answered, "t")
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_file_that_changed_is_not_done(answered, which):
+    answered[which].write_bytes(b"x" * len(answered[which].read_bytes()))
+    os.utime(answered[which], ns=(1, 1))
+    assert not is_done(answered)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_file_that_was_only_touched_is_done(answered, which):
+    os.utime(answered[which], ns=(1, 1))
+    assert is_done(answered)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_file_that_is_gone_is_not_done(answered, which):
+    answered[which].unlink()
+    assert not is_done(answered)
+
+
+def test_another_output_is_not_done(answered):
+    manifest, source, output = answered
+    more = [output, output.with_suffix(".srt")]
+    assert not manifest.is_done("a.wav", "s", source, more)
+
+
+# The lock
+
+
+def test_a_second_run_is_refused_by_name(tmp_path):
+    lock = FolderLock(tmp_path, None)
+    with pytest.raises(PplexError, match=f"process {os.getpid()} "):
+        FolderLock(tmp_path, None)
+    lock.release()
+    FolderLock(tmp_path, None).release(ended=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_run_side_by_side(tmp_path):
+    first, second = FolderLock(tmp_path, (1, 2)), FolderLock(tmp_path, (2, 2))
+    for shard in (None, (1, 2)):
+        with pytest.raises(PplexError, match="another run"):
+            FolderLock(tmp_path, shard)
+    first.release(ended=True)
+    with pytest.raises(PplexError, match="another run"):
+        FolderLock(tmp_path, None)
+    second.release(ended=True)
+    assert (tmp_path / LOCK_NAME).exists() is False
+    FolderLock(tmp_path, None).release(ended=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_ends_with_its_process_and_what_it_began_is_known(tmp_path):
+    code = (
+        "import os, sys, pathlib\n"
+        "from pplex.jobs.lock import FolderLock\n"
+        f"lock = FolderLock(pathlib.Path({str(tmp_path)!r}), None)\n"
+        "lock.begin(['a.wav', 'a.srt'])\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -9
+    assert (tmp_path / LOCK_NAME).exists()
+    for shard in ((1, 2), None):
+        lock = FolderLock(tmp_path, shard)
+        assert lock.begun == {"a.wav", "a.srt"}
+        lock.release(ended=True)
+    assert not list(tmp_path.iterdir())
