@@ -303,7 +303,7 @@ def test_outputs_in_missing_folders_on_folders_and_devices_are_refused(tmp_path)
     with pytest.raises(PplexError, match="folder"):
         write_text(tmp_path, "x")
     with pytest.raises(PplexError, match="device"):
-        write_text(Path("/dev/null"), "x")
+        write_wav(Path("/dev/null"), noise(10), RATE)
 
 
 def test_a_link_is_followed_and_stays_a_link(tmp_path):
