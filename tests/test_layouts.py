@@ -82,6 +82,20 @@ def test_quantized_files_compute_what_their_written_out_weights_do(
         np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["f16", "bf16"])
+def test_weights_written_out_at_loading_compute_the_same(tmp_path, dtype):
+    files = lm_arrays(SMALL.lm, "mlx-split", bits=4, group_size=32, dtype=dtype)
+    folder = save(tmp_path / "q", files)
+    packed = load_lm(folder, SMALL.lm, mx.float32).lm
+    dense = load_lm(folder, SMALL.lm, mx.float32, dense=True).lm
+    tokens = mx.random.randint(0, 60, (1, 17, 12), key=mx.random.key(2))
+    outputs = [
+        np.array(lm.temporal(lm.embed(tokens), lm.make_cache()))
+        for lm in (packed, dense)
+    ]
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-4)
+
+
 def as_sliced(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
     """NVIDIA's names turned into those of moshi_mlx, as the published table says."""
     out = {}

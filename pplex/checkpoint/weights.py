@@ -209,6 +209,8 @@ def write_out(weights: Arrays, stored: dict[str, Quantization]) -> Arrays:
         packed, scales, biases = (
             whole.pop(f"{name}.{part}") for part in ("weight", "scales", "biases")
         )
+        # In float32: a product of 16-bit numbers would be rounded to 16 bits.
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         whole[f"{name}.weight"] = mx.dequantize(
             packed, scales, biases, kind.group_size, kind.bits
         )
