@@ -32,7 +32,7 @@ SAMPLE ?= $(firstword $(sort $(wildcard samples/teacher*.wav)) \
 demo: $(STAMP)
 	@mkdir -p demo
 	$(BIN)/pplex respond $(SAMPLE) -o demo/reply.wav --model $(DEMO_MODEL) \
-		--transcript demo/reply.json --stats demo/stats.json --overwrite
+		--transcript demo/reply.json --stats demo/stats.json --greedy --overwrite
 	@$(BIN)/python -c 'import json; print("The agent said:", json.load(open(\
 		"demo/reply.json", encoding="utf-8"))["text"] or "(nothing)")'
 ifneq ($(DEMO_MODEL),mini)
