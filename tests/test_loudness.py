@@ -32,7 +32,9 @@ def test_samples_are_the_references():
     run = DATA.parent / "reference" / "b_wav_voice_no_text.npz"
     pcm = read_pcm(DATA / "voice_NATM0.wav", sample_rate=RATE).pcm
     expected = np.load(run)["voice_pcm"].reshape(-1)
-    np.testing.assert_array_equal(normalize_loudness(pcm, RATE), expected)
+    # Bit-identical with the SciPy it was made with; others round the filter otherwise.
+    found = normalize_loudness(pcm, RATE)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_peaks_are_not_limited():
