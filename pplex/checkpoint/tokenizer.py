@@ -4,10 +4,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from pplex.config import TEXT_EPAD, TEXT_PAD
 from pplex.errors import PplexError
-
-TEXT_EPAD = 0
-TEXT_PAD = 3
 
 _TAG = "<system>"
 _WORD_MARK = "\u2581"
