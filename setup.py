@@ -1,16 +1,21 @@
-"""The one compiled part: an optional shim that gives MLX a fast BLAS on Linux CPUs."""
+"""The compiled parts: optional libraries that make Linux CPUs fast."""
 
 import sys
 
 from setuptools import Extension, setup
 
-# Optional: without a C compiler everything works, only slower on CPUs.
-shim = Extension(
-    "pplex._blas",
-    sources=["pplex/_blas.c"],
-    depends=["pplex/_rows.h"],
-    extra_compile_args=["-O3", "-fno-math-errno", "-Wno-psabi"],
-    optional=True,
-)
 
-setup(ext_modules=[shim] if sys.platform == "linux" else [])
+def library(name: str, *headers: str) -> Extension:
+    """Library ``pplex/NAME.c``. Without a C compiler everything works, only slower."""
+    return Extension(
+        f"pplex.{name}",
+        sources=[f"pplex/{name}.c"],
+        depends=[f"pplex/{header}" for header in headers],
+        extra_compile_args=["-O3", "-fno-math-errno", "-Wno-psabi"],
+        optional=True,
+    )
+
+
+libraries = [library("_blas", "_rows.h")]
+
+setup(ext_modules=libraries if sys.platform == "linux" else [])

@@ -26,7 +26,7 @@ def use_fast_blas() -> str:
         return OPENBLAS
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return BUNDLED
-    shim, openblas = _find_shim(), _find_openblas()
+    shim, openblas = find_extension("_blas"), _find_openblas()
     if shim is None or openblas is None:
         return BUNDLED
     try:
@@ -44,10 +44,11 @@ def use_fast_blas() -> str:
     return OPENBLAS
 
 
-def _find_shim() -> Path | None:
+def find_extension(name: str) -> Path | None:
+    """The compiled library ``name`` of this package; None where it was not built."""
     folder = Path(__file__).parent
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_blas{suffix}"
+        path = folder / f"{name}{suffix}"
         if path.is_file():
             return path
     return None
