@@ -16,6 +16,6 @@ def library(name: str, *headers: str) -> Extension:
     )
 
 
-libraries = [library("_blas", "_rows.h")]
+libraries = [library("_blas", "_rows.h"), library("_lm", "_lm.h")]
 
 setup(ext_modules=libraries if sys.platform == "linux" else [])

@@ -37,6 +37,23 @@ def tiny_model():
 
 
 @pytest.fixture
+def mlx_steps(monkeypatch):
+    """The language model's steps with MLX, compiled code or not."""
+    monkeypatch.setattr("pplex.model.native.load_library", lambda: None)
+
+
+@pytest.fixture(params=["native", "mlx"])
+def each_way(request):
+    """The language model's steps by compiled code, then with MLX."""
+    from pplex.model.native import load_library
+
+    if request.param == "mlx":
+        request.getfixturevalue("mlx_steps")
+    elif load_library() is None:
+        pytest.skip("the compiled step was not built")
+
+
+@pytest.fixture
 def run():
     """Run ``pplex`` with arguments; stdout and stderr apart."""
     from pplex.cli.main import cli

@@ -97,7 +97,7 @@ def literal_run(lm, config, voice_codes, text_ids, user) -> np.ndarray:
     return np.stack(outputs, axis=1)
 
 
-def test_shortcuts_equal_the_whole_computation(small_model, full_lm):
+def test_shortcuts_equal_the_whole_computation(small_model, full_lm, each_way):
     from pplex.conversation.prompt import make_prompt
 
     rng = np.random.default_rng(5)
@@ -110,7 +110,9 @@ def test_shortcuts_equal_the_whole_computation(small_model, full_lm):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_past_both_windows_it_equals_the_whole_computation(small_model, full_lm):
+def test_past_both_windows_it_equals_the_whole_computation(
+    small_model, full_lm, each_way
+):
     from pplex.conversation.prompt import make_prompt
 
     rng = np.random.default_rng(6)
@@ -123,7 +125,7 @@ def test_past_both_windows_it_equals_the_whole_computation(small_model, full_lm)
     np.testing.assert_array_equal(found, expected)
 
 
-def test_state_does_not_grow_past_the_windows(small_model):
+def test_state_does_not_grow_past_the_windows(small_model, each_way):
     role = make_role(small_model, None, "hello")
     conversation = Conversation(
         small_model, prefill(small_model.lm, role.prompt), GREEDY, 0
@@ -137,7 +139,7 @@ def test_state_does_not_grow_past_the_windows(small_model):
     assert len(sizes) == 1
 
 
-def test_chunk_sizes_do_not_change_the_answer(small_model):
+def test_chunk_sizes_do_not_change_the_answer(small_model, each_way):
     role = make_role(small_model, None, "hello")
     state = prefill(small_model.lm, role.prompt)
     frames = speech(60)
@@ -151,7 +153,7 @@ def test_chunk_sizes_do_not_change_the_answer(small_model):
         np.testing.assert_allclose(pcm, results[0][2], atol=1e-5)
 
 
-def test_interleaved_conversations_equal_the_same_two_apart(small_model):
+def test_interleaved_conversations_equal_the_same_two_apart(small_model, each_way):
     role = make_role(small_model, None, "hello")
     state = prefill(small_model.lm, role.prompt)
     frames = [speech(30, seed) for seed in (1, 2)]
@@ -174,7 +176,7 @@ def test_interleaved_conversations_equal_the_same_two_apart(small_model):
         np.testing.assert_array_equal(np.concatenate(together[idx], 1), apart[idx])
 
 
-def test_the_seed_alone_decides_what_is_drawn(small_model):
+def test_the_seed_alone_decides_what_is_drawn(small_model, each_way):
     role = make_role(small_model, None, "hello")
     state = prefill(small_model.lm, role.prompt)
     frames = speech(20)
@@ -188,6 +190,7 @@ def test_the_seed_alone_decides_what_is_drawn(small_model):
 
 def test_without_looking_ahead_frames_are_answered_one_by_one(
     small_model,
+    each_way,
 ):
     role = make_role(small_model, None, "hello")
     asked = []
@@ -208,7 +211,9 @@ def test_without_looking_ahead_frames_are_answered_one_by_one(
 @pytest.mark.parametrize(
     "sampling", [GREEDY, SamplingConfig()], ids=["greedy", "drawn"]
 )
-def test_compiled_frames_give_the_same_tokens(small_model, sampling, monkeypatch):
+def test_compiled_frames_give_the_same_tokens(
+    small_model, sampling, mlx_steps, monkeypatch
+):
     role = make_role(small_model, None, "hello")
     prefilled = prefill(small_model.lm, role.prompt)
     plain, _, _ = converse(small_model, prefilled, speech(70), sampling, 4)

@@ -49,6 +49,7 @@ def alone(model, item, sampling):
 def test_answers_equal_those_given_alone_bit_for_bit(
     small_model,
     items,
+    each_way,
     sampling,
     batch_size,
 ):
@@ -68,6 +69,7 @@ def test_answers_from_a_shared_ring_equal_those_given_alone(
     small_model,
     items,
     batch_size,
+    mlx_steps,
     monkeypatch,
 ):
     """The way of GPUs, here on the CPU: tokens agree, rounding may differ."""

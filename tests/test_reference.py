@@ -128,7 +128,7 @@ def test_depformer_gives_the_references_logits(tiny_model, forced_run):
     ("chunk", "decode", "ahead"), [(32, 32, True), (5, 8, True), (1, 1, False)]
 )
 def test_greedy_runs_are_the_references_token_for_token(
-    tiny_model, name, chunk, decode, ahead
+    tiny_model, each_way, name, chunk, decode, ahead
 ):
     run = np.load(REFERENCE / f"{name}.npz")
     voice = str(run["voice"])

@@ -14,8 +14,8 @@ from pplex.model.sampling import (
     Sampler,
     SamplingConfig,
     draw,
+    kth_largest,
     noise_keys,
-    top_k_ids,
 )
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
@@ -23,31 +23,31 @@ CASES = json.loads((REFERENCE / "sampling_cases.json").read_text())
 ARRAYS = np.load(REFERENCE / "sampling.npz")
 
 
-def kept(case: dict) -> tuple[np.ndarray, mx.array, int]:
+def logits_of(case: dict) -> tuple[mx.array, int]:
     logits = ARRAYS[f"{case['case']}_logits"].reshape(1, -1)
-    k = case["top_k"] or logits.shape[1]
-    return logits, top_k_ids(mx.array(logits), min(k, logits.shape[1])), k
+    return mx.array(logits), min(case["top_k"] or logits.shape[1], logits.shape[1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["case"])
 def test_the_references_ids_are_kept(case):
-    _, ids, _ = kept(case)
+    logits, k = logits_of(case)
+    kept = np.flatnonzero(np.array(logits >= kth_largest(logits, k)))
     expected = ARRAYS[f"{case['case']}_kept_ids"].reshape(-1)
-    np.testing.assert_array_equal(np.sort(np.array(ids)[0]), np.sort(expected))
+    np.testing.assert_array_equal(kept, np.sort(expected))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["case"])
 def test_the_references_noise_draws_the_references_ids(case):
     name = case["case"]
-    logits, ids, _ = kept(case)
-    order = ARRAYS[f"{name}_kept_ids"].reshape(-1)
-    place = {int(idx): at for at, idx in enumerate(order)}
-    ours = [place[int(idx)] for idx in np.array(ids)[0]]
+    logits, k = logits_of(case)
+    ids = ARRAYS[f"{name}_kept_ids"].reshape(-1)
     for noise, drawn in zip(
         ARRAYS[f"{name}_noise"], ARRAYS[f"{name}_drawn"], strict=True
     ):
-        share = mx.array(noise.reshape(-1)[ours][None])
-        found = draw(mx.array(logits), case["temperature"], len(ours), share)
+        # Noise of its own for each id kept; ids left out would win if they were not.
+        values = np.full(logits.shape, 1e-30, np.float32)
+        values[0, ids] = noise.reshape(-1)
+        found = draw(logits, case["temperature"], k, mx.array(values))
         assert found.item() == int(drawn)
 
 
@@ -55,11 +55,12 @@ def test_the_references_noise_draws_the_references_ids(case):
     "case", [c for c in CASES if c["top_k"]], ids=lambda c: c["case"]
 )
 def test_draws_follow_the_references_probabilities(case):
-    logits, _, k = kept(case)
+    logits, k = logits_of(case)
     probs = ARRAYS[f"{case['case']}_probs"].reshape(-1)
     rows = 4000
-    noise = -mx.log(1 - mx.random.uniform(shape=(rows, k), key=mx.random.key(7)))
-    many = mx.broadcast_to(mx.array(logits), (rows, logits.shape[1]))
+    shape = (rows, logits.shape[1])
+    noise = -mx.log(1 - mx.random.uniform(shape=shape, key=mx.random.key(7)))
+    many = mx.broadcast_to(logits, shape)
     counts = np.bincount(
         np.array(draw(many, case["temperature"], k, noise)), minlength=len(probs)
     )
@@ -67,6 +68,32 @@ def test_draws_follow_the_references_probabilities(case):
     spread = np.sqrt(probs * (1 - probs) / rows)
     assert (np.abs(counts / rows - probs)[likely] <= 5 * spread[likely]).all()
     assert counts[probs == 0].sum() == 0
+
+
+def test_an_id_has_the_same_noise_whatever_the_logits():
+    """Turned by 5 places, noise and logits draw the id 5 places further."""
+    logits = np.random.default_rng(1).standard_normal((50, 300)).astype(np.float32)
+    noise = np.random.default_rng(2).exponential(size=(50, 300)).astype(np.float32)
+    drawn = np.array(draw(mx.array(logits), 1.0, 20, mx.array(noise)))
+    assert len(set(drawn)) > 20
+    turned = (mx.array(np.roll(array, 5, axis=1)) for array in (logits, noise))
+    logits, noise = turned
+    np.testing.assert_array_equal(
+        np.array(draw(logits, 1.0, 20, noise)), (drawn + 5) % 300
+    )
+
+
+def test_ids_that_tie_for_the_last_place_are_all_kept():
+    logits = mx.array([[0.0, 3.0, 1.0, 1.0, 1.0, -2.0]])
+    for idx, kept in enumerate([False, True, True, True, True, False]):
+        noise = mx.array(np.where(np.arange(6) == idx, 1e-9, 1.0)[None])
+        drawn = draw(logits, 1.0, 2, noise.astype(mx.float32)).item()
+        assert drawn == (idx if kept else 1)
+
+
+def test_equal_logits_of_the_largest_give_the_lowest_id():
+    logits = mx.array([[0.0, 3.0, 1.0, 3.0]])
+    assert sampler(GREEDY, card=4).audio(logits, None, 0).item() == 1
 
 
 def sampler(config: SamplingConfig, text_card=512, card=300, num_codebooks=8):
@@ -95,7 +122,7 @@ def test_text_and_audio_can_be_greedy_apart():
     config = SamplingConfig(temp=0.0)
     half = sampler(config)
     noise = half.noise(noise_keys([5], [9]))
-    assert noise.shape == (1, config.text_top_k)
+    assert noise.shape == (1, 512)
     logits = mx.random.normal((1, 300), key=mx.random.key(1))
     assert half.audio(logits, noise, 3).item() == mx.argmax(logits).item()
 
@@ -112,7 +139,15 @@ def test_top_k_of_zero_or_more_than_there_are_keeps_all(top_k):
 @pytest.mark.parametrize(
     ("card", "k"), [(32000, 25), (2048, 250), (6400, 100), (64, 1)]
 )
-def test_the_largest_ids_are_found_in_rows_of_any_length(card, k):
+def test_the_kth_largest_is_found_in_rows_of_any_length(card, k):
     logits = np.random.default_rng(card).permutation(3 * card).reshape(3, card)
-    found = np.sort(np.array(top_k_ids(mx.array(logits.astype(np.float32)), k)))
-    np.testing.assert_array_equal(found, np.sort(np.argsort(-logits)[:, :k]))
+    found = np.array(kth_largest(mx.array(logits.astype(np.float32)), k))
+    np.testing.assert_array_equal(found, np.sort(logits)[:, -k][:, None])
+
+
+def test_noise_is_finite_and_above_zero_whatever_is_drawn(monkeypatch):
+    extremes = mx.array([0.0, 2.0**-32, 0.5, 1 - 2.0**-24])  # of mx.random.uniform
+    monkeypatch.setattr(mx.random, "uniform", lambda shape, key: extremes)
+    noise = np.array(sampler(SamplingConfig()).noise(noise_keys([3], [0])))
+    assert (noise > 0).all() and np.isfinite(np.log(noise)).all()
+    assert (np.diff(noise[0]) < 0).all()

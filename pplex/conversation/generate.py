@@ -16,10 +16,12 @@ import numpy as np
 
 from pplex.config import LmConfig
 from pplex.conversation.prompt import LmState
+from pplex.layers.cache import RowCaches
 from pplex.layers.device import on_cpu
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.lm import Lm
-from pplex.model.sampling import Sampler, SamplingConfig, noise_keys
+from pplex.model.native import NativeCache, native_lm
+from pplex.model.sampling import Sampler, SamplingConfig, noise_key, noise_keys
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,17 @@ def generate(
     ``state`` is advanced in place; whoever makes ``user_columns`` may exchange rows of
     it before giving the next column. With ``ahead``, the next frame is already under
     way when a step is yielded; without, a frame is yielded before the next column is
-    asked for.
+    asked for. Compiled steps are not asynchronous: what they make is yielded at once.
     """
-    frame = make_frame(lm, sampler)
+    frame: Frame | None = None
     waiting: mx.array | None = None
     for user_column in user_columns:
         start = time.perf_counter()
+        if caches := _native_caches(state):
+            column = native_step(lm, state, caches, user_column, sampler)
+            yield Step(column, time.perf_counter() - start)
+            continue
+        frame = frame or make_frame(lm, sampler)
         column = step(lm, state, user_column, sampler, frame)
         mx.async_eval(column, state.column)
         ready, waiting = (waiting, column) if ahead else (column, None)
@@ -104,6 +111,30 @@ def step(
         inputs["given"] = state.pending
     column = frame(x[:, 0], inputs)
     state.column = mx.concatenate([column, user_column], axis=1)
+    state.pending = None
+    state.frames = [number + 1 for number in state.frames]
+    return column
+
+
+def _native_caches(state: LmState) -> list[NativeCache]:
+    """The rows' caches if compiled code makes the steps."""
+    caches = state.cache.rows if isinstance(state.cache, RowCaches) else [state.cache]
+    return [cache for cache in caches if isinstance(cache, NativeCache)]
+
+
+def native_step(
+    lm: Lm,
+    state: LmState,
+    caches: list[NativeCache],
+    user_column: mx.array,
+    sampler: Sampler,
+) -> np.ndarray:
+    """``step`` by compiled code; the agent's column is there when it returns."""
+    native = native_lm(lm)
+    assert native is not None
+    keys = list(map(noise_key, state.seeds, state.frames))
+    column = native.step(caches, state.column, state.pending, sampler, keys)
+    state.column = np.concatenate([column, np.asarray(user_column)], axis=1)
     state.pending = None
     state.frames = [number + 1 for number in state.frames]
     return column

@@ -204,15 +204,18 @@ def _join(state: LmState, rows: list[LmState]) -> None:
     state.cache = RowCaches([row.cache for row in rows])
     if not rows:
         return
-    state.column = mx.concatenate([row.column for row in rows])
+    native = isinstance(rows[0].column, np.ndarray)
+    concatenate = np.concatenate if native else mx.concatenate
+    state.column = concatenate([row.column for row in rows])
     state.seeds = [row.seeds[0] for row in rows]
     state.frames = [row.frames[0] for row in rows]
     given = next((row.pending for row in rows if row.pending is not None), None)
     state.pending = None
     if given is not None:
-        free = mx.full(given.shape, NOT_FORCED, given.dtype)
+        free = np.full(given.shape, NOT_FORCED, np.int32)
+        free = free if native else mx.array(free)
         pending = [free if row.pending is None else row.pending for row in rows]
-        state.pending = mx.concatenate(pending)
+        state.pending = concatenate(pending)
 
 
 def _put(state: LmState, idx: int, row: LmState, num_rows: int) -> None:

@@ -18,6 +18,7 @@ from pplex.errors import PplexError
 from pplex.layers.cache import Cache, KvCache
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.lm import Lm
+from pplex.model.native import NativeCache, native_lm
 from pplex.model.streams import TEXT_ROW, agent_rows, user_rows
 
 SILENCE_S = 0.5
@@ -107,34 +108,33 @@ class LmState:
     """Where conversations stand, a row each.
 
     ``column`` (rows, streams) is the next input, ``pending`` (rows, agent streams) what
-    is given of the column after it, or None. ``seeds`` and ``frames`` hold a row's seed
-    and how many frames it has had.
+    is given of the column after it, or None: NumPy's where compiled code makes the
+    steps. ``seeds`` and ``frames`` hold a row's seed and how many frames it has had.
     """
 
-    cache: Cache
-    column: mx.array
-    pending: mx.array | None
+    cache: Cache | NativeCache
+    column: mx.array | np.ndarray
+    pending: mx.array | np.ndarray | None
     seeds: list[int]
     frames: list[int]
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prompt and what the temporal transformer keeps of it; start rows from it."""
+    """A prompt and what ``lm`` keeps of it; start rows from it."""
 
     prompt: Prompt
     cache: KvCache
+    lm: Lm
 
     def start(self, config: LmConfig, seed: int) -> LmState:
         """The state of a new conversation of one row."""
-        agent = config.num_agent_streams
-        return LmState(
-            cache=self.cache.copy(),
-            column=mx.array(self.prompt.columns[None, :, -1]),
-            pending=mx.array(self.prompt.pending[None, :agent]),
-            seeds=[seed],
-            frames=[0],
-        )
+        column = self.prompt.columns[None, :, -1]
+        pending = self.prompt.pending[None, : config.num_agent_streams]
+        if native_lm(self.lm):
+            return LmState(NativeCache(self.cache), column, pending, [seed], [0])
+        column, pending = mx.array(column), mx.array(pending)
+        return LmState(self.cache.copy(), column, pending, [seed], [0])
 
 
 def prefill(lm: Lm, prompt: Prompt) -> Prefilled:
@@ -147,4 +147,4 @@ def prefill(lm: Lm, prompt: Prompt) -> Prefilled:
     cache = lm.make_cache()
     lm.temporal(inputs, cache)
     mx.eval(cache.arrays())
-    return Prefilled(prompt, cache)
+    return Prefilled(prompt, cache, lm)

@@ -5,6 +5,8 @@ Follows NVIDIA's PersonaPlex, ``models/lm.py``.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -19,6 +21,9 @@ from pplex.layers.transformer import (
     run_layers,
 )
 from pplex.model.depformer import Depformer
+
+if TYPE_CHECKING:
+    from pplex.model.native import NativeLm
 
 
 class Lm(nn.Module):
@@ -42,6 +47,7 @@ class Lm(nn.Module):
         self.text_linear = nn.Linear(config.dim, config.text_card, bias=False)
         self.depformer = Depformer(config, steps)
         self._joints: list[Joint] | None = None
+        self.native: NativeLm | None = None  # see native.py
 
     def compile(self) -> None:
         """Compile what a frame does between attentions; for GPUs, once loaded."""

@@ -28,57 +28,75 @@ class Sampler:
     """Draws the ids of a frame for a batch of rows with a random stream each.
 
     The noise of a frame follows from the row's seed and the number of the frame alone,
-    so a row's draws do not depend on the rows beside it.
+    and in it every id of every head has a place of its own: a row's draws depend
+    neither on the rows beside it nor on the order in which ids are looked at.
     """
 
     def __init__(
         self, config: SamplingConfig, text_card: int, card: int, num_codebooks: int
     ) -> None:
         self.config = config
-        self._text_width = _kept(config.text_top_k, text_card)
-        self._audio_width = _kept(config.top_k, card)
-        self._text_noise = self._text_width if config.text_temp > 0 else 0
-        self._audio_noise = self._audio_width if config.temp > 0 else 0
-        self._noise_width = self._text_noise + num_codebooks * self._audio_noise
+        self.text_top_k = _kept(config.text_top_k, text_card)
+        self.top_k = _kept(config.top_k, card)
+        self.text_noise = text_card if config.text_temp > 0 else 0
+        self.audio_noise = card if config.temp > 0 else 0
+        self.noise_width = self.text_noise + num_codebooks * self.audio_noise
+
+    def layout(self) -> dict[str, float]:
+        """The sampling as the compiled step takes it (``Sampling`` in ``_lm.c``)."""
+        return {
+            "text_temp": self.config.text_temp,
+            "temp": self.config.temp,
+            "text_top_k": self.text_top_k,
+            "top_k": self.top_k,
+            "text_noise": self.text_noise,
+            "noise_width": self.noise_width,
+        }
 
     @property
     def draws(self) -> bool:
         """Whether anything is drawn; if not, no noise is needed."""
-        return self._noise_width > 0
+        return self.noise_width > 0
 
     def noise(self, keys: mx.array) -> mx.array:
-        """Exponential noise (rows, values) for a frame, from ``noise_keys``."""
+        """Exponential noise (rows, values) for a frame, from ``noise_keys``.
+
+        A value for each text id, then for each id of each codebook, where it is drawn.
+        """
 
         def row(key: mx.array) -> mx.array:
-            return mx.random.uniform(shape=(self._noise_width,), key=key)
+            return mx.random.uniform(shape=(self.noise_width,), key=key)
 
-        return -mx.log(1.0 - mx.vmap(row)(keys))
+        return -mx.log(mx.maximum(mx.vmap(row)(keys), LEAST_UNIFORM))
 
     def text(self, logits: mx.array, noise: mx.array | None) -> mx.array:
         """Text ids (batch,) from logits (batch, text_card)."""
-        if not self._text_noise or noise is None:
+        if not self.text_noise or noise is None:
             return mx.argmax(logits, axis=-1)
-        share = noise[:, : self._text_noise]
-        return draw(logits, self.config.text_temp, self._text_width, share)
+        share = noise[:, : self.text_noise]
+        return draw(logits, self.config.text_temp, self.text_top_k, share)
 
     def audio(self, logits: mx.array, noise: mx.array | None, step: int) -> mx.array:
         """Audio ids (batch,) of depformer step ``step`` from logits (batch, card)."""
-        if not self._audio_noise or noise is None:
+        if not self.audio_noise or noise is None:
             return mx.argmax(logits, axis=-1)
-        start = self._text_noise + step * self._audio_noise
-        share = noise[:, start : start + self._audio_noise]
-        return draw(logits, self.config.temp, self._audio_width, share)
+        start = self.text_noise + step * self.audio_noise
+        share = noise[:, start : start + self.audio_noise]
+        return draw(logits, self.config.temp, self.top_k, share)
+
+
+# In place of a uniform number of 0, which lies a bit below the others.
+LEAST_UNIFORM = 2.0**-33
+
+
+def noise_key(seed: int, frame: int) -> tuple[int, int]:
+    """The key of the noise of frame ``frame`` of a row with ``seed``, two words."""
+    return (seed ^ (seed >> 32)) & 0xFFFFFFFF, frame
 
 
 def noise_keys(seeds: list[int], frames: list[int]) -> mx.array:
     """Keys (rows, 2) of the noise of frame ``frames[r]`` of a row with ``seeds[r]``."""
-    return mx.array(
-        [
-            [(seed ^ (seed >> 32)) & 0xFFFFFFFF, frame]
-            for seed, frame in zip(seeds, frames, strict=True)
-        ],
-        mx.uint32,
-    )
+    return mx.array(list(map(noise_key, seeds, frames)), mx.uint32)
 
 
 def _kept(top_k: int, card: int) -> int:
@@ -90,28 +108,27 @@ def _kept(top_k: int, card: int) -> int:
 BLOCK = 64
 
 
-def top_k_ids(logits: mx.array, k: int) -> mx.array:
-    """The ids (batch, k) of the ``k`` largest logits, in no particular order."""
+def kth_largest(logits: mx.array, k: int) -> mx.array:
+    """The ``k``-th largest (batch, 1) of each row of logits (batch, card)."""
     b, card = logits.shape
-    if k == card:
-        return mx.broadcast_to(mx.arange(card), logits.shape)
     if card < 4 * BLOCK * k or card % BLOCK:
-        return mx.argpartition(logits, kth=card - k, axis=-1)[:, card - k :]
+        return mx.partition(logits, card - k, axis=-1)[:, card - k : card - k + 1]
     # The k largest lie in the k blocks with the largest maxima: sorting those is less.
     blocks = logits.reshape(b, card // BLOCK, BLOCK)
-    best = top_k_ids(blocks.max(axis=-1), k)
-    ids = (best[..., None] * BLOCK + mx.arange(BLOCK)).reshape(b, k * BLOCK)
-    inside = top_k_ids(mx.take_along_axis(logits, ids, axis=-1), k)
-    return mx.take_along_axis(ids, inside, axis=-1)
+    maxima = blocks.max(axis=-1)
+    best = mx.argpartition(maxima, maxima.shape[1] - k, axis=-1)[:, -k:]
+    inside = mx.take_along_axis(blocks, best[..., None], axis=1)
+    return kth_largest(inside.reshape(b, k * BLOCK), k)
 
 
 def draw(logits: mx.array, temp: float, k: int, noise: mx.array) -> mx.array:
     """Draw ids (batch,) from the ``k`` largest of ``logits`` (batch, card).
 
-    ``noise`` (batch, k) is exponential, in the order of ``top_k_ids``.
+    ``noise`` (batch, card) is exponential, a value for each id. Ids whose logits equal
+    the ``k``-th largest are all kept, as nothing tells them apart.
     """
     logits = logits.astype(mx.float32)
-    ids = top_k_ids(logits, k)
-    kept = mx.take_along_axis(logits, ids, axis=-1) / temp
-    best = mx.argmax(kept - mx.log(noise), axis=-1, keepdims=True)
-    return mx.take_along_axis(ids, best, axis=-1)[:, 0]
+    scores = logits / temp - mx.log(noise)
+    if k < logits.shape[-1]:
+        scores = mx.where(logits >= kth_largest(logits, k), scores, -mx.inf)
+    return mx.argmax(scores, axis=-1)

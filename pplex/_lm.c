@@ -1,0 +1,320 @@
+/* One frame of the language model on a CPU, for rows of a batch at different places.
+
+   Loaded by pplex/model/native.py, whose structures mirror those below. What a frame
+   computes is that of the MLX operations in pplex/model and pplex/layers; done one by
+   one, their thousand small operations take far longer to start than to run.
+
+   Matrices are packed in blocks of LANES outputs (pplex_lm_pack), so that an output has
+   a lane of its own and is summed input by input. All sums of a row are taken in an
+   order that depends on the model's sizes and the row's own positions alone: its result
+   is the same bits whatever rows stand beside it. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { LANES = 16, MANY_ROWS = 4 };
+enum { FLOAT32 = 32, BFLOAT16 = 16 };  /* `bits` of what is not quantized */
+
+/* Packed: words of block b, input by input, LANES outputs beside each other. A word
+   holds a float32, two bfloat16 of inputs one after the other, or 32 / bits quantized
+   values; scales and biases are packed alike, a value for each group of inputs. */
+typedef struct {
+  const int32_t *words;
+  const float *scales, *biases;
+  int32_t rows, columns, bits, group;
+} Matrix;
+
+/* Row after row, as MLX holds it: float32, or quantized values of any number of bits. */
+typedef struct {
+  const void *words;
+  const float *scales, *biases;
+  int32_t rows, columns, bits, group;
+} Table;
+
+typedef struct {
+  const float *norm1, *norm2;
+  Matrix in_proj, out_proj, linear_in, linear_out;
+} Layer;
+
+typedef struct {
+  int32_t dim, heads, layers, hidden, window, text_card, card, streams, steps;
+  int32_t hiding_step;  /* the depformer step that does not see the first; -1: none */
+  int32_t dep_dim, dep_heads, dep_layers, dep_hidden;
+  Table text_emb, audio_emb, dep_text_emb, dep_audio_emb;
+  const Layer *temporal;  /* layers */
+  const float *out_norm;
+  Matrix text_linear, dep_input;
+  const Layer *depformer;  /* steps x dep_layers */
+  const Matrix *dep_heads_out;  /* steps */
+} Model;
+
+/* Temperature 0 takes the largest logit. */
+typedef struct {
+  float text_temp, temp;
+  int32_t text_top_k, top_k, text_noise, noise_width;
+} Sampling;
+
+/* A row's keys (layers, heads, slots / LANES, head_dim, LANES) and values (layers,
+   heads, slots, head_dim padded to LANES); how many positions it has; the angles of
+   the next; the key of this frame's noise. */
+typedef struct {
+  float *keys, *values;
+  int64_t slots, end;
+  const float *cosines, *sines;
+  uint32_t key[2];
+} Row;
+
+typedef float lanes __attribute__((vector_size(64)));
+typedef float loose __attribute__((vector_size(64), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef int32_t loose_ints __attribute__((vector_size(64), aligned(4)));
+
+static long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* ---- Random numbers: those of mx.random.uniform, value by value ---- */
+
+static uint32_t turn(uint32_t x, int by) { return x << by | x >> (32 - by); }
+
+/* Threefry with two words and twenty rounds. */
+static void threefry(const uint32_t key[2], uint32_t *a, uint32_t *b) {
+  static const int turns[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA};
+  uint32_t x = *a + keys[0], y = *b + keys[1];
+  for (uint32_t i = 0; i < 5; i++) {
+    for (int j = 0; j < 4; j++) {
+      x += y;
+      y = turn(y, turns[i % 2][j]) ^ x;
+    }
+    x += keys[(i + 1) % 3];
+    y += keys[(i + 2) % 3] + i + 1;
+  }
+  *a = x;
+  *b = y;
+}
+
+/* Value idx of uniform(shape=(width,), key=key). */
+static float uniform(const uint32_t key[2], uint32_t idx, uint32_t width) {
+  uint32_t half = width / 2, odd = width % 2, a, b;
+  int second = idx >= half + odd;
+  if (second) {
+    a = idx - half - odd;
+    b = idx;
+  } else {
+    a = idx;
+    b = idx < half ? idx + half + odd : 0;
+  }
+  threefry(key, &a, &b);
+  float u = (float)(second ? b : a) * 0x1p-32f;
+  return u < 1 - 0x1p-24f ? u : 1 - 0x1p-24f;
+}
+
+/* ---- Choice ---- */
+
+static int32_t largest(const float *x, long n) {
+  int32_t best = 0;
+  for (long i = 1; i < n; i++)
+    if (x[i] > x[best]) best = (int32_t)i;
+  return best;
+}
+
+static uint32_t order(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+/* The k-th largest of n values: byte by byte from the highest. */
+static float kth_largest(const float *x, long n, long k) {
+  uint32_t prefix = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    uint32_t counts[256] = {0};
+    uint32_t mask = shift == 24 ? 0 : ~0u << (shift + 8);
+    for (long i = 0; i < n; i++) {
+      uint32_t value = order(x[i]);
+      if ((value & mask) == prefix) counts[value >> shift & 255]++;
+    }
+    int byte = 255;
+    while (byte > 0 && (long)counts[byte] < k) k -= counts[byte--];
+    prefix |= (uint32_t)byte << shift;
+  }
+  uint32_t bits = prefix >> 31 ? prefix & 0x7FFFFFFFu : ~prefix;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static const float LEAST_UNIFORM = 0x1p-33f;  /* as in pplex/model/sampling.py */
+static const float MOST_GUMBEL = 17;  /* -log(-log(1 - 2^-24)) is 16.6 */
+
+/* The largest of logit / temp - log(noise) among the top_k, ties of the last included;
+   the noise of an id is value `first + id` of the row's. */
+static int32_t choose(const float *logits, long card, float temp, long top_k,
+                      const Row *row, uint32_t first, uint32_t width) {
+  int32_t best = largest(logits, card);
+  if (!(temp > 0)) return best;
+  float least = top_k < card ? kth_largest(logits, card, top_k) : -INFINITY;
+  float score = -INFINITY;
+  /* From the largest on, as most ids are then out of reach of any noise. */
+  for (long at = -1; at < card; at++) {
+    long id = at < 0 ? best : at;
+    if (!(logits[id] >= least)) continue;
+    float scaled = logits[id] / temp;
+    if (scaled + MOST_GUMBEL < score) continue;
+    float u = uniform(row->key, first + (uint32_t)id, width);
+    float found = scaled - logf(-logf(u > LEAST_UNIFORM ? u : LEAST_UNIFORM));
+    if (found > score || (found == score && id < best)) {
+      score = found;
+      best = (int32_t)id;
+    }
+  }
+  return best;
+}
+
+/* ---- Quantized values ---- */
+
+/* Values lie one after the other, lowest bits first, across words. */
+static uint32_t value_at(const uint32_t *words, long idx, int bits) {
+  long at = idx * bits, word = at / 32;
+  int shift = (int)(at % 32);
+  uint64_t both = words[word];
+  if (shift + bits > 32) both |= (uint64_t)words[word + 1] << 32;
+  return (uint32_t)(both >> shift) & ((1u << bits) - 1);
+}
+
+/* Pack `rows` x `columns` values of `from` bits, row after row, as `bits`; of lanes that
+   have no row, zeros. Returns 0 if bfloat16 was asked for and does not hold them. */
+int pplex_lm_pack(const uint32_t *source, long rows, long columns, int from, int bits,
+                  uint32_t *words) {
+  long per_word = 32 / bits, per_row = (columns + per_word - 1) / per_word;
+  long source_row = from == 32 ? columns : columns * from / 32;
+  for (long block = 0; block * LANES < rows; block++, words += per_row * LANES)
+    for (long lane = 0; lane < LANES; lane++) {
+      long row = block * LANES + lane;
+      const uint32_t *values = source + row * source_row;
+      for (long i = 0; i < per_row; i++) {
+        uint32_t word = 0;
+        if (row >= rows) {
+        } else if (from == bits) {
+          word = values[i];
+        } else if (bits == BFLOAT16) {
+          uint32_t even = values[2 * i];
+          uint32_t odd = 2 * i + 1 < columns ? values[2 * i + 1] : 0;
+          if ((even | odd) & 0xFFFF) return 0;
+          word = even >> 16 | odd;
+        } else {
+          for (long j = 0; j < per_word && i * per_word + j < columns; j++)
+            word |= value_at(values, i * per_word + j, from) << j * bits;
+        }
+        words[i * LANES + lane] = word;
+      }
+    }
+  return 1;
+}
+
+/* x += row `idx` of a table. */
+static void add_row(const Table *table, long idx, float *x) {
+  long n = table->columns;
+  if (table->bits == FLOAT32) {
+    const float *row = (const float *)table->words + idx * n;
+    for (long i = 0; i < n; i++) x[i] += row[i];
+    return;
+  }
+  const uint32_t *row = (const uint32_t *)table->words + idx * n * table->bits / 32;
+  long groups = n / table->group;
+  for (long i = 0; i < n; i++) {
+    long group = idx * groups + i / table->group;
+    x[i] += table->scales[group] * (float)value_at(row, i, table->bits) +
+            table->biases[group];
+  }
+}
+
+/* ---- Memory of a frame ---- */
+
+typedef struct {
+  long dim, qkv, hidden, dep_dim, dep_qkv, dep_hidden, text, audio;
+} Widths;
+
+static Widths widths_of(const Model *m) {
+  return (Widths){
+      .dim = padded(m->dim),
+      .qkv = padded(3L * m->dim),
+      .hidden = padded(2L * m->hidden),
+      .dep_dim = padded(m->dep_dim),
+      .dep_qkv = padded(3L * m->dep_dim),
+      .dep_hidden = padded(2L * m->dep_hidden),
+      .text = padded(m->text_card),
+      .audio = padded(m->card),
+  };
+}
+
+static long max_of(long a, long b) { return a > b ? a : b; }
+
+/* Floats that pplex_lm_step needs beside its arguments, for `rows` rows. */
+long pplex_lm_scratch(const Model *m, long rows) {
+  Widths w = widths_of(m);
+  long slots = padded(m->steps), head = m->dep_dim / m->dep_heads;
+  long per_row = 3 * w.dim + max_of(w.qkv, w.dep_qkv) + max_of(w.hidden, w.dep_hidden) +
+                 padded((long)m->steps * m->dep_dim) + 3 * w.dep_dim + w.text + w.audio +
+                 m->dep_layers * m->dep_heads * slots * (head + padded(head));
+  return rows * per_row + padded(m->window) + padded(m->steps) + 64 * LANES;
+}
+
+#define NAME(x) x##_base
+#define TARGET
+#define REGISTERS 16
+#include "_lm.h"
+#undef NAME
+#undef TARGET
+
+#ifdef __x86_64__
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#include "_lm.h"
+#undef NAME
+#undef TARGET
+#undef REGISTERS
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
+#define REGISTERS 32
+#include "_lm.h"
+#endif
+
+/* Whether all ids of a frame have rows in the tables. */
+static int ids_are_known(const Model *m, long num_rows, const int32_t *columns,
+                         const int32_t *given) {
+  for (long r = 0; r < num_rows; r++)
+    for (long s = 0; s < m->streams; s++)
+      if (columns[r * m->streams + s] > (s ? m->card : m->text_card)) return 0;
+  for (long r = 0; given && r < num_rows; r++)
+    for (long s = 0; s <= m->steps; s++)
+      if (given[r * (1 + m->steps) + s] > (s ? m->card : m->text_card)) return 0;
+  return 1;
+}
+
+typedef void (*step_function)(const Model *, const Sampling *, long, Row *,
+                              const int32_t *, const int32_t *, int32_t *, float *,
+                              float *);
+
+static step_function chosen(void) {
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return step_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return step_avx2;
+#endif
+  return step_base;
+}
+
+/* A frame for `num_rows` rows: from their columns of the grid (num_rows, streams) and
+   what is given of the next (num_rows, 1 + steps; NULL: nothing; -2: not given) to the
+   agent's (num_rows, 1 + steps). Each row's position is added to its keys and values;
+   counting it is the caller's. The logits (num_rows, text_card + steps * card) are
+   written out if there is a place for them. Returns 0 if an id is beyond its table. */
+int pplex_lm_step(const Model *model, const Sampling *sampling, long num_rows,
+                   Row *rows, const int32_t *columns, const int32_t *given,
+                   int32_t *agent, float *logits, float *scratch) {
+  if (!ids_are_known(model, num_rows, columns, given)) return 0;
+  chosen()(model, sampling, num_rows, rows, columns, given, agent, logits, scratch);
+  return 1;
+}

@@ -1,0 +1,445 @@
+/* The language model's arithmetic, for one instruction set. Included once for each by
+   _lm.c. NAME(x) gives a function its suffix, TARGET its attribute; REGISTERS says how
+   many vector registers there are. */
+
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+INLINE lanes NAME(splat)(float x) { return x - (lanes){0}; }
+
+INLINE lanes NAME(load)(const float *x) { return *(const loose *)x; }
+
+INLINE void NAME(store)(float *to, lanes x) { *(loose *)to = x; }
+
+/* Sum of LANES lanes, in a fixed order. */
+INLINE float NAME(total)(lanes x) {
+  float sum[LANES];
+  memcpy(sum, &x, sizeof x);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) sum[i] += sum[i + width];
+  return sum[0];
+}
+
+/* e^x, of x kept within +-87. */
+INLINE lanes NAME(exp)(lanes x) {
+  ints low = x < -87, high = x > 87;
+  x = (lanes)(((ints)x & ~low & ~high) | ((ints)NAME(splat)(-87) & low) |
+              ((ints)NAME(splat)(87) & high));
+  /* x = n log 2 + r; adding 1.5 * 2^23 rounds to a whole number. */
+  lanes whole = x * 1.44269504f + 12582912.0f;
+  ints n = (ints)whole - (ints)NAME(splat)(12582912.0f);
+  lanes count = whole - 12582912.0f;
+  lanes r = x - count * 0.693359375f;
+  r = r - count * -2.12194440e-4f;
+  lanes y = NAME(splat)(1.0f / 5040);
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  return (lanes)((ints)y + (n << 23));
+}
+
+/* ---- Products: R rows of x by B blocks of LANES outputs; R and B are constants ---- */
+
+INLINE void NAME(dense32)(const Matrix *w, int R, int B, long block, const float *x,
+                          long ldx, float *y, long ldy) {
+  long n = w->columns;
+  const float *weights = (const float *)w->words + block * n * LANES;
+  lanes even[4][4], odd[4][4];
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++) even[r][b] = odd[r][b] = (lanes){0};
+  long i = 0;
+  for (; i + 2 <= n; i += 2)
+    for (int b = 0; b < B; b++) {
+      lanes w0 = NAME(load)(weights + (b * n + i) * LANES);
+      lanes w1 = NAME(load)(weights + (b * n + i + 1) * LANES);
+      for (int r = 0; r < R; r++) {
+        even[r][b] += x[r * ldx + i] * w0;
+        odd[r][b] += x[r * ldx + i + 1] * w1;
+      }
+    }
+  if (i < n)
+    for (int b = 0; b < B; b++)
+      for (int r = 0; r < R; r++)
+        even[r][b] += x[r * ldx + i] * NAME(load)(weights + (b * n + i) * LANES);
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++)
+      NAME(store)(y + r * ldy + (block + b) * LANES, even[r][b] + odd[r][b]);
+}
+
+INLINE void NAME(dense16)(const Matrix *w, int R, int B, long block, const float *x,
+                          long ldx, float *y, long ldy) {
+  long half = w->columns / 2;
+  const int32_t *words = w->words + block * half * LANES;
+  lanes even[4][4], odd[4][4];
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++) even[r][b] = odd[r][b] = (lanes){0};
+  for (long i = 0; i < half; i++)
+    for (int b = 0; b < B; b++) {
+      ints pair = *(const loose_ints *)(words + (b * half + i) * LANES);
+      lanes w0 = (lanes)(pair << 16), w1 = (lanes)(pair & (int32_t)0xFFFF0000);
+      for (int r = 0; r < R; r++) {
+        even[r][b] += x[r * ldx + 2 * i] * w0;
+        odd[r][b] += x[r * ldx + 2 * i + 1] * w1;
+      }
+    }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++)
+      NAME(store)(y + r * ldy + (block + b) * LANES, even[r][b] + odd[r][b]);
+}
+
+/* Group by group: scale * sum(x q) + bias * sum(x). */
+INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
+                         const float *x, long ldx, float *y, long ldy) {
+  const int per_word = 32 / bits, mask = (1 << bits) - 1;
+  long row_words = w->columns / per_word, group_words = w->group / per_word;
+  long groups = w->columns / w->group;
+  const int32_t *words = w->words + block * row_words * LANES;
+  lanes sums[4][4];
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++) sums[r][b] = (lanes){0};
+  for (long g = 0; g < groups; g++) {
+    lanes part[4][4];
+    float plain[4] = {0};
+    for (int r = 0; r < R; r++)
+      for (int b = 0; b < B; b++) part[r][b] = (lanes){0};
+    for (long i = g * group_words; i < (g + 1) * group_words; i++)
+      for (int b = 0; b < B; b++) {
+        ints word = *(const loose_ints *)(words + (b * row_words + i) * LANES);
+        for (int j = 0; j < per_word; j++) {
+          lanes q = __builtin_convertvector(word >> j * bits & mask, lanes);
+          for (int r = 0; r < R; r++) part[r][b] += x[r * ldx + i * per_word + j] * q;
+        }
+      }
+    for (int r = 0; r < R; r++) {
+      lanes sum = {0};
+      for (long i = 0; i < w->group; i += LANES)
+        sum += NAME(load)(x + r * ldx + g * w->group + i);
+      plain[r] = NAME(total)(sum);
+    }
+    for (int b = 0; b < B; b++) {
+      long at = ((block + b) * groups + g) * LANES;
+      lanes scale = NAME(load)(w->scales + at), bias = NAME(load)(w->biases + at);
+      for (int r = 0; r < R; r++) {
+        sums[r][b] += part[r][b] * scale;
+        sums[r][b] += plain[r] * bias;
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++)
+      NAME(store)(y + r * ldy + (block + b) * LANES, sums[r][b]);
+}
+
+#define KERNEL(KIND, R, B, ...)                                                      \
+  TARGET static void NAME(KIND##_##R##x##B)(const Matrix *w, long block,             \
+                                            const float *x, long ldx, float *y,      \
+                                            long ldy) {                              \
+    __VA_ARGS__                                                                      \
+  }
+#define KERNELS(R, B)                                                                \
+  KERNEL(dense32, R, B, NAME(dense32)(w, R, B, block, x, ldx, y, ldy);)              \
+  KERNEL(dense16, R, B, NAME(dense16)(w, R, B, block, x, ldx, y, ldy);)              \
+  KERNEL(affine8, R, B, NAME(affine)(w, 8, R, B, block, x, ldx, y, ldy);)            \
+  KERNEL(affine4, R, B, NAME(affine)(w, 4, R, B, block, x, ldx, y, ldy);)
+KERNELS(1, 1)
+KERNELS(2, 1)
+KERNELS(4, 1)
+#if REGISTERS == 32
+KERNELS(1, 4)
+KERNELS(2, 4)
+KERNELS(4, 2)
+#else
+KERNELS(1, 2)
+#endif
+
+typedef void (*NAME(kernel))(const Matrix *, long, const float *, long, float *, long);
+
+#define ROW_OF_KERNELS(R, B)                                                         \
+  { NAME(dense32_##R##x##B), NAME(dense16_##R##x##B), NAME(affine8_##R##x##B),       \
+    NAME(affine4_##R##x##B) }
+
+/* y = x w^T for m rows. Rows of x and y are ldx and ldy apart; y is written up to a
+   multiple of LANES. A few blocks of the matrix are read, then used for every row. */
+TARGET static void NAME(product)(const Matrix *w, long m, const float *x, long ldx,
+                                 float *y, long ldy) {
+  static const NAME(kernel) one[3][4] = {ROW_OF_KERNELS(1, 1), ROW_OF_KERNELS(2, 1),
+                                         ROW_OF_KERNELS(4, 1)};
+#if REGISTERS == 32
+  static const NAME(kernel) more[3][4] = {ROW_OF_KERNELS(1, 4), ROW_OF_KERNELS(2, 4),
+                                          ROW_OF_KERNELS(4, 2)};
+  static const int at_once[3] = {4, 4, 2};
+  const int most_rows = 2;
+#else
+  static const NAME(kernel) more[3][4] = {ROW_OF_KERNELS(1, 2), ROW_OF_KERNELS(2, 1),
+                                          ROW_OF_KERNELS(4, 1)};
+  static const int at_once[3] = {2, 1, 1};
+  const int most_rows = 1;
+#endif
+  int kind = w->bits == FLOAT32 ? 0 : w->bits == BFLOAT16 ? 1 : w->bits == 8 ? 2 : 3;
+  long blocks = (w->rows + LANES - 1) / LANES;
+  int widest = at_once[0];
+  for (long start = 0; start < blocks; start += widest) {
+    long end = start + widest < blocks ? start + widest : blocks;
+    for (long r = 0; r < m;) {
+      int size = m - r >= 4 && most_rows == 2 ? 2 : m - r >= 2 ? 1 : 0;
+      const float *xr = x + r * ldx;
+      float *yr = y + r * ldy;
+      long block = start;
+      for (; block + at_once[size] <= end; block += at_once[size])
+        more[size][kind](w, block, xr, ldx, yr, ldy);
+      for (; block < end; block++) one[size][kind](w, block, xr, ldx, yr, ldy);
+      r += 1 << size;
+    }
+  }
+}
+#undef KERNEL
+#undef KERNELS
+#undef ROW_OF_KERNELS
+
+/* ---- What lies between products ---- */
+
+TARGET static void NAME(norm)(const float *weight, long m, long n, const float *x,
+                              float *y, long ld) {
+  for (long r = 0; r < m; r++, x += ld, y += ld) {
+    lanes sums = {0};
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) {
+      lanes values = NAME(load)(x + i);
+      sums += values * values;
+    }
+    float sum = NAME(total)(sums);
+    for (; i < n; i++) sum += x[i] * x[i];
+    float scale = 1 / sqrtf(sum / (float)n + 1e-8f);
+    for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+  }
+}
+
+/* The first n of each row: silu(first n) * (next n). */
+TARGET static void NAME(gate)(long m, long n, float *x, long ld) {
+  for (long r = 0; r < m; r++, x += ld) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) {
+      lanes a = NAME(load)(x + i);
+      NAME(store)(x + i, a / (1.0f + NAME(exp)(-a)) * NAME(load)(x + n + i));
+    }
+    if (i < n) {
+      float a[LANES] = {0};
+      memcpy(a, x + i, (size_t)(n - i) * sizeof *a);
+      lanes gates = NAME(load)(a);
+      NAME(store)(a, gates / (1.0f + NAME(exp)(-gates)));
+      for (long j = i; j < n; j++) x[j] = a[j - i] * x[n + j];
+    }
+  }
+}
+
+TARGET static void NAME(add)(long m, long n, float *x, const float *y, long ldx,
+                             long ldy) {
+  for (long r = 0; r < m; r++)
+    for (long i = 0; i < n; i++) x[r * ldx + i] += y[r * ldy + i];
+}
+
+TARGET static void NAME(rotate)(long heads, long head_dim, float *x, const float *cosines,
+                                const float *sines) {
+  for (long h = 0; h < heads; h++, x += head_dim)
+    for (long i = 0; i < head_dim / 2; i++) {
+      float real = x[2 * i], imaginary = x[2 * i + 1];
+      x[2 * i] = real * cosines[i] - imaginary * sines[i];
+      x[2 * i + 1] = real * sines[i] + imaginary * cosines[i];
+    }
+}
+
+/* Keys and values of one head: `slot` from a position's own. */
+TARGET static void NAME(remember)(long head_dim, long slot, const float *key,
+                                  const float *value, float *keys, float *values) {
+  float *place = keys + slot / LANES * head_dim * LANES + slot % LANES;
+  for (long d = 0; d < head_dim; d++) place[d * LANES] = key[d];
+  long width = padded(head_dim);
+  memcpy(values + slot * width, value, (size_t)head_dim * sizeof *value);
+  memset(values + slot * width + head_dim, 0, (size_t)(width - head_dim) * sizeof *value);
+}
+
+/* Attention of one head over the slots from `first` (0 or 1) to `filled`; y may be q. */
+TARGET static void NAME(attend)(long head_dim, long first, long filled, const float *q,
+                                const float *keys, const float *values, float *weights,
+                                float *y) {
+  float scale = 1 / sqrtf((float)head_dim);
+  for (long slot = 0; slot < filled; slot += LANES) {
+    lanes even = {0}, odd = {0};
+    const float *block = keys + slot * head_dim;
+    long d = 0;
+    for (; d + 2 <= head_dim; d += 2) {
+      even += q[d] * NAME(load)(block + d * LANES);
+      odd += q[d + 1] * NAME(load)(block + (d + 1) * LANES);
+    }
+    if (d < head_dim) even += q[d] * NAME(load)(block + d * LANES);
+    NAME(store)(weights + slot, (even + odd) * scale);
+  }
+  float most = weights[first];
+  for (long slot = first; slot < filled; slot++)
+    if (weights[slot] > most) most = weights[slot];
+  for (long slot = 0; slot < filled; slot += LANES)
+    NAME(store)(weights + slot, NAME(exp)(NAME(load)(weights + slot) - most));
+  for (long slot = filled; slot < padded(filled); slot++) weights[slot] = 0;
+  if (first) weights[0] = 0;
+  lanes sums = {0};
+  for (long slot = 0; slot < filled; slot += LANES) sums += NAME(load)(weights + slot);
+  float share = 1 / NAME(total)(sums);
+  long width = padded(head_dim);
+  for (long d = 0; d < width; d += 4 * LANES) {
+    int blocks = width - d >= 4 * LANES ? 4 : (int)((width - d) / LANES);
+    lanes out[4] = {{0}};
+    if (blocks == 4)
+      for (long slot = first; slot < filled; slot++)
+        for (int b = 0; b < 4; b++)
+          out[b] += weights[slot] * NAME(load)(values + slot * width + d + b * LANES);
+    else
+      for (int b = 0; b < blocks; b++)
+        for (long slot = first; slot < filled; slot++)
+          out[b] += weights[slot] * NAME(load)(values + slot * width + d + b * LANES);
+    for (int b = 0; b < blocks; b++) {
+      out[b] *= share;
+      long left = head_dim - d - b * LANES;
+      memcpy(y + d + b * LANES, &out[b], (size_t)(left < LANES ? left : LANES) * 4);
+    }
+  }
+}
+
+/* A layer's second half, after attention: y attended, x the residual. */
+TARGET static void NAME(finish)(const Layer *layer, long m, long dim, long hidden,
+                                float *x, const float *attended, long ld_attended,
+                                float *y, float *wide) {
+  long ld = padded(dim), ld_wide = padded(2 * hidden);
+  NAME(product)(&layer->out_proj, m, attended, ld_attended, y, ld);
+  NAME(add)(m, dim, x, y, ld, ld);
+  NAME(norm)(layer->norm2, m, dim, x, y, ld);
+  NAME(product)(&layer->linear_in, m, y, ld, wide, ld_wide);
+  NAME(gate)(m, hidden, wide, ld_wide);
+  NAME(product)(&layer->linear_out, m, wide, ld_wide, y, ld);
+  NAME(add)(m, dim, x, y, ld, ld);
+}
+
+TARGET static float *NAME(take)(float **scratch, long n) {
+  float *taken = *scratch;
+  *scratch += padded(n);
+  return taken;
+}
+
+TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num_rows,
+                              Row *rows, const int32_t *columns, const int32_t *given,
+                              int32_t *agent, float *logits_out, float *scratch) {
+  Widths w = widths_of(m);
+  long num_agent = 1 + m->steps;
+  long num_logits = m->text_card + (long)m->steps * m->card;
+  long inputs_width = padded((long)m->steps * m->dep_dim);
+  long slots = padded(m->steps);
+  long dep_head = m->dep_dim / m->dep_heads, dep_padded = padded(dep_head);
+  float *x = NAME(take)(&scratch, num_rows * w.dim);
+  float *y = NAME(take)(&scratch, num_rows * w.dim);
+  float *hidden = NAME(take)(&scratch, num_rows * w.dim);
+  float *qkv = NAME(take)(&scratch, num_rows * max_of(w.qkv, w.dep_qkv));
+  float *wide = NAME(take)(&scratch, num_rows * max_of(w.hidden, w.dep_hidden));
+  float *inputs = NAME(take)(&scratch, num_rows * inputs_width);
+  float *dep_x = NAME(take)(&scratch, num_rows * w.dep_dim);
+  float *dep_y = NAME(take)(&scratch, num_rows * w.dep_dim);
+  float *text = NAME(take)(&scratch, num_rows * w.text);
+  float *audio = NAME(take)(&scratch, num_rows * w.audio);
+  long dep_keys_size = m->dep_heads * slots * dep_head;
+  long dep_values_size = m->dep_heads * slots * dep_padded;
+  float *dep_keys = NAME(take)(&scratch, num_rows * m->dep_layers * dep_keys_size);
+  float *dep_values = NAME(take)(&scratch, num_rows * m->dep_layers * dep_values_size);
+  float *weights = NAME(take)(&scratch, max_of(padded(m->window), slots));
+
+  /* The sum of a column's embeddings: audio in order, text last. */
+  memset(x, 0, (size_t)(num_rows * w.dim) * sizeof *x);
+  for (long r = 0; r < num_rows; r++) {
+    const int32_t *column = columns + r * m->streams;
+    for (long s = 1; s < m->streams; s++)
+      if (column[s] >= 0)
+        add_row(&m->audio_emb, (s - 1) * (m->card + 1) + column[s], x + r * w.dim);
+    if (column[0] >= 0) add_row(&m->text_emb, column[0], x + r * w.dim);
+  }
+
+  long head_dim = m->dim / m->heads, head_padded = padded(head_dim);
+  for (long l = 0; l < m->layers; l++) {
+    const Layer *layer = m->temporal + l;
+    NAME(norm)(layer->norm1, num_rows, m->dim, x, y, w.dim);
+    NAME(product)(&layer->in_proj, num_rows, y, w.dim, qkv, w.qkv);
+    for (long r = 0; r < num_rows; r++) {
+      Row *row = rows + r;
+      float *q = qkv + r * w.qkv, *key = q + m->dim, *value = key + m->dim;
+      NAME(rotate)(2 * m->heads, head_dim, q, row->cosines, row->sines);
+      long slot = row->end % m->window;
+      long filled = row->end < m->window ? row->end + 1 : m->window;
+      for (long h = 0; h < m->heads; h++) {
+        float *keys = row->keys + (l * m->heads + h) * row->slots * head_dim;
+        float *values = row->values + (l * m->heads + h) * row->slots * head_padded;
+        NAME(remember)(head_dim, slot, key + h * head_dim, value + h * head_dim, keys,
+                       values);
+        NAME(attend)(head_dim, 0, filled, q + h * head_dim, keys, values, weights,
+                     q + h * head_dim);
+      }
+    }
+    NAME(finish)(layer, num_rows, m->dim, m->hidden, x, qkv, w.qkv, y, wide);
+  }
+  NAME(norm)(m->out_norm, num_rows, m->dim, x, hidden, w.dim);
+
+  NAME(product)(&m->text_linear, num_rows, hidden, w.dim, text, w.text);
+  for (long r = 0; r < num_rows; r++) {
+    const float *logits = text + r * w.text;
+    int32_t id = choose(logits, m->text_card, sampling->text_temp, sampling->text_top_k,
+                        rows + r, 0, (uint32_t)sampling->noise_width);
+    int forced = given && given[r * num_agent] != -2;
+    agent[r * num_agent] = forced ? given[r * num_agent] : id;
+    if (logits_out)
+      memcpy(logits_out + r * num_logits, logits, (size_t)m->text_card * 4);
+  }
+
+  NAME(product)(&m->dep_input, num_rows, hidden, w.dim, inputs, inputs_width);
+  for (long s = 0; s < m->steps; s++) {
+    const Table *table = s ? &m->dep_audio_emb : &m->dep_text_emb;
+    for (long r = 0; r < num_rows; r++) {
+      int32_t token = agent[r * num_agent + s];
+      long first = s ? (s - 1) * (m->card + 1) : 0;
+      float *row = dep_x + r * w.dep_dim;
+      memcpy(row, inputs + r * inputs_width + s * m->dep_dim, (size_t)m->dep_dim * 4);
+      if (token >= 0) add_row(table, first + token, row);
+    }
+    long hide_first = s == m->hiding_step;
+    for (long l = 0; l < m->dep_layers; l++) {
+      const Layer *layer = m->depformer + s * m->dep_layers + l;
+      NAME(norm)(layer->norm1, num_rows, m->dep_dim, dep_x, dep_y, w.dep_dim);
+      NAME(product)(&layer->in_proj, num_rows, dep_y, w.dep_dim, qkv, w.dep_qkv);
+      for (long r = 0; r < num_rows; r++) {
+        float *q = qkv + r * w.dep_qkv, *key = q + m->dep_dim, *value = key + m->dep_dim;
+        for (long h = 0; h < m->dep_heads; h++) {
+          float *keys = dep_keys + (r * m->dep_layers + l) * dep_keys_size +
+                        h * slots * dep_head;
+          float *values = dep_values + (r * m->dep_layers + l) * dep_values_size +
+                          h * slots * dep_padded;
+          NAME(remember)(dep_head, s, key + h * dep_head, value + h * dep_head, keys,
+                         values);
+          NAME(attend)(dep_head, hide_first, s + 1, q + h * dep_head, keys, values,
+                       weights, q + h * dep_head);
+        }
+      }
+      NAME(finish)(layer, num_rows, m->dep_dim, m->dep_hidden, dep_x, qkv, w.dep_qkv,
+                   dep_y, wide);
+    }
+    NAME(product)(m->dep_heads_out + s, num_rows, dep_x, w.dep_dim, audio, w.audio);
+    for (long r = 0; r < num_rows; r++) {
+      const float *logits = audio + r * w.audio;
+      long at = r * num_agent + 1 + s;
+      uint32_t first = (uint32_t)(sampling->text_noise + s * m->card);
+      int32_t id = choose(logits, m->card, sampling->temp, sampling->top_k, rows + r,
+                          first, (uint32_t)sampling->noise_width);
+      agent[at] = given && given[at] != -2 ? given[at] : id;
+      if (logits_out)
+        memcpy(logits_out + r * num_logits + m->text_card + s * m->card, logits,
+               (size_t)m->card * 4);
+    }
+  }
+}
+#undef INLINE

@@ -1,0 +1,397 @@
+"""The language model's step on a CPU: one call of compiled code a frame.
+
+The arithmetic is in ``_lm.c``, whose structures are mirrored here; it computes what
+``Lm.temporal``, ``Lm.head`` and ``Depformer`` do with MLX, and ``Sampler`` draws.
+Where it was not built, or a model is not in float32, those are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from pplex.backend import find_extension
+from pplex.layers.cache import GROWTH, KvCache
+from pplex.layers.device import on_cpu
+from pplex.layers.rotary import angles
+from pplex.layers.transformer import Gating, RmsNorm
+from pplex.model.lm import Lm
+from pplex.model.sampling import Sampler
+
+LANES = 16
+FLOAT32, BFLOAT16 = 32, 16
+
+_int, _float, _pointer = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+
+
+class _Matrix(ctypes.Structure):
+    """``Matrix`` and ``Table`` of ``_lm.c``."""
+
+    _fields_ = [
+        *((name, _pointer) for name in ("words", "scales", "biases")),
+        *((name, _int) for name in ("rows", "columns", "bits", "group")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("norm1", "norm2")),
+        *(
+            (name, _Matrix)
+            for name in ("in_proj", "out_proj", "linear_in", "linear_out")
+        ),
+    ]
+
+
+_SIZES = (
+    *("dim", "heads", "layers", "hidden", "window", "text_card", "card", "streams"),
+    *("steps", "hiding_step", "dep_dim", "dep_heads", "dep_layers", "dep_hidden"),
+)
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, _int) for name in _SIZES),
+        *(
+            (name, _Matrix)
+            for name in ("text_emb", "audio_emb", "dep_text_emb", "dep_audio_emb")
+        ),
+        ("temporal", ctypes.POINTER(_Layer)),
+        ("out_norm", _pointer),
+        ("text_linear", _Matrix),
+        ("dep_input", _Matrix),
+        ("depformer", ctypes.POINTER(_Layer)),
+        ("dep_heads_out", ctypes.POINTER(_Matrix)),
+    ]
+
+
+class _Sampling(ctypes.Structure):
+    _fields_ = [
+        *((name, _float) for name in ("text_temp", "temp")),
+        *(
+            (name, _int)
+            for name in ("text_top_k", "top_k", "text_noise", "noise_width")
+        ),
+    ]
+
+
+class _Row(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("slots", "end")),
+        *((name, _pointer) for name in ("cosines", "sines")),
+        ("key", ctypes.c_uint32 * 2),
+    ]
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled code; None where it was not built."""
+    path = find_extension("_lm")
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    long = ctypes.c_long
+    library.pplex_lm_pack.argtypes = [_pointer, long, long, _int, _int, _pointer]
+    library.pplex_lm_pack.restype = _int
+    library.pplex_lm_scratch.argtypes = [ctypes.POINTER(_Model), long]
+    library.pplex_lm_scratch.restype = long
+    library.pplex_lm_step.argtypes = [
+        *(ctypes.POINTER(kind) for kind in (_Model, _Sampling)),
+        long,
+        *[_pointer] * 6,
+    ]
+    library.pplex_lm_step.restype = _int
+    return library
+
+
+class NativeCache:
+    """Keys and values of the past positions of one row, as the compiled code has them.
+
+    ``end`` is how many were written since the start; the last ``window`` are kept,
+    position ``p`` in slot ``p % window``.
+    """
+
+    def __init__(self, source: KvCache) -> None:
+        """The positions of a cache of one row."""
+        arrays = source.arrays()
+        _, self._heads, _, self._head_dim = arrays[0].shape
+        self._layers = len(arrays) // 2
+        self.window, self.end = source.window, source.end
+        self._slots = 0
+        self._grow(min(self.end + 1, self.window))
+        length = min(self.end, self.window)
+        slots = np.arange(self.end - length, self.end) % self.window
+        kept = [np.asarray(array[0]) for array in source.ordered(length)]
+        for layer in range(self._layers):
+            keys, values = kept[layer], kept[self._layers + layer]
+            self._keys[layer, :, slots // LANES, :, slots % LANES] = keys.swapaxes(0, 1)
+            self._values[layer, :, slots, : self._head_dim] = values.swapaxes(0, 1)
+
+    def arrays(self) -> list[np.ndarray]:
+        """The arrays held."""
+        return [self._keys, self._values]
+
+    def fill(self, row: _Row, max_period: float) -> None:
+        """Describe this row for its next position, with room for it."""
+        if self.end >= self._slots and self._slots < self.window:
+            self._grow(self.end + 1)
+        row.keys, row.values = self._keys.ctypes.data, self._values.ctypes.data
+        row.slots, row.end = self._slots, self.end
+        row.cosines, row.sines = _angles_of(self.end, self._head_dim, max_period)
+
+    def _grow(self, need: int) -> None:
+        """Make room for ``need`` positions, twice as many as before or the window."""
+        size = max(2 * self._slots, -(-need // GROWTH) * GROWTH)
+        size = -(-min(size, self.window) // LANES) * LANES
+        heads, width = self._heads, -(-self._head_dim // LANES) * LANES
+        keys = np.zeros(
+            (self._layers, heads, size // LANES, self._head_dim, LANES), np.float32
+        )
+        values = np.zeros((self._layers, heads, size, width), np.float32)
+        if self._slots:
+            keys[:, :, : self._keys.shape[2]] = self._keys
+            values[:, :, : self._slots] = self._values
+        self._keys, self._values, self._slots = keys, values, size
+
+
+_BLOCK = 128  # positions whose angles are made at once
+
+
+def _angles_of(position: int, width: int, max_period: float) -> tuple[int, int]:
+    """Where the cosines and the sines of a position lie."""
+    block, idx = divmod(position, _BLOCK)
+    cosines, sines = _block_angles(block, width, max_period)
+    start = idx * (width // 2) * 4
+    return cosines.ctypes.data + start, sines.ctypes.data + start
+
+
+@functools.lru_cache(maxsize=512)
+def _block_angles(
+    block: int, width: int, max_period: float
+) -> tuple[np.ndarray, np.ndarray]:
+    return angles(block * _BLOCK, _BLOCK, width, max_period)
+
+
+class NativeLm:
+    """A language model made ready for the compiled code."""
+
+    def __init__(self, lm: Lm, library: ctypes.CDLL) -> None:
+        """Pack the matrices of ``lm``, which stay as they are; tables are shared."""
+        config, depformer = lm.config, lm.depformer
+        self.config = config
+        self._library = library
+        self._held: list[np.ndarray | ctypes.Array] = []
+        steps = depformer.steps[: config.num_codebooks]
+        # The reference's ring has `dep_q` slots and hides the oldest when full.
+        hiding = config.dep_q - 1
+        layers = [
+            self._layer(
+                layer.norm1,
+                layer.norm2,
+                layer.self_attn.in_proj,
+                layer.self_attn.out_proj,
+                layer.gating,
+            )
+            for layer in lm.layers
+        ]
+        step_layers = [
+            self._layer(
+                layer.norm1, layer.norm2, layer.in_proj, layer.out_proj, layer.gating
+            )
+            for step in steps
+            for layer in step.layers
+        ]
+        heads = [self._matrix(step.head) for step in steps]
+        self._model = _Model(
+            dim=config.dim,
+            heads=config.num_heads,
+            layers=config.num_layers,
+            hidden=config.hidden_dim,
+            window=config.window,
+            text_card=config.text_card,
+            card=config.card,
+            streams=config.num_streams,
+            steps=len(steps),
+            hiding_step=hiding if 0 < hiding < len(steps) else -1,
+            dep_dim=config.depformer_dim,
+            dep_heads=config.depformer_num_heads,
+            dep_layers=config.depformer_num_layers,
+            dep_hidden=config.depformer_hidden_dim,
+            text_emb=self._table(lm.text_emb),
+            audio_emb=self._table(lm.audio_emb),
+            dep_text_emb=self._table(depformer.text_emb),
+            dep_audio_emb=self._table(depformer.audio_emb),
+            temporal=self._array(_Layer, layers),
+            out_norm=self._floats(lm.out_norm.weight),
+            text_linear=self._matrix(lm.text_linear),
+            dep_input=self._matrix(depformer.input, len(steps) * config.depformer_dim),
+            depformer=self._array(_Layer, step_layers),
+            dep_heads_out=self._array(_Matrix, heads),
+        )
+
+    def step(
+        self,
+        caches: Sequence[NativeCache],
+        columns: np.ndarray,
+        given: np.ndarray | None,
+        sampler: Sampler,
+        keys: Sequence[tuple[int, int]],
+        logits: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The agent's columns (rows, agent streams) that follow ``columns``.
+
+        ``columns`` (rows, streams) and ``given`` (rows, agent streams) are int32,
+        ``keys`` those of each row's noise. A position is added to each row's cache.
+        ``logits``, float32 (rows, text_card + codebooks * card), is filled if it is
+        there.
+        """
+        config, num_rows = self.config, len(caches)
+        columns = _whole(columns, (num_rows, config.num_streams))
+        shape = (num_rows, config.num_agent_streams)
+        given = None if given is None else _whole(given, shape)
+        rows = (_Row * num_rows)()
+        for idx, cache in enumerate(caches):
+            cache.fill(rows[idx], config.max_period)
+            rows[idx].key[:] = keys[idx]
+        agent = np.empty(shape, np.int32)
+        size = self._library.pplex_lm_scratch(self._model, num_rows)
+        scratch = np.empty(size, np.float32)
+        known = self._library.pplex_lm_step(
+            self._model,
+            _Sampling(**sampler.layout()),
+            num_rows,
+            ctypes.addressof(rows),
+            columns.ctypes.data,
+            None if given is None else given.ctypes.data,
+            agent.ctypes.data,
+            None if logits is None else logits.ctypes.data,
+            scratch.ctypes.data,
+        )
+        if not known:
+            raise ValueError("a token is beyond the end of its embedding table")
+        for cache in caches:
+            cache.end += 1
+        return agent
+
+    def _array(self, kind: type, items: Sequence) -> ctypes.Array:
+        array = (kind * len(items))(*items)
+        self._held.append(array)
+        return array
+
+    def _hold(self, array: np.ndarray) -> int:
+        self._held.append(array)
+        return array.ctypes.data
+
+    def _floats(self, array: mx.array) -> int:
+        return self._hold(_numpy(array))
+
+    def _layer(
+        self,
+        norm1: RmsNorm,
+        norm2: RmsNorm,
+        in_proj: nn.Module,
+        out_proj: nn.Module,
+        gating: Gating,
+    ) -> _Layer:
+        return _Layer(
+            norm1=self._floats(norm1.weight),
+            norm2=self._floats(norm2.weight),
+            in_proj=self._matrix(in_proj),
+            out_proj=self._matrix(out_proj),
+            linear_in=self._matrix(gating.linear_in),
+            linear_out=self._matrix(gating.linear_out),
+        )
+
+    def _table(self, module: nn.Module) -> _Matrix:
+        """An embedding table, in MLX's own memory."""
+        weight = _numpy(module.weight)
+        if "scales" not in module:
+            rows, columns = weight.shape
+            return _Matrix(self._hold(weight), None, None, rows, columns, FLOAT32, 0)
+        return _Matrix(
+            words=self._hold(weight),
+            scales=self._floats(module.scales),
+            biases=self._floats(module.biases),
+            rows=weight.shape[0],
+            columns=weight.shape[1] * 32 // module.bits,
+            bits=module.bits,
+            group=module.group_size,
+        )
+
+    def _matrix(self, module: nn.Module, rows: int | None = None) -> _Matrix:
+        """A packed matrix: its first ``rows`` outputs, if that is given."""
+        weight = _numpy(module.weight)[:rows]
+        if "scales" not in module:
+            rows, columns = weight.shape
+            for bits in (BFLOAT16, FLOAT32):
+                words = self._pack(weight, columns, FLOAT32, bits)
+                if words is not None:
+                    break
+            assert words is not None
+            return _Matrix(self._hold(words), None, None, rows, columns, bits, 0)
+        columns = weight.shape[1] * 32 // module.bits
+        bits = 4 if module.bits <= 4 else 8
+        words = self._pack(weight, columns, module.bits, bits)
+        parts = []
+        for part in (module.scales, module.biases):
+            values = _numpy(part)[:rows]
+            parts.append(self._pack(values, values.shape[1], FLOAT32, FLOAT32))
+        return _Matrix(
+            *(self._hold(part) for part in (words, *parts)),
+            weight.shape[0],
+            columns,
+            bits,
+            module.group_size,
+        )
+
+    def _pack(
+        self, values: np.ndarray, columns: int, source_bits: int, bits: int
+    ) -> np.ndarray | None:
+        """Values (rows, ...) in blocks of lanes; None if bfloat16 does not hold them.
+
+        The last block is whole, and so is the last pair of bfloat16.
+        """
+        if bits == BFLOAT16 and columns % 2:
+            return None
+        rows = len(values)
+        blocks = -(-rows // LANES)
+        words = np.empty((blocks, columns * bits // 32, LANES), np.uint32)
+        packed = self._library.pplex_lm_pack(
+            values.ctypes.data, rows, columns, source_bits, bits, words.ctypes.data
+        )
+        return words if packed else None
+
+
+def native_lm(lm: Lm) -> NativeLm | None:
+    """The compiled form of ``lm``, made once; None where there cannot be one."""
+    library = load_library()
+    if library is None or not on_cpu():
+        return None
+    if lm.native is None:
+        arrays = [array for _, array in nn.utils.tree_flatten(lm.parameters())]
+        if not {array.dtype for array in arrays} <= {mx.float32, mx.uint32}:
+            return None
+        lm.native = NativeLm(lm, library)
+    return lm.native
+
+
+def _numpy(array: mx.array) -> np.ndarray:
+    """``array`` as NumPy sees it, contiguous: the same memory where it is that."""
+    return np.ascontiguousarray(np.asarray(array))
+
+
+def _whole(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """``array`` as contiguous int32 of ``shape``; ValueError if it has another."""
+    array = np.ascontiguousarray(array, np.int32)
+    if array.shape != shape:
+        raise ValueError(f"expected int32 of shape {shape}, found {array.shape}")
+    return array

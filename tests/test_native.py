@@ -1,0 +1,218 @@
+"""The compiled step against the MLX operations it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from small import SMALL
+
+from pplex.config import LmConfig
+from pplex.conversation.generate import make_sampler
+from pplex.layers.cache import KvCache
+from pplex.model.depformer import NOT_FORCED
+from pplex.model.lm import Lm
+from pplex.model.native import NativeCache, NativeLm, load_library
+from pplex.model.sampling import GREEDY, SamplingConfig, draw, noise_keys
+
+pytestmark = pytest.mark.skipif(
+    load_library() is None, reason="the compiled step was not built"
+)
+
+# No width a multiple of the lanes, and feed-forward widths that are odd.
+RAGGED = LmConfig(
+    dim=36,
+    num_heads=3,
+    num_layers=2,
+    hidden_dim=45,
+    context=24,
+    text_card=101,
+    card=37,
+    dep_q=8,
+    depformer_dim=30,
+    depformer_num_heads=2,
+    depformer_num_layers=2,
+    depformer_hidden_dim=23,
+)
+EVEN = replace(SMALL.lm, depformer_hidden_dim=128)
+
+
+def make_lm(config: LmConfig, form: str) -> Lm:
+    """A random model, its weights of ``form``: float32, bfloat16 or bits and group."""
+    mx.random.seed(11)
+    lm = Lm(config)
+    if form == "bfloat16":
+        lm.apply(lambda w: w.astype(mx.bfloat16).astype(mx.float32))
+    elif form != "float32":
+        bits, group_size = map(int, form.split("/"))
+        nn.quantize(lm, group_size=group_size, bits=bits)
+    mx.eval(lm.parameters())
+    return lm
+
+
+FORMS = [
+    (RAGGED, "float32"),
+    (RAGGED, "bfloat16"),
+    (EVEN, "bfloat16"),
+    *((EVEN, f"{bits}/32") for bits in (2, 3, 4, 5, 6, 8)),
+    (EVEN, "4/64"),
+    (EVEN, "8/64"),
+]
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: f"{form[0].dim}-{form[1]}")
+def lm(request) -> Lm:
+    return make_lm(*request.param)
+
+
+def prompt_cache(lm: Lm, length: int, seed: int = 0) -> tuple[KvCache, np.ndarray]:
+    """A cache of ``length`` random positions and a random column after it."""
+    config, rng = lm.config, np.random.default_rng(seed)
+    cards = np.array([config.text_card] + [config.card] * config.n_q)[:, None]
+    tokens = rng.integers(0, cards, (config.num_streams, length + 1)).astype(np.int32)
+    cache = lm.make_cache()
+    if length:
+        lm.temporal(lm.embed(mx.array(tokens[None, :, :length])), cache)
+    return cache, tokens[None, :, length]
+
+
+def mlx_logits(lm: Lm, cache: KvCache, column: np.ndarray, agent: np.ndarray):
+    """All logits (1, ...) of a frame whose tokens are ``agent``, with MLX."""
+    hidden, text = lm.head(
+        lm.temporal(lm.embed(mx.array(column)[..., None]), cache)[:, 0]
+    )
+    heads, said = [text], mx.array(agent)
+
+    def follow(logits: mx.array, idx: int) -> mx.array:
+        heads.append(logits)
+        return said[:, 1 + idx]
+
+    lm.depformer(hidden, said[:, 0], follow)
+    return np.concatenate([np.array(head) for head in heads], axis=1)
+
+
+def step(native: NativeLm, caches, columns, sampling=GREEDY, given=None, keys=None):
+    """The agent's columns and the logits of a frame."""
+    config = native.config
+    width = config.text_card + config.num_codebooks * config.card
+    logits = np.full((len(caches), width), np.nan, np.float32)
+    sampler = make_sampler(config, sampling)
+    keys = keys or [(0, 0)] * len(caches)
+    return native.step(caches, columns, given, sampler, keys, logits), logits
+
+
+@pytest.mark.parametrize("length", [1, 20, 60])
+def test_logits_are_those_of_the_mlx_operations(lm, length):
+    cache, column = prompt_cache(lm, length)
+    native, row = NativeLm(lm, load_library()), NativeCache(cache)
+    for _ in range(30):
+        agent, found = step(native, [row], column)
+        expected = mlx_logits(lm, cache, column, agent)
+        spread = np.sqrt((expected**2).mean())
+        assert np.abs(found - expected).max() < 2e-5 * spread
+        column = np.concatenate([agent, column[:, 1 + lm.config.num_codebooks :]], 1)
+
+
+def test_tokens_are_the_largest_logits_unless_they_are_given(lm):
+    cache, column = prompt_cache(lm, 5)
+    native, config = NativeLm(lm, load_library()), lm.config
+    given = np.full((1, config.num_agent_streams), NOT_FORCED, np.int32)
+    given[0, [0, 3, 8]] = 5, 7, 9
+    agent, logits = step(native, [NativeCache(cache)], column, given=given)
+    heads = np.split(logits[0, config.text_card :], config.num_codebooks)
+    largest = [logits[0, : config.text_card].argmax(), *(h.argmax() for h in heads)]
+    expected = np.where(given == NOT_FORCED, [largest], given)
+    np.testing.assert_array_equal(agent, expected)
+    found = mlx_logits(lm, cache, column, agent)
+    np.testing.assert_allclose(logits, found, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [RAGGED, EVEN], ids=["ragged", "even"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingConfig(),
+        SamplingConfig(top_k=10, text_top_k=7),
+        SamplingConfig(top_k=0, text_top_k=0, temp=2.0),
+        SamplingConfig(temp=0.0),
+        SamplingConfig(text_temp=0.0, top_k=3),
+    ],
+    ids=["default", "few", "all", "text only", "audio only"],
+)
+def test_draws_are_those_of_mlx_from_the_same_logits(config, sampling):
+    lm = make_lm(config, "float32")
+    cache, column = prompt_cache(lm, 5)
+    native, sampler = NativeLm(lm, load_library()), make_sampler(config, sampling)
+    for frame in range(40):
+        seed = 2**40 + 17 * frame
+        keys = noise_keys([seed], [frame])
+        agent, logits = step(
+            native,
+            [NativeCache(cache)],
+            column,
+            sampling,
+            keys=[tuple(np.array(keys)[0].tolist())],
+        )
+        noise = sampler.noise(keys)
+        text, *heads = np.split(
+            logits,
+            [config.text_card + i * config.card for i in range(config.num_codebooks)],
+            axis=1,
+        )
+        expected = [sampler.text(mx.array(text), noise).item()]
+        for idx, head in enumerate(heads):
+            expected.append(sampler.audio(mx.array(head), noise, idx).item())
+        assert agent[0].tolist() == expected
+
+
+def test_equal_logits_are_drawn_as_with_mlx():
+    lm = make_lm(RAGGED, "float32")
+    lm.text_linear.weight = mx.repeat(lm.text_linear.weight[:1], RAGGED.text_card, 0)
+    cache, column = prompt_cache(lm, 5)
+    native = NativeLm(lm, load_library())
+    assert step(native, [NativeCache(cache)], column)[0][0, 0] == 0
+    sampling = SamplingConfig(text_top_k=3)
+    for frame in range(10):
+        keys = [(9, frame)]
+        agent, logits = step(native, [NativeCache(cache)], column, sampling, keys=keys)
+        sampler = make_sampler(RAGGED, sampling)
+        noise = sampler.noise(noise_keys([9], [frame]))[:, : RAGGED.text_card]
+        text = mx.array(logits[:, : RAGGED.text_card])
+        assert agent[0, 0] == draw(text, 0.7, 3, noise).item()
+        assert agent[0, 0] == np.argmin(np.array(noise))
+
+
+def test_a_row_is_the_same_bits_beside_any_others(lm):
+    native = NativeLm(lm, load_library())
+    lengths = [0 if i == 4 else 1 + 9 * i % 64 for i in range(13)]
+    rows = [prompt_cache(lm, n, seed=i) for i, n in enumerate(lengths) if n]
+    columns = np.concatenate([column for _, column in rows])
+    alone = [step(native, [NativeCache(c)], column)[1] for c, column in rows]
+    for chosen in ([0], [1, 0], [2, 3, 0], range(4), range(5, 12), range(12)):
+        chosen = list(chosen)
+        caches = [NativeCache(rows[i][0]) for i in chosen]
+        _, together = step(native, caches, columns[chosen])
+        for idx, row in enumerate(chosen):
+            np.testing.assert_array_equal(together[idx], alone[row][0])
+
+
+def test_absent_tokens_add_nothing():
+    lm = make_lm(EVEN, "float32")
+    cache, column = prompt_cache(lm, 5)
+    column[0, [0, 4, 16]] = -1
+    agent, found = step(NativeLm(lm, load_library()), [NativeCache(cache)], column)
+    np.testing.assert_allclose(found, mlx_logits(lm, cache, column, agent), atol=1e-4)
+
+
+def test_tokens_that_no_table_has_are_refused():
+    lm = make_lm(EVEN, "float32")
+    cache, column = prompt_cache(lm, 5)
+    native = NativeLm(lm, load_library())
+    with pytest.raises(ValueError, match="shape"):
+        step(native, [NativeCache(cache)], column[:, :-1])
+    column[0, 3] = EVEN.card + 1
+    with pytest.raises(ValueError, match="beyond"):
+        step(native, [NativeCache(cache)], column)
