@@ -16,6 +16,10 @@ def library(name: str, *headers: str) -> Extension:
     )
 
 
-libraries = [library("_blas", "_rows.h"), library("_lm", "_lm.h")]
+libraries = [
+    library("_blas", "_rows.h"),
+    library("_lm", "_lm.h"),
+    library("_quantize"),
+]
 
 setup(ext_modules=libraries if sys.platform == "linux" else [])

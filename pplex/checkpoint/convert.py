@@ -1,6 +1,6 @@
 """Turn any checkpoint that can be read into a folder of the split layout.
 
-Matrices are read, quantized and written one at a time, so that the largest of them
+Matrices are read, quantized and written one after another, so that the largest of them
 decides how much memory is taken, not the model.
 """
 
@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from pplex.checkpoint import hashes
+from pplex.checkpoint.blocks import Rounder, open_rounder
 from pplex.checkpoint.card import Card, card_text
 from pplex.checkpoint.config_file import split_config
 from pplex.checkpoint.hub import LocalModel
@@ -81,13 +83,14 @@ def convert(
     others = _other_files(folder)
     _check_target(target, num_bytes + sum(f.stat().st_size for f in others.values()))
     start(source.num_bytes)
-    with _new_folder(target) as new, _little_cache():
+    with _new_folder(target) as new, _little_cache(), open_rounder() as rounder:
+        rounder = None if conversion.refine else rounder
         sums = {}
         for file in SPLIT_FILES:
             own = [m for m in matrices if m.split_file == file]
             path = new / f"{file}.safetensors"
             specs = [s for m in own for s in _specs(source, m, recipe[m.name])]
-            arrays = _arrays(source, own, recipe, conversion.refine, advance)
+            arrays = _arrays(source, own, recipe, conversion.refine, rounder, advance)
             sums[path.name] = write_tensors(path, specs, arrays, {"format": "mlx"})
         for name, path in others.items():
             sums[name] = hashes.copy(path, new / name)
@@ -127,8 +130,9 @@ def _arrays(
     matrices: list[Matrix],
     recipe: Recipe,
     refine: bool,
+    rounder: Rounder | None,
     advance: Callable[[int], None],
-) -> Iterator[mx.array]:
+) -> Iterator[mx.array | np.ndarray]:
     """The arrays of ``_specs``, matrix after matrix."""
     for matrix in matrices:
         targets = _targets(matrix)
@@ -137,16 +141,20 @@ def _arrays(
             shares = [source.parts(target) for target in targets]
             for part in ("weight", "scales", "biases"):
                 yield _join([share[part] for share in shares])
+        elif rounder and len(matrix.shape) == 2 and _is_plain(source, matrix):
+            yield from _round(source, matrix, form, rounder)
+            advance(sum(source.stretch(target).num_bytes for target in targets))
         else:
             if len(matrix.shape) == 1:
                 _check_one_norm(source, matrix)
             whole = _join([source.dense(target) for target in targets])
+            half = _halved(source, matrix, whole)
             if form is None:
-                whole = _halved(source, matrix, whole)
-                yield whole[None, None] if whole.ndim == 1 else whole
+                yield half[None, None] if half.ndim == 1 else half
             else:
+                half = None  # it showed that every value fits
                 yield from quantize(whole, form, refine)
-        whole = shares = None  # noqa: F841 - let go before the next one is read
+        whole = half = shares = None  # noqa: F841 - let go before the next one is read
         advance(sum(source.release(target) for target in matrix.targets if target))
 
 
@@ -159,6 +167,28 @@ def _targets(matrix: Matrix) -> list[str]:
 def _same(source: Source, matrix: Matrix, form: Quantization) -> bool:
     """Whether the source has the matrix in this very form: then it stays as it is."""
     return {source.form(target) for target in _targets(matrix)} == {form}
+
+
+def _is_plain(source: Source, matrix: Matrix) -> bool:
+    """Whether the source has the matrix as numbers, not quantized."""
+    return all(source.form(target) is None for target in _targets(matrix))
+
+
+def _round(
+    source: Source, matrix: Matrix, form: Form, rounder: Rounder
+) -> Sequence[np.ndarray]:
+    """The arrays of a matrix that the source has as numbers."""
+    targets = _targets(matrix)
+    stretches = [source.stretch(target) for target in targets]
+    if form is None:
+        half = rounder.halve(stretches, matrix.shape)
+        found = None if half is None else (half,)
+    else:
+        found = rounder.quantize(stretches, matrix.shape, form)
+    if found is None:
+        _halved(source, matrix, _join([source.dense(target) for target in targets]))
+        raise AssertionError(f"{matrix.name} could be read before")
+    return found
 
 
 def _join(arrays: list[mx.array]) -> mx.array:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from pplex.checkpoint.blocks import Stretch
 from pplex.checkpoint.layouts import (
     SPLIT_FILES,
     Matrix,
@@ -110,6 +111,13 @@ class Source:
             rows = stored.matrix.shape[0] // num
             parts = {p: a[idx * rows : (idx + 1) * rows] for p, a in parts.items()}
         return parts
+
+    def stretch(self, target: str) -> Stretch:
+        """Where the rows of our module ``target`` lie, which is not quantized."""
+        stored, idx, num = self._places[target]
+        spec, num_bytes = stored.specs["weight"], stored.num_bytes // num
+        begin = spec.begin + idx * num_bytes
+        return Stretch(stored.path, begin, stored.num_values // num, spec.dtype)
 
     def dense(self, target: str) -> mx.array:
         """The rows of our module ``target``; float32 where they were quantized."""

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,13 +19,10 @@ from pplex.errors import PplexError
 from pplex.files import atomic_write
 
 MAX_HEADER_BYTES = 1 << 25
+MAX_WAITING = 4  # arrays that are done and not written yet
 
-DTYPES = {
-    "BF16": mx.bfloat16,
-    "F16": mx.float16,
-    "F32": mx.float32,
-    "U32": mx.uint32,
-}
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint32": "U32"}
+_PIECE_BYTES = 1 << 22
 _ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -45,11 +44,15 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a file; ``dtype`` as safetensors spells it."""
+    """One tensor of a file; ``dtype`` as safetensors spells it.
+
+    ``begin`` is where its values start in a file that was read.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    begin: int = field(default=0, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -81,7 +84,8 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
             continue
         try:
             begin, end = entry["data_offsets"]
-            spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+            shape, dtype = tuple(entry["shape"]), entry["dtype"]
+            spec = TensorSpec(name, dtype, shape, 8 + length + begin)
             sizes = (begin, end, *spec.shape)
             are_sizes = len(sizes) < 16 and all(
                 type(n) is int and n >= 0 for n in sizes
@@ -102,10 +106,10 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
 def write_tensors(
     path: Path,
     specs: Iterable[TensorSpec],
-    arrays: Iterable[mx.array],
+    arrays: Iterable[mx.array | np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Write ``arrays`` in the order of ``specs``, holding one at a time.
+    """Write ``arrays`` in the order of ``specs``, while the next ones are made.
 
     The file appears whole or not at all; its SHA-256 is returned. An array that is not
     what its spec says is a mistake of the caller.
@@ -124,22 +128,35 @@ def write_tensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        for content in (len(text).to_bytes(8, "little"), text):
-            digest.update(content)
-            file.write(content)
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+        ThreadPoolExecutor(1) as thread,
+    ):
+
+        def put(content: bytes | memoryview) -> None:
+            for start in range(0, len(content), _PIECE_BYTES):
+                piece = content[start : start + _PIECE_BYTES]
+                digest.update(piece)
+                file.write(piece)
+
+        put(len(text).to_bytes(8, "little") + text)
+        waiting: deque[Future[None]] = deque()
         for spec, array in zip(specs, arrays, strict=True):
-            if array.dtype != DTYPES[spec.dtype] or tuple(array.shape) != spec.shape:
+            dtype = _DTYPES.get(str(array.dtype).removeprefix("mlx.core."))
+            if dtype != spec.dtype or tuple(array.shape) != spec.shape:
                 raise ValueError(
                     f"{spec} was announced, {array.dtype} {array.shape} came"
                 )
-            values = _bytes_of(array)
-            digest.update(values)
-            file.write(values)
+            waiting.append(thread.submit(put, _bytes_of(array)))
+            if len(waiting) > MAX_WAITING:
+                waiting.popleft().result()
+        for last in waiting:
+            last.result()
     return digest.hexdigest()
 
 
-def _bytes_of(array: mx.array) -> memoryview:
+def _bytes_of(array: mx.array | np.ndarray) -> memoryview:
     if array.dtype == mx.bfloat16:  # NumPy has none
         array = array.view(mx.uint16)
     return memoryview(np.ascontiguousarray(np.array(array, copy=False))).cast("B")
