@@ -19,6 +19,7 @@ def library(name: str, *headers: str) -> Extension:
 libraries = [
     library("_blas", "_rows.h"),
     library("_lm", "_lm.h"),
+    library("_codec", "_codec.h"),
     library("_quantize"),
 ]
 

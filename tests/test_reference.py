@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from pplex.audio.files import read_pcm, to_pcm16
+from pplex.checkpoint.weights import load_mimi
+from pplex.codec.codec import MlxCodec
+from pplex.codec.mimi import Mimi
+from pplex.codec.native import NativeCodec, library
 from pplex.conversation.prompt import make_prompt, prefill
-from pplex.conversation.session import Conversation, encode_chunk, make_role
+from pplex.conversation.session import Conversation, make_role
 from pplex.model.sampling import GREEDY
 
 DATA = Path(__file__).parent / "data"
@@ -34,49 +38,75 @@ def forced_run() -> dict[str, np.ndarray]:
     return dict(np.load(REFERENCE / "lm.npz"))
 
 
+@pytest.fixture(scope="module")
+def mimi(tiny_model) -> Mimi:
+    path = next(tiny_model.local.path.glob("tokenizer-*.safetensors"))
+    return load_mimi(path, tiny_model.config.mimi)
+
+
+@pytest.fixture(scope="module", params=["native", "mlx"])
+def engine(request, mimi, tiny_model):
+    """The codec as a compiled library, and with MLX's operations."""
+    if request.param == "mlx":
+        return MlxCodec(mimi)
+    if library() is None:
+        pytest.skip("the compiled codec was not built")
+    return NativeCodec(mimi, tiny_model.config.mimi)
+
+
 def pcm_frames(samples: np.ndarray) -> np.ndarray:
     pcm = samples.astype(np.float32) / 32768
     return np.pad(pcm, (0, -len(pcm) % FRAME)).reshape(-1, FRAME)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50])
-def test_codec_encodes_like_the_reference_in_chunks_of_any_size(
-    tiny_model, codec, chunk
-):
+def test_codec_encodes_like_the_reference_in_chunks_of_any_size(engine, codec, chunk):
     frames = pcm_frames(codec["input"])
-    state = tiny_model.mimi.make_state()
-    latents, codes = [], []
-    for start in range(0, len(frames), chunk):
-        pcm = mx.array(frames[start : start + chunk].reshape(1, -1))
-        latent = tiny_model.mimi.encode_latent(pcm, state)
-        latents.append(np.array(latent[0]).T)
-        codes.append(np.array(tiny_model.mimi.quantizer.encode(latent)[0]))
-    assert relative(np.concatenate(latents, axis=1), codec["latent"]) < 1e-4
+    state = engine.make_state()
+    codes = [
+        engine.encode(frames[start : start + chunk], state)
+        for start in range(0, len(frames), chunk)
+    ]
     np.testing.assert_array_equal(np.concatenate(codes, axis=1), codec["codes"])
 
 
-def test_codec_encodes_a_ragged_end_like_the_reference(tiny_model, codec):
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_latents_are_the_references(engine, mimi, codec, chunk):
+    frames = pcm_frames(codec["input"])
+    state = engine.make_state()
+    latents = []
+    for start in range(0, len(frames), chunk):
+        pcm = frames[start : start + chunk]
+        if isinstance(engine, NativeCodec):
+            latents.append(engine.encode_latents(pcm, state))
+        else:
+            latent = mimi.encode_latent(mx.array(pcm.reshape(1, -1)), state)
+            latents.append(np.array(latent[0]))
+    assert relative(np.concatenate(latents).T, codec["latent"]) < 1e-4
+
+
+def test_codec_encodes_a_ragged_end_like_the_reference(engine, codec):
     frames = pcm_frames(codec["tail"])
-    codes = encode_chunk(tiny_model.mimi, frames, tiny_model.mimi.make_state())
+    codes = engine.encode(frames, engine.make_state())
     np.testing.assert_array_equal(codes, codec["tail_codes"])
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 50])
 @pytest.mark.parametrize("which", ["", "given_"])
-def test_codec_decodes_like_the_reference(tiny_model, codec, which, chunk):
+def test_codec_decodes_like_the_reference(engine, codec, which, chunk):
     codes = codec[f"{which}codes"]
-    state = tiny_model.mimi.make_state()
-    pcm = []
-    for start in range(0, codes.shape[1], chunk):
-        part = mx.array(codes[None, :, start : start + chunk])
-        pcm.append(np.array(tiny_model.mimi.decode(part, state)[0]))
+    state = engine.make_state()
+    pcm = [
+        engine.decode(codes[:, start : start + chunk], state)
+        for start in range(0, codes.shape[1], chunk)
+    ]
     expected = codec[f"{which}pcm"][0]
     assert np.abs(np.concatenate(pcm) - expected).max() < 1e-5
 
 
-def test_rarely_used_codebook_rows_are_divided_by_the_floor(tiny_model, codec):
+def test_rarely_used_codebook_rows_are_divided_by_the_floor(mimi, codec):
     rows = codec["codebook_rows"]
-    quantizer = tiny_model.mimi.quantizer
+    quantizer = mimi.quantizer
     for part, name in (
         (quantizer.semantic, "semantic"),
         (quantizer.acoustic, "acoustic"),

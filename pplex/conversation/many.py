@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from pplex.config import LmConfig
 from pplex.conversation.generate import Step, generate, make_sampler
 from pplex.conversation.prompt import LmState, Prefilled
 from pplex.conversation.session import Model, Reply, Timings, Track, chunk_frames
+from pplex.conversation.worker import codec_worker
 from pplex.layers.cache import KvCache, RowCaches, SlotCache
 from pplex.layers.device import on_cpu
 from pplex.model.depformer import NOT_FORCED
@@ -62,27 +64,27 @@ def converse_many(
 
     The next item is asked for when a row is free.
     """
-    lm = model.config.lm
-    rows = _Rows(model, iter(items), batch_size)
-    sampler = make_sampler(lm, sampling)
-    for step in generate(model.lm, rows.state, rows.user_columns(), sampler):
-        owners = rows.owners.popleft()
-        share = replace(step, seconds=step.seconds / len(owners))
-        for idx, owner in enumerate(owners):
-            if owner is not None and (result := owner.push(share, idx)):
-                yield result
+    sampler = make_sampler(model.config.lm, sampling)
+    with codec_worker(model.codec, beside=batch_size) as worker:
+        rows = _Rows(model, iter(items), batch_size, worker)
+        for step in generate(model.lm, rows.state, rows.user_columns(), sampler):
+            owners = rows.owners.popleft()
+            share = replace(step, seconds=step.seconds / len(owners))
+            for idx, owner in enumerate(owners):
+                if owner is not None and (result := owner.push(share, idx)):
+                    yield result
 
 
 class _Row:
     """One recording under way."""
 
-    def __init__(self, model: Model, item: Item) -> None:
+    def __init__(self, model: Model, item: Item, worker: Executor | None) -> None:
         frames = frames_of(item.pcm, model.config.frame_size)
         size = chunk_frames()
         chunks = (frames[i : i + size] for i in range(0, len(frames), size))
         self.item = item
         self.num_frames = len(frames)
-        self._track = Track(model, item.prefilled.prompt, chunks, size)
+        self._track = Track(model, item.prefilled.prompt, chunks, size, worker)
         self._columns = self._track.user_columns()
         self._asked = self._answered = 0
         self._replies: list[Reply] = []
@@ -108,8 +110,7 @@ class _Row:
             self._replies.append(reply)
         if self._answered < self.num_frames:
             return None
-        if reply := self._track.flush():
-            self._replies.append(reply)
+        self._replies.extend(self._track.finish())
         pcm = np.concatenate([r.pcm for r in self._replies])
         return Result(
             key=self.item.key,
@@ -124,8 +125,15 @@ class _Row:
 class _Rows:
     """Who sits in which row, and the state that goes with it."""
 
-    def __init__(self, model: Model, items: Iterator[Item], batch_size: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        items: Iterator[Item],
+        batch_size: int,
+        worker: Executor | None,
+    ) -> None:
         self._model = model
+        self._worker = worker
         self._items = items
         self._batch_size = batch_size
         self._seated: list[_Row | None] = []
@@ -150,7 +158,7 @@ class _Rows:
 
     def _next_row(self) -> _Row | None:
         item = next(self._items, None)
-        return None if item is None else _Row(self._model, item)
+        return None if item is None else _Row(self._model, item, self._worker)
 
     def _come_and_go(self) -> None:
         """A cache a row, as many rows as there are recordings.

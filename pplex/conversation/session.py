@@ -6,8 +6,10 @@ This is the library's front door; it prints nothing and knows no command line.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,10 +21,11 @@ from pplex.checkpoint import voice_codes, voices
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.weights import load_lm, load_mimi
-from pplex.codec.mimi import CodecState, Mimi
+from pplex.codec.codec import Codec, make_codec
 from pplex.config import ModelConfig, load_config
 from pplex.conversation.generate import Step, generate, make_sampler
 from pplex.conversation.prompt import Prefilled, Prompt, make_prompt
+from pplex.conversation.worker import codec_worker, one_ahead
 from pplex.errors import PplexError
 from pplex.layers.device import on_cpu
 from pplex.model.lm import Lm
@@ -41,7 +44,7 @@ class Model:
     local: LocalModel
     config: ModelConfig
     lm: Lm
-    mimi: Mimi
+    codec: Codec
     tokenizer: TextTokenizer
     voices: dict[str, Path]
     layout: str
@@ -67,6 +70,7 @@ def load(local: LocalModel, *, dense: bool = False) -> Model:
         )
     dtype = mx.float32 if on_cpu() else mx.bfloat16
     mimi = load_mimi(_one_file(folder, MIMI_PATTERNS), config.mimi)
+    codec = make_codec(mimi, config.mimi)
     loaded = load_lm(local.path, config.lm, dtype, dense=dense)
     if not on_cpu():
         loaded.lm.compile()
@@ -74,7 +78,7 @@ def load(local: LocalModel, *, dense: bool = False) -> Model:
         local=local,
         config=config,
         lm=loaded.lm,
-        mimi=mimi,
+        codec=codec,
         tokenizer=tokenizer,
         voices=voices.find_voices(folder),
         layout=loaded.layout,
@@ -176,8 +180,9 @@ def encode_voice(
 def encode_frames(model: Model, pcm: np.ndarray) -> np.ndarray:
     """Codes (codebooks, frames) of a whole recording (samples,)."""
     frames = frames_of(pcm, model.config.frame_size)
-    state = model.mimi.make_state()
-    return encode_chunk(model.mimi, frames, state)
+    state, size = model.codec.make_state(), chunk_frames()
+    chunks = [frames[i : i + size] for i in range(0, len(frames), size)]
+    return np.concatenate([model.codec.encode(c, state) for c in chunks], axis=1)
 
 
 def chunk_frames() -> int:
@@ -186,39 +191,6 @@ def chunk_frames() -> int:
     Many on a GPU, where a chunk of any size takes as long to launch.
     """
     return 32 if on_cpu() else 128
-
-
-def encode_chunk(mimi: Mimi, frames: np.ndarray, state: CodecState) -> np.ndarray:
-    """Codes int32 (codebooks, frames) of ``frames`` (frames, frame_size)."""
-    num_frames = len(frames)
-    padded = np.pad(frames, ((0, chunk_padding(num_frames)), (0, 0)))
-    pcm = mx.array(padded.reshape(1, -1))
-    return np.array(mimi.encode(pcm, state)[0, :, :num_frames])
-
-
-def decode_chunk(mimi: Mimi, codes: np.ndarray, state: CodecState) -> np.ndarray:
-    """PCM (samples,) of ``codes`` (codebooks, frames).
-
-    On a CPU it is the same bits however many frames come at a time.
-    """
-    num_frames = codes.shape[1]
-    if on_cpu():
-        # The order in which sums are taken depends on the length of a chunk.
-        frames = [codes[None, :, i : i + 1] for i in range(num_frames)]
-        parts = [mimi.decode(mx.array(frame), state)[0] for frame in frames]
-        return np.array(mx.concatenate(parts))
-    padded = np.pad(codes, ((0, 0), (0, chunk_padding(num_frames))))
-    pcm = np.array(mimi.decode(mx.array(padded[None]), state)[0])
-    return pcm.reshape(padded.shape[1], -1)[:num_frames].reshape(-1)
-
-
-def chunk_padding(num_frames: int) -> int:
-    """Frames to add to a chunk, the last of its stream if it is a ragged one.
-
-    A GPU's convolutions are planned for each shape, which takes longer than they do;
-    so there only powers of two are used. What is causal does not see the padding.
-    """
-    return 0 if on_cpu() else (1 << (num_frames - 1).bit_length()) - num_frames
 
 
 @dataclass(frozen=True)
@@ -237,11 +209,25 @@ class Reply:
 
 @dataclass
 class Timings:
-    """Seconds spent so far, by part; ``steps`` has an entry a frame."""
+    """Seconds spent so far, by part; ``steps`` has an entry a frame.
+
+    What the codec does in a thread beside the steps counts only as far as they had to
+    wait for it.
+    """
 
     encode_s: float = 0.0
     decode_s: float = 0.0
     steps: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """A reply whose PCM is under way: ``pcm`` waits for it."""
+
+    pcm: Callable[[], np.ndarray]
+    text: np.ndarray
+    agent: np.ndarray
+    user: np.ndarray
 
 
 class Track:
@@ -256,53 +242,77 @@ class Track:
         prompt: Prompt,
         chunks: Iterable[np.ndarray],
         decode_frames: int,
+        worker: Executor | None = None,
     ) -> None:
-        """``chunks`` are (frames, frame_size) PCM; replies have ``decode_frames``."""
-        self._model = model
+        """``chunks`` are (frames, frame_size) PCM; replies have ``decode_frames``.
+
+        With a ``worker`` the next chunk is encoded in it before it is needed, and a
+        reply is there only when the one after it begins to be decoded.
+        """
+        self._config = model.config.lm
         self._prompt = prompt
-        self._chunks = chunks
+        self._codec = model.codec
         self._decode_frames = decode_frames
+        self._worker = worker
+        encode = partial(self._codec.encode, state=self._codec.make_state())
+        self._encoded = one_ahead(worker, encode, chunks)
         self._user_codes: list[np.ndarray] = []
-        self._decoder = model.mimi.make_state()
-        agent = model.config.lm.num_agent_streams
-        self._columns = [prompt.columns[:agent, -1]]
+        self._decoder = self._codec.make_state()
+        self._decoding: _Decoding | None = None
+        self._columns = [prompt.columns[: self._config.num_agent_streams, -1]]
         self.timings = Timings()
 
     def user_columns(self) -> Iterator[np.ndarray]:
         """Encode the user; yield (codebooks,) int32 for each frame."""
-        config = self._model.config.lm
-        rows = user_rows(config)
-        before = self._prompt.pending[rows]
-        state = self._model.mimi.make_state()
-        for frames in self._chunks:
+        rows = user_rows(self._config)
+        delays, before = self._config.delays[rows], self._prompt.pending[rows]
+        while True:
             start = time.perf_counter()
-            codes = encode_chunk(self._model.mimi, frames, state)
-            columns = shift(codes, config.delays[rows], before).T
+            codes = next(self._encoded, None)
+            self.timings.encode_s += time.perf_counter() - start
+            if codes is None:
+                return
+            columns = shift(codes, delays, before).T
             before = codes[:, -1]
             self._user_codes.append(codes)
-            self.timings.encode_s += time.perf_counter() - start
             yield from columns
 
     def push(self, step: Step, row: int = 0) -> Reply | None:
-        """Add the agent's column of a frame; a reply when enough have come."""
+        """Add the agent's column of a frame; a reply if one is there."""
         self.timings.steps.append(step.seconds)
         self._columns.append(step.column[row])
-        return self.flush() if len(self._columns) > self._decode_frames else None
+        return self._decode() if len(self._columns) > self._decode_frames else None
 
-    def flush(self) -> Reply | None:
-        """The reply of the frames that have come since the last one."""
-        if len(self._columns) == 1:
-            return None
-        start = time.perf_counter()
-        config = self._model.config.lm
-        delays = config.delays[: config.num_agent_streams]
+    def finish(self) -> Iterator[Reply]:
+        """The replies still to come."""
+        last = [self._decode()] if len(self._columns) > 1 else []
+        for reply in (*last, self._decoded()):
+            if reply is not None:
+                yield reply
+
+    def _decode(self) -> Reply | None:
+        """Decode the frames that have come since; the reply that is there."""
+        ready = self._decoded()
+        delays = self._config.delays[: self._config.num_agent_streams]
         frames = unshift(np.stack(self._columns, axis=1), delays)
         self._columns = self._columns[-1:]
         text, agent = frames[0], frames[1:]
-        pcm = decode_chunk(self._model.mimi, agent, self._decoder)
-        reply = Reply(pcm, text, agent, self._take_user_codes(len(text)))
+        pcm = partial(self._codec.decode, agent, self._decoder)
+        if self._worker is not None:
+            pcm = self._worker.submit(pcm).result
+        user = self._take_user_codes(len(text))
+        self._decoding = _Decoding(pcm, text, agent, user)
+        return self._decoded() if self._worker is None else ready
+
+    def _decoded(self) -> Reply | None:
+        """The reply under way, once it is there."""
+        if self._decoding is None:
+            return None
+        under_way, self._decoding = self._decoding, None
+        start = time.perf_counter()
+        pcm = under_way.pcm()
         self.timings.decode_s += time.perf_counter() - start
-        return reply
+        return Reply(pcm, under_way.text, under_way.agent, under_way.user)
 
     def _take_user_codes(self, count: int) -> np.ndarray:
         codes = np.concatenate(self._user_codes, axis=1)
@@ -337,17 +347,16 @@ class Conversation:
         chunks of one frame, ``ahead=False`` and ``decode_frames=1``: every frame is
         answered before the next is asked for.
         """
-        track = Track(self._model, self._prompt, chunks, decode_frames)
-        self.timings = track.timings
-        columns = (mx.array(column[None]) for column in track.user_columns())
-        steps = generate(
-            self._model.lm, self._state, columns, self._sampler, ahead=ahead
-        )
-        for step in steps:
-            if reply := track.push(step):
-                yield reply
-        if reply := track.flush():
-            yield reply
+        model = self._model
+        with codec_worker(model.codec, beside=1 if ahead else 0) as worker:
+            track = Track(model, self._prompt, chunks, decode_frames, worker)
+            self.timings = track.timings
+            columns = (mx.array(column[None]) for column in track.user_columns())
+            steps = generate(model.lm, self._state, columns, self._sampler, ahead=ahead)
+            for step in steps:
+                if reply := track.push(step):
+                    yield reply
+            yield from track.finish()
 
 
 def warm_up(model: Model, prefilled: Prefilled) -> None:

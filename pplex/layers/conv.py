@@ -25,7 +25,7 @@ class StreamConv(nn.Module):
         pad: Literal["zeros", "edge"] = "zeros",
     ) -> None:
         super().__init__()
-        self._stride = stride
+        self.stride = stride
         self._overlap = kernel - stride
         self._pad = pad
         self.weight = mx.zeros((out_channels, kernel, in_channels))
@@ -44,7 +44,7 @@ class StreamConv(nn.Module):
                 state = self._first_state(x)
             x = mx.concatenate([state, x], axis=1)
             state = x[:, -self._overlap :]
-        y = mx.conv1d(x, self.weight, stride=self._stride)
+        y = mx.conv1d(x, self.weight, stride=self.stride)
         return (y + self.bias if "bias" in self else y), state
 
     def _first_state(self, x: mx.array) -> mx.array:

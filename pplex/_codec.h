@@ -1,0 +1,446 @@
+/* The codec's computations, for one instruction set. Included once for each by
+   _codec.c.
+
+   NAME(x) gives a name its suffix, TARGET is a function's attribute, WIDTH how many
+   floats a vector has, PANELS_AT_ONCE how many panels of 16 columns a tile of a product
+   spans at most: as many as leave registers for a few rows. */
+
+#define lanes NAME(lanes)
+#define loose NAME(loose)
+#define ints NAME(ints)
+#define UNITS (PANEL / WIDTH)
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+typedef float lanes __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef float loose __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH), may_alias));
+
+INLINE lanes NAME(load)(const float *p) { return *(const loose *)p; }
+
+INLINE lanes NAME(all)(float x) { return x - (lanes){0}; }
+
+INLINE lanes NAME(larger)(lanes a, lanes b) {
+#if WIDTH == 16
+  return (lanes)_mm512_max_ps((__m512)a, (__m512)b);
+#elif WIDTH == 8
+  return (lanes)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  ints first = a > b;
+  return (lanes)(((ints)a & first) | ((ints)b & ~first));
+#endif
+}
+
+/* The first `count` lanes. */
+INLINE void NAME(store)(float *p, lanes x, long count) {
+  if (count >= WIDTH) {
+    *(loose *)p = x;
+    return;
+  }
+#if WIDTH == 16
+  _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)x);
+#else
+  for (long i = 0; i < count; i++) p[i] = x[i];
+#endif
+}
+
+/* Sum of the lanes, in a fixed order. */
+INLINE float NAME(total)(lanes x) {
+  float sum[WIDTH];
+  memcpy(sum, &x, sizeof x);
+  for (int width = WIDTH / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) sum[i] += sum[i + width];
+  return sum[0];
+}
+
+/* e^x for x <= 88, to 2 units in the last place; below -87 it stays at e^-87.
+
+   x = n ln 2 + r, and e^r = 1 + r + r^2 p(r): p was fitted to the least largest error
+   for |r| <= ln 2 / 2, which is 3e-9. */
+INLINE lanes NAME(exponential)(lanes x) {
+  const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to whole numbers */
+  x = NAME(larger)(x, NAME(all)(-87.0f));
+  lanes shifted = x * 1.44269504f + round, n = shifted - round;
+  /* ln 2 in two parts, the first of few bits */
+  lanes r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  lanes p = r * 1.3950490392744541e-3f + 8.368889801204205e-3f;
+  p = p * r + 4.166620597243309e-2f;
+  p = p * r + 0.166665181517601f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  return (lanes)((ints)p + ((ints)shifted << 23));
+}
+
+INLINE lanes NAME(elu)(lanes x) {
+  lanes zero = {0};
+  lanes negative = -NAME(larger)(-x, zero);
+  return NAME(larger)(x, zero) + (NAME(exponential)(negative) - 1.0f);
+}
+
+/* x (1 + erf(x / sqrt 2)) / 2.
+
+   erfc(z) = t q(t) e^(-z^2) with t = 1 / (1 + 0.46 z) for z >= 0: q was fitted to the
+   least largest error of erfc, which is 3e-9. */
+INLINE lanes NAME(gelu)(lanes x) {
+  lanes z = NAME(larger)(x, -x) * 0.70710678f;
+  lanes t = 1.0f / (z * 0.46f + 1.0f);
+  lanes q = t * 0.09034794569015503f - 0.45509836077690125f;
+  q = q * t + 0.7224814295768738f;
+  q = q * t - 0.23552265763282776f;
+  q = q * t + 0.38738417625427246f;
+  q = q * t + 0.22827713191509247f;
+  q = q * t + 0.26213034987449646f;
+  lanes erfc = q * t * NAME(exponential)(-(z * z));
+  ints negative = x < 0;
+  lanes below = x * 0.5f * erfc, above = x - below;
+  return (lanes)(((ints)below & negative) | ((ints)above & ~negative));
+}
+
+TARGET static void NAME(activate)(long activation, float *x, long count) {
+  for (long i = 0; i < count; i += WIDTH) {
+    lanes v = {0};
+    long here = count - i < WIDTH ? count - i : WIDTH;
+    memcpy(&v, x + i, here * sizeof *x);
+    NAME(store)(x + i, activation == ELU    ? NAME(elu)(v)
+                       : activation == GELU ? NAME(gelu)(v)
+                                            : NAME(exponential)(v), here);
+  }
+}
+
+/* Add to the sums (ROWS, PANELS * 16) the products of `depth` values of rows of a with
+   as many rows of PANELS panels of b, in that order. */
+#define TILE(ROWS, PANELS)                                                           \
+  TARGET static void NAME(tile_##ROWS##x##PANELS)(                                   \
+      long depth, const float *a, long lda, const float *b, long panel, float *sums) { \
+    lanes sum[ROWS][PANELS * UNITS];                                                 \
+    _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++)                          \
+        _Pragma("GCC unroll 16") for (int v = 0; v < PANELS * UNITS; v++)            \
+            sum[r][v] = NAME(load)(sums + r * MAX_PANELS * PANEL + v * WIDTH);       \
+    for (long i = 0; i < depth; i++) {                                               \
+      lanes column[PANELS * UNITS];                                                  \
+      _Pragma("GCC unroll 16") for (int v = 0; v < PANELS * UNITS; v++)              \
+          column[v] = *(const lanes *)(b + v / UNITS * panel + i * PANEL +           \
+                                       v % UNITS * WIDTH);                           \
+      _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++)                        \
+          _Pragma("GCC unroll 16") for (int v = 0; v < PANELS * UNITS; v++)          \
+              sum[r][v] += a[r * lda + i] * column[v];                               \
+    }                                                                                \
+    _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++)                          \
+        _Pragma("GCC unroll 16") for (int v = 0; v < PANELS * UNITS; v++)            \
+            * (loose *)(sums + r * MAX_PANELS * PANEL + v * WIDTH) = sum[r][v];      \
+  }
+
+typedef void (*NAME(tile))(long, const float *, long, const float *, long, float *);
+
+/* By panels, then from the most rows to one. */
+#if PANELS_AT_ONCE == 4
+TILE(8, 1) TILE(4, 1) TILE(2, 1) TILE(1, 1)
+TILE(8, 2) TILE(4, 2) TILE(2, 2) TILE(1, 2)
+TILE(8, 3) TILE(4, 3) TILE(2, 3) TILE(1, 3)
+TILE(6, 4) TILE(4, 4) TILE(2, 4) TILE(1, 4)
+static const NAME(tile) NAME(tiles)[][4] = {
+    {NAME(tile_8x1), NAME(tile_4x1), NAME(tile_2x1), NAME(tile_1x1)},
+    {NAME(tile_8x2), NAME(tile_4x2), NAME(tile_2x2), NAME(tile_1x2)},
+    {NAME(tile_8x3), NAME(tile_4x3), NAME(tile_2x3), NAME(tile_1x3)},
+    {NAME(tile_6x4), NAME(tile_4x4), NAME(tile_2x4), NAME(tile_1x4)},
+};
+static const int NAME(heights)[][4] = {
+    {8, 4, 2, 1}, {8, 4, 2, 1}, {8, 4, 2, 1}, {6, 4, 2, 1}};
+#elif WIDTH == 8
+TILE(6, 1) TILE(4, 1) TILE(2, 1) TILE(1, 1)
+static const NAME(tile) NAME(tiles)[][4] = {
+    {NAME(tile_6x1), NAME(tile_4x1), NAME(tile_2x1), NAME(tile_1x1)}};
+static const int NAME(heights)[][4] = {{6, 4, 2, 1}};
+#else
+TILE(3, 1) TILE(2, 1) TILE(1, 1)
+static const NAME(tile) NAME(tiles)[][4] = {
+    {NAME(tile_3x1), NAME(tile_2x1), NAME(tile_1x1), NAME(tile_1x1)}};
+static const int NAME(heights)[][4] = {{3, 2, 1, 1}};
+#endif
+#undef TILE
+
+/* Finish the sums of some rows and `columns` columns; `at` is the first's place. */
+TARGET static void NAME(finished)(const finish *f, const float *sums, long rows,
+                                  long columns, const float *bias, long at, long n,
+                                  float *out) {
+  for (long r = 0; r < rows; r++, at += n, sums += MAX_PANELS * PANEL)
+    for (long c = 0; c < columns; c += WIDTH) {
+      lanes x = NAME(load)(sums + c);
+      long count = columns - c;
+      if (bias) x += NAME(load)(bias + c);
+      if (f->add) x += NAME(load)(f->add + at + c);
+      if (f->keep) NAME(store)(f->keep + at + c, x, count);
+      if (f->activation == ELU) x = NAME(elu)(x);
+      if (f->activation == GELU) x = NAME(gelu)(x);
+      NAME(store)(out + at + c, x, count);
+    }
+}
+
+/* out (rows, n) = a (rows, k), whose rows start `lda` apart, times a matrix. */
+TARGET static void NAME(product)(const matrix *m, long rows, const float *a, long lda,
+                                 const finish *f, float *out) {
+  float sums[MAX_ROWS * MAX_PANELS * PANEL] __attribute__((aligned(64)));
+  long panels = (m->n + PANEL - 1) / PANEL, size = m->k * PANEL;
+  for (long p = 0, wide; p < panels; p += wide) {
+    wide = panels - p < PANELS_AT_ONCE ? panels - p : PANELS_AT_ONCE;
+    const NAME(tile) *tiles = NAME(tiles)[wide - 1];
+    const int *heights = NAME(heights)[wide - 1];
+    long column = p * PANEL;
+    long columns = m->n - column < wide * PANEL ? m->n - column : wide * PANEL;
+    for (long first = 0, high; first < rows; first += high) {
+      high = rows - first < MAX_ROWS ? rows - first : MAX_ROWS;
+      memset(sums, 0, high * MAX_PANELS * PANEL * sizeof *sums);
+      for (long k = 0; k < m->k; k += MAX_DEPTH) {
+        long depth = m->k - k < MAX_DEPTH ? m->k - k : MAX_DEPTH;
+        for (long r = 0, step = 0; r < high; r += heights[step]) {
+          while (heights[step] > high - r) step++;
+          tiles[step](depth, a + (first + r) * lda + k, lda,
+                      m->weight + p * size + k * PANEL, size,
+                      sums + r * MAX_PANELS * PANEL);
+        }
+      }
+      NAME(finished)(f, sums, high, columns, m->bias ? m->bias + column : 0,
+                     first * m->n + column, m->n, out);
+    }
+  }
+}
+
+/* One convolution of x, `rows` rows with room before them; the carried rows change. */
+TARGET static void NAME(convolve)(const convolution *c, float *state, int starts,
+                                  float *x, long rows, float *kept, float *out) {
+  long size = c->overlap * c->channels;
+  float *carried = state + c->state;
+  if (starts && c->flags & EDGE)
+    for (long i = 0; i < c->overlap; i++)
+      memcpy(carried + i * c->channels, x, c->channels * sizeof *x);
+  memcpy(x - size, carried, size * sizeof *x);
+  finish f = {c->matrix.bias, c->flags & ADD ? kept : 0, c->flags & KEEP ? kept : 0,
+              c->activation};
+  NAME(product)(&c->matrix, rows / c->stride, x - size, c->stride * c->channels, &f,
+                out);
+  memcpy(carried, x + rows * c->channels - size, size * sizeof *x);
+}
+
+/* Run r->x, `count` floats, through convolutions, into r->x; how many floats. */
+TARGET static long NAME(convolve_all)(const convolution *c, long num, float *state,
+                                      int starts, long count, room *r) {
+  for (long i = 0; i < num; i++) {
+    long rows = count / c[i].channels;
+    NAME(convolve)(&c[i], state, starts, r->x, rows, r->kept, r->y);
+    count = rows / c[i].stride * c[i].matrix.n;
+    float *x = r->x;
+    r->x = r->y, r->y = x;
+  }
+  return count;
+}
+
+TARGET static void NAME(layer_norm)(const float *x, long rows, long width,
+                                    const float *weight, const float *bias,
+                                    float *restrict out) {
+  for (long r = 0; r < rows; r++, x += width, out += width) {
+    lanes sum = {0}, squares = {0};
+    float rest = 0, rest_squares = 0;
+    long c = 0;
+    for (; c + WIDTH <= width; c += WIDTH) sum += NAME(load)(x + c);
+    for (long i = c; i < width; i++) rest += x[i];
+    float mean = (NAME(total)(sum) + rest) / width;
+    for (c = 0; c + WIDTH <= width; c += WIDTH) {
+      lanes apart = NAME(load)(x + c) - mean;
+      squares += apart * apart;
+    }
+    for (long i = c; i < width; i++) rest_squares += (x[i] - mean) * (x[i] - mean);
+    float variance = (NAME(total)(squares) + rest_squares) / width;
+    float scale = 1.0f / sqrtf(variance + 1e-5f);
+    for (c = 0; c < width; c++) out[c] = (x[c] - mean) * scale * weight[c] + bias[c];
+  }
+}
+
+/* Turn the pairs of a row's queries and keys by its angles: cosines, then sines. */
+TARGET static void NAME(rotate)(float *x, long heads, long dim, const float *turns) {
+  for (long h = 0; h < heads; h++, x += dim)
+    for (long i = 0; i < dim / 2; i++) {
+      float real = x[2 * i], imaginary = x[2 * i + 1];
+      float cosine = turns[i], sine = turns[dim / 2 + i];
+      x[2 * i] = real * cosine - imaginary * sine;
+      x[2 * i + 1] = real * sine + imaginary * cosine;
+    }
+}
+
+/* Add a position's key and value, and attend: y (width) of qkv (3 width).
+
+   Keys are (heads, dim, slots), values (slots, width); position p lies in slot
+   p % window, and slots are a whole number of vectors. */
+TARGET static void NAME(attend)(const transformer *t, const float *qkv, long position,
+                                float *keys, float *values, float *scores, float *y) {
+  long width = t->width, dim = width / t->heads, window = t->window;
+  long slots = (window + PANEL - 1) / PANEL * PANEL, slot = position % window;
+  long filled = position + 1 < window ? position + 1 : window;
+  long used = (filled + WIDTH - 1) / WIDTH * WIDTH;
+  long block_end = (position / t->block + 1) * t->block;
+  for (long i = 0; i < width; i++) keys[i * slots + slot] = qkv[width + i];
+  memcpy(values + slot * width, qkv + 2 * width, width * sizeof *values);
+  for (long h = 0; h < t->heads; h++) {
+    const float *q = qkv + h * dim, *k = keys + h * dim * slots;
+    for (long j = 0; j < used; j += 4 * WIDTH) {
+      lanes sum[4] = {{0}};
+      long vectors = (used - j) / WIDTH < 4 ? (used - j) / WIDTH : 4;
+      if (vectors == 4) {
+        for (long i = 0; i < dim; i++)
+          for (int v = 0; v < 4; v++)
+            sum[v] += q[i] * NAME(load)(k + i * slots + j + v * WIDTH);
+        for (int v = 0; v < 4; v++) *(loose *)(scores + j + v * WIDTH) = sum[v];
+      } else
+        for (long v = 0; v < vectors; v++) {
+          lanes one = {0};
+          for (long i = 0; i < dim; i++)
+            one += q[i] * NAME(load)(k + i * slots + j + v * WIDTH);
+          *(loose *)(scores + j + v * WIDTH) = one;
+        }
+    }
+    float largest = scores[slot];
+    for (long j = 0; j < filled; j++)
+      if (scores[j] > largest) largest = scores[j];
+    for (long j = 0; j < used; j += WIDTH)
+      *(loose *)(scores + j) = NAME(exponential)(NAME(load)(scores + j) - largest);
+    for (long j = filled; j < used; j++) scores[j] = 0;
+    /* What the block's last position will not see, the block's first does not. */
+    for (long p = position + 1; p < block_end; p++)
+      if (p >= window) scores[p % window] = 0;
+    lanes sum = {0};
+    for (long j = 0; j < used; j += WIDTH) sum += NAME(load)(scores + j);
+    float scale = 1.0f / NAME(total)(sum);
+    for (long i = 0; i < dim; i += WIDTH) {
+      lanes even = {0}, odd = {0};
+      const float *v = values + h * dim + i;
+      long j = 0;
+      for (; j + 2 <= filled; j += 2) {
+        even += scores[j] * NAME(load)(v + j * width);
+        odd += scores[j + 1] * NAME(load)(v + (j + 1) * width);
+      }
+      if (j < filled) even += scores[j] * NAME(load)(v + j * width);
+      NAME(store)(y + h * dim + i, (even + odd) * scale, dim - i);
+    }
+  }
+}
+
+/* x (rows, width), in place, at positions from `position` on. */
+TARGET static void NAME(transform)(const transformer *t, float *state, long position,
+                                   float *x, long rows, room *r) {
+  long width = t->width, dim = width / t->heads;
+  long slots = (t->window + PANEL - 1) / PANEL * PANEL;
+  for (long row = 0; row < rows; row++)
+    for (long i = 0; i < dim / 2; i++) {
+      float angle = (float)(position + row) * t->frequencies[i]; /* rounded, as there */
+      r->turns[row * dim + i] = cos(angle);
+      r->turns[row * dim + dim / 2 + i] = sin(angle);
+    }
+  finish plain = {0}, added = {.add = x}, gelu = {.activation = GELU};
+  for (long i = 0; i < t->num_layers; i++) {
+    const layer *l = &t->layers[i];
+    float *keys = state + t->state + i * 2 * slots * width;
+    float *values = keys + slots * width;
+    NAME(layer_norm)(x, rows, width, l->norm1_weight, l->norm1_bias, r->normed);
+    NAME(product)(&l->in_proj, rows, r->normed, width, &plain, r->qkv);
+    for (long row = 0; row < rows; row++) {
+      float *qkv = r->qkv + row * 3 * width;
+      NAME(rotate)(qkv, 2 * t->heads, dim, r->turns + row * dim);
+      NAME(attend)(t, qkv, position + row, keys, values, r->scores,
+                   r->normed + row * width);
+    }
+    NAME(product)(&l->out_proj, rows, r->normed, width, &added, x);
+    NAME(layer_norm)(x, rows, width, l->norm2_weight, l->norm2_bias, r->normed);
+    NAME(product)(&l->linear1, rows, r->normed, width, &gelu, r->hidden);
+    NAME(product)(&l->linear2, rows, r->hidden, t->feed_forward, &added, x);
+  }
+}
+
+TARGET static void NAME(encode)(const direction *d, float *state, long position,
+                                const float *pcm, long frames, float *latents,
+                                float *memory) {
+  room r;
+  lay_out(d, frames, memory, &r);
+  int starts = position == 0;
+  long fine = d->num_fine, rows = frames * d->latents;
+  for (long frame = 0; frame < frames; frame++) {
+    memcpy(r.x, pcm + frame * d->samples, d->samples * sizeof *pcm);
+    NAME(convolve_all)(d->convolutions, fine, state, starts, d->samples, &r);
+    memcpy(r.between + frame * d->between, r.x, d->between * sizeof *pcm);
+  }
+  memcpy(r.x, r.between, frames * d->between * sizeof *pcm);
+  NAME(convolve_all)(d->convolutions + fine, d->num_convolutions - fine, state, starts,
+                     frames * d->between, &r);
+  NAME(transform)(&d->transformer, state, position, r.x, rows, &r);
+  NAME(convolve)(&d->downsample, state, starts, r.x, rows, r.kept, latents);
+}
+
+TARGET static void NAME(decode)(const direction *d, float *state, long position,
+                                const float *latents, long frames, float *pcm,
+                                float *memory) {
+  room r;
+  lay_out(d, frames, memory, &r);
+  long width = d->transformer.width, rows = frames * d->latents;
+  long coarse = d->num_convolutions - d->num_fine;
+  const float *w = d->upsample;
+  float *previous = state + d->upsample_state;
+  for (long row = 0; row < frames; row++, latents += width) {
+    float *restrict out = r.x + row * 2 * width;
+    for (long i = 0; i < width; i++) {
+      out[i] = latents[i] * w[i] + previous[i] * w[2 * width + i];
+      out[width + i] = latents[i] * w[width + i] + previous[i] * w[3 * width + i];
+    }
+    memcpy(previous, latents, width * sizeof *latents);
+  }
+  NAME(transform)(&d->transformer, state, position, r.x, rows, &r);
+  NAME(convolve_all)(d->convolutions, coarse, state, 0, rows * width, &r);
+  memcpy(r.between, r.x, frames * d->between * sizeof *pcm);
+  for (long frame = 0; frame < frames; frame++) {
+    memcpy(r.x, r.between + frame * d->between, d->between * sizeof *pcm);
+    NAME(convolve_all)(d->convolutions + coarse, d->num_fine, state, 0, d->between, &r);
+    memcpy(pcm + frame * d->samples, r.x, d->samples * sizeof *pcm);
+  }
+}
+
+TARGET static void NAME(quantize)(const quantizer *q, const float *latents, long frames,
+                                  int32_t *codes, float *memory) {
+  long dim = q->dim;
+  float *residual = place(&memory, frames * 2 * dim), *scores = memory;
+  finish plain = {0};
+  NAME(product)(&q->input, frames, latents, q->input.k, &plain, residual);
+  for (long book = 0; book < q->num_codebooks; book++, codes += frames) {
+    float *part = residual + (book ? dim : 0);
+    finish f = {.bias = q->tables[book].bias};
+    NAME(product)(&q->tables[book], frames, part, 2 * dim, &f, scores);
+    for (long frame = 0; frame < frames; frame++) {
+      const float *score = scores + frame * q->bins;
+      long best = 0;
+      for (long i = 1; i < q->bins; i++)
+        if (score[i] > score[best]) best = i;
+      codes[frame] = best;
+      const float *row = q->rows + (book * q->bins + best) * dim;
+      for (long i = 0; i < dim; i++) part[frame * 2 * dim + i] -= row[i];
+    }
+  }
+}
+
+TARGET static void NAME(dequantize)(const quantizer *q, const int32_t *codes,
+                                    long frames, float *latents, float *memory) {
+  long dim = q->dim;
+  memset(memory, 0, frames * 2 * dim * sizeof *memory);
+  for (long book = 0; book < q->num_codebooks; book++)
+    for (long frame = 0; frame < frames; frame++) {
+      const float *row = q->rows + (book * q->bins + codes[book * frames + frame]) * dim;
+      float *sum = memory + frame * 2 * dim + (book ? dim : 0);
+      for (long i = 0; i < dim; i++) sum[i] += row[i];
+    }
+  finish plain = {0};
+  NAME(product)(&q->output, frames, memory, 2 * dim, &plain, latents);
+}
+
+static const engine NAME(engine) = {NAME(encode), NAME(quantize), NAME(dequantize),
+                                    NAME(decode), NAME(activate)};
+
+#undef lanes
+#undef loose
+#undef ints
+#undef UNITS
+#undef INLINE

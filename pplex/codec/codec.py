@@ -1,0 +1,92 @@
+"""The codec as a conversation sees it: NumPy frames in, NumPy codes out, and back."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from pplex.codec import native
+from pplex.codec.mimi import CodecState, Mimi
+from pplex.config import MimiConfig
+from pplex.layers.device import on_cpu
+
+
+class Codec(Protocol):
+    """PCM to codes and back, in chunks of whole frames of any number.
+
+    ``concurrent``: whether calls may run in a thread while MLX computes in another.
+    """
+
+    concurrent: ClassVar[bool]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights in memory."""
+
+    def make_state(self) -> Any:
+        """A fresh state, for one direction of one stream."""
+
+    def encode(self, frames: np.ndarray, state: Any) -> np.ndarray:
+        """PCM (frames, frame_size) to codes int32 (codebooks, frames)."""
+
+    def decode(self, codes: np.ndarray, state: Any) -> np.ndarray:
+        """Codes (codebooks, frames) to PCM (frames * frame_size,).
+
+        On a CPU it is the same bits however many frames come at a time.
+        """
+
+
+def make_codec(mimi: Mimi, config: MimiConfig) -> Codec:
+    """The fastest codec there is with the weights of ``mimi``."""
+    if on_cpu() and native.library() is not None:
+        return native.NativeCodec(mimi, config)
+    return MlxCodec(mimi)
+
+
+class MlxCodec:
+    """The codec by MLX's operations."""
+
+    concurrent: ClassVar[bool] = False
+
+    def __init__(self, mimi: Mimi) -> None:
+        self._mimi = mimi
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights in memory."""
+        return sum(array.nbytes for _, array in tree_flatten(self._mimi.parameters()))
+
+    def make_state(self) -> CodecState:
+        """A fresh state, for one direction of one stream."""
+        return self._mimi.make_state()
+
+    def encode(self, frames: np.ndarray, state: CodecState) -> np.ndarray:
+        """PCM (frames, frame_size) to codes int32 (codebooks, frames)."""
+        num_frames = len(frames)
+        padded = np.pad(frames, ((0, _padding(num_frames)), (0, 0)))
+        pcm = mx.array(padded.reshape(1, -1))
+        return np.array(self._mimi.encode(pcm, state)[0, :, :num_frames])
+
+    def decode(self, codes: np.ndarray, state: CodecState) -> np.ndarray:
+        """Codes (codebooks, frames) to PCM (frames * frame_size,)."""
+        num_frames = codes.shape[1]
+        if on_cpu():
+            # The order in which sums are taken depends on the length of a chunk.
+            frames = [codes[None, :, i : i + 1] for i in range(num_frames)]
+            parts = [self._mimi.decode(mx.array(frame), state)[0] for frame in frames]
+            return np.array(mx.concatenate(parts))
+        padded = np.pad(codes, ((0, 0), (0, _padding(num_frames))))
+        pcm = np.array(self._mimi.decode(mx.array(padded[None]), state)[0])
+        return pcm.reshape(padded.shape[1], -1)[:num_frames].reshape(-1)
+
+
+def _padding(num_frames: int) -> int:
+    """Frames to add to a chunk, the last of its stream if it is a ragged one.
+
+    A GPU's convolutions are planned for each shape, which takes longer than they do;
+    so there only powers of two are used. What is causal does not see the padding.
+    """
+    return 0 if on_cpu() else (1 << (num_frames - 1).bit_length()) - num_frames
