@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from pplex.cli.batch import batch
+from pplex.cli.bench import bench
 from pplex.cli.check import check
 from pplex.cli.doctor import doctor
 from pplex.cli.models import models
@@ -88,3 +89,4 @@ cli.add_command(score)
 cli.add_command(report)
 cli.add_command(check)
 cli.add_command(doctor)
+cli.add_command(bench)

@@ -80,7 +80,7 @@ def draw(entry: Entry) -> np.ndarray:
         at = column(k * step)
         image[6:162, at] = _GRID
         if (k * step) == int(k * step):
-            _number(image, int(k * step), at, 168)
+            draw_number(image, int(k * step), at, 168)
     sides: tuple[tuple[Sequence[Segment], np.ndarray | None, int, tuple], ...] = (
         (measured.user or (), entry.user_peaks, 46, _USER),
         (measured.agent, entry.agent_peaks, 122, _AGENT),
@@ -128,7 +128,8 @@ def png_bytes(image: np.ndarray) -> bytes:
     )
 
 
-def _number(image: np.ndarray, value: int, middle: int, top: int) -> None:
+def draw_number(image: np.ndarray, value: int, middle: int, top: int) -> None:
+    """Write ``value`` into uint8 (height, width, 3), its digits round ``middle``."""
     text = str(value)
     left = min(max(0, middle - 4 * len(text)), WIDTH - 8 * len(text))
     for i, digit in enumerate(text):

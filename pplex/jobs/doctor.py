@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pplex.config import LmConfig, load_config
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import Conversation, load, make_role, warm_up
 from pplex.errors import PplexError
+from pplex.jobs.memory import memory_gb
 from pplex.jobs.respond import device_name
 from pplex.layers.device import on_cpu
 from pplex.model.sampling import SamplingConfig
@@ -105,7 +105,7 @@ def diagnose(blas: str, network: Callable[[], Online] | None) -> Diagnosis:
 
 def look_at_machine(blas: str) -> Machine:
     """Versions, memory, and products timed."""
-    total, free = _memory()
+    total, free = memory_gb()
     times = {bits: _ns_per_weight(bits) for bits in (4, 8, 16)}
     return Machine(
         python=platform.python_version(),
@@ -121,25 +121,6 @@ def look_at_machine(blas: str) -> Machine:
         ns_per_weight=times,
         bandwidth_gb_s=(4 if on_cpu() else 2) / times[16],
     )
-
-
-def _memory() -> tuple[float | None, float | None]:
-    """Total and free memory of what computes, in GB."""
-    info = mx.device_info(mx.default_device())
-    if not on_cpu():
-        total = info.get("total_memory") or info.get("memory_size")
-        free = info.get("free_memory") or info.get("max_recommended_working_set_size")
-        return tuple(int(x) / 1e9 if x else None for x in (total, free))  # type: ignore
-    if sys.platform != "linux":
-        return None, None
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    sizes = {
-        key: int(rest.split()[0]) for key, _, rest in (x.partition(":") for x in lines)
-    }
-    return tuple(
-        sizes[key] * 1024 / 1e9 if key in sizes else None
-        for key in ("MemTotal", "MemAvailable")
-    )  # type: ignore
 
 
 def _ns_per_weight(bits: int) -> float:

@@ -1,0 +1,273 @@
+"""``pplex bench``: how fast a model answers here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pplex.cli.options import model_options, verbosity_options
+from pplex.cli.progress import size
+from pplex.cli.tables import echo_table
+from pplex.files import PIPE, write_text
+
+if TYPE_CHECKING:
+    from pplex.insight.compare_bench import Change
+    from pplex.jobs.bench import Bench
+
+_FILE = click.Path(path_type=Path)
+_MOST_FRAMES = 1_000_000
+
+
+class BatchSizes(click.ParamType):
+    """Numbers from 1, with commas between them."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
+        """Turn the option's text into a tuple."""
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if all(re.fullmatch(r"\d{1,4}", p) and 1 <= int(p) <= 4096 for p in parts):
+            return tuple(int(part) for part in parts)
+        self.fail(f"{value!r} is not a list of numbers from 1 to 4096: 1,8,32", param)
+
+
+class Lengths(click.ParamType):
+    """``MIN-MAX``: frames, from 1."""
+
+    name = "MIN-MAX"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
+        """Turn the option's text into two numbers."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d{1,7})-(\d{1,7})", value)
+        if match and 1 <= int(match[1]) <= int(match[2]) <= _MOST_FRAMES:
+            return int(match[1]), int(match[2])
+        self.fail(f"{value!r} is not MIN-MAX in frames, such as 100-400", param)
+
+
+@click.command(
+    epilog="Example: pplex bench --random medium --batch-size 1,8 --json before.json"
+)
+@model_options
+@click.option(
+    "--random",
+    type=click.Choice(["tiny", "medium", "7b"]),
+    help="Instead of --model, make one of this size with random weights, in memory.",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8", "16"]),
+    help="How the weights of --random are stored.  [default: 4]",
+)
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=BatchSizes(),
+    metavar="N[,N...]",
+    default="1",
+    show_default=True,
+    help="How many recordings at a time; several sizes are measured in turn.",
+)
+@click.option(
+    "--frames",
+    type=click.IntRange(1, _MOST_FRAMES),
+    default=250,
+    show_default=True,
+    help="How long each recording is, in frames of 80 ms.",
+)
+@click.option(
+    "--lengths",
+    type=Lengths(),
+    metavar="MIN-MAX",
+    help="Recordings of mixed lengths instead, three for each of the batch.",
+)
+@click.option("--json", "json_file", metavar="FILE", type=_FILE, help="Write JSON too.")
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=_FILE,
+    help="Draw each frame's time over the recording: .svg or .png.",
+)
+@click.option(
+    "--compare",
+    metavar="FILE",
+    type=_FILE,
+    help="The JSON of an earlier run: print what changed.",
+)
+@verbosity_options
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    model_name: str,
+    random: str | None,
+    bits: str | None,
+    json_file: Path | None,
+    plot: Path | None,
+    compare: Path | None,
+    verbosity: int,
+    **options: Any,
+) -> None:
+    """Measure how fast a model answers on this machine.
+
+    Runs the whole loop as respond and batch do, codec included, then each part by
+    itself, and compares the bytes that a frame must move with what this machine can
+    copy. Nothing is read but the model, and nothing else should run meanwhile.
+    """
+    check_usage(ctx, random, bits, options["lengths"], plot)
+    from pplex.backend import use_fast_blas
+
+    use_fast_blas()
+    from dataclasses import asdict
+
+    from pplex.insight.compare_bench import changes, differences, read_bench
+    from pplex.insight.latency_plot import Line, check_plot_path, write_plot
+    from pplex.jobs.bench import SCHEMA, Plan
+    from pplex.jobs.bench import bench as measure
+
+    before = None if compare is None else read_bench(compare, SCHEMA)
+    if plot is not None:
+        check_plot_path(plot)
+    plan = Plan(model_name=model_name, random=random, bits=int(bits or 4), **options)
+    found = measure(plan, lambda said: _note(said, verbosity))
+    text = json.dumps(asdict(found), indent=1)
+    if json_file == PIPE:
+        click.echo(text)
+    elif json_file is not None:
+        write_text(json_file, text + "\n")
+    if plot is not None:
+        lines = [
+            Line(f"{run.batch_size} at a time", run.frame_ms_series or [])
+            for run in found.runs
+        ]
+        write_plot(plot, f"{found.model} on {found.device}", lines, found.frame_rate)
+    if json_file != PIPE:
+        report(found)
+        if before is not None:
+            content = json.loads(text)
+            report_changes(differences(before, content), changes(before, content))
+
+
+def check_usage(
+    ctx: click.Context,
+    random: str | None,
+    bits: str | None,
+    lengths: tuple[int, int] | None,
+    plot: Path | None,
+) -> None:
+    """Refuse options that do not go together."""
+
+    def is_given(name: str) -> bool:
+        source = ctx.get_parameter_source(name)
+        return source is click.core.ParameterSource.COMMANDLINE
+
+    if random is None and bits is not None:
+        raise click.UsageError("--bits is for --random: a model's bits are its own")
+    if random is not None and is_given("model_name"):
+        raise click.UsageError("--random and --model exclude each other")
+    if lengths is not None and (is_given("frames") or plot is not None):
+        raise click.UsageError(
+            "--lengths excludes --frames and --plot: rows change hands meanwhile"
+        )
+
+
+def _note(said: str, verbosity: int) -> None:
+    if verbosity >= 0:
+        click.echo(said, err=True)
+
+
+def report(found: Bench) -> None:
+    """Print what was measured, a column a batch size."""
+    bits = " and ".join(str(b) for b in found.bits)
+    click.echo(
+        f"{found.model}, {bits} bits, {found.dtype} on "
+        f"{found.device}; pplex {found.pplex}, MLX {found.mlx}"
+    )
+    click.echo(
+        f"ready in {found.load_s:.2f} s; voice and role ({found.prompt_frames} frames) "
+        f"in {found.prefill_s:.2f} s; copies at {found.copy_bandwidth_gb_s:.0f} GB/s"
+    )
+    rows = [["", *(f"batch {run.batch_size}" for run in found.runs)]]
+    for name, value in _ROWS:
+        cells = [value(run) for run in found.runs]
+        if any(cells):
+            rows.append([name, *(cell or "-" for cell in cells)])
+    echo_table(rows, right=range(1, len(rows[0])))
+    click.echo(f"Left out: warming up with {found.warm_up_frames} frames.")
+    if found.lengths is None:
+        click.echo(
+            "A mean frame is split as the loop saw it; the parts alone were run apart "
+            "and waited for."
+        )
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return ""
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}".replace(",", " ")
+    return f"{value:.{digits}g}"
+
+
+def _in(group: str, key: str) -> Any:
+    return lambda run: _number(getattr(getattr(run, group), key, None))
+
+
+def _of(key: str) -> Any:
+    return lambda run: _number(getattr(run, key))
+
+
+_ROWS: tuple[tuple[str, Any], ...] = (
+    ("recordings", lambda run: str(run.recordings)),
+    ("frames", lambda run: str(run.frames)),
+    ("ms a frame, p50", _in("frame_ms", "p50")),
+    ("  p95", _in("frame_ms", "p95")),
+    ("  p99", _in("frame_ms", "p99")),
+    ("  mean", _in("frame_ms", "mean")),
+    ("    encode", _in("loop_ms", "encode")),
+    ("    step", _in("loop_ms", "step")),
+    ("    decode", _in("loop_ms", "decode")),
+    ("    rest", _in("loop_ms", "rest")),
+    ("ms alone: encode", _in("parts_ms", "encode")),
+    ("    temporal transformer", _in("parts_ms", "temporal")),
+    ("    depformer and sampling", _in("parts_ms", "depformer")),
+    ("    decode", _in("parts_ms", "decode")),
+    ("% of frames over 80 ms", _of("late_percent")),
+    ("real-time factor", _of("real_time_factor")),
+    ("seconds of audio a second", _of("audio_s_per_s")),
+    ("MB a frame must move", _in("moved_mb", "total")),
+    ("    weights", _in("moved_mb", "weights")),
+    ("    keys and values", _in("moved_mb", "kv")),
+    ("    codec", _in("moved_mb", "codec")),
+    ("GB/s reached", _of("moved_gb_s")),
+    ("% of copies", _of("bandwidth_percent")),
+    ("peak memory", lambda run: size(run.peak_memory_gb)),
+)
+
+
+def report_changes(different: list[str], found: list[Change]) -> None:
+    """Print what changed since an earlier run."""
+    click.echo()
+    for line in different:
+        click.echo(f"not the same: {line}")
+    if not found:
+        click.echo("the earlier run has no batch size of this one")
+        return
+    rows = [["", "unit", "then", "now", "now/then"]]
+    rows += [
+        [
+            f"batch {one.batch_size}, {one.figure}",
+            one.unit,
+            _number(one.before),
+            _number(one.now),
+            f"{one.ratio:.2f}",
+        ]
+        for one in found
+    ]
+    echo_table(rows, right=(2, 3, 4))

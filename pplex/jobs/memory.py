@@ -1,0 +1,80 @@
+"""How much memory there is, and how fast it is."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.layers.device import on_cpu
+
+_COPY_BYTES = 256 << 20
+_COPY_SHARE = 64  # a copy takes at most one part in so many of the device's memory
+_COPIES = 8  # launched together, so that launching does not count
+_ROUNDS = 5
+_MAX_THREADS = 8
+
+
+def memory_gb() -> tuple[float | None, float | None]:
+    """Total and free memory of what computes, in GB; None where nobody says."""
+    info = mx.device_info(mx.default_device())
+    if not on_cpu():
+        total = info.get("total_memory") or info.get("memory_size")
+        free = info.get("free_memory") or info.get("max_recommended_working_set_size")
+        return tuple(int(x) / 1e9 if x else None for x in (total, free))  # type: ignore
+    if sys.platform != "linux":
+        return None, None
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    sizes = {
+        key: int(rest.split()[0]) for key, _, rest in (x.partition(":") for x in lines)
+    }
+    return tuple(
+        sizes[key] * 1024 / 1e9 if key in sizes else None
+        for key in ("MemTotal", "MemAvailable")
+    )  # type: ignore
+
+
+def copy_bandwidth_gb_s() -> float:
+    """GB/s of copies of large arrays, read and written bytes both counted.
+
+    The best of some rounds; on a CPU with a thread a core.
+    """
+    total_gb, _ = memory_gb()
+    size = _COPY_BYTES
+    if total_gb is not None:
+        size = min(size, int(total_gb * 1e9) // _COPY_SHARE)
+    seconds = _copies_on_cpu(size) if on_cpu() else _copies_on_gpu(size)
+    return 2 * _COPIES * size / seconds / 1e9
+
+
+def _copies_on_gpu(size: int) -> float:
+    source = mx.zeros((size // 4,), mx.int32)
+    mx.eval(source)
+    spent = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        # Nothing on a GPU is a plain copy but this: read everything, write everything.
+        mx.eval([source + i for i in range(_COPIES)])
+        mx.synchronize()
+        spent.append(time.perf_counter() - start)
+    mx.clear_cache()
+    return min(spent)
+
+
+def _copies_on_cpu(size: int) -> float:
+    threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    shape = (threads, size // 4 // threads)
+    source, target = np.ones(shape, np.int32), np.zeros(shape, np.int32)
+    spent = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            for _ in range(_COPIES):
+                list(pool.map(np.copyto, target, source))
+            spent.append(time.perf_counter() - start)
+    return min(spent)

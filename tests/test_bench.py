@@ -1,0 +1,285 @@
+"""``pplex bench``: figures that fit together, models made in memory, pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from pplex.conversation.prompt import prefill
+from pplex.conversation.session import Conversation
+from pplex.errors import PplexError
+from pplex.insight.compare_bench import changes, differences, read_bench
+from pplex.insight.latency_plot import Line, image, svg, write_plot
+from pplex.jobs import bench as job
+from pplex.jobs.bench_parts import traffic
+from pplex.jobs.random_model import MEDIUM, SIZES, TINY, random_model, random_prompt
+from pplex.model.sampling import SamplingConfig
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No long copies and few rounds."""
+    monkeypatch.setattr(job, "copy_bandwidth_gb_s", lambda: 50.0)
+    monkeypatch.setattr("pplex.jobs.bench_parts._ROUNDS", 2)
+    monkeypatch.setattr("pplex.jobs.bench_parts._CODEC_ROUNDS", 1)
+
+
+def plan(**changed) -> job.Plan:
+    settings = {
+        "model_name": "none",
+        "random": "tiny",
+        "bits": 4,
+        "batch_sizes": (1, 3),
+        "frames": 20,
+    }
+    return job.Plan(**(settings | changed))
+
+
+@pytest.fixture(scope="module")
+def found():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "copy_bandwidth_gb_s", lambda: 50.0)
+        return job.bench(plan(), lambda _: None)
+
+
+def test_every_frame_and_token_is_counted(found):
+    one, three = found.runs
+    assert (one.batch_size, one.recordings, one.frames) == (1, 1, 20)
+    assert (three.batch_size, three.recordings, three.frames) == (3, 3, 60)
+    assert three.tokens == 60 * (1 + 8)
+    assert three.audio_s == pytest.approx(60 * 0.08)
+    assert len(one.frame_ms_series) == len(three.frame_ms_series) == 20
+
+
+def test_what_a_frame_takes_adds_up_to_the_wall_time(found):
+    for run in found.runs:
+        mean = run.wall_s * 1000 / 20
+        assert run.frame_ms.mean == pytest.approx(mean)
+        assert sum(asdict(run.loop_ms).values()) == pytest.approx(mean)
+        assert np.mean(run.frame_ms_series) == pytest.approx(mean, abs=0.001)
+        assert run.real_time_factor == pytest.approx(mean / 80)
+        assert run.audio_s_per_s == pytest.approx(run.audio_s / run.wall_s)
+
+
+def test_the_parts_that_are_timed_take_time(found):
+    for run in found.runs:
+        parts = asdict(run.parts_ms)
+        assert parts["encode"] > 0 and parts["decode"] > 0
+        assert all(value > 0 for value in parts.values() if value is not None)
+
+
+def test_bandwidth_is_what_moved_over_the_time_it_took(found):
+    for run in found.runs:
+        moved = run.moved_mb
+        total = moved.weights + moved.kv + moved.codec
+        assert run.moved_gb_s == pytest.approx(total / run.frame_ms.mean)
+        assert run.bandwidth_percent == pytest.approx(run.moved_gb_s / 50 * 100)
+
+
+def test_late_frames_are_those_over_80_ms(found):
+    for run in found.runs:
+        late = sum(ms > 80 for ms in run.frame_ms_series)
+        assert run.late_percent == pytest.approx(100 * late / 20)
+
+
+def test_recordings_of_mixed_lengths_change_hands():
+    (run,) = job.bench(plan(batch_sizes=(2,), lengths=(3, 12)), lambda _: None).runs
+    assert run.recordings == 6 and 18 <= run.frames <= 72
+    assert run.audio_s_per_s > 0
+    assert run.frame_ms is None and run.parts_ms is None
+
+
+def test_a_model_on_disk_is_measured_too(tiny):
+    result = job.bench(
+        plan(model_name=str(tiny), random=None, batch_sizes=(1,), frames=6),
+        lambda _: None,
+    )
+    assert result.model == str(tiny) and result.runs[0].frames == 6
+
+
+def test_too_little_memory_is_said(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[metal::malloc] Unable to allocate 9 bytes.")
+
+    monkeypatch.setattr(job, "_run", fail)
+    with pytest.raises(PplexError, match="batch size 1: give smaller ones"):
+        job.bench(plan(), lambda _: None)
+
+
+# Models made in memory
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_random_model_talks_in_finite_numbers(bits):
+    model = random_model("tiny", bits)
+    start = prefill(model.lm, random_prompt(model.config))
+    talk = Conversation(model, start, SamplingConfig(), seed=0)
+    frames = np.zeros((60, model.config.frame_size), np.float32)  # past the window
+    (reply,) = talk.run([frames], decode_frames=60)
+    assert np.isfinite(reply.pcm).all() and reply.pcm.std() > 0
+    assert len(set(reply.text.tolist())) > 5
+
+
+def test_the_published_layers_are_quantized_and_no_others():
+    lm = random_model("tiny", 8).lm
+    packed = {n for n, m in lm.named_modules() if isinstance(m, nn.QuantizedLinear)}
+    layers = TINY.lm.num_layers + 8 * TINY.lm.depformer_num_layers
+    assert len(packed) == 4 * layers + 1
+    assert "depformer.input" in packed and "text_linear" not in packed
+    assert all(lm_module.bits == 8 for lm_module in _quantized(lm))
+
+
+def test_random_quantized_weights_have_the_deviation_of_a_trained_layer():
+    for module in _quantized(random_model("tiny", 4).lm):
+        whole = mx.dequantize(
+            module.weight, module.scales, module.biases, module.group_size, module.bits
+        )
+        width = whole.shape[1]
+        assert float(whole.std()) == pytest.approx(width**-0.5, rel=0.1)
+        assert abs(float(whole.mean())) < 0.1 * width**-0.5
+
+
+def _quantized(lm: nn.Module) -> list[nn.QuantizedLinear]:
+    return [m for _, m in lm.named_modules() if isinstance(m, nn.QuantizedLinear)]
+
+
+def test_a_dense_random_model_has_no_packed_weights():
+    model = random_model("tiny", 4, dense=True)
+    assert model.bits == (4,) and not _quantized(model.lm)
+
+
+def test_the_7b_has_the_published_sizes():
+    lm = SIZES["7b"].lm
+    assert (lm.dim, lm.num_layers, lm.depformer_dim, lm.depformer_num_layers) == (
+        *(4096, 32),
+        *(1024, 6),
+    )
+    assert (MEDIUM.lm.dim, MEDIUM.lm.num_layers, MEDIUM.lm.depformer_dim) == (
+        *(512, 8),
+        256,
+    )
+
+
+def test_bytes_are_those_of_the_weights_a_frame_reads():
+    model = random_model("tiny", 16)
+    start = prefill(model.lm, random_prompt(model.config))
+    moved = traffic(model, start, rows=3, mean_position=10)
+    tables = ("text_emb.weight", "audio_emb.weight")
+    parameters = tree_flatten(model.lm.parameters())
+    read = sum(a.size for name, a in parameters if not name.endswith(tables))
+    assert moved.weights == pytest.approx(4 * read / 1e6)
+    # Keys and values, 2 layers, 64 wide, 10 positions, float32, 3 rows.
+    assert moved.kv == pytest.approx(2 * 2 * 64 * 10 * 4 * 3 / 1e6)
+    beyond = traffic(model, start, rows=1, mean_position=1000)
+    assert beyond.kv == pytest.approx(2 * 2 * 64 * 49 * 4 / 1e6)
+
+
+# The command
+
+
+def test_the_command_prints_a_table_and_writes_json(run, tmp_path):
+    path, plot = tmp_path / "a.json", tmp_path / "a.svg"
+    result = run(
+        *("bench", "--random", "tiny", "--batch-size", "2,1", "--frames", 10),
+        *("--json", path, "--plot", plot),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"batch 1 +batch 2\n", result.stdout)
+    for said in ("ms a frame, p50", "GB/s reached", "real-time factor", "Left out"):
+        assert said in result.stdout
+    content = json.loads(path.read_text())
+    assert content["schema"] == 1 and content["model"] == "random tiny"
+    assert [r["batch_size"] for r in content["runs"]] == [1, 2]
+    assert plot.read_text().count("<polyline") == 2
+    again = run(
+        *("bench", "--random", "tiny", "--bits", 8, "--frames", 10, "-q"),
+        *("--compare", path),
+    )
+    assert again.exit_code == 0 and again.stderr == ""
+    assert "not the same: bits: [4] then, [8] now" in again.stdout
+    assert re.search(r"batch 1, frame p50 +ms", again.stdout)
+    assert "batch 2, frame" not in again.stdout
+
+
+def test_json_on_stdout_is_nothing_but_json(run):
+    result = run("bench", "--random", "tiny", "--frames", 5, "--json", "-")
+    assert json.loads(result.stdout)["frames"] == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--bits", 4), "--bits is for --random"),
+        (("--random", "tiny", "--model", "mini"), "exclude each other"),
+        (("--random", "tiny", "--batch-size", "1,x"), "not a list of numbers"),
+        (("--random", "tiny", "--batch-size", "0"), "not a list of numbers"),
+        (("--random", "tiny", "--lengths", "9-3"), "not MIN-MAX"),
+        (("--random", "tiny", "--lengths", "3-9", "--frames", 5), "excludes"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(run, args, said):
+    result = run("bench", *args)
+    assert result.exit_code == 2 and said in result.stderr
+
+
+def test_bad_files_are_refused_before_anything_is_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "bench", None)
+    (tmp_path / "a.json").write_text('{"runs": 3}')
+    (tmp_path / "b.json").write_text('{"schema": 99, "runs": []}')
+    for args, said in (
+        (("--compare", tmp_path / "none.json"), "No such file"),
+        (("--compare", tmp_path / "a.json"), "not a file of `pplex bench --json`"),
+        (("--compare", tmp_path / "b.json"), "schema is 99"),
+        (("--plot", tmp_path / "a.gif"), "end its name in .svg or .png"),
+    ):
+        result = run("bench", "--random", "tiny", *args)
+        assert result.exit_code == 1 and said in result.stderr, result.stderr
+
+
+# Comparing and drawing
+
+
+def test_changes_are_ratios_of_now_to_then(tmp_path):
+    def content(p50: float, size: int, device: str) -> dict:
+        runs = [{"batch_size": size, "frame_ms": {"p50": p50}, "audio_s_per_s": None}]
+        return {"schema": 1, "device": device, "runs": runs}
+
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content(10.0, 1, "gpu")))
+    before = read_bench(path, schema=1)
+    (change,) = changes(before, content(4.0, 1, "cpu"))
+    assert (change.figure, change.before, change.now) == ("frame p50", 10.0, 4.0)
+    assert change.ratio == pytest.approx(0.4)
+    assert differences(before, content(4.0, 1, "cpu")) == ["device: gpu then, cpu now"]
+    assert changes(before, content(4.0, 8, "gpu")) == []
+
+
+def test_a_late_frame_lies_above_the_line_of_80_ms():
+    picture = svg("<title>", [Line("a", [20.0, 160.0, 20.0])], frame_rate=12.5)
+    assert "&lt;title&gt;" in picture
+    points = re.search(r'points="([^"]+)"', picture)[1].split()
+    heights = [float(point.split(",")[1]) for point in points]
+    line = float(
+        re.search(r'y1="([\d.]+)"[^>]*dasharray', picture.replace("\n", ""))[1]
+    )
+    assert heights[1] < line < heights[0] == heights[2]
+
+
+def test_of_a_long_run_no_late_frame_is_lost(tmp_path):
+    steps = [10.0] * 5000
+    steps[3333] = 500.0
+    drawn = image([Line("a", steps)], frame_rate=12.5)
+    quiet = image([Line("a", [10.0] * 4999 + [500.0])], frame_rate=12.5)
+    blue = (36, 102, 194)
+    columns = np.flatnonzero((drawn[60:100] == blue).all(axis=2).any(axis=0))
+    assert len(columns) and 600 < columns[0] < 700
+    assert not (quiet[60:100, 600:700] == blue).all(axis=2).any()
+    write_plot(tmp_path / "a.png", "", [Line("a", steps)], 12.5)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
