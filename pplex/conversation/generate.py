@@ -19,6 +19,7 @@ from pplex.conversation.prompt import LmState
 from pplex.layers.cache import RowCaches
 from pplex.layers.device import on_cpu
 from pplex.model.depformer import NOT_FORCED
+from pplex.model.frame_kernel import FrameCache, frame_kernel
 from pplex.model.lm import Lm
 from pplex.model.native import NativeCache, native_lm
 from pplex.model.sampling import Sampler, SamplingConfig, noise_key, noise_keys
@@ -55,8 +56,11 @@ def generate(
             column = native_step(lm, state, caches, user_column, sampler)
             yield Step(column, time.perf_counter() - start)
             continue
-        frame = frame or make_frame(lm, sampler)
-        column = step(lm, state, user_column, sampler, frame)
+        if isinstance(state.cache, FrameCache):
+            column = kernel_step(lm, state, state.cache, user_column, sampler)
+        else:
+            frame = frame or make_frame(lm, sampler)
+            column = step(lm, state, user_column, sampler, frame)
         mx.async_eval(column, state.column)
         ready, waiting = (waiting, column) if ahead else (column, None)
         if ready is not None:
@@ -113,6 +117,25 @@ def step(
     state.column = mx.concatenate([column, user_column], axis=1)
     state.pending = None
     state.frames = [number + 1 for number in state.frames]
+    return column
+
+
+def kernel_step(
+    lm: Lm,
+    state: LmState,
+    cache: FrameCache,
+    user_column: mx.array,
+    sampler: Sampler,
+) -> mx.array:
+    """``step`` of one row by one CUDA kernel."""
+    kernel = frame_kernel(lm)
+    assert kernel is not None
+    given = None if state.pending is None else state.pending[0]
+    key = noise_key(state.seeds[0], state.frames[0])
+    column = kernel(state.column[0], cache, sampler, key, given)[None]
+    state.column = mx.concatenate([column, user_column], axis=1)
+    state.pending = None
+    state.frames = [state.frames[0] + 1]
     return column
 
 

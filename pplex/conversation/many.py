@@ -101,7 +101,7 @@ class _Row:
 
     def start(self, config: LmConfig) -> LmState:
         """The state of a row in which this recording starts."""
-        return self.item.prefilled.start(config, self.item.seed)
+        return self.item.prefilled.start(config, self.item.seed, beside_others=True)
 
     def push(self, step: Step, idx: int) -> Result | None:
         """Add the agent's column, row ``idx`` of ``step``; the result if it is done."""

@@ -17,6 +17,7 @@ from pplex.config import TEXT_PAD, LmConfig, ModelConfig
 from pplex.errors import PplexError
 from pplex.layers.cache import Cache, KvCache
 from pplex.model.depformer import NOT_FORCED
+from pplex.model.frame_kernel import FrameCache, frame_kernel
 from pplex.model.lm import Lm
 from pplex.model.native import NativeCache, native_lm
 from pplex.model.streams import TEXT_ROW, agent_rows, user_rows
@@ -112,7 +113,7 @@ class LmState:
     steps. ``seeds`` and ``frames`` hold a row's seed and how many frames it has had.
     """
 
-    cache: Cache | NativeCache
+    cache: Cache | NativeCache | FrameCache
     column: mx.array | np.ndarray
     pending: mx.array | np.ndarray | None
     seeds: list[int]
@@ -127,13 +128,20 @@ class Prefilled:
     cache: KvCache
     lm: Lm
 
-    def start(self, config: LmConfig, seed: int) -> LmState:
-        """The state of a new conversation of one row."""
+    def start(
+        self, config: LmConfig, seed: int, *, beside_others: bool = False
+    ) -> LmState:
+        """The state of a new conversation of one row.
+
+        With ``beside_others`` it can be joined to the rows of a batch.
+        """
         column = self.prompt.columns[None, :, -1]
         pending = self.prompt.pending[None, : config.num_agent_streams]
         if native_lm(self.lm):
             return LmState(NativeCache(self.cache), column, pending, [seed], [0])
         column, pending = mx.array(column), mx.array(pending)
+        if not beside_others and frame_kernel(self.lm):
+            return LmState(FrameCache(self.cache), column, pending, [seed], [0])
         return LmState(self.cache.copy(), column, pending, [seed], [0])
 
 

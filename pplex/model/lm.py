@@ -23,6 +23,7 @@ from pplex.layers.transformer import (
 from pplex.model.depformer import Depformer
 
 if TYPE_CHECKING:
+    from pplex.model.frame_kernel import FrameKernel
     from pplex.model.native import NativeLm
 
 
@@ -48,6 +49,7 @@ class Lm(nn.Module):
         self.depformer = Depformer(config, steps)
         self._joints: list[Joint] | None = None
         self.native: NativeLm | None = None  # see native.py
+        self.kernel: FrameKernel | None = None  # see frame_kernel.py
 
     def compile(self) -> None:
         """Compile what a frame does between attentions; for GPUs, once loaded."""

@@ -1,0 +1,1 @@
+"""CUDA kernels of our own, where MLX's take longer to launch or to run."""

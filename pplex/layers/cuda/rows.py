@@ -1,0 +1,135 @@
+"""CUDA kernels for a batch of rows: attention over a shared ring, and sampling."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import mlx.core as mx
+
+from pplex.layers.rotary import frequencies
+
+THREADS = 128
+CHOOSE_THREADS = 256
+
+
+def use_cuda() -> bool:
+    """Whether MLX computes on a CUDA device."""
+    return mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
+
+
+def read_source(name: str, package: str = "pplex.layers.cuda") -> str:
+    """The text of a CUDA file of a package."""
+    return resources.files(package).joinpath(name).read_text()
+
+
+def attend_rows(
+    qkv: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    lengths: mx.array,
+    place: mx.array,
+    max_period: float,
+) -> mx.array:
+    """Attention (rows, heads, 1, head_dim) of one new position a row.
+
+    ``qkv`` (rows, 3 heads, 1, head_dim) is the new position's, ``keys`` and ``values``
+    (rows, heads, slots, head_dim) are the ring, ``lengths`` (rows,) how many positions
+    a row has had, ``place`` int32: the slot of the new position, the window. All are
+    bfloat16. The new position is written **into** the ring, of which MLX knows nothing:
+    what else touches those arrays must be separated by ``mx.synchronize``.
+    """
+    rows, three_heads, _, head_dim = qkv.shape
+    heads, capacity = three_heads // 3, keys.shape[2]
+    (y,) = _attention(head_dim, capacity)(
+        inputs=[qkv, keys, values, lengths, _frequencies(head_dim, max_period), place],
+        grid=(heads * THREADS, rows, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(rows, heads, 1, head_dim)],
+        output_dtypes=[mx.bfloat16],
+    )
+    return y
+
+
+@functools.cache
+def _frequencies(head_dim: int, max_period: float) -> mx.array:
+    return mx.array(frequencies(head_dim, max_period))
+
+
+@functools.cache
+def _attention(head_dim: int, capacity: int) -> Callable[..., list[mx.array]]:
+    name = f"pplex_attend_{head_dim}_{capacity}"
+    floats = 3 * head_dim + THREADS // 32 * head_dim + capacity + 512
+    return _kernel(
+        name,
+        {"THREADS": THREADS, "HEAD_DIM": head_dim, "MAX_SCORES": capacity},
+        ["common.cu", "rows.cu"],
+        inputs=["qkv", "keys", "values", "lengths", "frequencies", "place"],
+        outputs=["y"],
+        call=f"pplex::attend(qkv, const_cast<__nv_bfloat16*>(keys), "
+        "const_cast<__nv_bfloat16*>(values), lengths, frequencies, place[0], "
+        f"{capacity}, place[1], y);",
+        shared_memory=4 * floats,
+    )
+
+
+def choose_rows(
+    logits: mx.array, keys: mx.array, first: int, width: int, temp: float, top_k: int
+) -> mx.array:
+    """Ids (rows,) drawn from ``logits`` (rows, card), as ``sampling.draw`` does.
+
+    ``keys`` (rows, 2) are those of each row's noise, of which this head takes the
+    values from ``first`` on out of ``width``.
+    """
+    rows, card = logits.shape
+    (ids,) = _choice(card, first, width, temp, top_k)(
+        inputs=[logits.astype(mx.float32), keys],
+        grid=(CHOOSE_THREADS, rows, 1),
+        threadgroup=(CHOOSE_THREADS, 1, 1),
+        output_shapes=[(rows,)],
+        output_dtypes=[mx.int32],
+    )
+    return ids
+
+
+@functools.cache
+def _choice(
+    card: int, first: int, width: int, temp: float, top_k: int
+) -> Callable[..., list[mx.array]]:
+    return _kernel(
+        f"pplex_choose_{card}",
+        {"THREADS": CHOOSE_THREADS},
+        ["common.cu"],
+        inputs=["logits", "keys"],
+        outputs=["ids"],
+        call="__shared__ pplex::Scratch sh; int row = blockIdx.y; "
+        f"pplex::Noise noise{{make_uint2(keys[2 * row], keys[2 * row + 1]), "
+        f"{first}, {width}}}; "
+        f"int id = pplex::choose(sh, logits + (size_t)row * {card}, {card}, noise, "
+        f"{temp:.9g}f, {top_k}); "
+        "if (threadIdx.x == 0) ids[row] = id;",
+    )
+
+
+def _kernel(
+    name: str,
+    sizes: dict[str, int],
+    files: list[str],
+    *,
+    inputs: list[str],
+    outputs: list[str],
+    call: str,
+    shared_memory: int = 0,
+) -> Any:
+    constants = [f"constexpr int {key} = {value};" for key, value in sizes.items()]
+    texts = [read_source(file) for file in files]
+    return mx.fast.cuda_kernel(
+        name=name,
+        input_names=inputs,
+        output_names=outputs,
+        header="\n".join(["namespace pplex {", *constants, *texts, "}", ""]),
+        source=f"\n  {call}\n",
+        shared_memory=shared_memory,
+    )

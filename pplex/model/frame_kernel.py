@@ -1,0 +1,338 @@
+"""A frame of the language model as one CUDA kernel, for one conversation at a time.
+
+MLX launches a kernel for each operation, over a thousand for a frame of the 7B, which
+takes longer than their work. ``frame.cu`` does the whole frame in one: its blocks stay
+on the GPU and wait for each other between phases. Activations are float32; keys and
+values are bfloat16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from pplex.config import LmConfig
+from pplex.layers.cache import GROWTH, KvCache
+from pplex.layers.cuda.rows import read_source, use_cuda
+from pplex.layers.rotary import frequencies
+from pplex.model.depformer import NOT_FORCED, DepformerLayer
+from pplex.model.lm import Lm
+from pplex.model.sampling import Sampler
+
+THREADS = 512
+NAME = "pplex_frame"
+MAX_SPLITS = 8
+
+# The kernel's matrices: the modules each is made of, a stack where there are many, and
+# the name of its input width. The order is that of `Weights` in frame.cu.
+MATRICES: dict[str, tuple[Callable[[Lm], list[Any]], str]] = {
+    "text": (lambda lm: [lm.text_emb], "DIM"),
+    "audio": (lambda lm: [lm.audio_emb], "DIM"),
+    "qkv": (lambda lm: [x.self_attn.in_proj for x in lm.layers], "DIM"),
+    "out": (lambda lm: [x.self_attn.out_proj for x in lm.layers], "DIM"),
+    "up": (lambda lm: [x.gating.linear_in for x in lm.layers], "DIM"),
+    "down": (lambda lm: [x.gating.linear_out for x in lm.layers], "HIDDEN"),
+    "head": (lambda lm: [lm.text_linear], "DIM"),
+    "dep_in": (lambda lm: [lm.depformer.input], "DIM"),
+    "dep_text": (lambda lm: [lm.depformer.text_emb], "DEP_DIM"),
+    "dep_audio": (lambda lm: [lm.depformer.audio_emb], "DEP_DIM"),
+    "dep_qkv": (lambda lm: [x.in_proj for x in _steps(lm)], "DEP_DIM"),
+    "dep_out": (lambda lm: [x.out_proj for x in _steps(lm)], "DEP_DIM"),
+    "dep_up": (lambda lm: [x.gating.linear_in for x in _steps(lm)], "DEP_DIM"),
+    "dep_down": (lambda lm: [x.gating.linear_out for x in _steps(lm)], "DEP_HIDDEN"),
+    "dep_head": (lambda lm: [x.head for x in lm.depformer.steps], "DEP_DIM"),
+}
+NORMS: dict[str, Callable[[Lm], list[Any]]] = {
+    "norm1": lambda lm: [x.norm1 for x in lm.layers],
+    "norm2": lambda lm: [x.norm2 for x in lm.layers],
+    "out_norm": lambda lm: [lm.out_norm],
+    "dep_norm1": lambda lm: [x.norm1 for x in _steps(lm)],
+    "dep_norm2": lambda lm: [x.norm2 for x in _steps(lm)],
+}
+
+
+def _steps(lm: Lm) -> Iterator[DepformerLayer]:
+    """Every layer of every depformer step, in the kernel's order."""
+    return (layer for step in lm.depformer.steps for layer in step.layers)
+
+
+class FrameCache:
+    """The ring of keys and values that the kernel writes into.
+
+    ``keys`` and ``values`` are (layers, heads, slots, head_dim) bfloat16; position
+    ``p`` lies in slot ``p % window``. MLX is not told that the kernel writes to them:
+    nothing else may hold these arrays.
+    """
+
+    def __init__(self, source: KvCache) -> None:
+        """Start from what the temporal transformer has kept of a prompt."""
+        self.window, self.end = source.window, source.end
+        arrays = [a[0].astype(mx.bfloat16) for a in source.arrays()]
+        half = len(arrays) // 2
+        self.keys, self.values = mx.stack(arrays[:half]), mx.stack(arrays[half:])
+        mx.eval(self.keys, self.values)
+
+    def place(self) -> list[int]:
+        """The next position, its slot, the positions then visible, the slots."""
+        visible = min(self.end + 1, self.window)
+        if visible > self.keys.shape[2]:
+            self._grow()
+        slots = self.keys.shape[2]
+        return [self.end, self.end % self.window, visible, slots]
+
+    def _grow(self) -> None:
+        layers, heads, slots, head_dim = self.keys.shape
+        size = min(self.window, (slots // GROWTH + 1) * GROWTH)
+        room = mx.zeros((layers, heads, size - slots, head_dim), mx.bfloat16)
+        mx.synchronize()  # frames under way still write to the old arrays
+        self.keys = mx.concatenate([self.keys, room], axis=2)
+        self.values = mx.concatenate([self.values, room], axis=2)
+        mx.eval(self.keys, self.values)
+
+
+class FrameKernel:
+    """The kernel for one model. Its matrices are stacked, the modules hold views."""
+
+    def __init__(self, lm: Lm) -> None:
+        self.config = lm.config
+        self._nothing = mx.full(lm.config.num_agent_streams, NOT_FORCED, mx.int32)
+        self._samplers: dict[Sampler, mx.array] = {}
+        self._blocks = _num_multiprocessors()
+        self._splits = max(1, min(MAX_SPLITS, self._blocks // lm.config.num_heads))
+        constants, names, calls = [], [], []
+        self._arrays: list[mx.array] = []
+
+        def add(name: str, array: mx.array) -> None:
+            names.append(name)
+            self._arrays.append(array)
+
+        widths = {}
+        for name, (modules, width) in MATRICES.items():
+            parts, bits, group = _stack(modules(lm))
+            constants.append(f"#define {name.upper()} {bits}, {group}")
+            widths[name] = bits, width
+            fields = [name, f"{name}_s", f"{name}_b"][: len(parts)]
+            for field, part in zip(fields, parts, strict=True):
+                add(field, part)
+            calls.append(f"{{{', '.join(fields + ['nullptr'] * (3 - len(fields)))}}}")
+        for name, modules in NORMS.items():
+            add(name, mx.concatenate([m.weight for m in modules(lm)]))
+            calls.append(name)
+        head_dim = lm.config.dim // lm.config.num_heads
+        add("frequencies", mx.array(frequencies(head_dim, lm.config.max_period)))
+        calls.append("frequencies")
+        mx.eval(self._arrays)
+
+        sizes = _sizes(lm.config, self._splits)
+        longest = max(
+            -(-sizes[width] // (4096 // bits)) * (4096 // bits)
+            for bits, width in widths.values()
+        )
+        self.offsets, self._work = _workspace(sizes)
+        sizes |= {"LONGEST": longest, "THREADS": THREADS, **self.offsets}
+        scores = sizes["MAX_SCORES"]
+        floats = longest + longest // 8 + scores + 8192
+        self._kernel = mx.fast.cuda_kernel(
+            name=NAME,
+            input_names=[*names, "tokens", "given", "place", "sampling"]
+            + ["keys", "values"],
+            output_names=["column", "work"],
+            header=_header(sizes, constants),
+            source=_source(calls),
+            shared_memory=4 * floats,
+        )
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: FrameCache,
+        sampler: Sampler,
+        key: tuple[int, int],
+        given: mx.array | None,
+    ) -> mx.array:
+        """The agent's column (agent streams,) after ``tokens`` (streams,).
+
+        ``key`` is the noise's; ``given`` (agent streams,) holds ids to take instead,
+        ``NOT_FORCED`` elsewhere. The cache moves on by a position.
+        """
+        return self.run(tokens, cache, sampler, key, given)[0]
+
+    def run(
+        self,
+        tokens: mx.array,
+        cache: FrameCache,
+        sampler: Sampler,
+        key: tuple[int, int],
+        given: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
+        """The column, and the kernel's workspace, laid out as ``offsets`` says."""
+        place = np.array([*cache.place(), *key], np.uint32).view(np.int32)
+        column, work = self._kernel(
+            inputs=[
+                *self._arrays,
+                tokens,
+                self._nothing if given is None else given,
+                mx.array(place),
+                self._sampling(sampler),
+                cache.keys,
+                cache.values,
+            ],
+            grid=(self._blocks * THREADS, 1, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[(self.config.num_agent_streams,), (self._work,)],
+            output_dtypes=[mx.int32, mx.float32],
+            init_value=0,
+        )
+        cache.end += 1
+        return column, work
+
+    def _sampling(self, sampler: Sampler) -> mx.array:
+        if sampler not in self._samplers:
+            config = sampler.config
+            drawn = sampler.text_noise, sampler.noise_width
+            self._samplers = {  # one is in use at a time
+                sampler: mx.array(
+                    [config.text_temp, sampler.text_top_k, config.temp, sampler.top_k]
+                    + [*drawn],
+                    mx.float32,
+                )
+            }
+        return self._samplers[sampler]
+
+
+def supports(lm: Lm) -> bool:
+    """Whether the kernel can run ``lm`` on this device: how its matrices are stored."""
+    if not use_cuda():
+        return False
+    config = lm.config
+    widths = {"DIM": config.dim, "HIDDEN": config.hidden_dim}
+    widths |= {"DEP_DIM": config.depformer_dim}
+    widths |= {"DEP_HIDDEN": config.depformer_hidden_dim}
+    for modules, width in MATRICES.values():
+        forms = {_form(module) for module in modules(lm)}
+        if len(forms) != 1 or (form := forms.pop()) is None:
+            return False
+        bits, group = form
+        if widths[width] % max(group, 128 // bits):
+            return False
+    heads = config.dim // config.num_heads, config.depformer_dim
+    return heads[0] in (16, 32, 64, 128) and _num_multiprocessors() >= config.num_heads
+
+
+def _form(module: nn.Module) -> tuple[int, int] | None:
+    """Bits and group size of a matrix, None where the kernel has no form for it."""
+    if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        known = module.bits in (4, 8) and module.group_size >= 32
+        known = known and module.scales.dtype == mx.bfloat16
+        return (module.bits, module.group_size) if known else None
+    return (16, 1) if module.weight.dtype == mx.bfloat16 else None
+
+
+def _stack(modules: list[Any]) -> tuple[list[mx.array], int, int]:
+    """The arrays of equal matrices, one after the other; bits and group size.
+
+    The modules are given parts of the stacks, so that nothing is held twice.
+    """
+    form = _form(modules[0])
+    assert form is not None
+    names = ["weight"] if form[0] == 16 else ["weight", "scales", "biases"]
+    stacks = []
+    for name in names:
+        if len(modules) == 1:
+            stacks.append(modules[0][name])
+            continue
+        whole = mx.concatenate([module[name] for module in modules])
+        mx.eval(whole)
+        rows = len(whole) // len(modules)
+        for idx, module in enumerate(modules):
+            module[name] = whole[idx * rows : (idx + 1) * rows]
+        stacks.append(whole)
+    mx.eval([module.parameters() for module in modules])
+    return stacks, *form
+
+
+def _sizes(config: LmConfig, splits: int) -> dict[str, int]:
+    return {
+        "DIM": config.dim,
+        "HEADS": config.num_heads,
+        "LAYERS": config.num_layers,
+        "HIDDEN": config.hidden_dim,
+        "TEXT_CARD": config.text_card,
+        "CARD": config.card,
+        "N_Q": config.n_q,
+        "DEP_Q": config.dep_q,
+        "STEPS": config.num_codebooks,
+        "DEP_DIM": config.depformer_dim,
+        "DEP_HEADS": config.depformer_num_heads,
+        "DEP_LAYERS": config.depformer_num_layers,
+        "DEP_HIDDEN": config.depformer_hidden_dim,
+        "SPLITS": splits,
+        "MAX_SCORES": -(-config.window // splits) + 1,
+    }
+
+
+def _workspace(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Where the kernel's vectors lie in its workspace, and its size, in floats."""
+    s = sizes
+    steps, dep = s["STEPS"], s["DEP_DIM"]
+    vectors = {
+        "X": s["DIM"],
+        "QKV": 3 * s["DIM"],
+        "Y": s["DIM"],
+        "HIDDEN": s["HIDDEN"],
+        "LOGITS": s["TEXT_CARD"],
+        "PARTS": s["HEADS"] * s["SPLITS"] * (s["DIM"] // s["HEADS"] + 2),
+        "DEP_IN": steps * dep,
+        "DEP_X": dep,
+        "DEP_QKV": s["DEP_LAYERS"] * steps * 3 * dep,
+        "DEP_HIDDEN": s["DEP_HIDDEN"],
+        "DEP_LOGITS": steps * s["CARD"],
+    }
+    offsets, end = {}, 32 + s["LAYERS"] * s["HEADS"]  # counters first
+    for name, size in vectors.items():
+        end = -(-end // 32) * 32
+        offsets[f"WORK_{name}"] = end
+        end += size
+    return offsets, end
+
+
+def _header(sizes: dict[str, int], constants: list[str]) -> str:
+    lines = [f"constexpr int {name} = {value};" for name, value in sizes.items()]
+    texts = [read_source("common.cu"), read_source("frame.cu", "pplex.model")]
+    # MLX writes the kernel's first line and knows no launch bounds.
+    bounded = f"__launch_bounds__({THREADS}, 1) custom_kernel_{NAME}"
+    bounds = f"#define custom_kernel_{NAME} {bounded}"
+    space = "namespace pplex {\n", "\n}  // namespace pplex\n"
+    return "\n".join([*constants, space[0], *lines, *texts, space[1], bounds, ""])
+
+
+def _source(calls: list[str]) -> str:
+    weights = ", ".join(calls)
+    return (
+        f"\n#undef custom_kernel_{NAME}\n"
+        f"  pplex::Weights weights{{{weights}}};\n"
+        "  pplex::frame(weights, tokens, given, place, sampling,\n"
+        "               const_cast<__nv_bfloat16*>(keys),\n"
+        "               const_cast<__nv_bfloat16*>(values), column, work);\n"
+    )
+
+
+def _num_multiprocessors() -> int:
+    cuda = ctypes.CDLL("libcuda.so.1")
+    count = ctypes.c_int()
+    # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT of the first device, MLX's.
+    if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(count), 16, 0):
+        return 0
+    return count.value
+
+
+def frame_kernel(lm: Lm) -> FrameKernel | None:
+    """The kernel of ``lm``, made at its first use; None where it cannot be used."""
+    if lm.kernel is None and supports(lm):
+        lm.kernel = FrameKernel(lm)
+    return lm.kernel
