@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 16, MANY_ROWS = 4 };
+enum { LANES = 16, AHEAD = 16 * LANES };  /* AHEAD: words to prefetch */
 enum { FLOAT32 = 32, BFLOAT16 = 16 };  /* `bits` of what is not quantized */
 
 /* Packed: words of block b, input by input, LANES outputs beside each other. A word

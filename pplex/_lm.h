@@ -53,6 +53,8 @@ INLINE void NAME(dense32)(const Matrix *w, int R, int B, long block, const float
   long i = 0;
   for (; i + 2 <= n; i += 2)
     for (int b = 0; b < B; b++) {
+      __builtin_prefetch(weights + (b * n + i) * LANES + AHEAD);
+      __builtin_prefetch(weights + (b * n + i + 1) * LANES + AHEAD);
       lanes w0 = NAME(load)(weights + (b * n + i) * LANES);
       lanes w1 = NAME(load)(weights + (b * n + i + 1) * LANES);
       for (int r = 0; r < R; r++) {
@@ -78,6 +80,7 @@ INLINE void NAME(dense16)(const Matrix *w, int R, int B, long block, const float
     for (int b = 0; b < B; b++) even[r][b] = odd[r][b] = (lanes){0};
   for (long i = 0; i < half; i++)
     for (int b = 0; b < B; b++) {
+      __builtin_prefetch(words + (b * half + i) * LANES + AHEAD);
       ints pair = *(const loose_ints *)(words + (b * half + i) * LANES);
       lanes w0 = (lanes)(pair << 16), w1 = (lanes)(pair & (int32_t)0xFFFF0000);
       for (int r = 0; r < R; r++) {
@@ -90,10 +93,21 @@ INLINE void NAME(dense16)(const Matrix *w, int R, int B, long block, const float
       NAME(store)(y + r * ldy + (block + b) * LANES, even[r][b] + odd[r][b]);
 }
 
+/* The lowest 4 or 8 bits of each word. */
+INLINE lanes NAME(values)(ints words, int bits) {
+#if REGISTERS == 32
+  if (bits == 4) {  /* one permutation, which reads these bits alone */
+    const lanes table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return __builtin_shuffle(table, words);
+  }
+#endif
+  return __builtin_convertvector(words & ((1 << bits) - 1), lanes);
+}
+
 /* Group by group: scale * sum(x q) + bias * sum(x). */
 INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
                          const float *x, long ldx, float *y, long ldy) {
-  const int per_word = 32 / bits, mask = (1 << bits) - 1;
+  const int per_word = 32 / bits;
   long row_words = w->columns / per_word, group_words = w->group / per_word;
   long groups = w->columns / w->group;
   const int32_t *words = w->words + block * row_words * LANES;
@@ -107,9 +121,10 @@ INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
       for (int b = 0; b < B; b++) part[r][b] = (lanes){0};
     for (long i = g * group_words; i < (g + 1) * group_words; i++)
       for (int b = 0; b < B; b++) {
+        __builtin_prefetch(words + (b * row_words + i) * LANES + AHEAD);
         ints word = *(const loose_ints *)(words + (b * row_words + i) * LANES);
         for (int j = 0; j < per_word; j++) {
-          lanes q = __builtin_convertvector(word >> j * bits & mask, lanes);
+          lanes q = NAME(values)(word >> j * bits, bits);
           for (int r = 0; r < R; r++) part[r][b] += x[r * ldx + i * per_word + j] * q;
         }
       }

@@ -185,7 +185,7 @@ class NativeLm:
     """A language model made ready for the compiled code."""
 
     def __init__(self, lm: Lm, library: ctypes.CDLL) -> None:
-        """Pack the matrices of ``lm``, which stay as they are; tables are shared."""
+        """Pack the matrices of ``lm``, see ``_matrix``; tables are shared with it."""
         config, depformer = lm.config, lm.depformer
         self.config = config
         self._library = library
@@ -328,16 +328,21 @@ class NativeLm:
         )
 
     def _matrix(self, module: nn.Module, rows: int | None = None) -> _Matrix:
-        """A packed matrix: its first ``rows`` outputs, if that is given."""
+        """A packed matrix: its first ``rows`` outputs, if that is given.
+
+        Where bfloat16 holds it exactly, MLX is left with that too: it widens it for
+        each product with float32, which it has to do for prompts only.
+        """
         weight = _numpy(module.weight)[:rows]
         if "scales" not in module:
             rows, columns = weight.shape
-            for bits in (BFLOAT16, FLOAT32):
-                words = self._pack(weight, columns, FLOAT32, bits)
-                if words is not None:
-                    break
-            assert words is not None
-            return _Matrix(self._hold(words), None, None, rows, columns, bits, 0)
+            words = self._pack(weight, columns, FLOAT32, BFLOAT16)
+            if words is not None:
+                module.weight = module.weight.astype(mx.bfloat16)
+                mx.eval(module.weight)
+                return _Matrix(self._hold(words), None, None, rows, columns, BFLOAT16)
+            words = self._pack(weight, columns, FLOAT32, FLOAT32)
+            return _Matrix(self._hold(words), None, None, rows, columns, FLOAT32)
         columns = weight.shape[1] * 32 // module.bits
         bits = 4 if module.bits <= 4 else 8
         words = self._pack(weight, columns, module.bits, bits)
