@@ -39,7 +39,7 @@ FULL = MimiConfig(
     transformer=CodecTransformerConfig(num_layers=2, context=7),
     quantizer=QuantizerConfig(n_q=8),
 )
-SIZES = {"small": SMALL.mimi, "odd": ODD, "full": FULL}
+SIZES = {"small": SMALL.mimi, "odd": ODD}
 
 needs_library = pytest.mark.skipif(
     native.library() is None, reason="the compiled codec was not built"
@@ -54,12 +54,23 @@ def random_mimi(config: MimiConfig) -> Mimi:
     return mimi
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def pair(request) -> tuple[Mimi, native.NativeCodec]:
+Pair = tuple[Mimi, native.NativeCodec]
+
+
+def random_pair(config: MimiConfig) -> Pair:
     """A codec by MLX's operations, and the compiled one with its weights."""
-    config = SIZES[request.param]
     mimi = random_mimi(config)
     return mimi, native.NativeCodec(mimi, config)
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def pair(request) -> Pair:
+    return random_pair(SIZES[request.param])
+
+
+@pytest.fixture(scope="module")
+def full_pair() -> Pair:
+    return random_pair(FULL)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS, ids=["any", "avx2", "avx512"])
@@ -114,17 +125,14 @@ def test_activation_of_a_value_does_not_depend_on_its_neighbours(instruction_set
         np.testing.assert_array_equal(whole, apart)
 
 
-@needs_library
-@pytest.mark.parametrize("chunk", [1, 12])
-def test_it_computes_what_mlx_does(pair, instruction_set, chunk):
+def check_it_computes_what_mlx_does(pair: Pair, num_frames: int, chunk: int) -> None:
     mimi, codec = pair
-    frames = speech(12, seed=4)
+    frames = speech(num_frames, seed=4)
+    starts = range(0, num_frames, chunk)
     state = mimi.make_state()
     expected = np.array(mimi.encode_latent(mx.array(frames.reshape(1, -1)), state)[0])
     state = codec.make_state()
-    parts = [
-        codec.encode_latents(frames[i : i + chunk], state) for i in range(0, 12, chunk)
-    ]
+    parts = [codec.encode_latents(frames[i : i + chunk], state) for i in starts]
     assert relative(np.concatenate(parts), expected) < 1e-4
 
     codes = np.array(mimi.quantizer.encode(mx.array(expected[None]))[0])
@@ -132,17 +140,28 @@ def test_it_computes_what_mlx_does(pair, instruction_set, chunk):
     np.testing.assert_array_equal(found, codes)
     expected = np.array(mimi.decode(mx.array(codes[None]), mimi.make_state())[0])
     state = codec.make_state()
-    parts = [codec.decode(codes[:, i : i + chunk], state) for i in range(0, 12, chunk)]
+    parts = [codec.decode(codes[:, i : i + chunk], state) for i in starts]
     assert relative(np.concatenate(parts), expected) < 1e-4
 
 
 @needs_library
-def test_chunks_of_any_size_give_the_same_bits(pair, instruction_set):
-    _, codec = pair
-    frames = speech(40, seed=5)
+@pytest.mark.parametrize("chunk", [1, 12])
+def test_it_computes_what_mlx_does(pair, instruction_set, chunk):
+    check_it_computes_what_mlx_does(pair, 12, chunk)
+
+
+@needs_library
+def test_it_computes_what_mlx_does_at_full_size(full_pair):
+    check_it_computes_what_mlx_does(full_pair, 6, 5)
+
+
+def check_chunks_of_any_size_give_the_same_bits(
+    codec: native.NativeCodec, divisions: list[list[int]]
+) -> None:
+    frames = speech(sum(divisions[0]), seed=5)
 
     def run(sizes: list[int]) -> tuple[np.ndarray, ...]:
-        ends = np.cumsum(sizes)
+        ends = np.cumsum(sizes)[:-1]
         encoder, decoder = codec.make_state(), codec.make_state()
         latents = [codec.encode_latents(p, encoder) for p in np.split(frames, ends)]
         codes = [codec.quantize(p) for p in latents]
@@ -150,10 +169,22 @@ def test_chunks_of_any_size_give_the_same_bits(pair, instruction_set):
         pcm = [codec.decode(p, decoder) for p in np.split(whole, ends, axis=1)]
         return np.concatenate(latents), whole, np.concatenate(pcm)
 
-    expected = run([32])
-    for sizes in ([1] * 39, [3] * 13, [40], [5, 1, 30]):
+    expected = run(divisions[0])
+    for sizes in divisions[1:]:
         for found, whole in zip(run(sizes), expected, strict=True):
             np.testing.assert_array_equal(found, whole)
+
+
+@needs_library
+def test_chunks_of_any_size_give_the_same_bits(pair, instruction_set):
+    divisions = [[32, 8], [1] * 40, [3] * 13 + [1], [40], [0, 5, 0, 1, 34]]
+    check_chunks_of_any_size_give_the_same_bits(pair[1], divisions)
+
+
+@needs_library
+def test_chunks_of_any_size_give_the_same_bits_at_full_size(full_pair):
+    divisions = [[32, 1], [1] * 33, [3] * 11]
+    check_chunks_of_any_size_give_the_same_bits(full_pair[1], divisions)
 
 
 @needs_library

@@ -38,6 +38,9 @@ def latency(steps_s: Sequence[float]) -> Latency:
 class Stats:
     """One recording's run; seconds are wall time, parts do not overlap.
 
+    Of what the codec does beside the language model's steps, ``encode_s`` and
+    ``decode_s`` count only what was waited for.
+
     ``total_s`` runs from the start of the command's work to the last file written;
     ``other_s`` is what no part accounts for. ``real_time_factor`` is computing time
     over audio time: everything but loading the model and warming up;
@@ -47,6 +50,9 @@ class Stats:
     ``start_up_frames`` that came before the model was ready and were late, and
     ``source_pace``, audio time over the time it took to come. A source faster than
     real time has no latency.
+
+    ``step_ms_series`` has the milliseconds of every step, for one recording only: a
+    stream has no end, and a batch's steps belong to many.
     """
 
     input: str
@@ -72,6 +78,7 @@ class Stats:
     device: str
     dtype: str
     bits: tuple[int, ...]
+    compute: str
     layout: str
     model: str
     repo: str | None
@@ -91,6 +98,7 @@ class Stats:
     latency_ms: Latency | None = None
     start_up_frames: int | None = None
     source_pace: float | None = None
+    step_ms_series: list[float] | None = None
 
     def write(self, path: Path) -> None:
         """Write the figures as JSON, whole or not at all."""
