@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from small import converse, speech
 
 import pplex.conversation.many as many
+from pplex.checkpoint.weights import load_mimi
+from pplex.codec.codec import MlxCodec
 from pplex.conversation.many import Item, auto_batch_size, converse_many
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import make_role
@@ -84,6 +88,28 @@ def test_answers_from_a_shared_ring_equal_those_given_alone(
         found = np.concatenate([result.text[None], result.agent])
         np.testing.assert_array_equal(found, tokens)
         np.testing.assert_allclose(result.agent_pcm, pcm, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [3, 9])
+def test_recordings_coded_in_groups_equal_those_given_alone(
+    small_model, items, batch_size, mlx_steps, monkeypatch
+):
+    """The way of GPUs, here on the CPU: tokens agree, rounding may differ."""
+    path = next(small_model.local.path.glob("tokenizer-*.safetensors"))
+    mimi = load_mimi(path, small_model.config.mimi)
+    model = dataclasses.replace(small_model, codec=MlxCodec(mimi))
+    monkeypatch.setattr(many, "GROUP", 4)
+    monkeypatch.setattr(many, "in_groups", lambda model: True)
+    monkeypatch.setattr(many._Rows, "_come_and_go", many._Rows._change_seats)
+    results = list(converse_many(model, items, SamplingConfig(), batch_size=batch_size))
+    assert sorted(result.key for result in results) == list(range(len(LENGTHS)))
+    for result in results:
+        tokens, user, pcm = alone(small_model, items[result.key], SamplingConfig())
+        found = np.concatenate([result.text[None], result.agent])
+        np.testing.assert_array_equal(found, tokens)
+        np.testing.assert_array_equal(result.user, user)
+        np.testing.assert_allclose(result.agent_pcm, pcm, atol=1e-5)
+        assert len(result.timings.steps) == LENGTHS[result.key]
 
 
 def test_the_next_item_is_asked_for_when_a_row_is_free(small_model, items):

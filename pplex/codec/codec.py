@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
@@ -53,6 +55,8 @@ class MlxCodec:
 
     def __init__(self, mimi: Mimi) -> None:
         self._mimi = mimi
+        # Plans of CUDA convolutions that are kept: more than the shapes used here.
+        os.environ.setdefault("MLX_CUDA_CONV_CACHE_SIZE", "2048")
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +85,61 @@ class MlxCodec:
         padded = np.pad(codes, ((0, 0), (0, _padding(num_frames))))
         pcm = np.array(self._mimi.decode(mx.array(padded[None]), state)[0])
         return pcm.reshape(padded.shape[1], -1)[:num_frames].reshape(-1)
+
+    def encode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """``encode`` of recordings (frames, frame_size), each from its start."""
+        codes = self._in_groups(recordings, self._encode_group)
+        return [columns.T for columns in codes]
+
+    def decode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """``decode`` of codes (codebooks, frames), each from its start."""
+        columns = [codes.T for codes in recordings]
+        return [pcm.reshape(-1) for pcm in self._in_groups(columns, self._decode_group)]
+
+    def _encode_group(self, chunk: np.ndarray, state: CodecState) -> mx.array:
+        """PCM (rows, frames, frame_size) to codes (rows, frames, codebooks)."""
+        pcm = mx.array(chunk.reshape(len(chunk), -1))
+        return self._mimi.encode(pcm, state).swapaxes(1, 2)
+
+    def _decode_group(self, chunk: np.ndarray, state: CodecState) -> mx.array:
+        """Codes (rows, frames, codebooks) to PCM (rows, frames, frame_size)."""
+        pcm = self._mimi.decode(mx.array(chunk).swapaxes(1, 2), state)
+        return pcm.reshape(*chunk.shape[:2], -1)
+
+    def _in_groups(
+        self,
+        recordings: Sequence[np.ndarray],
+        run: Callable[[np.ndarray, CodecState], mx.array],
+    ) -> list[np.ndarray]:
+        """``run`` over recordings (frames, width), the longest beside each other."""
+        order = sorted(range(len(recordings)), key=lambda idx: len(recordings[idx]))
+        results: list[np.ndarray] = [np.empty(0)] * len(recordings)
+        for first in range(0, len(order), GROUP_ROWS):
+            group = order[first : first + GROUP_ROWS]
+            longest = len(recordings[group[-1]])
+            num_rows = next(n for n in GROUP_SIZES if n >= len(group))
+            size = next((n for n in CHUNK_SIZES if n >= longest), CHUNK_SIZES[-1])
+            some = recordings[group[0]]
+            shape = num_rows, -(-longest // size) * size, some.shape[1]
+            padded = np.zeros(shape, some.dtype)
+            for row, idx in enumerate(group):
+                padded[row, : len(recordings[idx])] = recordings[idx]
+            state = self.make_state()
+            parts = []
+            for start in range(0, shape[1], size):
+                parts.append(run(padded[:, start : start + size], state))
+                mx.async_eval(parts[-1])
+            whole = np.concatenate([np.array(part) for part in parts], axis=1)
+            for row, idx in enumerate(group):
+                results[idx] = whole[row, : len(recordings[idx])]
+        return results
+
+
+# Rows and frames of a group's chunk: few shapes, as a GPU plans convolutions for each.
+# What is causal does not see the padding.
+GROUP_SIZES = 1, 4, 16
+GROUP_ROWS = GROUP_SIZES[-1]
+CHUNK_SIZES = 32, 128
 
 
 def _padding(num_frames: int) -> int:

@@ -6,51 +6,30 @@ through ``generate``, the one step loop; the codec works recording by recording.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from pplex.audio.files import frames_of
+from pplex.codec.codec import MlxCodec
 from pplex.config import LmConfig
 from pplex.conversation.generate import Step, generate, make_sampler
-from pplex.conversation.prompt import LmState, Prefilled
-from pplex.conversation.session import Model, Reply, Timings, Track, chunk_frames
+from pplex.conversation.grouped import GroupedRow, decode_group, encode_group
+from pplex.conversation.prompt import LmState
+from pplex.conversation.results import Item, Result
+from pplex.conversation.session import Model, Reply, Track, chunk_frames
 from pplex.conversation.worker import codec_worker
 from pplex.layers.cache import KvCache, RowCaches, SlotCache
 from pplex.layers.device import on_cpu
 from pplex.model.depformer import NOT_FORCED
-from pplex.model.sampling import SamplingConfig
+from pplex.model.sampling import Sampler, SamplingConfig
 
-
-@dataclass(frozen=True)
-class Item:
-    """A recording to answer; ``key`` is the caller's, ``pcm`` float32 (samples,)."""
-
-    key: object
-    pcm: np.ndarray
-    prefilled: Prefilled
-    seed: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """The agent's answer to an item.
-
-    ``agent_pcm`` is as long as the item's PCM; ``text`` is (frames,), ``agent`` and
-    ``user`` are (codebooks, frames). ``timings.steps`` is this row's share of each
-    step.
-    """
-
-    key: object
-    agent_pcm: np.ndarray
-    text: np.ndarray
-    agent: np.ndarray
-    user: np.ndarray
-    timings: Timings
+GROUP = 16  # recordings encoded or decoded together
 
 
 def converse_many(
@@ -62,9 +41,13 @@ def converse_many(
 ) -> Iterator[Result]:
     """Answer ``items``, at most ``batch_size`` at a time, in the order they end.
 
-    The next item is asked for when a row is free.
+    The next item is asked for when a row is free, or, where the codec works on many at
+    a time, ``GROUP`` items then.
     """
     sampler = make_sampler(model.config.lm, sampling)
+    if in_groups(model):
+        yield from _converse_grouped(model, items, sampler, batch_size)
+        return
     with codec_worker(model.codec, beside=batch_size) as worker:
         rows = _Rows(model, iter(items), batch_size, worker)
         for step in generate(model.lm, rows.state, rows.user_columns(), sampler):
@@ -73,6 +56,30 @@ def converse_many(
             for idx, owner in enumerate(owners):
                 if owner is not None and (result := owner.push(share, idx)):
                     yield result
+
+
+def in_groups(model: Model) -> bool:
+    """Whether the codec works on many recordings at a time: on GPUs."""
+    return isinstance(model.codec, MlxCodec) and not on_cpu()
+
+
+def _converse_grouped(
+    model: Model, items: Iterable[Item], sampler: Sampler, batch_size: int
+) -> Iterator[Result]:
+    """``converse_many`` with the codec's work done in groups."""
+    rows = _Rows(model, iter(items), batch_size, None)
+    done: list[GroupedRow] = []
+    for step in generate(model.lm, rows.state, rows.user_columns(), sampler):
+        owners = rows.owners.popleft()
+        share = replace(step, seconds=step.seconds / len(owners))
+        for idx, owner in enumerate(owners):
+            if isinstance(owner, GroupedRow) and owner.push(share, idx):
+                done.append(owner)
+        if len(done) >= GROUP:
+            yield from decode_group(model, done)
+            done = []
+    if done:
+        yield from decode_group(model, done)
 
 
 class _Row:
@@ -136,8 +143,9 @@ class _Rows:
         self._worker = worker
         self._items = items
         self._batch_size = batch_size
-        self._seated: list[_Row | None] = []
-        self.owners: deque[list[_Row | None]] = deque()
+        self._ready: deque[GroupedRow] = deque()
+        self._seated: list[_Row | GroupedRow | None] = []
+        self.owners: deque[list[_Row | GroupedRow | None]] = deque()
         nobody = mx.zeros((0, model.config.lm.num_streams), mx.int32)
         self.state = LmState(RowCaches([]), nobody, None, [], [])
 
@@ -156,9 +164,19 @@ class _Rows:
             columns = [row.next_column() if row else nothing for row in self._seated]
             yield mx.array(np.stack(columns))
 
-    def _next_row(self) -> _Row | None:
+    def _next_row(self) -> _Row | GroupedRow | None:
+        if in_groups(self._model):
+            return self._next_grouped()
         item = next(self._items, None)
         return None if item is None else _Row(self._model, item, self._worker)
+
+    def _next_grouped(self) -> GroupedRow | None:
+        if not self._ready:
+            free = self._batch_size - sum(row is not None for row in self._seated)
+            group = list(itertools.islice(self._items, max(GROUP, free)))
+            if group:
+                self._ready.extend(encode_group(self._model, group))
+        return self._ready.popleft() if self._ready else None
 
     def _come_and_go(self) -> None:
         """A cache a row, as many rows as there are recordings.
@@ -270,9 +288,9 @@ def auto_batch_size(model: Model, max_frames: int, count: int) -> int:
     lm = model.config.lm
     positions = min(lm.window, max_frames)
     per_position = 2 * lm.num_layers * lm.dim * 2  # keys and values, 16 bits
-    # The ring is copied when it grows.
-    per_row = 2 * positions * per_position
+    # The ring is copied when it grows, an array of many at a time.
+    per_row = 1.1 * positions * per_position
     info = mx.device_info(mx.default_device())
     total = info.get("total_memory") or info.get("max_recommended_working_set_size")
     free = info.get("free_memory") or int(total or 0) - mx.get_active_memory()
-    return max(1, min(count, MAX_ROWS_GPU, int(MEMORY_SHARE * int(free)) // per_row))
+    return max(1, min(count, MAX_ROWS_GPU, int(MEMORY_SHARE * int(free) / per_row)))

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pplex.layers.cache import Cache
+from pplex.layers.cuda.rows import add_norm_rows, use_cuda
 
 RMS_NORM_EPS = 1e-8
 LAYER_NORM_EPS = 1e-5
@@ -28,6 +29,14 @@ class RmsNorm(nn.Module):
         weight = self.weight.astype(mx.float32)
         y = mx.fast.rms_norm(x.astype(mx.float32), weight, RMS_NORM_EPS)
         return y.astype(x.dtype)
+
+
+def add_norm(norm: RmsNorm, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+    """``x + y`` and its normalisation."""
+    if use_cuda() and x.dtype == mx.bfloat16:
+        return add_norm_rows(x, y, norm.weight.astype(mx.float32))
+    x = x + y
+    return x, norm(x)
 
 
 class Attention(nn.Module):
@@ -81,8 +90,16 @@ class TemporalLayer(nn.Module):
 
     def finish(self, x: mx.array, y: mx.array) -> mx.array:
         """The layer's output from its input ``x`` and the attended values ``y``."""
-        x = x + self.self_attn.join(y)
-        return x + self.gating(self.norm2(x))
+        x, h = add_norm(self.norm2, x, self.self_attn.join(y))
+        return x + self.gating(h)
+
+    def lead_to(
+        self, after: TemporalLayer, x: mx.array, y: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """``finish``, and ``after.split`` of its result."""
+        x, h = add_norm(self.norm2, x, self.self_attn.join(y))
+        x, h = add_norm(after.norm1, x, self.gating(h))
+        return x, after.self_attn.split(h)
 
 
 class CodecLayer(nn.Module):
@@ -121,6 +138,8 @@ def joints(layers: Sequence[Layer]) -> list[Joint]:
 
     def joint(before: Layer, after: Layer) -> Joint:
         def run(x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+            if isinstance(before, TemporalLayer) and isinstance(after, TemporalLayer):
+                return before.lead_to(after, x, y)
             x = before.finish(x, y)
             return x, after.split(x)
 

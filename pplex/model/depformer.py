@@ -12,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pplex.config import LmConfig
+from pplex.layers.cuda.rows import attend_steps, use_cuda
 from pplex.layers.embedding import embed
-from pplex.layers.transformer import Gating, RmsNorm
+from pplex.layers.transformer import Gating, RmsNorm, add_norm
 
 NOT_FORCED = -2
 
@@ -21,10 +22,8 @@ NOT_FORCED = -2
 class DepformerLayer(nn.Module):
     """One layer of one step."""
 
-    def __init__(self, dim: int, num_heads: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self._num_heads = num_heads
-        self._head_dim = dim // num_heads
         self.norm1 = RmsNorm(dim)
         self.in_proj = nn.Linear(dim, 3 * dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
@@ -32,23 +31,45 @@ class DepformerLayer(nn.Module):
         self.gating = Gating(dim, hidden_dim)
 
     def __call__(
-        self, x: mx.array, past: tuple[mx.array, mx.array] | None, hide_first: bool
-    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
-        """Map ``x`` (batch, dim) to the same shape; keys and values with its own."""
-        b, dim = x.shape
-        qkv = self.in_proj(self.norm1(x)).reshape(
-            b, 3 * self._num_heads, 1, self._head_dim
-        )
-        q, k, v = mx.split(qkv, 3, axis=1)
-        if past is not None:
-            k = mx.concatenate([past[0], k], axis=2)
-            v = mx.concatenate([past[1], v], axis=2)
+        self, x: mx.array, h: mx.array, past: StepCache, idx: int, hide_first: bool
+    ) -> tuple[mx.array, mx.array]:
+        """From input ``x`` (batch, dim) and its norm to two terms, to be added.
+
+        ``idx`` is the step's number; its keys and values are added to ``past``.
+        """
+        y = past.attend(self.in_proj(h), idx, hide_first)
+        x, h = add_norm(self.norm2, x, self.out_proj(y))
+        return x, self.gating(h)
+
+
+class StepCache:
+    """Keys and values of one layer over the steps of a frame."""
+
+    def __init__(self, num_heads: int, num_steps: int) -> None:
+        self._num_heads = num_heads
+        self._num_steps = num_steps
+        self._past: mx.array | None = None
+
+    def attend(self, qkv: mx.array, idx: int, hide_first: bool) -> mx.array:
+        """Attention (batch, dim) of step ``idx``, whose ``qkv`` (batch, 3 dim) is kept.
+
+        With ``hide_first`` step 0 is not seen.
+        """
+        b, width = qkv.shape
         first = 1 if hide_first else 0
+        if use_cuda() and qkv.dtype == mx.bfloat16:
+            if self._past is None:
+                self._past = mx.zeros((b, self._num_steps, width), qkv.dtype)
+            return attend_steps(qkv, self._past, self._num_heads, idx, first)
+        split = qkv.reshape(b, 3 * self._num_heads, 1, -1)
+        if self._past is not None:
+            split = mx.concatenate([self._past, split], axis=2)
+        self._past = split
+        q, k, v = mx.split(split, 3, axis=1)
         y = mx.fast.scaled_dot_product_attention(
-            q, k[:, :, first:], v[:, :, first:], scale=self._head_dim**-0.5
+            q[:, :, -1:], k[:, :, first:], v[:, :, first:], scale=q.shape[-1] ** -0.5
         )
-        x = x + self.out_proj(y.reshape(b, dim))
-        return x + self.gating(self.norm2(x)), (k, v)
+        return y.reshape(b, width // 3)
 
 
 class DepformerStep(nn.Module):
@@ -57,11 +78,7 @@ class DepformerStep(nn.Module):
     def __init__(self, config: LmConfig) -> None:
         super().__init__()
         self.layers = [
-            DepformerLayer(
-                config.depformer_dim,
-                config.depformer_num_heads,
-                config.depformer_hidden_dim,
-            )
+            DepformerLayer(config.depformer_dim, config.depformer_hidden_dim)
             for _ in range(config.depformer_num_layers)
         ]
         self.head = nn.Linear(config.depformer_dim, config.card, bias=False)
@@ -95,15 +112,19 @@ class Depformer(nn.Module):
         """
         b = hidden.shape[0]
         inputs = self.input(hidden).reshape(b, self._num_steps, -1)
-        pasts: list[tuple[mx.array, mx.array] | None]
-        pasts = [None] * self._config.depformer_num_layers
+        pasts = [
+            StepCache(self._config.depformer_num_heads, self._num_steps)
+            for _ in range(self._config.depformer_num_layers)
+        ]
         token, codes = text, []
         for idx, step in enumerate(self.steps):
-            x = inputs[:, idx] + self._embed(token, idx)
+            x, more = inputs[:, idx], self._embed(token, idx)
             # The reference's ring has `dep_q` slots and hides the oldest when full.
             hide_first = idx == self._config.dep_q - 1 and idx > 0
-            for number, layer in enumerate(step.layers):
-                x, pasts[number] = layer(x, pasts[number], hide_first)
+            for layer, past in zip(step.layers, pasts, strict=True):
+                x, h = add_norm(layer.norm1, x, more)
+                x, more = layer(x, h, past, idx, hide_first)
+            x = x + more
             token = sample(step.head(x), idx)
             if forced is not None:
                 given = forced[:, idx]

@@ -113,6 +113,69 @@ def _choice(
     )
 
 
+def add_norm_rows(
+    x: mx.array, y: mx.array, weight: mx.array
+) -> tuple[mx.array, mx.array]:
+    """``x + y`` (..., dim) bfloat16, and its RMSNorm with ``weight`` (dim,) float32."""
+    dim = x.shape[-1]
+    total, normed = _add_norm(dim)(
+        inputs=[x, y, weight],
+        grid=(CHOOSE_THREADS, x.size // dim, 1),
+        threadgroup=(CHOOSE_THREADS, 1, 1),
+        output_shapes=[x.shape, x.shape],
+        output_dtypes=[mx.bfloat16, mx.bfloat16],
+    )
+    return total, normed
+
+
+@functools.cache
+def _add_norm(dim: int) -> Callable[..., list[mx.array]]:
+    return _kernel(
+        f"pplex_add_norm_{dim}",
+        {"THREADS": CHOOSE_THREADS},
+        ["common.cu", "steps.cu"],
+        inputs=["x", "y", "weight"],
+        outputs=["sum", "normed"],
+        call=f"pplex::add_norm(x, y, weight, sum, normed, {dim});",
+    )
+
+
+def attend_steps(
+    qkv: mx.array, past: mx.array, num_heads: int, step: int, first: int
+) -> mx.array:
+    """Attention (rows, dim) of a depformer step over the steps from ``first`` on.
+
+    ``qkv`` (rows, 3 dim) is the step's; it is written into ``past`` (rows, steps,
+    3 dim), which no one else may use. All are bfloat16.
+    """
+    rows, steps, width = past.shape
+    dim = width // 3
+    place = mx.array([step, first], mx.int32)
+    (y,) = _step_attention(num_heads, dim // num_heads, steps)(
+        inputs=[qkv, past, place],
+        grid=(32 * num_heads, rows, 1),
+        threadgroup=(32 * num_heads, 1, 1),
+        output_shapes=[(rows, dim)],
+        output_dtypes=[mx.bfloat16],
+    )
+    return y
+
+
+@functools.cache
+def _step_attention(
+    num_heads: int, head_dim: int, steps: int
+) -> Callable[..., list[mx.array]]:
+    return _kernel(
+        f"pplex_attend_steps_{num_heads}_{head_dim}_{steps}",
+        {"THREADS": 32 * num_heads},
+        ["common.cu", "steps.cu"],
+        inputs=["qkv", "past", "place"],
+        outputs=["y"],
+        call="pplex::attend_steps(qkv, const_cast<__nv_bfloat16*>(past), y, place[0], "
+        f"place[1], {steps}, {num_heads}, {head_dim});",
+    )
+
+
 def _kernel(
     name: str,
     sizes: dict[str, int],
