@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,26 @@ def test_a_broken_model_is_at_fault(tmp_path, small_machine):
     )
     found = job.look_at_model(entry, machine, None)
     assert found.faults and found.verdict.startswith("at fault")
+
+
+def test_doctor_verifies_a_models_files(tiny, tmp_path, small_machine):
+    """As ``pplex models verify`` does, but for values that were changed."""
+    shutil.copytree(tiny, tmp_path / "m")
+    machine = job.look_at_machine("none")
+    entry = ModelEntry(
+        "m", None, "", None, None, tmp_path / "m", None, None, complete=True
+    )
+    found = job.look_at_model(entry, machine, None)
+    assert found.faults == () and found.num_voices > 0
+    tokenizer = next((tmp_path / "m").glob("*.model"))
+    tokenizer.write_bytes(b"no tokenizer")
+    (fault,) = job.look_at_model(entry, machine, None).faults
+    assert tokenizer.name in fault
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["lm"]["num_layers"] = 77
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    faults = job.look_at_model(entry, machine, None).faults
+    assert any("layers" in text for text in faults)
 
 
 def test_a_model_too_large_for_the_memory_is_said(small_machine):

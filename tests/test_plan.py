@@ -173,6 +173,22 @@ def test_a_seed_follows_from_the_name_alone(tree, plan):
     assert alone.settings.seed == seeds["b.wav"]
 
 
+def test_recordings_of_one_name_have_seeds_of_their_own(tree, plan):
+    """As a shell expands calls/*/input.wav, in any order, and calls/*/."""
+    names = ("a/input.wav", "b/input.wav", "c/1/input.wav")
+    folder = tree(*names, "b/other.wav")
+    files = [folder / name for name in (*names, "b/other.wav")]
+    expected = {name: seed_for(7, name) for name in names}
+    expected["b/other.wav"] = seed_for(7, "other.wav")
+    for given in (files, files[::-1]):
+        assert {t.key: t.settings.seed for t in plan(*given)} == expected
+    folders = [folder / "a", folder / "b"]
+    of_folders = {t.key: t.settings.seed for t in plan(*folders)}
+    assert of_folders == {name: expected[name] for name in of_folders}
+    whole = {t.key: t.settings.seed for t in plan(folder, recursive=True)}
+    assert all(whole[name] == expected[name] for name in names)
+
+
 def test_seeds_do_not_change_between_versions():
     assert seed_for(42424242, "calls/a.wav") == 3986472292
 

@@ -27,7 +27,7 @@ MIN_SOURCE_RATE = 1_000
 MAX_SOURCE_RATE = 768_000
 
 _BLOCK_SAMPLES = 1 << 19  # read at a time, all channels together: 2 MB
-_UNKNOWN_FRAMES = 1 << 62  # libsndfile's length when the header has none
+UNKNOWN_FRAMES = 1 << 62  # libsndfile's length when the header has none
 _MAX_WAV_BYTES = (1 << 32) - 64
 
 
@@ -59,7 +59,7 @@ def read_pcm(path: Path, *, sample_rate: int, channel: Channel = 1) -> Recording
     path = Path(path)
     if channel != "mix" and channel < 1:
         raise PplexError(f"there is no channel {channel}: channels count from 1")
-    _check_file(path)
+    check_file(path)
     try:
         source = soundfile.SoundFile(str(path))
     except soundfile.LibsndfileError as e:
@@ -68,7 +68,7 @@ def read_pcm(path: Path, *, sample_rate: int, channel: Channel = 1) -> Recording
             "give a WAV, FLAC, OGG or other recording"
         ) from e
     with source:
-        _check_header(path, source, channel)
+        check_header(path, source, channel)
         resample = _resampler(source.samplerate, sample_rate)
         parts = []
         frames = 0
@@ -135,7 +135,7 @@ def write_wav(path: Path, tracks: np.ndarray, sample_rate: int) -> None:
                 out.writeframesraw(block.astype("<i2").tobytes())
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Refuse, with its own sentence each, what libsndfile would only call bad."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
@@ -165,7 +165,8 @@ def _open_without_waiting(name: str, flags: int) -> int:
     return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _check_header(path: Path, source: soundfile.SoundFile, channel: Channel) -> None:
+def check_header(path: Path, source: soundfile.SoundFile, channel: Channel) -> None:
+    """Refuse rates out of range, a channel that is not there, and a file cut short."""
     rate, channels = source.samplerate, source.channels
     if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
         raise PplexError(
@@ -212,7 +213,7 @@ def _mono_blocks(
             )
         done += len(block)
         yield mono
-    if done < promised < _UNKNOWN_FRAMES:
+    if done < promised < UNKNOWN_FRAMES:
         raise PplexError(
             f"{path} is truncated: it promises {promised} samples a channel and holds "
             f"{done}; copy or record it again"

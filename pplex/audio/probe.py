@@ -5,7 +5,7 @@ from pathlib import Path
 
 import soundfile
 
-from pplex.audio.files import _UNKNOWN_FRAMES, Channel, _check_file, _check_header
+from pplex.audio.files import UNKNOWN_FRAMES, Channel, check_file, check_header
 from pplex.errors import PplexError
 
 
@@ -21,7 +21,7 @@ class Header:
 def probe(path: Path, channel: Channel = 1) -> Header:
     """Read a recording's header, refusing what `read_pcm` would refuse for it."""
     path = Path(path)
-    _check_file(path)
+    check_file(path)
     try:
         source = soundfile.SoundFile(str(path))
     except soundfile.LibsndfileError as e:
@@ -29,7 +29,7 @@ def probe(path: Path, channel: Channel = 1) -> Header:
             f"{path} is not an audio file that can be read ({e.error_string})"
         ) from e
     with source:
-        _check_header(path, source, channel)
-        known = source.frames < _UNKNOWN_FRAMES
+        check_header(path, source, channel)
+        known = source.frames < UNKNOWN_FRAMES
         seconds = source.frames / source.samplerate if known else None
         return Header(source.samplerate, source.channels, seconds)

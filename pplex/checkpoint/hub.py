@@ -165,8 +165,7 @@ def _from_hub(
         if snapshot is None:
             raise PplexError(
                 f"{_at(repo, revision)} is not on this machine, or not all of it, and "
-                f"--offline forbids a download; run `pplex models pull {name}` or "
-                "drop --offline"
+                f"nothing is downloaded now; get it with `pplex models pull {name}`"
             )
     else:
         snapshot = _download(repo, revision, progress)

@@ -3,59 +3,30 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-import click
 from tqdm import tqdm
 
-from pplex.cli.progress import QUIET, VERBOSE, size
+from pplex.cli.progress import QUIET, VERBOSE, Lines, size
 
 if TYPE_CHECKING:
-    from pplex.checkpoint.hub import LocalModel
     from pplex.jobs.forecast import Forecast
     from pplex.jobs.outcome import Summary
 
 _SHOWN_FAILURES = 20
 
 
-class BatchProgress:
-    """Tells on stderr how a batch gets on; a context manager."""
+class BatchProgress(Lines):
+    """Tells on stderr how a batch gets on."""
 
     def __init__(self, verbosity: int) -> None:
-        """``verbosity`` is -1 for quiet, 0, or 1 for verbose."""
-        self._verbosity = verbosity
-        self._bar: tqdm | None = None
-        self._start = 0.0
+        """``verbosity`` is as for ``Lines``."""
+        super().__init__(verbosity)
         self._count = self._ended = 0
-        self.shows_bars = verbosity > QUIET
-
-    def __enter__(self) -> BatchProgress:
-        """Start."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leave the terminal as it was."""
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
 
     def note(self, message: str) -> None:
         """Say something worth a line."""
-        self._say(message, 0)
-
-    def loading(self, local: LocalModel) -> None:
-        """Say what is being loaded."""
-        revision = f", revision {local.revision}" if local.revision else ""
-        self._say(f"loading {local.name} ({local.path}{revision})", VERBOSE)
+        self.say(message)
 
     def starting(self, count: int, audio_s: float) -> None:
         """Show a bar in seconds of audio."""
@@ -72,12 +43,12 @@ class BatchProgress:
 
     def finished(self, key: str, audio_s: float) -> None:
         """Move the bar on; with -v, name the recording."""
-        self._say(f"{key}: done", VERBOSE)
+        self.say(f"{key}: done", VERBOSE)
         self._advance(audio_s)
 
     def failed(self, key: str, error: str, audio_s: float) -> None:
         """Name the recording and say why, even when quiet."""
-        self._say(f"{key}: {error}", QUIET)
+        self.say(f"{key}: {error}", QUIET)
         self._advance(audio_s)
 
     def _advance(self, seconds: float) -> None:
@@ -89,14 +60,6 @@ class BatchProgress:
             f"{self._ended}/{self._count} recordings, {self._bar.n / spent:.1f} s/s",
             refresh=False,
         )
-
-    def _say(self, message: str, verbosity: int) -> None:
-        if self._verbosity < verbosity:
-            return
-        if self._bar is not None:
-            self._bar.clear()
-        # A file name may hold bytes that are not text.
-        click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
 
 
 def summary(done: Summary) -> str:

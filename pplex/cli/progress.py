@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 from tqdm import tqdm
@@ -13,9 +14,12 @@ if TYPE_CHECKING:
     from pplex.audio.files import Recording
     from pplex.audio.streams import StreamFormat
     from pplex.checkpoint.hub import LocalModel
+    from pplex.insight.check import Outcome
 
 QUIET = -1
 VERBOSE = 1
+
+Own = TypeVar("Own", bound="Lines")
 
 
 def size(size_gb: float) -> str:
@@ -23,24 +27,18 @@ def size(size_gb: float) -> str:
     return f"{size_gb:.1f} GB" if size_gb >= 1 else f"{size_gb * 1000:.0f} MB"
 
 
-class Progress:
-    """Tells on stderr how ``respond`` gets on; a context manager."""
+class Lines:
+    """Lines on stderr, and a bar that they do not tear; a context manager."""
 
-    def __init__(
-        self, verbosity: int, channel_chosen: bool, captions: bool = False
-    ) -> None:
-        """``verbosity`` is -1 for quiet, 0, or 1 for verbose.
-
-        ``captions``: the agent's words are shown, and no bar; so with verbose.
-        """
-        self._captions = captions or verbosity >= VERBOSE
+    def __init__(self, verbosity: int) -> None:
+        """``verbosity`` is -1 for quiet, 0, or 1 for verbose."""
         self._verbosity = verbosity
-        self._channel_chosen = channel_chosen
         self._bar: tqdm | None = None
         self._start = 0.0
+        self.all_passed = True
         self.shows_bars = verbosity > QUIET
 
-    def __enter__(self) -> Progress:
+    def __enter__(self: Own) -> Own:
         """Start."""
         return self
 
@@ -51,13 +49,55 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         """Leave the terminal as it was."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
 
     def say(self, message: str, verbosity: int = 0) -> None:
         """Print a line, at this verbosity or above."""
-        if self._verbosity >= verbosity:
-            click.echo(message, err=True)
+        if self._verbosity < verbosity:
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        # A file name may hold bytes that are not text.
+        click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
+
+    def loading(self, local: LocalModel) -> None:
+        """Say what is being loaded."""
+        revision = f", revision {local.revision}" if local.revision else ""
+        self.say(f"loading {local.name} ({local.path}{revision})", VERBOSE)
+
+    def checked(self, outcomes: Sequence[Outcome], key: str | None = None) -> None:
+        """Say how the checks of an output went; what failed even when quiet.
+
+        ``key`` is the recording's name, where there are many.
+        """
+        for outcome in outcomes:
+            verdict = "ok  " if outcome.passed else "FAIL"
+            name = outcome.check if key is None else f"{key}: {outcome.check}"
+            usual = 0 if key is None else VERBOSE
+            level = usual if outcome.passed else QUIET
+            self.say(f"{verdict} {name}: {outcome.detail}", level)
+            self.all_passed &= outcome.passed
+
+    def computing(self, how: str) -> None:
+        """Say in what form the weights compute, and why."""
+        self.say(f"compute {how}", VERBOSE)
+
+
+class Progress(Lines):
+    """Tells on stderr how ``respond`` gets on."""
+
+    def __init__(
+        self, verbosity: int, channel_chosen: bool, captions: bool = False
+    ) -> None:
+        """``captions``: the agent's words are shown, and no bar; so with verbose."""
+        super().__init__(verbosity)
+        self._captions = captions or verbosity >= VERBOSE
+        self._channel_chosen = channel_chosen
 
     def reading(self, recording: Recording) -> None:
         """Say which channel is the user's, where there is a choice."""
@@ -86,11 +126,6 @@ class Progress:
                 f"{channels} channels: channel 1 is taken as the user, "
                 "--channel picks another"
             )
-
-    def loading(self, local: LocalModel) -> None:
-        """Say what is being loaded."""
-        revision = f", revision {local.revision}" if local.revision else ""
-        self.say(f"loading {local.name} ({local.path}{revision})", VERBOSE)
 
     def answering(self, duration_s: float | None) -> None:
         """Show a bar in seconds of audio, with the real-time factor so far."""

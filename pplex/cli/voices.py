@@ -39,14 +39,8 @@ def list_voices(model_name: str, offline: bool) -> None:
 
 def _local(model_name: str) -> LocalModel:
     """The model, which must be on this machine."""
-    from pplex.checkpoint.hub import list_models, resolve
+    from pplex.checkpoint.hub import resolve
 
-    for entry in list_models():
-        if entry.name == model_name and entry.repo and not entry.complete:
-            raise PplexError(
-                f"the model {model_name} is not on this machine; get it with "
-                f"`pplex models pull {model_name}`"
-            )
     return resolve(model_name, offline=True)
 
 

@@ -8,16 +8,15 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from pplex.checkpoint.hub import list_models, resolve
+from pplex.checkpoint.hub import LocalModel, list_models, resolve
 from pplex.checkpoint.hub_cache import ModelEntry
 from pplex.checkpoint.online import Online
-from pplex.checkpoint.tensor_file import read_specs
-from pplex.checkpoint.voices import find_voices, read_voice_file
+from pplex.checkpoint.verify import verify_quickly
+from pplex.checkpoint.voices import find_voices
 from pplex.config import LmConfig, load_config
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import Conversation, load, make_role, warm_up
@@ -194,17 +193,15 @@ def look_at_model(entry: ModelEntry, machine: Machine, factor: float | None) -> 
     num_voices = 0
     lm = LmConfig()
     if entry.path is not None:
+        local = LocalModel(entry.name, entry.path, entry.repo, entry.revision)
+        found = list(verify_quickly(local)) if entry.complete else []
+        faults = [f"{f.what}: {f.text}" for f in found if f.level == "fault"]
         folder = entry.path if entry.path.is_dir() else entry.path.parent
-        faults += _faults_of(folder)
         try:
             lm = load_config(folder / "config.json").lm
-            voices = find_voices(entry.path)
-            num_voices = len(voices)
-            for path in voices.values():
-                if path.suffix in (".pt", ".safetensors"):
-                    read_voice_file(path)
-        except PplexError as e:
-            faults.append(str(e))
+            num_voices = len(find_voices(entry.path))
+        except PplexError:
+            pass  # one of the faults
     measured = entry.name == TEST_MODEL and factor is not None
     bits = _BITS.get(entry.name)
     if not measured:
@@ -228,17 +225,6 @@ def look_at_model(entry: ModelEntry, machine: Machine, factor: float | None) -> 
         is_measured=measured,
         verdict=_verdict(entry, faults, fits, need_gb, factor, measured),
     )
-
-
-def _faults_of(folder: Path) -> list[str]:
-    """What is wrong with the headers and lengths of a folder's weights."""
-    faults = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            read_specs(path)
-        except PplexError as e:
-            faults.append(str(e))
-    return faults
 
 
 def _verdict(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -139,11 +139,30 @@ def _from_inputs(
         for name in names:
             source = _file(given / name if path.is_dir() else given)
             mirrored = (base.relative_to(top) / name).as_posix()
-            own = replace(settings, seed=seed_for(settings.seed, name))
-            one = _Found(source, mirrored, name, mirrored, own)
+            one = _Found(source, mirrored, name, mirrored, settings)
             # A folder and a file in it may both be given.
             found.setdefault(base / name, one)
-    return list(found.values())
+    return [_seeded(one) for one in _identified_apart(found)]
+
+
+def _identified_apart(found: Mapping[Path, _Found]) -> Iterator[_Found]:
+    """Recordings of equal identities get one below the folder that they share."""
+    groups = defaultdict(list)
+    for path, one in found.items():
+        groups[one.identity].append(path)
+    for paths in groups.values():
+        shared = os.path.commonpath([path.parent for path in paths])
+        for path in paths:
+            one = found[path]
+            if len(paths) > 1:
+                one = replace(one, identity=path.relative_to(shared).as_posix())
+            yield one
+
+
+def _seeded(found: _Found) -> _Found:
+    """With the seed that follows from its identity."""
+    seed = seed_for(found.settings.seed, found.identity)
+    return replace(found, settings=replace(found.settings, seed=seed))
 
 
 def _file(path: Path) -> Path:
