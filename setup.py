@@ -12,6 +12,8 @@ def library(name: str, *headers: str) -> Extension:
         sources=[f"pplex/{name}.c"],
         depends=[f"pplex/{header}" for header in headers],
         extra_compile_args=["-O3", "-fno-math-errno", "-Wno-psabi"],
+        extra_link_args=["-pthread"],
+        libraries=["m"],
         optional=True,
     )
 

@@ -9,7 +9,13 @@
    order that depends on the model's sizes and the row's own positions alone: its result
    is the same bits whatever rows stand beside it. */
 
+#ifdef __linux__
+#define _GNU_SOURCE
+#include <sched.h>
+#endif
 #include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -258,6 +264,115 @@ long pplex_lm_scratch(const Model *m, long rows) {
                  padded((long)m->steps * m->dep_dim) + 3 * w.dep_dim + w.text + w.audio +
                  m->dep_layers * m->dep_heads * slots * (head + padded(head));
   return rows * per_row + padded(m->window) + padded(m->steps) + 64 * LANES;
+}
+
+/* ---- Large products are shared among threads, which sleep between them ---- */
+
+typedef struct Product {
+  void (*part)(const struct Product *, long first, long last);
+  const Matrix *w;
+  long rows;
+  const float *x;
+  long ldx;
+  float *y;
+  long ldy;
+} Product;
+
+/* Below this many bytes of weights, or of a batch's work that takes as long, waking
+   another thread is not worth it. BLOCKS_EACH blocks are taken at a time. */
+enum { SHARED_BYTES = 1 << 20, BLOCKS_EACH = 8, MAX_THREADS = 16 };
+
+static struct {
+  pthread_mutex_t busy, lock; /* one product at a time; what follows */
+  pthread_cond_t wake, done;
+  int threads, working; /* 0 threads: not started, -1: alone */
+  unsigned long number; /* of the product */
+  const Product *product;  /* NULL: none that can be joined */
+  atomic_long next;        /* block */
+} pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
+          .lock = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER,
+          .done = PTHREAD_COND_INITIALIZER};
+
+static long blocks_of(const Matrix *w) { return (w->rows + LANES - 1) / LANES; }
+
+static void take_parts(const Product *product) {
+  long blocks = blocks_of(product->w), first;
+  while ((first = atomic_fetch_add(&pool.next, BLOCKS_EACH)) < blocks)
+    product->part(product, first,
+                  first + BLOCKS_EACH < blocks ? first + BLOCKS_EACH : blocks);
+}
+
+static void *work(void *unused) {
+  unsigned long seen = 0;
+  pthread_mutex_lock(&pool.lock);
+  for (;;) {
+    while (!pool.product || pool.number == seen)
+      pthread_cond_wait(&pool.wake, &pool.lock);
+    seen = pool.number;
+    const Product *product = pool.product;
+    pool.working++;
+    pthread_mutex_unlock(&pool.lock);
+    take_parts(product);
+    pthread_mutex_lock(&pool.lock);
+    if (--pool.working == 0) pthread_cond_signal(&pool.done);
+  }
+  return unused;
+}
+
+/* A child process has none of the threads. */
+static void forget_threads(void) {
+  pthread_mutex_init(&pool.busy, NULL);
+  pthread_mutex_init(&pool.lock, NULL);
+  pthread_cond_init(&pool.wake, NULL);
+  pthread_cond_init(&pool.done, NULL);
+  pool.threads = pool.working = 0;
+  pool.product = NULL;
+}
+
+static int usable_cores(void) {
+#ifdef __linux__
+  cpu_set_t cores;
+  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
+#endif
+  return 1;
+}
+
+static void start_threads(void) {
+  static int hooked;
+  int wanted = usable_cores();
+  if (wanted > MAX_THREADS) wanted = MAX_THREADS;
+  if (!hooked) hooked = pthread_atfork(NULL, NULL, forget_threads) == 0;
+  for (pool.threads = 0; hooked && pool.threads < wanted - 1; pool.threads++) {
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, work, NULL) != 0) break;
+    pthread_detach(thread);
+  }
+  if (pool.threads == 0) pool.threads = -1;
+}
+
+static void run_product(const Product *product) {
+  const Matrix *w = product->w;
+  long bytes = (long)w->rows * w->columns / 8 * w->bits;
+  int shared = bytes * (3 + product->rows) / 4 >= SHARED_BYTES &&
+               pthread_mutex_trylock(&pool.busy) == 0;
+  if (shared && pool.threads == 0) start_threads();
+  if (!shared || pool.threads < 0) {
+    product->part(product, 0, blocks_of(w));
+  } else {
+    pthread_mutex_lock(&pool.lock);
+    atomic_store(&pool.next, 0);
+    pool.product = product;
+    pool.number++;
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    take_parts(product);
+    pthread_mutex_lock(&pool.lock);
+    pool.product = NULL; /* who wakes now has nothing left to do */
+    while (pool.working) pthread_cond_wait(&pool.done, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+  }
+  if (shared) pthread_mutex_unlock(&pool.busy);
 }
 
 #define NAME(x) x##_base

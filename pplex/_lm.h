@@ -176,10 +176,9 @@ typedef void (*NAME(kernel))(const Matrix *, long, const float *, long, float *,
   { NAME(dense32_##R##x##B), NAME(dense16_##R##x##B), NAME(affine8_##R##x##B),       \
     NAME(affine4_##R##x##B) }
 
-/* y = x w^T for m rows. Rows of x and y are ldx and ldy apart; y is written up to a
-   multiple of LANES. A few blocks of the matrix are read, then used for every row. */
-TARGET static void NAME(product)(const Matrix *w, long m, const float *x, long ldx,
-                                 float *y, long ldy) {
+/* A part of `product`: the blocks from `first` to `last`. A few blocks of the matrix are
+   read, then used for every row. */
+TARGET static void NAME(part)(const Product *p, long first, long last) {
   static const NAME(kernel) one[3][4] = {ROW_OF_KERNELS(1, 1), ROW_OF_KERNELS(2, 1),
                                          ROW_OF_KERNELS(4, 1)};
 #if REGISTERS == 32
@@ -193,22 +192,31 @@ TARGET static void NAME(product)(const Matrix *w, long m, const float *x, long l
   static const int at_once[3] = {2, 1, 1};
   const int most_rows = 1;
 #endif
+  const Matrix *w = p->w;
   int kind = w->bits == FLOAT32 ? 0 : w->bits == BFLOAT16 ? 1 : w->bits == 8 ? 2 : 3;
-  long blocks = (w->rows + LANES - 1) / LANES;
   int widest = at_once[0];
-  for (long start = 0; start < blocks; start += widest) {
-    long end = start + widest < blocks ? start + widest : blocks;
-    for (long r = 0; r < m;) {
-      int size = m - r >= 4 && most_rows == 2 ? 2 : m - r >= 2 ? 1 : 0;
-      const float *xr = x + r * ldx;
-      float *yr = y + r * ldy;
+  for (long start = first; start < last; start += widest) {
+    long end = start + widest < last ? start + widest : last;
+    for (long r = 0; r < p->rows;) {
+      long left = p->rows - r;
+      int size = left >= 4 && most_rows == 2 ? 2 : left >= 2 ? 1 : 0;
+      const float *x = p->x + r * p->ldx;
+      float *y = p->y + r * p->ldy;
       long block = start;
       for (; block + at_once[size] <= end; block += at_once[size])
-        more[size][kind](w, block, xr, ldx, yr, ldy);
-      for (; block < end; block++) one[size][kind](w, block, xr, ldx, yr, ldy);
+        more[size][kind](w, block, x, p->ldx, y, p->ldy);
+      for (; block < end; block++) one[size][kind](w, block, x, p->ldx, y, p->ldy);
       r += 1 << size;
     }
   }
+}
+
+/* y = x w^T for m rows. Rows of x and y are ldx and ldy apart; y is written up to a
+   multiple of LANES. */
+TARGET static void NAME(product)(const Matrix *w, long m, const float *x, long ldx,
+                                 float *y, long ldy) {
+  Product whole = {NAME(part), w, m, x, ldx, y, ldy};
+  run_product(&whole);
 }
 #undef KERNEL
 #undef KERNELS

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -216,3 +220,44 @@ def test_tokens_that_no_table_has_are_refused():
     column[0, 3] = EVEN.card + 1
     with pytest.raises(ValueError, match="beyond"):
         step(native, [NativeCache(cache)], column)
+
+
+# Matrices large enough to be shared among threads.
+WIDE = replace(SMALL.lm, dim=512, hidden_dim=2048, num_heads=8, num_layers=1)
+
+
+def test_matrices_shared_among_threads_give_the_same_bits_from_any_thread():
+    lm = make_lm(WIDE, "float32")
+    cache, column = prompt_cache(lm, 5)
+    native = NativeLm(lm, load_library())
+    caches = [NativeCache(cache) for _ in range(40)]
+    agent, expected = step(native, [NativeCache(cache)], column)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda c: step(native, [c], column)[1], caches))
+    for logits in found:
+        np.testing.assert_array_equal(logits, expected)
+    whole = mlx_logits(lm, cache, column, agent)
+    np.testing.assert_allclose(expected, whole, atol=1e-4)
+
+
+FORKED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from test_native import *
+
+lm = make_lm(WIDE, "float32")
+cache, column = prompt_cache(lm, 5)
+native = NativeLm(lm, load_library())
+rows = [NativeCache(cache) for _ in range(2)]
+logits = step(native, rows[:1], column)[1]
+child = os.fork()
+if child == 0:
+    os._exit(0 if (step(native, rows[1:], column)[1] == logits).all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_can_make_steps():
+    """It has none of the threads that were started before it."""
+    command = [sys.executable, "-c", FORKED, str(Path(__file__).parent)]
+    assert subprocess.run(command, timeout=120).returncode == 0
