@@ -1,0 +1,162 @@
+"""Print what recipes of ``pplex models convert`` make of a model, as a Markdown table.
+
+    python tests/recipe_table.py mini samples/*.wav
+
+For each recipe: the language model's size, the mean divergence from the model itself
+and the shares of frames with the same first choice, on conversations that the model
+had with the recordings; and in how many greedy conversations the agent still says the
+same words. With ``--sensitivity FILE`` the mixed recipes go by that file of
+`pplex models sensitivity`. With ``--write DIR`` every model is also written there in
+NVIDIA's layout, its weights as float32 numbers, for programs that know nothing else:
+
+    for m in DIR/*; do python samples/mini/evaluate.py WORK "$m"; done
+
+counts mini's right replies and word errors.
+"""
+
+from __future__ import annotations
+
+from pplex.backend import use_fast_blas
+
+use_fast_blas()  # before MLX is imported
+
+import argparse  # noqa: E402
+import shutil  # noqa: E402
+import tempfile  # noqa: E402
+from collections.abc import Callable, Mapping  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
+
+from pplex.checkpoint.convert import Conversion, convert  # noqa: E402
+from pplex.checkpoint.hub import LocalModel, resolve  # noqa: E402
+from pplex.checkpoint.layouts import (  # noqa: E402
+    Matrix,
+    Quantization,
+    published_matrices,
+)
+from pplex.checkpoint.recipe import (  # noqa: E402
+    Recipe,
+    fitting,
+    recipe_bytes,
+    uniform,
+)
+from pplex.checkpoint.sensitivity import mixed_recipe, read_costs  # noqa: E402
+from pplex.checkpoint.source import Source  # noqa: E402
+from pplex.conversation.roles import DEFAULT_ROLE, ROLES  # noqa: E402
+from pplex.conversation.session import Model, load, make_role  # noqa: E402
+from pplex.insight.compare import compare_lms, keep_logits, mean_kl  # noqa: E402
+from pplex.insight.compare_models import (  # noqa: E402
+    Settings,
+    make_scripts,
+    read_users,
+)
+from pplex.insight.forced import write_script  # noqa: E402
+from pplex.model.sampling import GREEDY, SamplingConfig  # noqa: E402
+
+HEAD = "| recipe | MB | mean KL | KL of text | same text | same codes | same words |"
+Make = Callable[[Source, list[Matrix]], Recipe]
+
+
+def everything(matrices: list[Matrix], form: Quantization) -> Recipe:
+    """All matrices in one form, tables and heads as well."""
+    return {matrix.name: fitting(matrix, form) for matrix in matrices}
+
+
+def recipes(costs: Mapping[str, float]) -> dict[str, tuple[Make, bool]]:
+    """Recipes by name, and whether scales are refined."""
+    q4 = Quantization(4, 64)
+
+    def alike(bits: int, group_size: int) -> Make:
+        return lambda source, m: uniform(m, Quantization(bits, group_size))
+
+    def like_uniform(source: Source, m: list[Matrix]) -> Recipe:
+        return mixed_recipe(source.config, m, q4, None, costs)
+
+    def like_everything(source: Source, m: list[Matrix]) -> Recipe:
+        size = recipe_bytes(m, everything(m, q4))
+        return mixed_recipe(source.config, m, q4, size, costs)
+
+    return {
+        "uniform 8/64": (alike(8, 64), False),
+        "uniform 4/32": (alike(4, 32), False),
+        "uniform 4/64": (alike(4, 64), False),
+        "uniform 4/64, refined": (alike(4, 64), True),
+        "mixed, no larger": (like_uniform, False),
+        "mixed, no larger, refined": (like_uniform, True),
+        "everything 4/64": (lambda source, m: everything(m, q4), False),
+        "everything 4/64, refined": (lambda source, m: everything(m, q4), True),
+        "mixed, no larger than that": (like_everything, False),
+        "mixed, no larger than that, refined": (like_everything, True),
+    }
+
+
+def words(model: Model, users: list[np.ndarray], text: str) -> list[np.ndarray]:
+    """The text tokens (frames,) of greedy conversations."""
+    prompt = make_role(model, None, text).prompt
+    return [write_script(model, prompt, u, GREEDY, 0)[0].columns[0] for u in users]
+
+
+def write_plain(local: LocalModel, base: Path, to: Path) -> None:
+    """The model with its weights as float32 numbers, and the other files of base."""
+    config = load(local).config
+    source = Source(local.path, config.lm)
+    arrays = {}
+    for matrix in published_matrices(config.lm, source.steps, source.steps):
+        targets = [t for t in matrix.targets if t][
+            : 1 if len(matrix.shape) == 1 else 99
+        ]
+        whole = mx.concatenate([source.dense(t) for t in targets]).astype(mx.float32)
+        arrays[matrix.name] = whole if whole.ndim == 2 else whole[None, None]
+    shutil.copytree(base, to, ignore=shutil.ignore_patterns("model.safetensors"))
+    mx.save_safetensors(str(to / "model.safetensors"), arrays)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("recordings", nargs="+", type=Path)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--sensitivity", type=Path)
+    parser.add_argument("--only", default="", help="recipes whose names contain this")
+    parser.add_argument("--write", type=Path, metavar="DIR")
+    args = parser.parse_args()
+    base = resolve(args.model, offline=True)
+    if args.write:
+        args.write.mkdir()
+    model = load(base)
+    settings = Settings(None, ROLES[DEFAULT_ROLE], 1, args.seconds, SamplingConfig())
+    users = read_users(args.recordings, model.config, args.seconds)
+    scripts = make_scripts(model, users, settings)
+    kept = [keep_logits(model.lm, script) for script in scripts]
+    said = words(model, users, settings.text)
+    frames = sum(script.num_frames for script in scripts)
+    print(f"{len(users)} recordings, {frames} frames, --seconds {args.seconds:g}\n")
+    print(HEAD, "| --- " * HEAD.count(" | ") + "| --- |", sep="\n", flush=True)
+    for name, (make, refine) in recipes(read_costs(args.sensitivity)).items():
+        if args.only not in name:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "model"
+            how = Conversion(make, name, "python tests/recipe_table.py", refine)
+            done = convert(base, target, how, lambda n: None, lambda n: None)
+            local = resolve(str(target), offline=True)
+            model = load(local)
+            if args.write:
+                write_plain(local, base.path, args.write / name.replace("/", "-"))
+            again = words(model, users, settings.text)
+        found = compare_lms(kept, model.lm, scripts, settings.sampling)
+        text, *agent = found
+        same = sum(map(np.array_equal, again, said))
+        codes = np.mean([stream.top1 for stream in agent])
+        print(
+            f"| {name} | {done.lm_bytes / 1e6:.2f} | {mean_kl(found):.2g} "
+            f"| {text.kl:.2g} | {text.top1:.2%} | {codes:.2%} "
+            f"| {same} of {len(users)} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
