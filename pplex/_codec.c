@@ -112,27 +112,22 @@ typedef struct {
 #define NAME(x) x##_base
 #define TARGET
 #define WIDTH 4
-#define PANELS_AT_ONCE 1
 #include "_codec.h"
 #undef NAME
 #undef TARGET
 #undef WIDTH
-#undef PANELS_AT_ONCE
 
 #ifdef __x86_64__
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define WIDTH 8
-#define PANELS_AT_ONCE 1
 #include "_codec.h"
 #undef NAME
 #undef TARGET
 #undef WIDTH
-#undef PANELS_AT_ONCE
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx2,fma")))
 #define WIDTH 16
-#define PANELS_AT_ONCE 4
 #include "_codec.h"
 #endif
 

@@ -2,8 +2,7 @@
    _codec.c.
 
    NAME(x) gives a name its suffix, TARGET is a function's attribute, WIDTH how many
-   floats a vector has, PANELS_AT_ONCE how many panels of 16 columns a tile of a product
-   spans at most: as many as leave registers for a few rows. */
+   floats a vector has. */
 
 #define lanes NAME(lanes)
 #define loose NAME(loose)
@@ -132,8 +131,8 @@ TARGET static void NAME(activate)(long activation, float *x, long count) {
 
 typedef void (*NAME(tile))(long, const float *, long, const float *, long, float *);
 
-/* By panels, then from the most rows to one. */
-#if PANELS_AT_ONCE == 4
+/* By panels, then from the most rows to one: as many as there are registers for. */
+#if WIDTH == 16
 TILE(8, 1) TILE(4, 1) TILE(2, 1) TILE(1, 1)
 TILE(8, 2) TILE(4, 2) TILE(2, 2) TILE(1, 2)
 TILE(8, 3) TILE(4, 3) TILE(2, 3) TILE(1, 3)
@@ -148,9 +147,12 @@ static const int NAME(heights)[][4] = {
     {8, 4, 2, 1}, {8, 4, 2, 1}, {8, 4, 2, 1}, {6, 4, 2, 1}};
 #elif WIDTH == 8
 TILE(6, 1) TILE(4, 1) TILE(2, 1) TILE(1, 1)
+TILE(3, 2) TILE(2, 2) TILE(1, 2)
 static const NAME(tile) NAME(tiles)[][4] = {
-    {NAME(tile_6x1), NAME(tile_4x1), NAME(tile_2x1), NAME(tile_1x1)}};
-static const int NAME(heights)[][4] = {{6, 4, 2, 1}};
+    {NAME(tile_6x1), NAME(tile_4x1), NAME(tile_2x1), NAME(tile_1x1)},
+    {NAME(tile_3x2), NAME(tile_2x2), NAME(tile_1x2), NAME(tile_1x2)},
+};
+static const int NAME(heights)[][4] = {{6, 4, 2, 1}, {3, 2, 1, 1}};
 #else
 TILE(3, 1) TILE(2, 1) TILE(1, 1)
 static const NAME(tile) NAME(tiles)[][4] = {
@@ -158,6 +160,11 @@ static const NAME(tile) NAME(tiles)[][4] = {
 static const int NAME(heights)[][4] = {{3, 2, 1, 1}};
 #endif
 #undef TILE
+
+/* Panels that tiles of `rows` rows span: the more sums the more work at a time. */
+TARGET static long NAME(panels_at_once)(long rows) {
+  return WIDTH == 16 ? 4 : WIDTH == 8 && rows < 4 ? 2 : 1;
+}
 
 /* Finish the sums of some rows and `columns` columns; `at` is the first's place. */
 TARGET static void NAME(finished)(const finish *f, const float *sums, long rows,
@@ -181,8 +188,9 @@ TARGET static void NAME(product)(const matrix *m, long rows, const float *a, lon
                                  const finish *f, float *out) {
   float sums[MAX_ROWS * MAX_PANELS * PANEL] __attribute__((aligned(64)));
   long panels = (m->n + PANEL - 1) / PANEL, size = m->k * PANEL;
+  long most = NAME(panels_at_once)(rows);
   for (long p = 0, wide; p < panels; p += wide) {
-    wide = panels - p < PANELS_AT_ONCE ? panels - p : PANELS_AT_ONCE;
+    wide = panels - p < most ? panels - p : most;
     const NAME(tile) *tiles = NAME(tiles)[wide - 1];
     const int *heights = NAME(heights)[wide - 1];
     long column = p * PANEL;
