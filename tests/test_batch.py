@@ -49,6 +49,9 @@ class Notes:
     def loading(self, local):
         self.notes.append("loading")
 
+    def computing(self, how):
+        self.notes.append(f"compute {how}")
+
     def starting(self, count, audio_s):
         pass
 

@@ -304,6 +304,14 @@ def test_latencies_are_of_every_step_in_order(done):
     assert 0 <= step["late_frames"] <= frames
 
 
+def test_the_series_has_every_step_in_thousandths(done):
+    series, step = done.stats["step_ms_series"], done.stats["step_ms"]
+    assert len(series) == done.stats["frames"]
+    assert max(series) == pytest.approx(step["max"], abs=0.001)
+    assert sum(series) == pytest.approx(step["mean"] * len(series), abs=0.01)
+    assert all(round(ms, 3) == ms for ms in series)
+
+
 def test_the_stats_say_what_was_run(done, call, tiny):
     stats = done.stats
     expected = {
@@ -319,6 +327,7 @@ def test_the_stats_say_what_was_run(done, call, tiny):
         "frames": 19,
         "dtype": "float32",
         "bits": [16],  # as the file has them
+        "compute": "dense",
         "model": str(tiny),
         "repo": None,
         "revision": None,

@@ -15,11 +15,14 @@ from pplex.cli.batch_report import (
     summary,
 )
 from pplex.cli.options import (
+    check_option,
+    compute_option,
     conversation_options,
     model_options,
     role_text,
     settings_from,
     verbosity_options,
+    wish_from,
 )
 
 if TYPE_CHECKING:
@@ -124,6 +127,7 @@ class RayAddress(click.ParamType):
 @click.option("--tokens", is_flag=True, help="Write NAME.npz for each recording.")
 @model_options
 @conversation_options
+@compute_option
 @click.option(
     "--batch-size",
     type=BatchSize(),
@@ -132,6 +136,7 @@ class RayAddress(click.ParamType):
     show_default=True,
     help="How many recordings are answered at a time.",
 )
+@check_option
 @click.option(
     "--overwrite",
     is_flag=True,
@@ -176,6 +181,7 @@ def batch(dry_run: bool, verbosity: int, **options: Any) -> None:
 
             done = run_batch(job, progress)
             code = exit_code(done.done + done.skipped, len(done.failed))
+            code = code or int(done.checks_failed > 0)
             progress.close()
             report(done, verbosity)
     click.get_current_context().exit(code)
@@ -205,8 +211,9 @@ def batch_from(options: dict[str, Any]) -> Batch:
             **take("layout", "transcript", "stats", "tokens"),
         ),
         **take("outdir", "model_name", "offline", "batch_size", "overwrite"),
-        **take("retry_failed", "fail_fast", "shard", "ray"),
+        **take("retry_failed", "fail_fast", "shard", "ray", "compute"),
         settings=settings_from(text, channel, options),
+        wish=wish_from(options["checks"]),
     )
 
 

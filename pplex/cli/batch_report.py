@@ -74,6 +74,9 @@ def summary(done: Summary) -> str:
             f" ({done.failed_before} of them in an earlier run; --retry-failed tries "
             "them again)"
         )
+    if done.checked:
+        good = done.checked - done.checks_failed
+        lines.append(f"checks: {good} of {done.checked} recordings pass")
     if done.done:
         lines.append(
             f"{done.audio_s:.1f} s of audio in {done.total_s:.1f} s, {done.load_s:.1f} "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pplex.cli.options import model_options, verbosity_options
+from pplex.cli.options import compute_option, model_options, verbosity_options
 from pplex.cli.progress import size
 from pplex.cli.tables import echo_table
 from pplex.files import PIPE, write_text
@@ -56,6 +56,7 @@ class Lengths(click.ParamType):
     epilog="Example: pplex bench --random medium --batch-size 1,8 --json before.json"
 )
 @model_options
+@compute_option
 @click.option(
     "--random",
     type=click.Choice(["tiny", "medium", "7b"]),
@@ -186,7 +187,7 @@ def report(found: Bench) -> None:
     """Print what was measured, a column a batch size."""
     bits = " and ".join(str(b) for b in found.bits)
     click.echo(
-        f"{found.model}, {bits} bits, {found.dtype} on "
+        f"{found.model}, {bits} bits, {found.compute} in {found.dtype} on "
         f"{found.device}; pplex {found.pplex}, MLX {found.mlx}"
     )
     click.echo(
@@ -199,6 +200,8 @@ def report(found: Bench) -> None:
         if any(cells):
             rows.append([name, *(cell or "-" for cell in cells)])
     echo_table(rows, right=range(1, len(rows[0])))
+    if found.peak_process_gb is not None:
+        click.echo(f"The process held at most {size(found.peak_process_gb)}.")
     click.echo(f"Left out: warming up with {found.warm_up_frames} frames.")
     if found.lengths is None:
         click.echo(
@@ -247,7 +250,7 @@ _ROWS: tuple[tuple[str, Any], ...] = (
     ("    codec", _in("moved_mb", "codec")),
     ("GB/s reached", _of("moved_gb_s")),
     ("% of copies", _of("bandwidth_percent")),
-    ("peak memory", lambda run: size(run.peak_memory_gb)),
+    ("peak memory of MLX", lambda run: size(run.peak_memory_gb)),
 )
 
 

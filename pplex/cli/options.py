@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 from pplex.errors import PplexError
 
 if TYPE_CHECKING:
+    from pplex.jobs.checking import Wish
     from pplex.jobs.settings import Settings
 
 DEFAULT_SEED = 42424242
@@ -83,6 +85,84 @@ def model_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+# The checks of `pplex check` by name, and whether they take a number or a text.
+_CHECKS: dict[str, type | None] = {
+    "not-silent": None,
+    "no-clipping": None,
+    "length-of": None,
+    "max-rtf": float,
+    "max-late-frames": float,
+    "says": str,
+}
+
+
+class CheckType(click.ParamType):
+    """A check by name, with ``=VALUE`` where it takes one."""
+
+    name = "NAME[=VALUE]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
+        """Turn the option's text into the check's name and value."""
+        if isinstance(value, tuple):
+            return value
+        name, sign, text = value.partition("=")
+        if name not in _CHECKS:
+            known = ", ".join(_CHECKS)
+            self.fail(f"{name!r} is no check; there are {known}", param, ctx)
+        kind = _CHECKS[name]
+        if kind is None and sign:
+            self.fail(f"{name} takes no value", param, ctx)
+        if kind is not None and not text:
+            self.fail(f"{name} needs a value: {name}=...", param, ctx)
+        if kind is float:
+            most = 100.0 if name == "max-late-frames" else None
+            return name, FiniteRange(0.0, most).convert(text, param, ctx)
+        if kind is str:
+            try:
+                re.compile(text)
+            except re.error as e:
+                self.fail(f"{text!r} is no regular expression: {e}", param, ctx)
+        return name, text or True
+
+
+def check_option(command: Command) -> Command:
+    """``--check``."""
+    return click.option(
+        "--check",
+        "checks",
+        type=CheckType(),
+        metavar="NAME[=VALUE]",
+        multiple=True,
+        help="Check the output as `pplex check` does, and exit with 1 if it fails: "
+        "not-silent, no-clipping, length-of (the input), max-rtf=X, "
+        "max-late-frames=P, says=REGEX. May be given several times.",
+    )(command)
+
+
+def wish_from(checks: Sequence[tuple[str, Any]]) -> Wish:
+    """What ``check_option`` parsed; of a check given twice, the last counts."""
+    from pplex.insight.check import Checks
+    from pplex.jobs.checking import Wish
+
+    found = {name.replace("-", "_"): value for name, value in checks}
+    length_of = found.pop("length_of", False)
+    return Wish(Checks(**found), length_of)
+
+
+def compute_option(command: Command) -> Command:
+    """``--compute``."""
+    return click.option(
+        "--compute",
+        type=click.Choice(["auto", "quantized", "dense"]),
+        default="auto",
+        show_default=True,
+        help="Multiply quantized weights as they are, or written out, which takes more "
+        "memory; auto takes what is faster here, and -v says what it took.",
+    )(command)
 
 
 def conversation_options(command: Command) -> Command:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pplex.cli.options import (
+    check_option,
+    compute_option,
     conversation_options,
     model_options,
     role_text,
     settings_from,
     verbosity_options,
+    wish_from,
 )
 from pplex.cli.progress import Progress, size
 from pplex.files import PIPE
@@ -58,6 +62,7 @@ _FILE = click.Path(path_type=Path)
 )
 @model_options
 @conversation_options
+@compute_option
 @click.option(
     "--transcript",
     metavar="FILE",
@@ -82,6 +87,7 @@ _FILE = click.Path(path_type=Path)
     is_flag=True,
     help="Show the agent's words as they are said; so does -v.",
 )
+@check_option
 @click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
 @verbosity_options
 @click.pass_context
@@ -115,6 +121,7 @@ def respond(
     )
     is_stream = input == PIPE
     check_pipes(is_stream, output == PIPE, raw, rate)
+    refuse_checks(is_stream, output == PIPE, options["checks"])
     from pplex.backend import use_fast_blas
 
     use_fast_blas()
@@ -130,6 +137,8 @@ def respond(
         model_name=model_name,
         offline=offline,
         overwrite=overwrite,
+        compute=options["compute"],
+        wish=wish_from(options["checks"]),
         raw=StreamFormat(raw, rate, channels=1) if raw and rate else None,
     )
     stop = ctx.ensure_object(Stop)
@@ -139,6 +148,16 @@ def respond(
     if verbosity >= 0:
         click.echo(summary(done), err=True)
     stop.check()
+    if not progress.all_passed:
+        ctx.exit(1)
+
+
+def refuse_checks(reads: bool, writes: bool, checks: Sequence[tuple]) -> None:
+    """Refuse checks of what leaves no file behind."""
+    if checks and writes:
+        raise click.UsageError("--check reads the output again: give -o a file")
+    if reads and any(name == "length-of" for name, _ in checks):
+        raise click.UsageError("--check length-of needs a recording, not a stream")
 
 
 def check_pipes(reads: bool, writes: bool, raw: str | None, rate: int | None) -> None:

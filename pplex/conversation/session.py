@@ -52,6 +52,12 @@ class Model:
     dtype: str
     load_s: float
 
+    @property
+    def compute(self) -> str:
+        """How weights are multiplied: some ``quantized``, or all ``dense``."""
+        is_packed = any("scales" in module for module in self.lm.modules())
+        return "quantized" if is_packed else "dense"
+
 
 def load(local: LocalModel, *, dense: bool = False) -> Model:
     """Load the model at ``local``: float32 on a CPU, bfloat16 on a GPU.

@@ -50,6 +50,9 @@ class Stats:
     ``start_up_frames`` that came before the model was ready and were late, and
     ``source_pace``, audio time over the time it took to come. A source faster than
     real time has no latency.
+
+    ``step_ms_series`` has the milliseconds of every step, for one recording only: a
+    stream has no end, and a batch's steps belong to many.
     """
 
     input: str
@@ -75,6 +78,7 @@ class Stats:
     device: str
     dtype: str
     bits: tuple[int, ...]
+    compute: str
     layout: str
     model: str
     repo: str | None
@@ -94,6 +98,7 @@ class Stats:
     latency_ms: Latency | None = None
     start_up_frames: int | None = None
     source_pace: float | None = None
+    step_ms_series: list[float] | None = None
 
     def write(self, path: Path) -> None:
         """Write the figures as JSON, whole or not at all."""

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from pplex.errors import PplexError
+from pplex.insight.check import Outcome, passed
 from pplex.jobs.decoding import (
     KEPT_ROLES,
     Answered,
@@ -168,12 +169,13 @@ class _Run:
                 self._model,
                 sampling,
                 size,
+                self._batch.compute,
                 self._report.note,
             )
         self._report.loading(self._model.local)
-        return Decoder(
-            load_for(self._model.local, size), sampling, size, self._report.note
-        )
+        model, choice = load_for(self._model.local, size, self._batch.compute)
+        self._report.computing(str(choice))
+        return Decoder(model, sampling, size, self._report.note)
 
     def _answer(self, engine: Engine, tasks: list[Task]) -> None:
         by_key = {task.key: task for task in tasks}
@@ -212,13 +214,14 @@ class _Run:
 
     def _write(
         self, task: Task, read: Read, outcome: Answered
-    ) -> tuple[dict[str, float], dict[str, Line]]:
-        seconds = write_task(self._model, task, read, outcome)
-        return seconds, self._manifest.describe(task.outputs.files())
+    ) -> tuple[dict[str, float], list[Outcome], dict[str, Line]]:
+        wish = self._batch.wish
+        seconds, checks = write_task(self._model, task, read, outcome, wish)
+        return seconds, checks, self._manifest.describe(task.outputs.files())
 
     def _written(self, task: Task, read: Read, future: Future) -> None:
         try:
-            seconds, outputs = future.result()
+            seconds, checks, outputs = future.result()
         except PplexError as e:
             cause = e.__cause__
             if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
@@ -230,6 +233,10 @@ class _Run:
         self._summary.done += 1
         self._summary.audio_s += line["audio_s"]
         self._report.finished(task.key, self._seconds[task.key])
+        if checks:
+            self._summary.checked += 1
+            self._summary.checks_failed += not passed(checks)
+            self._report.checked(checks, task.key)
 
     def _fail(self, task: Task, error: str) -> None:
         self.failed.add(task.key)

@@ -25,16 +25,21 @@ from pplex.conversation.session import (
     Model,
     Timings,
     chunk_frames,
-    load,
     make_role,
 )
 from pplex.errors import PplexError
 from pplex.insight.stats import Latency, latency
 from pplex.jobs.bench_parts import Parts, Traffic, measure_parts, traffic
+from pplex.jobs.compute import Choice, Compute, choose, load_as
 from pplex.jobs.decoding import is_out_of_memory
-from pplex.jobs.memory import copy_bandwidth_gb_s
-from pplex.jobs.random_model import random_model, random_prompt
-from pplex.jobs.respond import device_name
+from pplex.jobs.figures import device_name
+from pplex.jobs.memory import copy_bandwidth_gb_s, peak_process_gb
+from pplex.jobs.random_model import (
+    DENSE_BITS,
+    SIZES,
+    random_model,
+    random_prompt,
+)
 from pplex.layers.device import on_cpu
 from pplex.model.sampling import SamplingConfig
 
@@ -61,6 +66,7 @@ class Plan:
     frames: int
     lengths: tuple[int, int] | None = None
     offline: bool = False
+    compute: Compute = "auto"
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything ``pplex bench`` found out; seconds are wall time."""
+    """Everything ``pplex bench`` found out; seconds are wall time.
+
+    ``peak_process_gb`` is of the whole process, copies and all; a run's
+    ``peak_memory_gb`` is what MLX held.
+    """
 
     schema: int
     pplex: str
@@ -118,6 +128,7 @@ class Bench:
     dtype: str
     model: str
     bits: tuple[int, ...]
+    compute: str
     frame_rate: float
     frames: int
     lengths: tuple[int, int] | None
@@ -126,6 +137,7 @@ class Bench:
     load_s: float
     prefill_s: float
     copy_bandwidth_gb_s: float
+    peak_process_gb: float | None
     runs: list[Run]
 
 
@@ -134,7 +146,7 @@ def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
     bandwidth = copy_bandwidth_gb_s()
     mx.reset_peak_memory()
     note("loading" if plan.random is None else f"making a random {plan.random} model")
-    model = _load(plan)
+    model = _load(plan, note)
     start = time.perf_counter()
     prefilled = _prefill(model, plan)
     prefill_s = time.perf_counter() - start
@@ -152,6 +164,7 @@ def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
         dtype=model.dtype,
         model=model.local.name,
         bits=model.bits,
+        compute=model.compute,
         frame_rate=model.config.frame_rate,
         frames=plan.frames,
         lengths=plan.lengths,
@@ -160,14 +173,23 @@ def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
         load_s=model.load_s,
         prefill_s=prefill_s,
         copy_bandwidth_gb_s=bandwidth,
+        peak_process_gb=peak_process_gb(),
         runs=runs,
     )
 
 
-def _load(plan: Plan) -> Model:
+def _load(plan: Plan, note: Callable[[str], None]) -> Model:
+    many = max(plan.batch_sizes) > 1
     if plan.random is None:
-        return load(resolve(plan.model_name, offline=plan.offline))
-    return random_model(plan.random, plan.bits)
+        local = resolve(plan.model_name, offline=plan.offline)
+        model, choice = load_as(local, plan.compute, many=many)
+    else:
+        choice = Choice(True, f"stored in {plan.bits} bits")
+        if plan.bits < DENSE_BITS:
+            choice = choose(plan.compute, SIZES[plan.random].lm, many=many)
+        model = random_model(plan.random, plan.bits, dense=choice.dense)
+    note(f"compute {choice}")
+    return model
 
 
 def _prefill(model: Model, plan: Plan) -> Prefilled:

@@ -19,6 +19,7 @@ from pplex.conversation.prompt import Prefilled
 from pplex.conversation.session import Model, chunk_frames
 from pplex.layers.cache import Cache, KvCache, RowCaches, SlotCache
 from pplex.layers.device import on_cpu
+from pplex.model.native import native_lm
 from pplex.model.sampling import SamplingConfig, noise_keys
 
 _ROUNDS = 12
@@ -69,7 +70,8 @@ def measure_parts(
     """Time the parts with ``rows`` recordings that have come ``position`` frames."""
     encode, decode = _codec_ms(model, rows)
     temporal = depformer = None
-    if type(prefilled.start(model.config.lm, 0).cache) is KvCache:
+    start = prefilled.start(model.config.lm, 0, beside_others=rows > 1)
+    if type(start.cache) is KvCache:
         temporal, depformer = _step_ms(model, prefilled, sampling, rows, position)
     return Parts(encode, temporal, depformer, decode)
 
@@ -152,11 +154,14 @@ def traffic(
 ) -> Traffic:
     """The least a frame moves; ``mean_position`` counts keys, the prompt's included."""
     lm, codec = model.config.lm, model.config.mimi.transformer
-    weights = sum(
-        array.nbytes
-        for name, array in tree_flatten(model.lm.parameters())
-        if "text_emb" not in name and "audio_emb" not in name  # of tables, a row
-    )
+    if native := native_lm(model.lm):
+        weights = native.matrix_bytes
+    else:
+        weights = sum(
+            array.nbytes
+            for name, array in tree_flatten(model.lm.parameters())
+            if "text_emb" not in name and "audio_emb" not in name  # of tables, a row
+        )
     dtype_bytes = _item_bytes(prefilled.cache)
     kv = 2 * lm.num_layers * lm.dim * dtype_bytes * min(mean_position, lm.window)
     codec_weights = model.codec.nbytes

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pplex.errors import PplexError
+from pplex.jobs.compute import Compute
 from pplex.jobs.decoding import Answered, Failure, Job, Size
 from pplex.jobs.describe import Description
 from pplex.jobs.worker import Worker
@@ -52,6 +53,7 @@ class Cluster:
         model: Description,
         sampling: SamplingConfig,
         size: Size,
+        compute: Compute,
         note: Callable[[str], None],
     ) -> None:
         """``address`` is one of Ray's, or ``"local"`` for a cluster of this machine."""
@@ -73,6 +75,7 @@ class Cluster:
             "pplex": importlib.metadata.version("pplex"),
             "sampling": asdict(sampling),
             "size": asdict(size),
+            "compute": compute,
         }
         self.batch_size: int | None = None
         self._hands: list[_Hand] = []

@@ -17,10 +17,10 @@ import numpy as np
 from pplex.checkpoint.hub import LocalModel
 from pplex.conversation.many import Item, Result, auto_batch_size, converse_many
 from pplex.conversation.prompt import Prefilled, prefill
-from pplex.conversation.session import Model, load, make_role
+from pplex.conversation.session import Model, make_role
 from pplex.errors import PplexError
-from pplex.jobs.identity import weights_bytes
-from pplex.jobs.respond import device_name
+from pplex.jobs.compute import Choice, Compute, load_as
+from pplex.jobs.figures import Facts, facts_of
 from pplex.model.sampling import SamplingConfig
 
 # Prefilled states that are kept; each is tens of MB for the 7B models.
@@ -38,20 +38,6 @@ class Job:
     voice: str
     text: str
     seed: int
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the figures of a run say of model and machine.
-
-    ``peak_memory_gb`` is the most that MLX has held so far.
-    """
-
-    device: str
-    dtype: str
-    bits: tuple[int, ...]
-    layout: str
-    peak_memory_gb: float
 
 
 @dataclass(frozen=True)
@@ -83,24 +69,11 @@ class Size:
     count: int
 
 
-def load_for(local: LocalModel, size: Size) -> Model:
-    """Load a model to answer many recordings at a time.
-
-    MLX's CUDA kernels for quantized weights do not batch; where there is memory for
-    it, such weights are written out.
-    """
-    gpu = mx.default_device() == mx.Device(mx.gpu)
-    many = size.count > 1 and size.rows != 1
-    return load(
-        local, dense=gpu and not mx.metal.is_available() and many and _has_room(local)
-    )
-
-
-def _has_room(local: LocalModel) -> bool:
-    """Whether the device can hold 4-bit weights written out in 16 bits, and more."""
-    info = mx.device_info(mx.default_device())
-    free = int(info.get("free_memory") or info.get("total_memory") or 0)
-    return free > 6 * weights_bytes(local)
+def load_for(
+    local: LocalModel, size: Size, wanted: Compute = "auto"
+) -> tuple[Model, Choice]:
+    """Load a model to answer many recordings at a time, and how it computes."""
+    return load_as(local, wanted, many=size.count > 1 and size.rows != 1)
 
 
 class Decoder:
@@ -146,10 +119,6 @@ class Decoder:
             self._note(f"batch size {self.batch_size}")
         return self.batch_size
 
-    def _facts(self) -> Facts:
-        model, peak = self._model, mx.get_peak_memory() / 1e9
-        return Facts(device_name(), model.dtype, model.bits, model.layout, peak)
-
     def _converse(self, stream: _Stream) -> Iterator[Answered | Failure]:
         items = self._items(stream)
         first = next(items, None)
@@ -163,7 +132,7 @@ class Decoder:
             batch_size=batch_size,
         ):
             _, prompt_frames = stream.under_way.pop(str(result.key))
-            yield Answered(result, prompt_frames, self._facts())
+            yield Answered(result, prompt_frames, facts_of(self._model))
             yield from stream.take_failures()
 
     def _items(self, stream: _Stream) -> Iterator[Item]:

@@ -21,8 +21,8 @@ from pplex.config import LmConfig, load_config
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import Conversation, load, make_role, warm_up
 from pplex.errors import PplexError
+from pplex.jobs.figures import device_name
 from pplex.jobs.memory import memory_gb
-from pplex.jobs.respond import device_name
 from pplex.layers.device import on_cpu
 from pplex.model.sampling import SamplingConfig
 

@@ -39,6 +39,16 @@ def memory_gb() -> tuple[float | None, float | None]:
     )  # type: ignore
 
 
+def peak_process_gb() -> float | None:
+    """The most that this process has held so far, in GB; None where nobody says."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 def copy_bandwidth_gb_s() -> float:
     """GB/s of copies of large arrays, read and written bytes both counted.
 

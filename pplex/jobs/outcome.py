@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pplex.checkpoint.hub import LocalModel
+from pplex.insight.check import Outcome
 
 
 class Report(Protocol):
@@ -19,11 +21,17 @@ class Report(Protocol):
     def loading(self, local: LocalModel) -> None:
         """The model's files are there and will be loaded."""
 
+    def computing(self, how: str) -> None:
+        """The model is loaded and computes in this form, for this reason."""
+
     def starting(self, count: int, audio_s: float) -> None:
         """So many recordings, of so many seconds in all, will be answered."""
 
     def finished(self, key: str, audio_s: float) -> None:
         """A recording's outputs are written."""
+
+    def checked(self, outcomes: Sequence[Outcome], key: str) -> None:
+        """A recording's outputs were checked."""
 
     def failed(self, key: str, error: str, audio_s: float) -> None:
         """A recording cannot be answered."""
@@ -33,6 +41,8 @@ class Report(Protocol):
 class Summary:
     """How a batch went; ``failed`` says why, ``failed_before`` counts earlier ones.
 
+    ``checks_failed`` of the recordings that were ``checked`` did not pass.
+
     ``audio_s`` is what was answered now, in ``run_s`` seconds after loading.
     """
 
@@ -41,6 +51,8 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
     failed_before: int = 0
     not_run: int = 0
+    checked: int = 0
+    checks_failed: int = 0
     audio_s: float = 0.0
     load_s: float = 0.0
     run_s: float = 0.0

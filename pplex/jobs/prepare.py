@@ -12,6 +12,8 @@ from pathlib import Path
 from pplex.audio.probe import probe
 from pplex.checkpoint.hub import resolve
 from pplex.errors import PplexError
+from pplex.jobs.checking import Wish
+from pplex.jobs.compute import Compute
 from pplex.jobs.describe import Description, describe
 from pplex.jobs.manifest import Manifest
 from pplex.jobs.plan import Selection, make_plan
@@ -43,6 +45,8 @@ class Batch:
     fail_fast: bool = False
     shard: tuple[int, int] | None = None
     ray: str | None = None
+    compute: Compute = "auto"
+    wish: Wish = Wish()
 
 
 @dataclass(frozen=True)

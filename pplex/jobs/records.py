@@ -10,9 +10,13 @@ from typing import Any
 
 from pplex.audio.files import Recording
 from pplex.errors import PplexError
+from pplex.insight.check import Outcome
 from pplex.insight.stats import Stats, latency
+from pplex.insight.transcript import words
+from pplex.jobs.checking import Wish, check_answer
 from pplex.jobs.decoding import Answered
 from pplex.jobs.describe import Description
+from pplex.jobs.figures import About, make_stats
 from pplex.jobs.identity import FilePrint, file_print
 from pplex.jobs.manifest import DONE, FAILED, Line
 from pplex.jobs.respond import Answer, read_user, write_outputs
@@ -51,9 +55,12 @@ def read_task(task: Task, sample_rate: int) -> Read:
 
 
 def write_task(
-    model: Description, task: Task, read: Read, done: Answered
-) -> dict[str, float]:
-    """Write the outputs of ``task``; seconds spent on it, by part."""
+    model: Description, task: Task, read: Read, done: Answered, wish: Wish
+) -> tuple[dict[str, float], list[Outcome]]:
+    """Write the outputs of ``task`` and check them.
+
+    Returns the seconds spent on it, by part, and how the checks went.
+    """
     start = time.perf_counter()
     result, timings = done.result, done.result.timings
     voice = model.voice_of(task)
@@ -77,68 +84,48 @@ def write_task(
         task.settings.seed,
     )
     seconds = {
-        "read_s": read.seconds,
-        "encode_s": timings.encode_s,
-        "steps_s": sum(timings.steps),
-        "decode_s": timings.decode_s,
-        "write_s": time.perf_counter() - start,
+        "read": read.seconds,
+        "encode": timings.encode_s,
+        "steps": sum(timings.steps),
+        "decode": timings.decode_s,
+        "write": time.perf_counter() - start,
     }
+    stats = stats_of(model, task, read, done, seconds)
     if task.outputs.stats is not None:
-        make_stats(model, task, read, done, seconds).write(task.outputs.stats)
-    return {part: round(s, 4) for part, s in seconds.items()}
+        stats.write(task.outputs.stats)
+    outcomes: list[Outcome] = []
+    if wish.any():
+        spoken = words(result.text, model.tokenizer.piece, model.config.frame_rate)
+        files = task.outputs.files()
+        outcomes = check_answer(wish, task.source, files, stats, spoken)
+    return {f"{part}_s": round(s, 4) for part, s in seconds.items()}, outcomes
 
 
-def make_stats(
+def stats_of(
     model: Description,
     task: Task,
     read: Read,
     done: Answered,
     seconds: dict[str, float],
 ) -> Stats:
-    """The figures of one recording of a batch: its share of the work.
+    """The figures of one recording of a batch: its share of the work, by part.
 
     Loading the model and its prompts is nobody's share.
     """
-    settings, local = task.settings, model.local
-    audio_s = len(read.recording.pcm) / model.config.sample_rate
-    total_s = sum(seconds.values())
-    return Stats(
-        input=str(task.source),
-        outputs={what: str(path) for what, path in task.outputs.files().items()},
-        audio_s=audio_s,
-        tail_s=settings.tail_s,
-        frames=len(done.result.text),
-        prompt_frames=done.prompt_frames,
-        load_s=0.0,
-        prefill_s=0.0,
-        warm_up_s=0.0,
-        other_s=0.0,
-        **seconds,
-        total_s=total_s,
-        step_ms=latency(done.result.timings.steps),
-        real_time_factor=total_s / audio_s,
-        real_time_factor_with_load=total_s / audio_s,
-        peak_memory_gb=done.facts.peak_memory_gb,
-        device=done.facts.device,
-        dtype=done.facts.dtype,
-        bits=done.facts.bits,
-        layout=done.facts.layout,
-        model=local.name,
-        repo=local.repo,
-        revision=local.revision,
+    about = About(
+        source=task.source,
+        outputs=task.outputs.files(),
+        audio_s=len(read.recording.pcm) / model.config.sample_rate,
+        rate=read.recording.source_rate,
+        channels=read.recording.source_channels,
+        settings=task.settings,
         voice=model.voice_of(task),
-        prompt=settings.text,
-        seed=settings.seed,
-        temp=settings.sampling.temp,
-        top_k=settings.sampling.top_k,
-        text_temp=settings.sampling.text_temp,
-        text_top_k=settings.sampling.text_top_k,
-        channel=settings.channel,
-        source_rate=read.recording.source_rate,
-        source_channels=read.recording.source_channels,
-        pplex=importlib.metadata.version("pplex"),
-        mlx=importlib.metadata.version("mlx"),
+        prompt_frames=done.prompt_frames,
+        local=model.local,
+        facts=done.facts,
     )
+    steps = done.result.timings.steps
+    return make_stats(about, seconds, latency(steps), len(steps))
 
 
 def done_line(

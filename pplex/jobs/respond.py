@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import mlx.core as mx
 import numpy as np
 
 from pplex.audio.files import Recording, frames_of, read_pcm, write_wav
@@ -23,21 +22,22 @@ from pplex.conversation.session import (
     Model,
     Reply,
     Role,
-    Timings,
     chunk_frames,
-    load,
     make_role,
     warm_up,
 )
 from pplex.errors import PplexError
 from pplex.files import PIPE, atomic_write, is_pipe, write_text
 from pplex.insight.captions import Captions
-from pplex.insight.stats import Latency, Stats, latency
+from pplex.insight.check import Outcome
+from pplex.insight.stats import Stats, latency
 from pplex.insight.transcript import check_transcript_path, words, write_transcript
+from pplex.jobs.checking import Wish, check_answer
+from pplex.jobs.compute import Compute, load_as
+from pplex.jobs.figures import About, facts_of, make_stats
 from pplex.jobs.settings import Settings
 from pplex.jobs.sink import Layout, Write, open_sink
 from pplex.jobs.stopping import Stop
-from pplex.layers.device import on_cpu
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,8 @@ class Run:
     offline: bool
     overwrite: bool
     raw: StreamFormat | None = None
+    compute: Compute = "auto"
+    wish: Wish = Wish()
 
 
 class Report(Protocol):
@@ -171,11 +173,17 @@ class Report(Protocol):
     def loading(self, local: LocalModel) -> None:
         """The model's files are there and will be loaded."""
 
+    def computing(self, how: str) -> None:
+        """The model is loaded and computes in this form, for this reason."""
+
     def answering(self, duration_s: float | None) -> None:
         """The agent starts to answer this many seconds of audio; None: a stream."""
 
     def advance(self, seconds: float) -> None:
         """Another stretch of audio is answered."""
+
+    def checked(self, outcomes: Sequence[Outcome]) -> None:
+        """The outputs are written and were checked."""
 
     def said(self, text: str) -> None:
         """The agent says this; for captions, as it is to be printed."""
@@ -327,7 +335,8 @@ def respond(run: Run, report: Report, stop: Stop | None = None) -> Stats:
     clock.lap("read")
     local = resolve(run.model_name, offline=run.offline, progress=report.shows_bars)
     report.loading(local)
-    model = load(local)
+    model, choice = load_as(local, run.compute, many=False)
+    report.computing(str(choice))
     if model.config.sample_rate != MimiConfig().sample_rate:
         recording = read_user(run.source, run.settings, model.config.sample_rate)
     clock.lap("load")
@@ -346,9 +355,27 @@ def respond(run: Run, report: Report, stop: Stop | None = None) -> Stats:
         seed = run.settings.seed
         write_outputs(model, run.outputs, result, role.voice, role.text, seed)
         clock.lap("write")
-        stats = make_stats(run, model, role, recording, conversation.timings, clock)
+        source = Source(length / rate, recording.source_rate, recording.source_channels)
+        timings = conversation.timings
+        spent = clock.parts | {
+            "encode": timings.encode_s,
+            "steps": sum(timings.steps),
+            "decode": timings.decode_s,
+        }
+        stats = make_stats(
+            about_run(run, model, role, source),
+            spent,
+            latency(timings.steps),
+            len(timings.steps),
+            total_s=clock.total(),
+            steps_s=timings.steps,
+        )
         if run.outputs.stats is not None:
             stats.write(run.outputs.stats)
+    if run.wish.any():
+        spoken = words(result.text, model.tokenizer.piece, model.config.frame_rate)
+        files = run.outputs.files()
+        report.checked(check_answer(run.wish, run.source, files, stats, spoken))
     return stats
 
 
@@ -363,31 +390,19 @@ def start(run: Run, model: Model, clock: Clock) -> tuple[Role, Conversation]:
     return role, Conversation(model, prefilled, settings.sampling, settings.seed)
 
 
-def make_stats(
-    run: Run,
-    model: Model,
-    role: Role,
-    recording: Recording,
-    timings: Timings,
-    clock: Clock,
-) -> Stats:
-    """The figures of a run whose last part is done."""
-    return stats_of(
-        run,
-        model,
-        role,
-        Source(
-            len(recording.pcm) / model.config.sample_rate,
-            recording.source_rate,
-            recording.source_channels,
-        ),
-        StepTimes(
-            timings.encode_s,
-            timings.decode_s,
-            latency(timings.steps),
-            len(timings.steps),
-        ),
-        clock,
+def about_run(run: Run, model: Model, role: Role, source: Source) -> About:
+    """What a run was, for its figures."""
+    return About(
+        source=run.source,
+        outputs=run.outputs.files(),
+        audio_s=source.audio_s,
+        rate=source.rate,
+        channels=source.channels,
+        settings=run.settings,
+        voice=role.voice,
+        prompt_frames=role.prompt.num_frames,
+        local=model.local,
+        facts=facts_of(model),
     )
 
 
@@ -398,78 +413,3 @@ class Source:
     audio_s: float
     rate: int
     channels: int
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Seconds of encoding and decoding, and the steps summarised over ``frames``."""
-
-    encode_s: float
-    decode_s: float
-    step_ms: Latency
-    frames: int
-
-
-def stats_of(
-    run: Run, model: Model, role: Role, source: Source, times: StepTimes, clock: Clock
-) -> Stats:
-    """The figures of a run of any kind."""
-    parts, settings = clock.parts, run.settings
-    steps_s = times.step_ms.mean * times.frames / 1000.0
-    total_s = clock.total()
-    known = {
-        "load_s": parts["load"],
-        "read_s": parts["read"],
-        "prefill_s": parts["prefill"],
-        "warm_up_s": parts["warm_up"],
-        "encode_s": times.encode_s,
-        "steps_s": steps_s,
-        "decode_s": times.decode_s,
-        "write_s": parts["write"],
-    }
-    # A stream is waited for while it is read.
-    computing_s = total_s - known["load_s"] - known["warm_up_s"]
-    if run.source == PIPE:
-        computing_s -= known["read_s"]
-    return Stats(
-        input=str(run.source),
-        outputs={what: str(path) for what, path in run.outputs.files().items()},
-        audio_s=source.audio_s,
-        tail_s=settings.tail_s,
-        frames=times.frames,
-        prompt_frames=role.prompt.num_frames,
-        **known,
-        other_s=total_s - sum(known.values()),
-        total_s=total_s,
-        step_ms=times.step_ms,
-        real_time_factor=computing_s / source.audio_s,
-        real_time_factor_with_load=total_s / source.audio_s,
-        peak_memory_gb=mx.get_peak_memory() / 1e9,
-        device=device_name(),
-        dtype=model.dtype,
-        bits=model.bits,
-        layout=model.layout,
-        model=model.local.name,
-        repo=model.local.repo,
-        revision=model.local.revision,
-        voice=role.voice,
-        prompt=role.text,
-        seed=settings.seed,
-        temp=settings.sampling.temp,
-        top_k=settings.sampling.top_k,
-        text_temp=settings.sampling.text_temp,
-        text_top_k=settings.sampling.text_top_k,
-        channel=settings.channel,
-        source_rate=source.rate,
-        source_channels=source.channels,
-        pplex=importlib.metadata.version("pplex"),
-        mlx=importlib.metadata.version("mlx"),
-    )
-
-
-def device_name() -> str:
-    """The device that MLX computes on, with its name where MLX knows one."""
-    device = mx.default_device()
-    kind = "cpu" if on_cpu() else "gpu"
-    name = mx.device_info(device).get("device_name", "")
-    return f"{kind} ({name})" if name else kind

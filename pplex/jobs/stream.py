@@ -12,20 +12,23 @@ import numpy as np
 
 from pplex.audio.streams import Feed, LiveFrame, UserStream, read_header
 from pplex.checkpoint.hub import resolve
-from pplex.conversation.session import Conversation, Model, Reply, load
+from pplex.conversation.session import Conversation, Model, Reply
 from pplex.errors import PplexError
 from pplex.insight.captions import Captions
 from pplex.insight.histogram import Histogram
 from pplex.insight.stats import Latency, Stats
+from pplex.insight.transcript import words
+from pplex.jobs.checking import check_answer
+from pplex.jobs.compute import load_as
+from pplex.jobs.figures import make_stats
 from pplex.jobs.respond import (
     Clock,
     Report,
     Run,
     Source,
-    StepTimes,
+    about_run,
     check_outputs,
     start,
-    stats_of,
     write_tokens,
     write_words,
 )
@@ -88,11 +91,13 @@ def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
     clock.lap("read")
     local = resolve(run.model_name, offline=run.offline, progress=report.shows_bars)
     report.loading(local)
-    model = load(local)
+    model, choice = load_as(local, run.compute, many=False)
+    report.computing(str(choice))
     clock.lap("load")
     role, conversation = start(run, model, clock)
     outputs, rate = run.outputs, model.config.sample_rate
-    talk = Talk(outputs.transcript is not None, outputs.tokens is not None)
+    keeps_text = outputs.transcript is not None or run.wish.checks.says is not None
+    talk = Talk(keeps_text, outputs.tokens is not None)
     closed: BrokenPipeError | None = None
     waited_s = feed.waited_s
     with stop.deferred(feed.stop):
@@ -127,35 +132,38 @@ def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
             write_tokens(outputs.tokens, codes[0], codes[1], talk.text())
         clock.lap("write")
         clock.parts["read"] += feed.waited_s - waited_s
-        times = StepTimes(
-            conversation.timings.encode_s,
-            conversation.timings.decode_s,
-            talk.steps.latency() or _NO_STEPS,
-            talk.steps.count,
-        )
+        step_ms, frames = talk.steps.latency() or _NO_STEPS, talk.steps.count
+        spent = clock.parts | {
+            "encode": conversation.timings.encode_s,
+            "steps": step_ms.mean * frames / 1000.0,
+            "decode": conversation.timings.decode_s,
+        }
+        source = Source(talk.num_samples / rate, user.format.rate, user.format.channels)
+        about = about_run(run, model, role, source)
         pace = user.pace
         stats = replace(
-            stats_of(
-                run,
-                model,
-                role,
-                Source(talk.num_samples / rate, user.format.rate, user.format.channels),
-                times,
-                clock,
-            ),
+            make_stats(about, spent, step_ms, frames, total_s=clock.total()),
             latency_ms=talk.latency.latency() if pace <= MAX_LIVE_PACE else None,
             start_up_frames=talk.start_up_frames,
             source_pace=pace if math.isfinite(pace) else None,
         )
         if outputs.stats is not None:
             stats.write(outputs.stats)
+    if run.wish.any():
+        config, piece = model.config, model.tokenizer.piece
+        spoken = words(talk.text(), piece, config.frame_rate)
+        files = outputs.files()
+        report.checked(check_answer(run.wish, run.source, files, stats, spoken))
     if closed is not None:
         raise closed
+    fault = user.fault
     if user.missing_bytes:
-        raise PplexError(
+        fault = (
             f"the input stream ended {user.missing_bytes} bytes before the length its "
-            "header names; what came was answered and written"
+            "header names"
         )
+    if fault:
+        raise PplexError(f"{fault}; what came before was answered and written")
     return stats
 
 

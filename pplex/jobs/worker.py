@@ -111,7 +111,8 @@ class Worker:
         if model_identity(local) != spec["identity"]:
             raise PplexError(f"its model {spec['model']} is another one than here")
         size = Size(**spec["size"])
-        model, sampling = load_for(local, size), SamplingConfig(**spec["sampling"])
+        model, _ = load_for(local, size, spec["compute"])
+        sampling = SamplingConfig(**spec["sampling"])
         decoder = Decoder(model, sampling, size, self._notes.append)
         decoder.choose_batch_size()
         return decoder

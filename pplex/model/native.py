@@ -190,6 +190,7 @@ class NativeLm:
         self.config = config
         self._library = library
         self._held: list[np.ndarray | ctypes.Array] = []
+        self.matrix_bytes = 0  # of packed matrices, each of which every step reads
         steps = depformer.steps[: config.num_codebooks]
         # The reference's ring has `dep_q` slots and hides the oldest when full.
         hiding = config.dep_q - 1
@@ -373,7 +374,10 @@ class NativeLm:
         packed = self._library.pplex_lm_pack(
             values.ctypes.data, rows, columns, source_bits, bits, words.ctypes.data
         )
-        return words if packed else None
+        if not packed:
+            return None
+        self.matrix_bytes += words.nbytes
+        return words
 
 
 def native_lm(lm: Lm) -> NativeLm | None:
