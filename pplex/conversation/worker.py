@@ -16,17 +16,18 @@ Result = TypeVar("Result")
 
 @contextmanager
 def codec_worker(codec: Codec, *, beside: int) -> Iterator[Executor | None]:
-    """Threads for the codec's work beside ``beside`` conversations; None if it has
-    none: where it must wait its turn, and for 0.
+    """Threads for the codec's work on ``beside`` conversations beside their steps.
 
-    One thread fewer than there are cores, which is the steps', but at least one. When
-    the block is left, for whatever reason, what has not begun is dropped, what has is
-    waited for, and the threads end.
+    None for 0, and where the codec must wait its turn.
+
+    At most a thread a core, and one a conversation: the steps of many wait for the
+    codec more than they are disturbed by it. When the block is left, for whatever
+    reason, what has not begun is dropped, what has is waited for, and the threads end.
     """
     if not (beside and codec.concurrent):
         yield None
         return
-    threads = max(1, min(beside, _num_cores() - 1))
+    threads = min(beside, _num_cores())
     worker = ThreadPoolExecutor(threads, thread_name_prefix="codec")
     try:
         yield worker
