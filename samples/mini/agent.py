@@ -29,7 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     work = parser.parse_args().work
-    train_tokenizer(work / "tokenizer.model")
+    if not (work / "tokenizer.model").exists():
+        train_tokenizer(work / "tokenizer.model")
     bank = torch.load(work / "bank.pt", weights_only=False)
     bank["pcm"] = bank["pcm"].to(device())
     agent = make_agent(load_codec(work / "codec_listen.pt"), bank)

@@ -61,6 +61,19 @@ def labels(clip: Clip, lead: int, num_slots: int) -> np.ndarray:
     return slots.astype(np.uint8)
 
 
+def another(rng: random.Random, voice: Voice) -> Voice:
+    """A voice like this one: faster or slower, higher or lower, larger or smaller.
+
+    The held-out voices are further away than this goes.
+    """
+    pitch, warp = voice.pitch, voice.warp * rng.uniform(0.97, 1.03)
+    if pitch is not None and voice.name.startswith("en"):
+        pitch += rng.uniform(-6, 6)
+    elif pitch is not None:
+        pitch *= rng.uniform(0.94, 1.06)
+    return Voice(voice.name, voice.stretch * rng.uniform(0.88, 1.15), pitch, warp)
+
+
 def make(job: tuple[str, str, Voice]) -> dict:
     """Speak one clip: trimmed, whole frames, with its labels and word frames."""
     kind, text, voice = job
@@ -95,12 +108,11 @@ def jobs(copies: int) -> list[tuple[str, str, Voice]]:
     asked = {text: copies for text in domain.user_sentences("ask")}
     for text in list(asked):
         asked |= {other: 1 for other in domain.variations(text) if other not in asked}
-    asked |= {text: 1 for text in domain.others()}
+    more = domain.others() + domain.statements("ask")
+    asked |= {text: 1 for text in more if text not in asked}
     for text, count in asked.items():
         for voice in rng.sample(USERS, count):
-            stretch = voice.stretch * rng.uniform(0.88, 1.15)
-            voice = Voice(voice.name, stretch, voice.pitch, voice.warp)
-            todo.append(("ask", text, voice))
+            todo.append(("ask", text, another(rng, voice)))
     for text in domain.user_sentences("test"):
         todo += [("test", text, voice) for voice in rng.sample(HELD_OUT, 3)]
         todo.append(("test_known", text, rng.choice(USERS)))

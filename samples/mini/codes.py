@@ -95,13 +95,16 @@ def make_agent(codec: Codec, bank: dict) -> Agent:
     return Agent(fixed, agent_codes(codec, bank, fixed.silence), voices, words)
 
 
-def splice(agent: Agent, families: list[list[tuple[str, int]]]) -> None:
+def splice(agent: Agent, families: list[list[tuple[str, int]]]) -> dict[tuple, tuple]:
     """Let replies that differ in one word begin with the same codes.
 
     A family holds (reply, index of the word that differs). Each voice's clips get the
     beginning of the family's first one: otherwise the codes of the first frames would
     already tell the word, and the model would choose it before it looks at the prompt.
+    Returns what was done: of each such (text, voice) the text whose beginning it has,
+    that beginning's frames, and the frame from which on it is itself.
     """
+    done = {}
     for voice in agent.voices:
         for family in families:
             model, index = family[0]
@@ -116,3 +119,5 @@ def splice(agent: Agent, families: list[list[tuple[str, int]]]) -> None:
                 agent.codes[text, voice] = torch.cat([beginning, rest], 1)
                 moved = [(time + shift, word) for time, word in words[index:]]
                 agent.words[text, voice] = times + moved
+                done[text, voice] = (model, head, cut)
+    return done

@@ -20,6 +20,12 @@ from sizes import FRAME_SIZE, config
 from torch import Tensor
 
 SHORT, LONG = 288, 704
+HEARD = 24
+
+
+def sentences(users: dict) -> list[str]:
+    """All sentences of users.pt, in the order of the indices in `heard`."""
+    return sorted({clip["text"] for clip in users["clips"]})
 
 
 class Writer:
@@ -30,7 +36,8 @@ class Writer:
         tokenizer = sentencepiece.SentencePieceProcessor(str(work / "tokenizer.model"))
         self.work, self.agent = work, Agent.load(work / "agent.pt")
         users = torch.load(work / "users.pt", weights_only=False)
-        self.rooms = users["rooms"]
+        self.rooms, self.codes = users["rooms"], users["codes"]
+        self.index = {text: i for i, text in enumerate(sentences(users))}
         self.sizes = config(tokenizer.vocab_size())["lm"]
         text_card, card = self.sizes["text_card"], self.sizes["card"]
         self.grid = Grid(self.agent, tokenizer, text_card, card)
@@ -46,11 +53,12 @@ class Writer:
         codes = rng.choice(self.rooms[level])[: plan.frames].clone()
         for clip, sample in plan.user:
             first = sample // FRAME_SIZE
-            room = codes[first : first + len(clip["codes"])]
-            room[:] = clip["codes"][: len(room)]
+            spoken = self.codes[slice(*clip["codes_at"])]
+            room = codes[first : first + len(spoken)]
+            room[:] = spoken[: len(room)]
         return codes
 
-    def dialogue(self, rng: random.Random, length: int) -> tuple[Tensor, int]:
+    def dialogue(self, rng: random.Random, length: int) -> tuple[Tensor, int, Tensor]:
         """A dialogue of as many turns as fit, sometimes of none."""
         silent = rng.random() < 0.04
         return self.lay_out(
@@ -59,8 +67,12 @@ class Writer:
 
     def lay_out(
         self, rng: random.Random, talk: domain.Dialogue, length: int
-    ) -> tuple[Tensor, int]:
-        """Rows (10, length) and how many columns are prompt."""
+    ) -> tuple[Tensor, int, Tensor]:
+        """Rows (10, length), how many columns are prompt, and what is heard.
+
+        The last are (HEARD, 2): the column in which a sentence of the user ends and its
+        index; column 0 where there are fewer sentences.
+        """
         voice = rng.choice(tuple(self.agent.voices))
         codes = rng.choice(self.agent.voices[voice][1:])[:, : rng.randint(24, 44)]
         texts, agent = self.grid.prompt(codes, talk.prompt)
@@ -73,7 +85,12 @@ class Writer:
             torch.cat([agent, spoken], 1),
             torch.cat([sine, self.user(rng, plan, level).long()]),
         )
-        return rows, len(texts)
+        heard = torch.zeros(HEARD, 2, dtype=torch.int32)
+        for place, (clip, sample) in zip(heard, plan.user, strict=False):
+            end = len(texts) + (sample + clip["speech"][1]) // FRAME_SIZE
+            if end + 3 < length:
+                place[0], place[1] = end, self.index[clip["text"]]
+        return rows, len(texts), heard
 
     def write(self, number: int, size: int) -> None:
         """One file of `size` short dialogues and a twelfth as many long ones."""
@@ -81,8 +98,9 @@ class Writer:
         for kind, length, count in (("short", SHORT, size), ("long", LONG, size // 12)):
             made = [self.dialogue(rng, length) for _ in range(count)]
             chunk[kind] = {
-                "rows": torch.stack([rows for rows, _ in made]),
-                "prompt": torch.tensor([prompt for _, prompt in made]),
+                "rows": torch.stack([rows for rows, _, _ in made]),
+                "prompt": torch.tensor([prompt for _, prompt, _ in made]),
+                "heard": torch.stack([heard for _, _, heard in made]),
             }
         path = self.work / f"chunk_{number:03d}.pt"
         torch.save(chunk, path.with_suffix(".part"))

@@ -52,6 +52,14 @@ def reply(intent: dict | None, role: str, facts: dict[str, str]) -> str:
     return intent.get("without", {}).get(role, unknown)
 
 
+def subject(intent: dict | None, role: str, facts: dict[str, str]) -> str:
+    """What a right answer takes: a "fact" of the prompt, "unknown" or "plain"."""
+    if reply(intent, role, facts) == domain()["unknown"]:
+        return "unknown"
+    needed = slots(intent["reply"].get(role) or intent["reply"]["all"])
+    return "fact" if needed and all(name in facts for name in needed) else "plain"
+
+
 def replies() -> list[str]:
     """Everything the agent can say."""
     templates = [domain()["unknown"], *domain()["backchannels"]]
@@ -79,6 +87,8 @@ def user_sentences(split: str) -> list[str]:
     texts = domain()["long"][split] + domain()["other"][split]
     for intent in domain()["intent"]:
         texts += questions(intent, split)
+    if split == "ask":
+        texts = [text for text in texts if spoken_as(text) not in _tested()]
     return sorted(set(texts))
 
 
@@ -114,26 +124,39 @@ def variations(text: str) -> tuple[str, ...]:
     """Variations of a trained sentence, none of them a sentence to be tested."""
     carried = any(text.startswith(c.split("{")[0]) for c in domain()["carriers"])
     rng = random.Random(text)
-    made = {text} | {vary(rng, text) for _ in range(6 if carried else 26)}
+    made = {text} | {vary(rng, text) for _ in range(2 if carried else 16)}
     return tuple(sorted(t for t in made if spoken_as(t) not in _tested()))
 
 
+@cache
 def others() -> list[str]:
-    """Unknown questions put together from parts."""
+    """Unknown questions put together from parts, some of the many."""
     parts = domain()["other_parts"]
-    return [f"{a} {b}?" for a, b in product(parts["start"], parts["end"])]
+    texts = [f"{a} {b}?" for a, b in product(parts["start"], parts["end"])][::2]
+    return [text for text in texts if spoken_as(text) not in _tested()]
+
+
+@cache
+def statements(split: str) -> list[str]:
+    """What a user tells in a long turn."""
+    texts = list(domain()["long"][split])
+    if split == "ask":
+        texts += [f"{' '.join(p)}." for p in product(*domain()["long_parts"].values())]
+    return texts
 
 
 @dataclass(frozen=True)
 class Turn:
     """What the user says and the agent answers.
 
-    `statements` come before the question, the agent says `backchannels` after them. An
-    `interrupted` answer is cut by the user's next turn.
+    `subject` is "fact" where the answer needs one of the role prompt, "unknown" or
+    "plain". `statements` come before the question, the agent says `backchannels` after
+    them. An `interrupted` answer is cut by the user's next turn.
     """
 
     question: str
     answer: str
+    subject: str
     statements: tuple[str, ...] = ()
     backchannels: tuple[str, ...] = ()
     interrupted: bool = False
@@ -158,15 +181,16 @@ def dialogue(rng: random.Random, split: str, turns: int) -> Dialogue:
         greets = i == 0 and turns > 1 and rng.random() < 0.4
         intent = domain()["intent"][0] if greets else _intent(rng, role)
         question = _question(rng, intent, split)
-        statements: tuple[str, ...] = ()
-        if rng.random() < 0.12:
-            statements = tuple(rng.sample(domain()["long"][split], rng.randint(1, 3)))
+        told: tuple[str, ...] = ()
+        if rng.random() < 0.15:
+            told = tuple(rng.sample(statements(split), rng.randint(1, 3)))
         spoken.append(
             Turn(
                 question,
                 reply(intent, role, facts),
-                statements,
-                tuple(rng.choice(domain()["backchannels"]) for _ in statements),
+                subject(intent, role, facts),
+                told,
+                tuple(rng.choice(domain()["backchannels"]) for _ in told),
                 i + 1 < turns and rng.random() < 0.2,
             )
         )
@@ -180,9 +204,11 @@ def _question(rng: random.Random, intent: dict | None, split: str) -> str:
         return rng.choice(pool)
     if intent is None:
         return rng.choice(domain()["other"]["ask"] if rng.random() < 0.4 else others())
-    text = rng.choice(intent["ask"])
-    if text.startswith("~"):
-        text = rng.choice(domain()["carriers"]).format(text[1:])
+    text = ""
+    while not text or spoken_as(text) in _tested():
+        text = rng.choice(intent["ask"])
+        if text.startswith("~"):
+            text = rng.choice(domain()["carriers"]).format(text[1:])
     return text if rng.random() < 0.3 else rng.choice(variations(text))
 
 
@@ -197,12 +223,12 @@ def _intent(rng: random.Random, role: str) -> dict | None:
     """An intent for a role, mostly one it has an answer for; None is unknown."""
     draw = rng.random()
     intents = domain()["intent"]
-    if draw < 0.07:
+    if draw < 0.08:
         return None
-    if draw < 0.15:
+    if draw < 0.18:
         return rng.choice(intents)
     known, with_facts = _known(role)
-    return rng.choice(with_facts if draw < 0.37 else known)
+    return rng.choice(with_facts if draw < 0.42 else known)
 
 
 def families() -> list[list[tuple[str, int]]]:

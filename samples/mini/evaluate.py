@@ -9,21 +9,25 @@ with the linear layers of the language model rounded as an affine quantizer does
 import argparse
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
+import domain
 import numpy as np
 import sentencepiece
 import torch
 from codes import Agent
 from converse import Sampler, Spoken, converse, greedy, sampling, words
 from nets import Codec, LanguageModel
+from plan import Grid
 from recognizer import Recognizer, errors, plain
 from safetensors.torch import load_file
-from score import Score, score, spoken_frames
-from sizes import FRAME_SIZE
+from score import score, spoken_frames
+from sizes import FRAME_SIZE, PAD
 from torch import Tensor
 
 GROUPS = {8: 64, 4: 32}
+BETWEEN_VOICES = 130.0  # Hz: slt speaks at about 170, rms at about 100
 
 
 def load(folder: Path) -> tuple[LanguageModel, Codec, dict]:
@@ -123,19 +127,65 @@ def voice_check(
     return found
 
 
-def by_subject(talks: list[dict], result: Score) -> list[str]:
-    """Right answers with a fact from the prompt, and to unknown questions."""
-    marks = ("My name is ", "open at ", "close at ", "Today we have ", "really love ")
-    missed = {(q, a) for q, a, _ in result.wrong}
-    lines = []
-    for name, chosen in (
-        ("facts of the prompt", lambda a: any(m in a for m in marks)),
-        ("unknown questions", lambda a: a.startswith("Sorry, I do not know")),
-    ):
-        turns = [t for talk in talks for t in talk["turns"] if chosen(t["answer"])]
-        right = sum((t["question"], t["answer"]) not in missed for t in turns)
-        lines.append(f"{name:<19}{right}/{len(turns)}")
-    return lines
+def by_subject(talks: list[dict], spoken: list[Spoken], tokenizer, silence) -> str:
+    """Right answers that need a fact of the prompt, to unknown questions, to others."""
+    right, asked = Counter(), Counter()
+    for talk, said in zip(talks, spoken, strict=True):
+        missed = {(q, a) for q, a, _ in score([talk], [said], tokenizer, silence).wrong}
+        for turn in talk["turns"]:
+            asked[turn["subject"]] += 1
+            good = (turn["question"], turn["answer"]) not in missed
+            right[turn["subject"]] += good
+    found = (f"{kind} {right[kind]}/{asked[kind]}" for kind in sorted(asked))
+    return f"by subject         {', '.join(found)}"
+
+
+def of_two_roles(talks: list[dict], agent: Agent, grid: Grid) -> list[dict]:
+    """First questions that several roles answer, each put to two roles without facts.
+
+    Two talks follow one another for each such question; only the prompts differ.
+    """
+    intents = {}
+    for intent in domain.domain()["intent"]:
+        intents |= {text: intent for text in domain.questions(intent, "test")}
+    made = []
+    for i, talk in enumerate(talks):
+        turn = talk["turns"][0]
+        intent = intents.get(turn["question"])
+        if intent is None or turn["interrupted"] or turn["backchannels"]:
+            continue
+        answers = {role: domain.reply(intent, role, {}) for role in domain.ROLES}
+        roles = [r for r, a in answers.items() if a != domain.domain()["unknown"]]
+        two = [roles[i % len(roles)], roles[(i + 1) % len(roles)]] if roles else []
+        if len({answers[role] for role in two}) < 2:
+            continue
+        codes = agent.voices[talk["voice"]][0][:, :37]
+        user = talk["rows"][9, talk["prompt"] :].long()
+        for role in two:
+            prompts = domain.domain()["roles"][role]
+            prompt = next(p for p in prompts if not domain.slots(p))
+            texts, spoken = grid.prompt(codes, prompt)
+            sine = agent.constants.sine[0].expand(len(texts))
+            blank = torch.zeros(8, len(user), dtype=torch.long)
+            rows = grid.rows(
+                torch.cat([texts, torch.full_like(user, PAD)]),
+                torch.cat([spoken, blank], 1),
+                torch.cat([sine, user]),
+            )
+            asked = turn | {"answer": answers[role]}
+            made.append(talk | {"rows": rows, "prompt": len(texts), "turns": [asked]})
+    return made
+
+
+def both_right(lm: LanguageModel, talks: list[dict], tokenizer) -> int:
+    """In how many pairs both roles give their own answer to the one question."""
+    right = []
+    for talk, said in zip(talks, converse(lm, talks, greedy, greedy), strict=True):
+        turn = talk["turns"][0]
+        first = int(turn["end"]) - 2
+        answer = words(said.texts[first : first + 50], tokenizer)
+        right.append(answer.startswith(turn["answer"]))
+    return sum(a and b for a, b in zip(right[::2], right[1::2], strict=True))
 
 
 def silent_run(lm: LanguageModel, talks: list[dict], codec: Codec) -> list[dict]:
@@ -157,12 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--talks", type=int, default=160)
+    parser.add_argument("--talks", type=int, default=320)
     parser.add_argument(
         "--bits", type=int, nargs="*", default=[], choices=tuple(GROUPS)
     )
     args = parser.parse_args()
     torch.manual_seed(1)
+    torch.set_flush_denormal(True)
     lm, codec, sizes = load(args.folder)
     path = str(args.folder / sizes["tokenizer_name"])
     tokenizer = sentencepiece.SentencePieceProcessor(path)
@@ -177,23 +228,32 @@ def main() -> None:
     quiet = converse(lm, silent_run(lm, talks, codec), greedy, greedy)
     said = sum(bool(spoken_frames(s.texts)) for s in quiet)
     print(f"silent recording: speaks in {said} of {len(quiet)}")
+    grid = Grid(agent, tokenizer, sizes["lm"]["text_card"], sizes["lm"]["card"])
+    pairs = of_two_roles(talks, agent, grid)
+    right = both_right(lm, pairs, tokenizer)
+    print(f"one question to two roles: both right {right} of {len(pairs) // 2}")
 
     def run(name: str, text: Sampler, audio: Sampler) -> None:
         start = time.monotonic()
         spoken = converse(lm, talks, text, audio)
         result = score(talks, spoken, tokenizer, silence)
         print(f"\n{name} ({time.monotonic() - start:.0f} s)")
-        for line in result.lines() + by_subject(talks, result):
+        for line in result.lines():
             print(f"  {line}")
+        print(f"  {by_subject(talks, spoken, tokenizer, silence)}")
         wrong, total = heard(codec, talks[:60], spoken[:60], tokenizer, recognizer)
         print(f"  audio against text {wrong}/{total} = {wrong / total:.1%} word errors")
         if name == "greedy":
             for voice, hertz in voice_check(codec, talks, spoken).items():
                 low, high = min(hertz), max(hertz)
-                print(f"  pitch, prompt {voice}: {low:.0f} to {high:.0f} Hz")
+                own = sum((h > BETWEEN_VOICES) == (voice == "slt") for h in hertz)
+                print(
+                    f"  pitch, prompt {voice}: {low:.0f} to {high:.0f} Hz, "
+                    f"its own in {own} of {len(hertz)}"
+                )
             for wrong_answer in result.wrong:
                 print(f"    {wrong_answer}")
-        sys_flush()
+        print(end="", flush=True)
 
     run("greedy", greedy, greedy)
     run("sampled", sampling(0.7, 25), sampling(0.8, 250))
@@ -201,11 +261,6 @@ def main() -> None:
         lm, _, _ = load(args.folder)
         quantize(lm, bits)
         run(f"{bits}-bit, groups of {GROUPS[bits]}, greedy", greedy, greedy)
-
-
-def sys_flush() -> None:
-    """Show what is printed so far, also in a pipe."""
-    print(end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,10 @@ def main() -> None:
         save_file(
             voice(lm, grid, agent, speaker), folder / "voices" / f"{name}.safetensors"
         )
-    total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    for path in files:
+        path.chmod(0o644)
+    total = sum(p.stat().st_size for p in files)
     print(f"{folder}: {total / 1e6:.2f} MB")
 
 

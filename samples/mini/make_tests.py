@@ -21,7 +21,7 @@ from sizes import FRAME_SIZE, config
 from torch import Tensor
 from training import device, seed
 
-FRAMES = 210
+FRAMES = 225
 
 
 def mix(bank: dict, plan: Plan) -> Tensor:

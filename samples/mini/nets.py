@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from sizes import STEPS
 from torch import Tensor, nn
 
 INITIAL_POSITION = 10000.0
@@ -413,6 +414,18 @@ class TemporalLayer(nn.Module):
         x = x + self.drop(self.self_attn.out_proj(y.transpose(1, 2).reshape(b, t, d)))
         return x + self.drop(self.gating(self.norm2(x)))
 
+    def scores(self, x: Tensor, head: int) -> Tensor:
+        """Log of what one head gives each position (batch, to, from)."""
+        size = x.shape[2] // self.heads
+        own = slice(head * size, (head + 1) * size)
+        q, k, _ = self.self_attn.in_proj_weight.chunk(3)
+        y, positions = self.norm1(x), torch.arange(x.shape[1], device=x.device)
+        q = rotate(F.linear(y, q[own]), positions, self.period)
+        k = rotate(F.linear(y, k[own]), positions, self.period)
+        scores = (q @ k.transpose(1, 2)).float() / math.sqrt(size)
+        later = positions[None] > positions[:, None]
+        return scores.masked_fill(later, float("-inf")).log_softmax(-1)
+
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
@@ -466,7 +479,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         dim, depth = config["dim"], config["depformer_dim"]
-        steps, card, text = config["dep_q"], config["card"], config["text_card"]
+        steps, card, text = STEPS, config["card"], config["text_card"]
         self.steps = steps
         self.text_emb = nn.Embedding(text + 1, dim)
         self.emb = nn.ModuleList(

@@ -12,6 +12,8 @@ from sizes import EPAD, FRAME_SIZE, PAD
 from torch import Tensor
 
 SILENT_FRAMES = 6
+# Frames from the end of a question to the answer: longer than pauses inside one.
+REPLY_AFTER = (6, 6, 7, 8)
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Planner:
             clip, sample, end = self.place(rng, turn.question, cursor)
             user.append((clip, sample))
             begin = cursor
-            first = math.ceil(end) + rng.choice((4, 4, 5, 6))
+            first = math.ceil(end) + rng.choice(REPLY_AFTER)
             length = self.length(turn.answer, voice)
             last = first + length
             if last + 4 > frames:
@@ -84,6 +86,7 @@ class Planner:
                 {
                     "question": turn.question,
                     "answer": turn.answer,
+                    "subject": turn.subject,
                     "voice": clip["voice"],
                     "kind": clip["kind"],
                     "backchannels": len(turn.statements),

@@ -12,7 +12,7 @@ import sentencepiece
 from scipy.signal import lfilter
 from speech import SAMPLE_RATE
 
-VOCABULARY = 576
+VOCABULARY = 640
 
 
 def train_tokenizer(path: Path) -> None:

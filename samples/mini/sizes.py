@@ -3,6 +3,8 @@
 FRAME_SIZE = 1920
 FRAME_RATE = 12.5
 PAD, EPAD = 3, 0
+# Depformer steps there are, the agent's; of `dep_q` the others would predict the user.
+STEPS = 8
 DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
 
 
@@ -10,7 +12,7 @@ def config(text_card: int) -> dict:
     """Everything config.json says but the constants of silence and sine."""
     return {
         "model_type": "personaplex",
-        "version": "mini-1",
+        "version": "mini-2",
         "sample_rate": 24000,
         "frame_rate": FRAME_RATE,
         "moshi_name": "model.safetensors",
@@ -21,11 +23,11 @@ def config(text_card: int) -> dict:
             "text_card": text_card,
             "existing_text_padding_id": PAD,
             "n_q": 16,
-            "dep_q": 8,
+            "dep_q": 16,
             "card": 256,
             "num_heads": 4,
-            "num_layers": 4,
-            "hidden_scale": 3.0,
+            "num_layers": 5,
+            "hidden_scale": 2.625,
             "causal": True,
             "layer_scale": None,
             "context": 3000,
@@ -36,7 +38,7 @@ def config(text_card: int) -> dict:
             "depformer_dim": 64,
             "depformer_dim_feedforward": 192,
             "depformer_num_heads": 2,
-            "depformer_num_layers": 3,
+            "depformer_num_layers": 2,
             "depformer_causal": True,
             "depformer_layer_scale": None,
             "depformer_multi_linear": True,

@@ -13,9 +13,10 @@ import argparse
 import random
 from pathlib import Path
 
+import domain
 import torch
 import torch.nn.functional as F
-from codes import TAIL, agent_codes, clip_pcm, constants
+from codes import TAIL, Agent, agent_codes, clip_pcm, constants, splice
 from nets import Codec, Quantizer
 from sizes import FRAME_SIZE, config
 from speech import PHONES
@@ -330,17 +331,27 @@ def train_speak(
 
 
 def agent_tape(codec: Codec, bank: dict, silence: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (8, frames) and PCM of all agent clips with silences between."""
+    """Codes (8, frames) and PCM of all agent clips with silences between.
+
+    Replies with a fact are there as spoken and as `splice` puts them together.
+    """
     rng = random.Random(2)
     where = bank["pcm"].device
-    sound = {}
+    sound, words = {}, {}
     for clip in bank["clips"]:
         if clip["kind"] == "agent":
-            sound[clip["text"], clip["voice"]] = clip_pcm(bank, clip)
+            key = clip["text"], clip["voice"]
+            sound[key], words[key] = clip_pcm(bank, clip), clip["words"]
     found = agent_codes(codec, bank, silence)
+    clips = [(found[key], sound[key]) for key in found]
+    voices: dict = {voice: [] for _, voice in found}
+    agent = Agent(constants(codec), dict(found), voices, words)
+    for key, (model, head, cut) in splice(agent, domain.families()).items():
+        beginning = sound[model, key[1]][: head * FRAME_SIZE]
+        wave = torch.cat([beginning, sound[key][cut * FRAME_SIZE :]])
+        clips += [(agent.codes[key], wave)] * 2
     codes, pcm = [], []
-    for key in rng.sample(list(found) * 3, 3 * len(found)):
-        row, wave = found[key], sound[key]
+    for row, wave in rng.sample(clips * 3, 3 * len(clips)):
         if rng.random() < 0.15:
             cut = rng.randint(5, row.shape[1] - TAIL)
             row, wave = row[:, :cut], wave[: cut * FRAME_SIZE]

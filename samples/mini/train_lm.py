@@ -1,9 +1,14 @@
 """Train the language model on the dialogues of dialogues.py.
 
-    python train_lm.py WORK [--seconds S]
+    python train_lm.py WORK [--seconds S] [--rate R]
 
-Starts as soon as a chunk is there and takes up the others as they come; writes
-WORK/lm.pt. The users' acoustic codebooks are not used: they hardly help and overfit.
+Starts as soon as a chunk is there and takes up the others as they come; goes on from
+WORK/lm.pt where there is one, and writes it. The users' acoustic codebooks are not
+used: they hardly help and overfit.
+
+Two losses help to learn and are not needed afterwards: where a sentence of the user has
+ended, its words must be readable from the hidden vector (a layer that is thrown away);
+and where a fact of the role prompt is said, one head of the last layer must look at it.
 """
 
 import argparse
@@ -14,13 +19,14 @@ import domain
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from dialogues import LONG, SHORT
+from dialogues import HEARD, LONG, SHORT, sentences
 from nets import LanguageModel
 from sizes import PAD, config
 from torch import Tensor, nn
 from training import Average, Clock, captured, cosine, device, optimizer, seed, set_rate
 
 RATE = 1.5e-3
+COPY_HEAD = 0
 
 
 class Store:
@@ -30,12 +36,14 @@ class Store:
         self.work, self.kind, self.length, self.where = work, kind, length, where
         self.rows = torch.zeros(0, 10, length, dtype=torch.int16, device=where)
         self.prompt = torch.zeros(0, dtype=torch.long, device=where)
+        self.heard = torch.zeros(0, HEARD, 2, dtype=torch.int32, device=where)
         self.count = torch.zeros((), device=where)
         self.seen: set[Path] = set()
 
     def reserve(self, size: int) -> None:
         self.rows = self.rows.new_zeros(size, 10, self.length)
         self.prompt = self.prompt.new_zeros(size)
+        self.heard = self.heard.new_zeros(size, HEARD, 2)
 
     def refresh(self) -> int:
         """Take up new chunks; how many chunks there are."""
@@ -45,13 +53,14 @@ class Store:
             last = min(first + len(data["rows"]), len(self.rows))
             self.rows[first:last] = data["rows"][: last - first].to(self.where)
             self.prompt[first:last] = data["prompt"][: last - first].to(self.where)
+            self.heard[first:last] = data["heard"][: last - first].to(self.where)
             self.count.fill_(last)
             self.seen.add(path)
         return len(self.seen)
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         pick = (torch.rand(size, device=self.where) * self.count).long()
-        return self.rows[pick].long(), self.prompt[pick]
+        return self.rows[pick].long(), self.prompt[pick], self.heard[pick].long()
 
 
 def widen(rows: Tensor) -> Tensor:
@@ -70,6 +79,9 @@ def blur(rows: Tensor, prompt: Tensor, card: int) -> Tensor:
     random_codes = torch.randint(card, agent.shape, device=rows.device)
     rows[:, 1:9] = torch.where(wrong & talking, random_codes, agent)
     user = rows[:, 9:]
+    misheard = torch.randint(card, user.shape, device=rows.device)
+    wrong = torch.rand(user.shape, device=rows.device) < 0.02
+    user = torch.where(wrong & talking, misheard, user)
     lost = torch.rand(user.shape, device=rows.device) < 0.03
     gap = (torch.rand(user.shape, device=rows.device) < 0.015).float()
     lost |= F.max_pool1d(F.pad(gap, (3, 0)), 4, 1) > 0
@@ -77,24 +89,66 @@ def blur(rows: Tensor, prompt: Tensor, card: int) -> Tensor:
     return rows
 
 
+class Ear(nn.Module):
+    """Reads the words of a sentence from a hidden vector; only used in training."""
+
+    def __init__(self, texts: list[str], dim: int) -> None:
+        super().__init__()
+        spoken = [set(domain.spoken_as(text)) for text in texts]
+        vocabulary = {w: i for i, w in enumerate(sorted(set().union(*spoken)))}
+        words = torch.zeros(len(texts), len(vocabulary))
+        for row, said in zip(words, spoken, strict=True):
+            row[[vocabulary[w] for w in said]] = 1
+        self.register_buffer("words", words)
+        self.linear = nn.Linear(dim, len(vocabulary))
+        nn.init.constant_(self.linear.bias, -5.0)
+
+    def forward(self, h: Tensor, heard: Tensor) -> Tensor:
+        """Loss of hidden vectors (batch, time, dim) at the ends in `heard`."""
+        column, sentence = heard.unbind(-1)
+        for_each = (column + 2).clamp(max=h.shape[1] - 1)[..., None]
+        h = torch.gather(h, 1, for_each.expand(-1, -1, h.shape[2]))
+        losses = F.binary_cross_entropy_with_logits(
+            self.linear(h.float()), self.words[sentence], reduction="none"
+        ).sum(-1)
+        valid = (column > 0).float()
+        return (losses * valid).sum() / valid.sum().clamp(min=1)
+
+
 class Trainer:
     """The loss of one batch of a store."""
 
-    def __init__(self, lm: LanguageModel, silence: Tensor, is_fact: Tensor) -> None:
-        self.lm, self.silence, self.is_fact = lm, silence, is_fact
+    def __init__(
+        self, lm: LanguageModel, ear: Ear, silence: Tensor, is_fact: Tensor
+    ) -> None:
+        self.lm, self.ear, self.silence, self.is_fact = lm, ear, silence, is_fact
         self.card = lm.config["card"]
 
+    def looking(self, x: Tensor, rows: Tensor, prompt: Tensor) -> Tensor:
+        """How far the copying head is from looking at the facts that are said next."""
+        before, said = rows[:, 0, :-1], rows[:, 0, 1:]
+        column = torch.arange(before.shape[1], device=rows.device)
+        prompted = column[None] < prompt[:, None]
+        same = (said[:, :, None] == before[:, None]) & prompted[:, None]
+        wanted = self.is_fact[said] & ~prompted & same.any(2)
+        scores = self.lm.transformer.layers[-1].scores(x, COPY_HEAD)
+        found = scores.masked_fill(~same, -30.0).logsumexp(2).clamp(min=-30.0)
+        return -(found * wanted).sum() / wanted.sum().clamp(min=1)
+
     def loss(self, store: Store, size: int) -> Tensor:
-        """The sum to minimise, text, semantic and acoustic loss, accuracies."""
+        """The sum to minimise; text, semantic, acoustic loss; accuracies; helpers."""
         lm = self.lm
-        rows, prompt = store.batch(size)
+        rows, prompt, heard = store.batch(size)
         fed = widen(blur(rows[:, :, :-1], prompt, self.card))
         target = rows[:, :, 1:]
         column = torch.arange(1, rows.shape[2], device=rows.device)
         talking = column[None] >= prompt[:, None]
         with torch.autocast(rows.device.type, torch.bfloat16):
             x = F.dropout(lm.embed(fed), 0.1)
-            h = lm.temporal(x)
+            for layer in lm.transformer.layers[:-1]:
+                x = layer(x)
+            copying = self.looking(x, rows, prompt)
+            h = lm.out_norm(lm.transformer.layers[-1](x))
             logits = lm.text_linear(h).float()
         text = target[:, 0]
         weight = torch.where(text == PAD, 0.3, 1.0) * talking
@@ -121,8 +175,13 @@ class Trainer:
         losses = (losses * valid).sum(1) / valid.sum()
         hit = ((audio.argmax(-1) == wanted.T) * valid).sum(1) / valid.sum()
         semantic, acoustic = losses[0], losses[1:].mean()
+        hearing = self.ear(h, heard)
         total = text_loss + (2 * semantic + 3 * acoustic) / 2
+        total = total + 0.05 * hearing + 0.2 * copying
         parts = [total, text_loss, semantic, acoustic, right, hit[0], hit[1:].mean()]
+        fact = self.is_fact[text] & talking
+        parts.append(((logits.argmax(-1) == text) & fact).sum() / fact.sum())
+        parts += [hearing, copying]
         return torch.stack(parts)
 
 
@@ -140,6 +199,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=RATE)
     args = parser.parse_args()
     seed(7)
     work, where = args.work, device()
@@ -163,11 +223,13 @@ def main() -> None:
     facts = [fact for values in domain.domain()["facts"].values() for fact in values]
     is_fact = torch.zeros(tokenizer.vocab_size(), dtype=torch.bool)
     is_fact[[tokenizer.encode(fact)[0] for fact in facts]] = True
-    trainer = Trainer(lm, silence.to(where), is_fact.to(where))
-    parameters = list(lm.parameters())
+    texts = sentences(torch.load(work / "users.pt", weights_only=False))
+    ear = Ear(texts, lm.config["dim"]).to(where)
+    trainer = Trainer(lm, ear, silence.to(where), is_fact.to(where))
+    parameters = [*lm.parameters(), *ear.parameters()]
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    opt = optimizer(parameters, RATE, (0.9, 0.98), 0.05)
+    opt = optimizer(parameters, args.rate, (0.9, 0.98), 0.05)
     average = Average(lm, 0.998)
 
     def step(kind: str, size: int) -> Tensor:
@@ -186,7 +248,7 @@ def main() -> None:
     }
     clock, count = Clock(args.seconds), 0
     while not clock.over():
-        set_rate(opt, RATE * cosine(clock.fraction(), floor=0.01))
+        set_rate(opt, args.rate * cosine(clock.fraction(), floor=0.01))
         parts = runs["long" if count % 5 == 4 else "short"]()
         count += 1
         if count % 100 == 0:

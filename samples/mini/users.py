@@ -3,7 +3,8 @@
     python users.py WORK
 
 Needs WORK/bank.pt and WORK/codec_listen.pt; writes WORK/users.pt: the semantic codes of
-every clip amid the noise of a room, and those of the rooms alone.
+every clip amid the noise of a room (one after the other in `codes`), and those of the
+rooms alone.
 """
 
 import argparse
@@ -98,7 +99,12 @@ def main() -> None:
     for level in range(len(LEVELS_DB)):
         pcm = noise(ROOMS, ROOM_FRAMES * FRAME_SIZE, level, device())
         rooms[level] = torch.cat([semantic(codec, part) for part in pcm.split(4)])
-    torch.save({"clips": made, "rooms": rooms}, work / "users.pt")
+    codes, start = torch.cat([clip["codes"] for clip in made]), 0
+    for clip in made:
+        length = len(clip.pop("codes"))
+        clip["codes_at"] = (start, start + length)
+        start += length
+    torch.save({"clips": made, "codes": codes, "rooms": rooms}, work / "users.pt")
     print(f"users: {len(made)} clips encoded")
 
 
