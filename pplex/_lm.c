@@ -71,11 +71,6 @@ typedef struct {
   uint32_t key[2];
 } Row;
 
-typedef float lanes __attribute__((vector_size(64)));
-typedef float loose __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef int32_t loose_ints __attribute__((vector_size(64), aligned(4)));
-
 static long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* ---- Random numbers: those of mx.random.uniform, value by value ---- */
@@ -377,21 +372,23 @@ static void run_product(const Product *product) {
 
 #define NAME(x) x##_base
 #define TARGET
-#define REGISTERS 16
+#define VECTOR_BYTES 16
 #include "_lm.h"
 #undef NAME
 #undef TARGET
+#undef VECTOR_BYTES
 
 #ifdef __x86_64__
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
+#define VECTOR_BYTES 32
 #include "_lm.h"
 #undef NAME
 #undef TARGET
-#undef REGISTERS
+#undef VECTOR_BYTES
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
-#define REGISTERS 32
+#define VECTOR_BYTES 64
 #include "_lm.h"
 #endif
 

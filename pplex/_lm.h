@@ -1,36 +1,51 @@
 /* The language model's arithmetic, for one instruction set. Included once for each by
-   _lm.c. NAME(x) gives a function its suffix, TARGET its attribute; REGISTERS says how
-   many vector registers there are. */
+   _lm.c. NAME(x) gives a name its suffix, TARGET is the functions' attribute, VECTOR_BYTES
+   the width of a vector; with 64 of them there are 32 registers, else 16 are counted on.
+   Sums are taken in the same order whatever the width. */
 
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-INLINE lanes NAME(splat)(float x) { return x - (lanes){0}; }
+/* LANES are PARTS vectors of the width that the instruction set has: a wider one would
+   be taken apart through memory. */
+enum { NAME(WIDTH) = VECTOR_BYTES / 4, NAME(PARTS) = LANES / NAME(WIDTH) };
+#define WIDTH NAME(WIDTH)
+#define PARTS NAME(PARTS)
+#define vec NAME(vec)
+#define ints NAME(ints)
+typedef float vec __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef vec NAME(loose) __attribute__((aligned(4)));
+typedef ints NAME(loose_ints) __attribute__((aligned(4)));
 
-INLINE lanes NAME(load)(const float *x) { return *(const loose *)x; }
+INLINE vec NAME(splat)(float x) { return x - (vec){0}; }
 
-INLINE void NAME(store)(float *to, lanes x) { *(loose *)to = x; }
+INLINE vec NAME(load)(const float *x) { return *(const NAME(loose) *)x; }
+
+INLINE ints NAME(load_ints)(const int32_t *x) { return *(const NAME(loose_ints) *)x; }
+
+INLINE void NAME(store)(float *to, vec x) { *(NAME(loose) *)to = x; }
 
 /* Sum of LANES lanes, in a fixed order. */
-INLINE float NAME(total)(lanes x) {
+INLINE float NAME(total)(const vec x[PARTS]) {
   float sum[LANES];
-  memcpy(sum, &x, sizeof x);
+  for (int v = 0; v < PARTS; v++) NAME(store)(sum + v * WIDTH, x[v]);
   for (int width = LANES / 2; width; width /= 2)
     for (int i = 0; i < width; i++) sum[i] += sum[i + width];
   return sum[0];
 }
 
 /* e^x, of x kept within +-87. */
-INLINE lanes NAME(exp)(lanes x) {
+INLINE vec NAME(exp)(vec x) {
   ints low = x < -87, high = x > 87;
-  x = (lanes)(((ints)x & ~low & ~high) | ((ints)NAME(splat)(-87) & low) |
-              ((ints)NAME(splat)(87) & high));
+  x = (vec)(((ints)x & ~low & ~high) | ((ints)NAME(splat)(-87) & low) |
+            ((ints)NAME(splat)(87) & high));
   /* x = n log 2 + r; adding 1.5 * 2^23 rounds to a whole number. */
-  lanes whole = x * 1.44269504f + 12582912.0f;
+  vec whole = x * 1.44269504f + 12582912.0f;
   ints n = (ints)whole - (ints)NAME(splat)(12582912.0f);
-  lanes count = whole - 12582912.0f;
-  lanes r = x - count * 0.693359375f;
+  vec count = whole - 12582912.0f;
+  vec r = x - count * 0.693359375f;
   r = r - count * -2.12194440e-4f;
-  lanes y = NAME(splat)(1.0f / 5040);
+  vec y = NAME(splat)(1.0f / 5040);
   y = y * r + 1.0f / 720;
   y = y * r + 1.0f / 120;
   y = y * r + 1.0f / 24;
@@ -38,70 +53,78 @@ INLINE lanes NAME(exp)(lanes x) {
   y = y * r + 0.5f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  return (lanes)((ints)y + (n << 23));
+  return (vec)((ints)y + (n << 23));
 }
 
 /* ---- Products: R rows of x by B blocks of LANES outputs; R and B are constants ---- */
+
+/* Of block b, vector v: index b * PARTS + v. */
+#define EACH_VECTOR(i) for (int i = 0; i < B * PARTS; i++)
+#define PLACE(i, at, length)                                                         \
+  (((i) / PARTS * (length) + (at)) * LANES + (i) % PARTS * WIDTH)
 
 INLINE void NAME(dense32)(const Matrix *w, int R, int B, long block, const float *x,
                           long ldx, float *y, long ldy) {
   long n = w->columns;
   const float *weights = (const float *)w->words + block * n * LANES;
-  lanes even[4][4], odd[4][4];
-  for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++) even[r][b] = odd[r][b] = (lanes){0};
+  vec even[4][4 * PARTS], odd[4][4 * PARTS];
+  for (int r = 0; r < R; r++) EACH_VECTOR(v) even[r][v] = odd[r][v] = (vec){0};
   long i = 0;
-  for (; i + 2 <= n; i += 2)
+  for (; i + 2 <= n; i += 2) {
     for (int b = 0; b < B; b++) {
       __builtin_prefetch(weights + (b * n + i) * LANES + AHEAD);
       __builtin_prefetch(weights + (b * n + i + 1) * LANES + AHEAD);
-      lanes w0 = NAME(load)(weights + (b * n + i) * LANES);
-      lanes w1 = NAME(load)(weights + (b * n + i + 1) * LANES);
+    }
+    EACH_VECTOR(v) {
+      vec w0 = NAME(load)(weights + PLACE(v, i, n));
+      vec w1 = NAME(load)(weights + PLACE(v, i + 1, n));
       for (int r = 0; r < R; r++) {
-        even[r][b] += x[r * ldx + i] * w0;
-        odd[r][b] += x[r * ldx + i + 1] * w1;
+        even[r][v] += x[r * ldx + i] * w0;
+        odd[r][v] += x[r * ldx + i + 1] * w1;
       }
     }
+  }
   if (i < n)
-    for (int b = 0; b < B; b++)
+    EACH_VECTOR(v)
       for (int r = 0; r < R; r++)
-        even[r][b] += x[r * ldx + i] * NAME(load)(weights + (b * n + i) * LANES);
+        even[r][v] += x[r * ldx + i] * NAME(load)(weights + PLACE(v, i, n));
   for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++)
-      NAME(store)(y + r * ldy + (block + b) * LANES, even[r][b] + odd[r][b]);
+    EACH_VECTOR(v)
+      NAME(store)(y + r * ldy + PLACE(v, block, 1), even[r][v] + odd[r][v]);
 }
 
 INLINE void NAME(dense16)(const Matrix *w, int R, int B, long block, const float *x,
                           long ldx, float *y, long ldy) {
   long half = w->columns / 2;
   const int32_t *words = w->words + block * half * LANES;
-  lanes even[4][4], odd[4][4];
-  for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++) even[r][b] = odd[r][b] = (lanes){0};
-  for (long i = 0; i < half; i++)
-    for (int b = 0; b < B; b++) {
+  vec even[4][4 * PARTS], odd[4][4 * PARTS];
+  for (int r = 0; r < R; r++) EACH_VECTOR(v) even[r][v] = odd[r][v] = (vec){0};
+  for (long i = 0; i < half; i++) {
+    for (int b = 0; b < B; b++)
       __builtin_prefetch(words + (b * half + i) * LANES + AHEAD);
-      ints pair = *(const loose_ints *)(words + (b * half + i) * LANES);
-      lanes w0 = (lanes)(pair << 16), w1 = (lanes)(pair & (int32_t)0xFFFF0000);
+    EACH_VECTOR(v) {
+      ints pair = NAME(load_ints)(words + PLACE(v, i, half));
+      vec w0 = (vec)(pair << 16), w1 = (vec)(pair & (int32_t)0xFFFF0000);
       for (int r = 0; r < R; r++) {
-        even[r][b] += x[r * ldx + 2 * i] * w0;
-        odd[r][b] += x[r * ldx + 2 * i + 1] * w1;
+        even[r][v] += x[r * ldx + 2 * i] * w0;
+        odd[r][v] += x[r * ldx + 2 * i + 1] * w1;
       }
     }
+  }
   for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++)
-      NAME(store)(y + r * ldy + (block + b) * LANES, even[r][b] + odd[r][b]);
+    EACH_VECTOR(v)
+      NAME(store)(y + r * ldy + PLACE(v, block, 1), even[r][v] + odd[r][v]);
 }
 
 /* The lowest 4 or 8 bits of each word. */
-INLINE lanes NAME(values)(ints words, int bits) {
-#if REGISTERS == 32
+INLINE vec NAME(values)(ints words, int bits) {
+#if VECTOR_BYTES == 64
   if (bits == 4) {  /* one permutation, which reads these bits alone */
-    const lanes table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vec table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return __builtin_shuffle(table, words);
   }
 #endif
-  return __builtin_convertvector(words & ((1 << bits) - 1), lanes);
+  return __builtin_convertvector(words & ((1 << bits) - 1), vec);
 }
 
 /* Group by group: scale * sum(x q) + bias * sum(x). */
@@ -111,42 +134,46 @@ INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
   long row_words = w->columns / per_word, group_words = w->group / per_word;
   long groups = w->columns / w->group;
   const int32_t *words = w->words + block * row_words * LANES;
-  lanes sums[4][4];
-  for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++) sums[r][b] = (lanes){0};
+  const float *scales = w->scales + block * groups * LANES;
+  const float *biases = w->biases + block * groups * LANES;
+  vec sums[4][4 * PARTS];
+  for (int r = 0; r < R; r++) EACH_VECTOR(v) sums[r][v] = (vec){0};
   for (long g = 0; g < groups; g++) {
-    lanes part[4][4];
+    vec part[4][4 * PARTS];
     float plain[4] = {0};
-    for (int r = 0; r < R; r++)
-      for (int b = 0; b < B; b++) part[r][b] = (lanes){0};
-    for (long i = g * group_words; i < (g + 1) * group_words; i++)
-      for (int b = 0; b < B; b++) {
+    for (int r = 0; r < R; r++) EACH_VECTOR(v) part[r][v] = (vec){0};
+    for (long i = g * group_words; i < (g + 1) * group_words; i++) {
+      for (int b = 0; b < B; b++)
         __builtin_prefetch(words + (b * row_words + i) * LANES + AHEAD);
-        ints word = *(const loose_ints *)(words + (b * row_words + i) * LANES);
+      EACH_VECTOR(v) {
+        ints word = NAME(load_ints)(words + PLACE(v, i, row_words));
         for (int j = 0; j < per_word; j++) {
-          lanes q = NAME(values)(word >> j * bits, bits);
-          for (int r = 0; r < R; r++) part[r][b] += x[r * ldx + i * per_word + j] * q;
+          vec q = NAME(values)(word >> j * bits, bits);
+          for (int r = 0; r < R; r++) part[r][v] += x[r * ldx + i * per_word + j] * q;
         }
       }
+    }
     for (int r = 0; r < R; r++) {
-      lanes sum = {0};
+      vec sum[PARTS] = {{0}};
       for (long i = 0; i < w->group; i += LANES)
-        sum += NAME(load)(x + r * ldx + g * w->group + i);
+        for (int v = 0; v < PARTS; v++)
+          sum[v] += NAME(load)(x + r * ldx + g * w->group + i + v * WIDTH);
       plain[r] = NAME(total)(sum);
     }
-    for (int b = 0; b < B; b++) {
-      long at = ((block + b) * groups + g) * LANES;
-      lanes scale = NAME(load)(w->scales + at), bias = NAME(load)(w->biases + at);
+    EACH_VECTOR(v) {
+      vec scale = NAME(load)(scales + PLACE(v, g, groups));
+      vec bias = NAME(load)(biases + PLACE(v, g, groups));
       for (int r = 0; r < R; r++) {
-        sums[r][b] += part[r][b] * scale;
-        sums[r][b] += plain[r] * bias;
+        sums[r][v] += part[r][v] * scale;
+        sums[r][v] += plain[r] * bias;
       }
     }
   }
   for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++)
-      NAME(store)(y + r * ldy + (block + b) * LANES, sums[r][b]);
+    EACH_VECTOR(v) NAME(store)(y + r * ldy + PLACE(v, block, 1), sums[r][v]);
 }
+#undef EACH_VECTOR
+#undef PLACE
 
 #define KERNEL(KIND, R, B, ...)                                                      \
   TARGET static void NAME(KIND##_##R##x##B)(const Matrix *w, long block,             \
@@ -162,7 +189,7 @@ INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
 KERNELS(1, 1)
 KERNELS(2, 1)
 KERNELS(4, 1)
-#if REGISTERS == 32
+#if VECTOR_BYTES == 64
 KERNELS(1, 4)
 KERNELS(2, 4)
 KERNELS(4, 2)
@@ -181,7 +208,7 @@ typedef void (*NAME(kernel))(const Matrix *, long, const float *, long, float *,
 TARGET static void NAME(part)(const Product *p, long first, long last) {
   static const NAME(kernel) one[3][4] = {ROW_OF_KERNELS(1, 1), ROW_OF_KERNELS(2, 1),
                                          ROW_OF_KERNELS(4, 1)};
-#if REGISTERS == 32
+#if VECTOR_BYTES == 64
   static const NAME(kernel) more[3][4] = {ROW_OF_KERNELS(1, 4), ROW_OF_KERNELS(2, 4),
                                           ROW_OF_KERNELS(4, 2)};
   static const int at_once[3] = {4, 4, 2};
@@ -227,12 +254,13 @@ TARGET static void NAME(product)(const Matrix *w, long m, const float *x, long l
 TARGET static void NAME(norm)(const float *weight, long m, long n, const float *x,
                               float *y, long ld) {
   for (long r = 0; r < m; r++, x += ld, y += ld) {
-    lanes sums = {0};
+    vec sums[PARTS] = {{0}};
     long i = 0;
-    for (; i + LANES <= n; i += LANES) {
-      lanes values = NAME(load)(x + i);
-      sums += values * values;
-    }
+    for (; i + LANES <= n; i += LANES)
+      for (int v = 0; v < PARTS; v++) {
+        vec values = NAME(load)(x + i + v * WIDTH);
+        sums[v] += values * values;
+      }
     float sum = NAME(total)(sums);
     for (; i < n; i++) sum += x[i] * x[i];
     float scale = 1 / sqrtf(sum / (float)n + 1e-8f);
@@ -244,14 +272,14 @@ TARGET static void NAME(norm)(const float *weight, long m, long n, const float *
 TARGET static void NAME(gate)(long m, long n, float *x, long ld) {
   for (long r = 0; r < m; r++, x += ld) {
     long i = 0;
-    for (; i + LANES <= n; i += LANES) {
-      lanes a = NAME(load)(x + i);
+    for (; i + WIDTH <= n; i += WIDTH) {
+      vec a = NAME(load)(x + i);
       NAME(store)(x + i, a / (1.0f + NAME(exp)(-a)) * NAME(load)(x + n + i));
     }
     if (i < n) {
-      float a[LANES] = {0};
+      float a[WIDTH] = {0};
       memcpy(a, x + i, (size_t)(n - i) * sizeof *a);
-      lanes gates = NAME(load)(a);
+      vec gates = NAME(load)(a);
       NAME(store)(a, gates / (1.0f + NAME(exp)(-gates)));
       for (long j = i; j < n; j++) x[j] = a[j - i] * x[n + j];
     }
@@ -290,42 +318,46 @@ TARGET static void NAME(attend)(long head_dim, long first, long filled, const fl
                                 float *y) {
   float scale = 1 / sqrtf((float)head_dim);
   for (long slot = 0; slot < filled; slot += LANES) {
-    lanes even = {0}, odd = {0};
+    vec even[PARTS] = {{0}}, odd[PARTS] = {{0}};
     const float *block = keys + slot * head_dim;
     long d = 0;
-    for (; d + 2 <= head_dim; d += 2) {
-      even += q[d] * NAME(load)(block + d * LANES);
-      odd += q[d + 1] * NAME(load)(block + (d + 1) * LANES);
+    for (; d + 2 <= head_dim; d += 2)
+      for (int v = 0; v < PARTS; v++) {
+        even[v] += q[d] * NAME(load)(block + d * LANES + v * WIDTH);
+        odd[v] += q[d + 1] * NAME(load)(block + (d + 1) * LANES + v * WIDTH);
+      }
+    for (int v = 0; v < PARTS; v++) {
+      if (d < head_dim) even[v] += q[d] * NAME(load)(block + d * LANES + v * WIDTH);
+      NAME(store)(weights + slot + v * WIDTH, (even[v] + odd[v]) * scale);
     }
-    if (d < head_dim) even += q[d] * NAME(load)(block + d * LANES);
-    NAME(store)(weights + slot, (even + odd) * scale);
   }
   float most = weights[first];
   for (long slot = first; slot < filled; slot++)
     if (weights[slot] > most) most = weights[slot];
-  for (long slot = 0; slot < filled; slot += LANES)
+  for (long slot = 0; slot < filled; slot += WIDTH)
     NAME(store)(weights + slot, NAME(exp)(NAME(load)(weights + slot) - most));
   for (long slot = filled; slot < padded(filled); slot++) weights[slot] = 0;
   if (first) weights[0] = 0;
-  lanes sums = {0};
-  for (long slot = 0; slot < filled; slot += LANES) sums += NAME(load)(weights + slot);
+  vec sums[PARTS] = {{0}};
+  for (long slot = 0; slot < filled; slot += LANES)
+    for (int v = 0; v < PARTS; v++) sums[v] += NAME(load)(weights + slot + v * WIDTH);
   float share = 1 / NAME(total)(sums);
   long width = padded(head_dim);
-  for (long d = 0; d < width; d += 4 * LANES) {
-    int blocks = width - d >= 4 * LANES ? 4 : (int)((width - d) / LANES);
-    lanes out[4] = {{0}};
-    if (blocks == 4)
+  enum { AT_ONCE = 4 };
+  for (long d = 0; d < width; d += AT_ONCE * WIDTH) {
+    vec out[AT_ONCE] = {{0}};
+    long left = head_dim - d;
+    if (width - d >= AT_ONCE * WIDTH)
       for (long slot = first; slot < filled; slot++)
-        for (int b = 0; b < 4; b++)
-          out[b] += weights[slot] * NAME(load)(values + slot * width + d + b * LANES);
+        for (int v = 0; v < AT_ONCE; v++)
+          out[v] += weights[slot] * NAME(load)(values + slot * width + d + v * WIDTH);
     else
-      for (int b = 0; b < blocks; b++)
+      for (int v = 0; v * WIDTH < width - d; v++)
         for (long slot = first; slot < filled; slot++)
-          out[b] += weights[slot] * NAME(load)(values + slot * width + d + b * LANES);
-    for (int b = 0; b < blocks; b++) {
-      out[b] *= share;
-      long left = head_dim - d - b * LANES;
-      memcpy(y + d + b * LANES, &out[b], (size_t)(left < LANES ? left : LANES) * 4);
+          out[v] += weights[slot] * NAME(load)(values + slot * width + d + v * WIDTH);
+    for (int v = 0; v < AT_ONCE && left > 0; v++, left -= WIDTH) {
+      out[v] *= share;
+      memcpy(y + d + v * WIDTH, &out[v], (size_t)(left < WIDTH ? left : WIDTH) * 4);
     }
   }
 }
@@ -466,3 +498,7 @@ TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num
   }
 }
 #undef INLINE
+#undef WIDTH
+#undef PARTS
+#undef vec
+#undef ints
