@@ -15,7 +15,9 @@ from pplex.codec.codec import MlxCodec
 from pplex.conversation.many import Item, auto_batch_size, converse_many
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import make_role
-from pplex.layers.cache import GROWTH, KvCache, SlotCache
+from pplex.layers.cache import GROWTH, KvCache, SlotCache, scaled_attention
+from pplex.layers.cuda.cache import SharedCache
+from pplex.layers.rotary import rotate
 from pplex.model.sampling import GREEDY, SamplingConfig
 
 LENGTHS = [40, 3, 1, 75, 20, 33, 2, 120, 9]
@@ -135,8 +137,31 @@ def test_batch_size_follows_the_number_of_recordings(small_model):
     assert 1 <= auto_batch_size(small_model, 400, 10_000) < 10_000
 
 
+def attend_as_the_kernel(qkv, ring, prompts, rows, place, max_period):
+    """What ``attend_rows`` is said to do, a position at a time."""
+    heads = qkv.shape[1] // 3
+    slot, window = place.tolist()
+    outputs = []
+    for row, (count, in_prompt, first_kept, prompt) in enumerate(rows.tolist()):
+        rotated = rotate(qkv[row : row + 1, : 2 * heads], max_period, count)
+        ring[0][row, :, slot] = rotated[0, heads:, 0]
+        ring[1][row, :, slot] = qkv[row, 2 * heads :, 0]
+        seen = []
+        for position in range(max(first_kept, count + 1 - window), count + 1):
+            if position < in_prompt:
+                seen.append([p[prompt, :, position - first_kept] for p in prompts])
+            else:
+                at = (slot - (count - position)) % ring[0].shape[2]
+                seen.append([r[row, :, at] for r in ring])
+        keys, values = (mx.stack(a, axis=1)[None] for a in zip(*seen, strict=True))
+        outputs.append(scaled_attention(rotated[:, :heads], keys, values, None))
+    return mx.concatenate(outputs)
+
+
+@pytest.mark.parametrize("kind", [SlotCache, SharedCache])
 @pytest.mark.parametrize("window", [30, GROWTH + 50])
-def test_ring_for_many_rows_equals_caches_apart(window):
+def test_ring_for_many_rows_equals_caches_apart(window, kind, monkeypatch):
+    monkeypatch.setattr("pplex.layers.cuda.cache.attend_rows", attend_as_the_kernel)
     rng = np.random.default_rng(0)
     heads, dim = 2, 8
 
@@ -151,11 +176,11 @@ def test_ring_for_many_rows_equals_caches_apart(window):
             prompt = qkv(5 + step % 50)
             cache.attend(0, prompt, 10000.0, cache.mask(prompt.shape[2]))
             cache.advance(prompt.shape[2])
-            ring = ring or SlotCache(cache, 2)
+            ring = ring or kind(cache, 2)
             row = len(apart) if step < window else step % 2
-            ring.put(row, cache)
+            ring.put(row, cache.copy())
             if step == 0:
-                ring.put(1, cache)  # until it is taken
+                ring.put(1, cache.copy())  # until it is taken
             apart[row : row + 1] = [cache]
         new = [qkv(1) for _ in range(2)]
         found = ring.attend(0, mx.concatenate(new), 10000.0, ring.mask(1))

@@ -113,26 +113,38 @@ class MlxCodec:
     ) -> list[np.ndarray]:
         """``run`` over recordings (frames, width), the longest beside each other."""
         order = sorted(range(len(recordings)), key=lambda idx: len(recordings[idx]))
+        groups = [
+            order[first : first + GROUP_ROWS]
+            for first in range(0, len(order), GROUP_ROWS)
+        ]
+        # All are under way before the first is waited for.
+        under_way = [self._begin([recordings[i] for i in g], run) for g in groups]
         results: list[np.ndarray] = [np.empty(0)] * len(recordings)
-        for first in range(0, len(order), GROUP_ROWS):
-            group = order[first : first + GROUP_ROWS]
-            longest = len(recordings[group[-1]])
-            num_rows = next(n for n in GROUP_SIZES if n >= len(group))
-            size = next((n for n in CHUNK_SIZES if n >= longest), CHUNK_SIZES[-1])
-            some = recordings[group[0]]
-            shape = num_rows, -(-longest // size) * size, some.shape[1]
-            padded = np.zeros(shape, some.dtype)
+        for group, parts in zip(groups, under_way, strict=True):
+            arrays = [np.array(part) for part in parts]
             for row, idx in enumerate(group):
-                padded[row, : len(recordings[idx])] = recordings[idx]
-            state = self.make_state()
-            parts = []
-            for start in range(0, shape[1], size):
-                parts.append(run(padded[:, start : start + size], state))
-                mx.async_eval(parts[-1])
-            whole = np.concatenate([np.array(part) for part in parts], axis=1)
-            for row, idx in enumerate(group):
-                results[idx] = whole[row, : len(recordings[idx])]
+                whole = np.concatenate([array[row] for array in arrays])
+                results[idx] = whole[: len(recordings[idx])]
         return results
+
+    def _begin(
+        self,
+        group: Sequence[np.ndarray],
+        run: Callable[[np.ndarray, CodecState], mx.array],
+    ) -> list[mx.array]:
+        """Chunks of ``run`` over a group, in ascending length, being computed."""
+        longest, width = group[-1].shape
+        num_rows = next(n for n in GROUP_SIZES if n >= len(group))
+        size = next((n for n in CHUNK_SIZES if n >= longest), CHUNK_SIZES[-1])
+        state, parts = self.make_state(), []
+        for start in range(0, longest, size):
+            chunk = np.zeros((num_rows, size, width), group[0].dtype)
+            for row, frames in enumerate(group):
+                part = frames[start : start + size]
+                chunk[row, : len(part)] = part
+            parts.append(run(chunk, state))
+            mx.async_eval(parts[-1])
+        return parts
 
 
 # Rows and frames of a group's chunk: few shapes, as a GPU plans convolutions for each.

@@ -25,6 +25,7 @@ from pplex.conversation.results import Item, Result
 from pplex.conversation.session import Model, Reply, Track, chunk_frames
 from pplex.conversation.worker import codec_worker
 from pplex.layers.cache import KvCache, RowCaches, SlotCache
+from pplex.layers.cuda.cache import SharedCache
 from pplex.layers.device import on_cpu
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.sampling import Sampler, SamplingConfig
@@ -207,6 +208,8 @@ class _Rows:
             if row:
                 start = row.start(self._model.config.lm)
                 _put(self.state, idx, start, len(self._seated))
+            elif isinstance(self.state.cache, SharedCache):
+                self.state.cache.leave(idx)
         taken = [i for i, row in enumerate(self._seated) if row]
         if taken and 2 * len(taken) <= len(self._seated):
             self._seated = [self._seated[i] for i in taken]
@@ -247,8 +250,9 @@ def _join(state: LmState, rows: list[LmState]) -> None:
 def _put(state: LmState, idx: int, row: LmState, num_rows: int) -> None:
     """Put ``row`` in place ``idx`` of a state whose ``num_rows`` rows share a ring."""
     assert isinstance(row.cache, KvCache) and row.pending is not None
-    if not isinstance(state.cache, SlotCache):
-        state.cache = SlotCache(row.cache, num_rows)
+    if not isinstance(state.cache, SlotCache | SharedCache):
+        ring = SharedCache if SharedCache.serves(row.cache) else SlotCache
+        state.cache = ring(row.cache, num_rows)
         state.column = mx.repeat(row.column, num_rows, axis=0)
         state.seeds, state.frames = [0] * num_rows, [0] * num_rows
     if state.pending is None:
@@ -264,7 +268,7 @@ def _put(state: LmState, idx: int, row: LmState, num_rows: int) -> None:
 
 def _take(state: LmState, rows: list[int]) -> None:
     """Keep only ``rows`` of a state whose rows share a ring."""
-    assert isinstance(state.cache, SlotCache)
+    assert isinstance(state.cache, SlotCache | SharedCache)
     state.cache.take(rows)
     chosen = mx.array(rows)
     state.column = state.column[chosen]

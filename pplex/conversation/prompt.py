@@ -16,6 +16,7 @@ import numpy as np
 from pplex.config import TEXT_PAD, LmConfig, ModelConfig
 from pplex.errors import PplexError
 from pplex.layers.cache import Cache, KvCache
+from pplex.layers.device import on_cpu
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.frame_kernel import FrameCache, frame_kernel
 from pplex.model.lm import Lm
@@ -133,7 +134,8 @@ class Prefilled:
     ) -> LmState:
         """The state of a new conversation of one row.
 
-        With ``beside_others`` it can be joined to the rows of a batch.
+        With ``beside_others`` it can be joined to the rows of a batch. On a GPU these
+        read its cache, which stays the prompt's own.
         """
         column = self.prompt.columns[None, :, -1]
         pending = self.prompt.pending[None, : config.num_agent_streams]
@@ -142,7 +144,8 @@ class Prefilled:
         column, pending = mx.array(column), mx.array(pending)
         if not beside_others and frame_kernel(self.lm):
             return LmState(FrameCache(self.cache), column, pending, [seed], [0])
-        return LmState(self.cache.copy(), column, pending, [seed], [0])
+        cache = self.cache.copy() if on_cpu() or not beside_others else self.cache
+        return LmState(cache, column, pending, [seed], [0])
 
 
 def prefill(lm: Lm, prompt: Prompt) -> Prefilled:

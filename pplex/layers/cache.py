@@ -15,7 +15,6 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from pplex.layers.cuda.rows import attend_rows, use_cuda
 from pplex.layers.rotary import rotate
 
 GROWTH = 256
@@ -202,9 +201,7 @@ class SlotCache:
     """One ring for all rows, in which the rows' latest positions share a slot.
 
     Every step writes one slot for the whole batch; a row's older positions lie in the
-    slots before it, as many as it has. The ring grows up to the window. On CUDA a
-    kernel of our own attends, and writes the new position without MLX's knowledge:
-    whatever else changes the ring waits for it.
+    slots before it, as many as it has. The ring grows up to the window.
     """
 
     def __init__(self, like: KvCache, num_rows: int) -> None:
@@ -217,14 +214,11 @@ class SlotCache:
         _, heads, _, head_dim = arrays[0].shape
         empty = mx.zeros((num_rows, heads, 0, head_dim), arrays[0].dtype)
         self._stores = [mx.array(empty) for _ in arrays]  # keys, then values
-        self._cuda = use_cuda() and arrays[0].dtype == mx.bfloat16
-        self._place = mx.array([0, self.window])
 
     def put(self, row: int, source: KvCache) -> None:
         """Replace ``row`` by the positions of a cache of one row."""
         length = min(source.end, self.window)
         self._grow(length + 1)
-        self._settle()
         self._lengths[row] = source.end
         start = (self._step - length) % self._capacity
         first = min(length, self._capacity - start)
@@ -234,14 +228,8 @@ class SlotCache:
 
     def take(self, rows: list[int]) -> None:
         """Keep only ``rows``."""
-        self._settle()
         self._lengths = self._lengths[rows]
         self._replace(lambda store: store[mx.array(rows)])
-
-    def _settle(self) -> None:
-        """Let steps under way end that write to the ring behind MLX's back."""
-        if self._cuda:
-            mx.synchronize()
 
     def _replace(self, change: Callable[[mx.array], mx.array]) -> None:
         """Exchange the arrays one by one, as two whole rings may not fit."""
@@ -262,20 +250,16 @@ class SlotCache:
         room = mx.zeros(shape, self._stores[0].dtype)
         # Oldest slot first, so that the new ones come after the latest.
         turn = -(self._step % have) if have else 0
-        self._settle()
         self._replace(
             lambda store: mx.concatenate([mx.roll(store, turn, axis=2), room], axis=2)
         )
         self._step = have
 
-    def mask(self, t: int) -> mx.array | None:
+    def mask(self, t: int) -> mx.array:
         """Boolean (rows, 1, 1, slots): the slots that hold a position of the row."""
         assert t == 1
         self._grow(int(self._lengths.max()) + 1)
         self._offsets = mx.array(self._lengths)
-        if self._cuda:
-            self._place = mx.array([self._step % self._capacity, self.window], mx.int32)
-            return None
         ages = (self._step - np.arange(self._capacity)) % self._capacity
         visible = mx.array(ages.astype(np.int32))[None] <= self._offsets[:, None]
         return visible[:, None, None]
@@ -287,9 +271,6 @@ class SlotCache:
         heads = qkv.shape[1] // 3
         slot = self._step % self._capacity
         keys, values = (self._stores[layer + i] for i in (0, len(self._stores) // 2))
-        if self._cuda:
-            lengths, place = self._offsets, self._place
-            return attend_rows(qkv, keys, values, lengths, place, max_period)
         rotated = rotate(qkv[:, : 2 * heads], max_period, self._offsets)
         keys[:, :, slot : slot + 1] = rotated[:, heads:]
         values[:, :, slot : slot + 1] = qkv[:, 2 * heads :]

@@ -16,20 +16,33 @@ __device__ inline void unpack(uint4 w, float (&v)[8]) {
   }
 }
 
+struct Ring {  // (rows, heads, capacity, head_dim)
+  bf16 *keys, *values;
+  int capacity;
+};
+
+struct Prompts {  // (prompts, heads, slots, head_dim)
+  const bf16 *keys, *values;
+  int slots;
+};
+
 // One new position of row blockIdx.y, head blockIdx.x. Its keys and values are written
-// to `slot`; the row's `length` older positions lie in the slots before, newest first.
-__device__ void attend(const bf16* qkv, bf16* keys, bf16* values, const int* lengths,
-                       const float* frequencies, int slot, int capacity, int window,
-                       bf16* y) {
+// to `slot` of the ring; those said before lie in the slots before it, newest first, and
+// what came before them in the row's prompt.
+__device__ void attend(const bf16* qkv, Ring ring, Prompts prompts, const int* rows,
+                       const float* frequencies, int slot, int window, bf16* y) {
   extern __shared__ char memory[];
   Attention& sh = *(Attention*)memory;
   int head = blockIdx.x, row = blockIdx.y, heads = gridDim.x, t = threadIdx.x;
-  int position = lengths[row];
-  int visible = min(min(position + 1, capacity), window);
-  constexpr int PAIRS = HEAD_DIM / 2;
+  int position = rows[4 * row], said = position - rows[4 * row + 1];
+  int first_kept = rows[4 * row + 2], prompt = rows[4 * row + 3];
+  int visible = min(position - first_kept + 1, window);
+  size_t in_ring = ((size_t)row * heads + head) * ring.capacity * HEAD_DIM;
+  size_t in_prompts = ((size_t)prompt * heads + head) * prompts.slots * HEAD_DIM;
+  bf16 *k = ring.keys + in_ring, *v = ring.values + in_ring;
+  const bf16 *k0 = prompts.keys + in_prompts, *v0 = prompts.values + in_prompts;
   const bf16* base = qkv + ((size_t)row * 3 * heads + head) * HEAD_DIM;
-  bf16* k = keys + ((size_t)row * heads + head) * capacity * HEAD_DIM;
-  bf16* v = values + ((size_t)row * heads + head) * capacity * HEAD_DIM;
+  constexpr int PAIRS = HEAD_DIM / 2;
   for (int i = t; i < 2 * PAIRS; i += THREADS) {
     int pair = i % PAIRS, key = i / PAIRS;
     const bf16* p = base + (size_t)key * heads * HEAD_DIM + 2 * pair;
@@ -56,9 +69,12 @@ __device__ void attend(const bf16* qkv, bf16* keys, bf16* values, const int* len
   __syncthreads();
   int lane = t % 32, part = lane % LANES, first = t / 32 * TOGETHER + lane / LANES;
   constexpr int STRIDE = WARPS * TOGETHER, U = 4;
-  auto at = [&](int age) {
+  auto load = [&](const bf16* said_part, const bf16* prompt_part, int age) {
     int j = slot - age;
-    return (size_t)(j < 0 ? j + capacity : j) * HEAD_DIM + part * 8;
+    const bf16* p = age <= said
+                        ? said_part + (j < 0 ? j + ring.capacity : j) * HEAD_DIM
+                        : prompt_part + (position - age - first_kept) * HEAD_DIM;
+    return __ldcg((const uint4*)(p + part * 8));
   };
   float q[8], most = -INFINITY;
   for (int i = 0; i < 8; i++) q[i] = sh.head[part * 8 + i];
@@ -67,7 +83,7 @@ __device__ void attend(const bf16* qkv, bf16* keys, bf16* values, const int* len
 #pragma unroll
     for (int u = 0; u < U; u++) {
       int age = begin + u * STRIDE + first;
-      if (age > 0 && age < visible) w[u] = __ldcg((const uint4*)(k + at(age)));
+      if (age > 0 && age < visible) w[u] = load(k, k0, age);
     }
 #pragma unroll
     for (int u = 0; u < U; u++) {
@@ -92,7 +108,7 @@ __device__ void attend(const bf16* qkv, bf16* keys, bf16* values, const int* len
 #pragma unroll
     for (int u = 0; u < U; u++) {
       int age = begin + u * STRIDE + first;
-      if (age > 0 && age < visible) w[u] = __ldcg((const uint4*)(v + at(age)));
+      if (age > 0 && age < visible) w[u] = load(v, v0, age);
     }
 #pragma unroll
     for (int u = 0; u < U; u++) {

@@ -12,7 +12,7 @@ import mlx.core as mx
 from pplex.layers.rotary import frequencies
 
 THREADS = 128
-CHOOSE_THREADS = 256
+NORM_THREADS = 256
 
 
 def use_cuda() -> bool:
@@ -25,29 +25,35 @@ def read_source(name: str, package: str = "pplex.layers.cuda") -> str:
     return resources.files(package).joinpath(name).read_text()
 
 
+KeysValues = tuple[mx.array, mx.array]
+
+
 def attend_rows(
     qkv: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    lengths: mx.array,
+    ring: KeysValues,
+    prompts: KeysValues,
+    rows: mx.array,
     place: mx.array,
     max_period: float,
 ) -> mx.array:
     """Attention (rows, heads, 1, head_dim) of one new position a row.
 
-    ``qkv`` (rows, 3 heads, 1, head_dim) is the new position's, ``keys`` and ``values``
-    (rows, heads, slots, head_dim) are the ring, ``lengths`` (rows,) how many positions
-    a row has had, ``place`` int32: the slot of the new position, the window. All are
-    bfloat16. The new position is written **into** the ring, of which MLX knows nothing:
-    what else touches those arrays must be separated by ``mx.synchronize``.
+    ``qkv`` (rows, 3 heads, 1, head_dim) is the new position's, ``ring`` (rows, heads,
+    slots, head_dim) holds what came after the prompts and ``prompts`` (prompts, heads,
+    slots, head_dim) those, all in bfloat16. ``rows`` int32 (rows, 4): positions so far,
+    how many of them the prompt has, the first of them that is kept, the prompt's
+    number. ``place`` int32: the slot of the new position, the window. The new position
+    is written **into** the ring, of which MLX knows nothing: what else touches those
+    arrays must be separated by ``mx.synchronize``.
     """
-    rows, three_heads, _, head_dim = qkv.shape
-    heads, capacity = three_heads // 3, keys.shape[2]
-    (y,) = _attention(head_dim, capacity)(
-        inputs=[qkv, keys, values, lengths, _frequencies(head_dim, max_period), place],
-        grid=(heads * THREADS, rows, 1),
+    num_rows, three_heads, _, head_dim = qkv.shape
+    heads, capacity = three_heads // 3, ring[0].shape[2]
+    window_slots = capacity + prompts[0].shape[2]
+    (y,) = _attention(head_dim, capacity, prompts[0].shape[2], window_slots)(
+        inputs=[qkv, *ring, *prompts, rows, _frequencies(head_dim, max_period), place],
+        grid=(heads * THREADS, num_rows, 1),
         threadgroup=(THREADS, 1, 1),
-        output_shapes=[(rows, heads, 1, head_dim)],
+        output_shapes=[(num_rows, heads, 1, head_dim)],
         output_dtypes=[mx.bfloat16],
     )
     return y
@@ -59,18 +65,22 @@ def _frequencies(head_dim: int, max_period: float) -> mx.array:
 
 
 @functools.cache
-def _attention(head_dim: int, capacity: int) -> Callable[..., list[mx.array]]:
-    name = f"pplex_attend_{head_dim}_{capacity}"
-    floats = 3 * head_dim + THREADS // 32 * head_dim + capacity + 512
+def _attention(
+    head_dim: int, capacity: int, prompt_slots: int, most: int
+) -> Callable[..., list[mx.array]]:
+    name = f"pplex_attend_{head_dim}_{capacity}_{prompt_slots}"
+    floats = 3 * head_dim + THREADS // 32 * head_dim + most + 512
     return _kernel(
         name,
-        {"THREADS": THREADS, "HEAD_DIM": head_dim, "MAX_SCORES": capacity},
+        {"THREADS": THREADS, "HEAD_DIM": head_dim, "MAX_SCORES": most},
         ["common.cu", "rows.cu"],
-        inputs=["qkv", "keys", "values", "lengths", "frequencies", "place"],
+        inputs=["qkv", "keys", "values", "prompt_keys", "prompt_values", "rows"]
+        + ["frequencies", "place"],
         outputs=["y"],
-        call=f"pplex::attend(qkv, const_cast<__nv_bfloat16*>(keys), "
-        "const_cast<__nv_bfloat16*>(values), lengths, frequencies, place[0], "
-        f"{capacity}, place[1], y);",
+        call=f"pplex::Ring ring{{const_cast<__nv_bfloat16*>(keys), "
+        f"const_cast<__nv_bfloat16*>(values), {capacity}}}; "
+        f"pplex::Prompts prompts{{prompt_keys, prompt_values, {prompt_slots}}}; "
+        "pplex::attend(qkv, ring, prompts, rows, frequencies, place[0], place[1], y);",
         shared_memory=4 * floats,
     )
 
@@ -84,14 +94,19 @@ def choose_rows(
     values from ``first`` on out of ``width``.
     """
     rows, card = logits.shape
+    threads = _choice_threads(card)
     (ids,) = _choice(card, first, width, temp, top_k)(
         inputs=[logits.astype(mx.float32), keys],
-        grid=(CHOOSE_THREADS, rows, 1),
-        threadgroup=(CHOOSE_THREADS, 1, 1),
+        grid=(threads, rows, 1),
+        threadgroup=(threads, 1, 1),
         output_shapes=[(rows,)],
         output_dtypes=[mx.int32],
     )
     return ids
+
+
+def _choice_threads(card: int) -> int:
+    return 1024 if card > 8192 else 512
 
 
 @functools.cache
@@ -100,7 +115,7 @@ def _choice(
 ) -> Callable[..., list[mx.array]]:
     return _kernel(
         f"pplex_choose_{card}",
-        {"THREADS": CHOOSE_THREADS},
+        {"THREADS": _choice_threads(card)},
         ["common.cu"],
         inputs=["logits", "keys"],
         outputs=["ids"],
@@ -120,8 +135,8 @@ def add_norm_rows(
     dim = x.shape[-1]
     total, normed = _add_norm(dim)(
         inputs=[x, y, weight],
-        grid=(CHOOSE_THREADS, x.size // dim, 1),
-        threadgroup=(CHOOSE_THREADS, 1, 1),
+        grid=(NORM_THREADS, x.size // dim, 1),
+        threadgroup=(NORM_THREADS, 1, 1),
         output_shapes=[x.shape, x.shape],
         output_dtypes=[mx.bfloat16, mx.bfloat16],
     )
@@ -132,7 +147,7 @@ def add_norm_rows(
 def _add_norm(dim: int) -> Callable[..., list[mx.array]]:
     return _kernel(
         f"pplex_add_norm_{dim}",
-        {"THREADS": CHOOSE_THREADS},
+        {"THREADS": NORM_THREADS},
         ["common.cu", "steps.cu"],
         inputs=["x", "y", "weight"],
         outputs=["sum", "normed"],
