@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,14 +12,22 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from pplex.codec.codec import MlxCodec
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import Conversation
 from pplex.errors import PplexError
 from pplex.insight.compare_bench import changes, differences, read_bench
 from pplex.insight.latency_plot import Line, image, svg, write_plot
 from pplex.jobs import bench as job
-from pplex.jobs.bench_parts import traffic
-from pplex.jobs.random_model import MEDIUM, SIZES, TINY, random_model, random_prompt
+from pplex.jobs.bench_parts import measure_parts, traffic
+from pplex.jobs.random_model import (
+    MEDIUM,
+    SIZES,
+    TINY,
+    random_mimi,
+    random_model,
+    random_prompt,
+)
 from pplex.model.sampling import SamplingConfig
 
 
@@ -165,6 +173,36 @@ def test_the_7b_has_the_published_sizes():
         *(512, 8),
         256,
     )
+
+
+def test_a_model_that_memory_cannot_hold_is_refused(monkeypatch):
+    monkeypatch.setattr("pplex.jobs.random_model.memory_gb", lambda: (9.0, 8.0))
+    with pytest.raises(PplexError, match="such a model takes 3. GB, and 8 GB"):
+        random_model("7b", 16)
+
+
+def test_codecs_that_take_many_recordings_are_timed_so(monkeypatch):
+    """The way of GPUs, here on the CPU."""
+    model = random_model("tiny", 16)
+    grouped = replace(model, codec=MlxCodec(random_mimi(model.config.mimi)))
+    start = prefill(grouped.lm, random_prompt(grouped.config))
+    apart = traffic(grouped, start, rows=4, mean_position=10)
+    monkeypatch.setattr("pplex.jobs.bench_parts.in_groups", lambda _: True)
+    parts = measure_parts(grouped, start, SamplingConfig(), rows=4, position=5)
+    assert parts.encode > 0 and parts.decode > 0
+    together = traffic(grouped, start, rows=4, mean_position=10)
+    assert together.codec < apart.codec and together.kv == apart.kv
+
+
+@pytest.mark.parametrize(("rows", "ring"), [(1, False), (3, False), (3, True)])
+def test_steps_of_mlx_operations_are_timed_in_parts(monkeypatch, rows, ring):
+    for module in ("conversation.prompt", "jobs.bench_parts"):
+        monkeypatch.setattr(f"pplex.{module}.native_lm", lambda _: None)
+    monkeypatch.setattr("pplex.jobs.bench_parts.on_cpu", lambda: not ring)
+    model = random_model("tiny", 4)
+    start = prefill(model.lm, random_prompt(model.config))
+    parts = measure_parts(model, start, SamplingConfig(), rows, position=60)
+    assert parts.temporal > 0 and parts.depformer > 0
 
 
 def test_bytes_are_those_of_the_weights_a_frame_reads():

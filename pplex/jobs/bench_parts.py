@@ -15,6 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from pplex.conversation.generate import make_frame, make_sampler
+from pplex.conversation.many import GROUP, in_groups
 from pplex.conversation.prompt import Prefilled
 from pplex.conversation.session import Model, chunk_frames
 from pplex.layers.cache import Cache, KvCache, RowCaches, SlotCache
@@ -77,20 +78,29 @@ def measure_parts(
 
 
 def _codec_ms(model: Model, rows: int) -> tuple[float, float]:
-    """Encoding and decoding; the codec takes one recording at a time."""
-    count, config = chunk_frames(), model.config
+    """Encoding and decoding of a frame of all rows, in chunks as the loop has them."""
+    codec, count = model.codec, chunk_frames()
     rng = np.random.default_rng(1)
-    pcm = rng.uniform(-0.1, 0.1, (count, config.frame_size)).astype(np.float32)
-    encoder, decoder = model.codec.make_state(), model.codec.make_state()
-    codes = model.codec.encode(pcm, encoder)
-    model.codec.decode(codes, decoder)
-    encode = _median_ms(
-        lambda: model.codec.encode(pcm, encoder), _CODEC_ROUNDS, warm_up=0
-    )
-    decode = _median_ms(
-        lambda: model.codec.decode(codes, decoder), _CODEC_ROUNDS, warm_up=0
-    )
-    return rows * encode / count, rows * decode / count
+    pcm = rng.uniform(-0.1, 0.1, (count, model.config.frame_size)).astype(np.float32)
+    group = _group(model, rows)
+    if group > 1:
+        codes = codec.encode_many([pcm] * group)
+        codec.decode_many(codes)
+        encode = _median_ms(lambda: codec.encode_many([pcm] * group), _CODEC_ROUNDS)
+        decode = _median_ms(lambda: codec.decode_many(codes), _CODEC_ROUNDS)
+    else:
+        encoder, decoder = codec.make_state(), codec.make_state()
+        one = codec.encode(pcm, encoder)
+        codec.decode(one, decoder)
+        encode = _median_ms(lambda: codec.encode(pcm, encoder), _CODEC_ROUNDS)
+        decode = _median_ms(lambda: codec.decode(one, decoder), _CODEC_ROUNDS)
+    share = rows / (group * count)
+    return encode * share, decode * share
+
+
+def _group(model: Model, rows: int) -> int:
+    """How many recordings the codec takes at a time."""
+    return min(rows, GROUP) if in_groups(model) else 1
 
 
 def _step_ms(
@@ -118,6 +128,8 @@ def _step_ms(
     def depformer() -> None:
         mx.eval(frame(x[:, 0], inputs))
 
+    temporal()
+    depformer()
     return _median_ms(temporal, _ROUNDS), _median_ms(depformer, _ROUNDS)
 
 
@@ -139,13 +151,12 @@ def _cache(model: Model, prefilled: Prefilled, rows: int, position: int) -> Cach
     return ring
 
 
-def _median_ms(part: Callable[[], object], rounds: int, warm_up: int = 2) -> float:
+def _median_ms(part: Callable[[], object], rounds: int) -> float:
     spent = []
-    for idx in range(warm_up + rounds):
+    for _ in range(rounds):
         start = time.perf_counter()
         part()
-        if idx >= warm_up:
-            spent.append(time.perf_counter() - start)
+        spent.append(time.perf_counter() - start)
     return 1000.0 * float(np.median(spent))
 
 
@@ -167,7 +178,7 @@ def traffic(
     codec_weights = model.codec.nbytes
     # Keys and values of both transformers, in float32.
     codec_kv = 2 * 2 * codec.num_layers * codec.d_model * codec.window * 4
-    codec_bytes = (codec_weights + codec_kv) / chunk_frames()
+    codec_bytes = (codec_weights / _group(model, rows) + codec_kv) / chunk_frames()
     return Traffic(weights / 1e6, rows * kv / 1e6, rows * codec_bytes / 1e6)
 
 

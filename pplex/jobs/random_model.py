@@ -30,6 +30,8 @@ from pplex.config import (
 )
 from pplex.conversation.prompt import Prompt, make_prompt
 from pplex.conversation.session import Model
+from pplex.errors import PplexError
+from pplex.jobs.memory import memory_gb
 from pplex.layers.device import on_cpu
 from pplex.model.lm import Lm
 
@@ -111,6 +113,7 @@ def random_lm(config: LmConfig, bits: int, dtype: mx.Dtype) -> Lm:
     if bits < DENSE_BITS:
         # Nothing is computed yet: what these would hold is replaced below.
         nn.quantize(lm, GROUP_SIZE, bits, class_predicate=_is_quantized)
+    _check_memory(lm, dtype)
     keys = _Keys()
     for path, module in lm.named_modules():
         if isinstance(module, nn.QuantizedLinear):
@@ -126,6 +129,18 @@ def random_lm(config: LmConfig, bits: int, dtype: mx.Dtype) -> Lm:
         mx.eval(module.parameters())  # one at a time: no two large ones at once
     mx.eval(lm.parameters())
     return lm
+
+
+def _check_memory(lm: Lm, dtype: mx.Dtype) -> None:
+    """Refuse what the system would end for want of memory."""
+    sizes = {mx.uint32: 4, mx.float32: dtype.size}
+    need = sum(a.size * sizes[a.dtype] for _, a in tree_flatten(lm.parameters())) / 1e9
+    _, free = memory_gb()
+    if free is not None and need > free:
+        raise PplexError(
+            f"such a model takes {need:.0f} GB, and {free:.0f} GB of memory are free: "
+            "make a smaller one with --random, or give fewer --bits"
+        )
 
 
 def _is_quantized(path: str, module: nn.Module) -> bool:
