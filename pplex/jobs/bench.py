@@ -143,8 +143,6 @@ class Bench:
 
 def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
     """Measure; ``note`` is told what is being done."""
-    bandwidth = copy_bandwidth_gb_s()
-    mx.reset_peak_memory()
     note("loading" if plan.random is None else f"making a random {plan.random} model")
     model = _load(plan, note)
     start = time.perf_counter()
@@ -154,7 +152,10 @@ def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
     runs = []
     for size in sizes:
         note(f"batch size {size}")
-        runs.append(_measured(plan, model, prefilled, size, bandwidth))
+        runs.append(_measured(plan, model, prefilled, size))
+    peak_gb = peak_process_gb()
+    # Last, as the arrays it copies may be larger than the model.
+    bandwidth = copy_bandwidth_gb_s()
     return Bench(
         schema=SCHEMA,
         pplex=importlib.metadata.version("pplex"),
@@ -173,8 +174,8 @@ def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
         load_s=model.load_s,
         prefill_s=prefill_s,
         copy_bandwidth_gb_s=bandwidth,
-        peak_process_gb=peak_process_gb(),
-        runs=runs,
+        peak_process_gb=peak_gb,
+        runs=[_against(run, bandwidth) for run in runs],
     )
 
 
@@ -210,11 +211,15 @@ def _warm_up_frames(frames: int) -> int:
     return min(frames, size + frames % size)
 
 
-def _measured(
-    plan: Plan, model: Model, prefilled: Prefilled, size: int, bandwidth: float
-) -> Run:
+def _against(run: Run, bandwidth_gb_s: float) -> Run:
+    if run.moved_gb_s is None:
+        return run
+    return replace(run, bandwidth_percent=100.0 * run.moved_gb_s / bandwidth_gb_s)
+
+
+def _measured(plan: Plan, model: Model, prefilled: Prefilled, size: int) -> Run:
     try:
-        return _run(plan, model, prefilled, size, bandwidth)
+        return _run(plan, model, prefilled, size)
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
@@ -224,9 +229,7 @@ def _measured(
     )
 
 
-def _run(
-    plan: Plan, model: Model, prefilled: Prefilled, size: int, bandwidth: float
-) -> Run:
+def _run(plan: Plan, model: Model, prefilled: Prefilled, size: int) -> Run:
     warm = _warm_up_frames(_longest(plan))
     start = time.perf_counter()
     _answer(model, prefilled, _recordings(model, [warm] * size), size)
@@ -252,7 +255,7 @@ def _run(
     )
     if plan.lengths is not None:
         return run
-    return _with_frames(run, model, prefilled, timings, bandwidth)
+    return _with_frames(run, model, prefilled, timings)
 
 
 def _with_frames(
@@ -260,7 +263,6 @@ def _with_frames(
     model: Model,
     prefilled: Prefilled,
     timings: Sequence[Timings],
-    bandwidth: float,
 ) -> Run:
     """``run`` with what can be told where all rows step together from end to end."""
     rows, config = run.batch_size, model.config
@@ -274,7 +276,6 @@ def _with_frames(
     frame_ms = latency(frame_s)
     position = prefilled.prompt.num_frames + (count + 1) / 2
     moved = traffic(model, prefilled, rows, position)
-    moved_gb_s = moved.total / frame_ms.mean
     return replace(
         run,
         frame_ms=frame_ms,
@@ -283,8 +284,7 @@ def _with_frames(
         late_percent=100.0 * frame_ms.late_frames / count,
         real_time_factor=frame_ms.mean / 1000.0 * config.frame_rate,
         moved_mb=moved,
-        moved_gb_s=moved_gb_s,
-        bandwidth_percent=100.0 * moved_gb_s / bandwidth,
+        moved_gb_s=moved.total / frame_ms.mean,
         frame_ms_series=[round(1000.0 * s, 3) for s in frame_s],
     )
 
