@@ -18,12 +18,13 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a hidden temporary path beside `path`; rename it when the body is done.
 
     The body writes to the yielded path and does nothing else: an OSError inside it
     is reported as a failure to write `path`. On any failure the temporary file is
-    removed and an older file at `path` is left as it was. Links are followed.
+    removed and an older file at `path` is left as it was. Links are followed. Without
+    `replace` a file that is there by then is such a failure.
     """
     target = Path(os.path.realpath(path))
     _check_target(path, target)
@@ -34,6 +35,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         temporary.open("xb").close()
         yield temporary
+        if not replace:
+            _claim(path, temporary, target)
+        # Of two names for one file neither goes by this; the body's is removed below.
         os.replace(temporary, target)
     except OSError as e:
         raise PplexError(_reason(path, e)) from e
@@ -81,6 +85,18 @@ def write_stdout(content: bytes) -> None:
         raise
     except OSError as e:
         raise PplexError(_reason(Path("stdout"), e)) from e
+
+
+def _claim(path: Path, temporary: Path, target: Path) -> None:
+    """Give `target` its content if nobody else has; of several programs one does."""
+    try:
+        os.link(temporary, target)
+    except OSError as e:
+        # Where files cannot have two names, looking has to do.
+        if isinstance(e, FileExistsError) or os.path.lexists(target):
+            raise PplexError(
+                f"{path} exists already; choose another name or give --overwrite"
+            ) from e
 
 
 def _check_target(path: Path, target: Path) -> None:

@@ -268,6 +268,25 @@ def test_an_output_that_fails_half_way_leaves_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["o.json"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_that_write_one_name_the_first_wins(tmp_path, monkeypatch, links):
+    """Also where a file cannot have two names."""
+    path = tmp_path / "o.wav"
+
+    def refuse(*args):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr("pplex.files.os.link", refuse)
+    with pytest.raises(PplexError, match="exists already"):
+        with atomic_write(path, replace=False) as late:
+            late.write_bytes(b"late")
+            with atomic_write(path, replace=False) as early:
+                early.write_bytes(b"early")
+    assert path.read_bytes() == b"early"
+    assert [p.name for p in tmp_path.iterdir()] == ["o.wav"]
+
+
 def test_the_temporary_file_is_hidden_and_beside_the_output(tmp_path):
     with atomic_write(tmp_path / "o.json") as temporary:
         temporary.write_text("new")

@@ -32,6 +32,12 @@ def test_the_last_line_of_a_recording_counts(tmp_path):
     assert manifest.last["a.wav"]["settings"] == "2"
 
 
+def test_the_last_line_counts_also_when_the_clock_was_set_back(tmp_path):
+    """Else a recording would be done again at every run."""
+    old, new = line(settings="old", time="2026-01-02"), line(settings="new")
+    assert written(tmp_path, old, new).last["a.wav"]["settings"] == "new"
+
+
 def test_a_line_that_was_cut_off_is_passed_over(tmp_path):
     whole = json.dumps(line("b.wav"))
     manifest = written(tmp_path, line(), whole[:40])

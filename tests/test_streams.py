@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
 import tempfile
 import threading
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,11 +152,38 @@ def test_what_is_no_stream_is_refused_in_a_sentence(content, reason):
         stream(content)
 
 
-def test_a_sample_that_is_no_number_is_refused():
-    pcm = np.zeros(3000, np.float32)
-    pcm[2400] = np.nan
-    with pytest.raises(PplexError, match=r"no finite number at 0\.100 s"):
+def test_a_first_sample_that_is_no_number_is_refused():
+    pcm = np.full(3000, np.nan, np.float32)
+    with pytest.raises(PplexError, match=r"no finite number at 0\.000 s"):
         stream(wav(pcm, 24000, "FLOAT"))
+
+
+def test_what_comes_before_a_sample_that_is_no_number_counts():
+    pcm = np.full(3000, 0.5, np.float32)
+    pcm[2400] = np.nan
+    feed = feed_of(wav(pcm, 24000, "FLOAT"))
+    user = UserStream(feed, read_header(feed), 1)
+    frames = list(user.frames(24000, 1920))
+    assert [frame.num_samples for frame in frames] == [1920, 480]
+    assert "no finite number at 0.100 s" in user.fault
+
+
+def test_what_comes_before_a_failing_read_counts(monkeypatch):
+    content = wav(np.zeros(3000), 24000)
+    parts = [content, OSError(errno.EIO, "Input/output error")]
+
+    def read(fd: int, size: int) -> bytes:
+        part = parts.pop(0)
+        if isinstance(part, OSError):
+            raise part
+        return part
+
+    monkeypatch.setattr("pplex.audio.streams.os.read", read)
+    feed = Feed(0)
+    stream_format = replace(read_header(feed), num_bytes=None)
+    user = UserStream(feed, stream_format, 1)
+    assert sum(frame.num_samples for frame in user.frames(24000, 1920)) == 3000
+    assert user.fault == "the input stream cannot be read: Input/output error"
 
 
 def test_a_channel_that_is_not_there_is_refused():

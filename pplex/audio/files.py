@@ -113,8 +113,13 @@ def to_pcm16(pcm: np.ndarray) -> np.ndarray:
     return (np.clip(pcm, -1.0, 1.0) * np.float32(32767)).astype(np.int16)
 
 
-def write_wav(path: Path, tracks: np.ndarray, sample_rate: int) -> None:
-    """Write float32 (samples,) or (samples, channels) as 16-bit WAV, atomically."""
+def write_wav(
+    path: Path, tracks: np.ndarray, sample_rate: int, *, replace: bool = True
+) -> None:
+    """Write float32 (samples,) or (samples, channels) as 16-bit WAV, atomically.
+
+    ``replace`` is that of ``atomic_write``.
+    """
     path = Path(path)
     tracks = tracks if tracks.ndim == 2 else tracks[:, None]
     num_samples, num_channels = tracks.shape
@@ -124,7 +129,10 @@ def write_wav(path: Path, tracks: np.ndarray, sample_rate: int) -> None:
             "do not fit in a WAV file (4 GB); split the recording"
         )
     step = max(1, _BLOCK_SAMPLES // num_channels)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with (
+        atomic_write(path, replace=replace) as temporary,
+        temporary.open("wb") as file,
+    ):
         with wave.open(file, "wb") as out:
             out.setnchannels(num_channels)
             out.setsampwidth(2)
@@ -140,6 +148,8 @@ def check_file(path: Path) -> None:
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
+            if stat.S_ISREG(status.st_mode):
+                file.read(1)  # a disk that fails shows here
     except FileNotFoundError as e:
         raise PplexError(f"{path} does not exist; check the name") from e
     except IsADirectoryError as e:

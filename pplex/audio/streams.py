@@ -253,7 +253,11 @@ class LiveFrame:
 
 
 class UserStream:
-    """The user's side of a stream, cut into frames at the model's rate."""
+    """The user's side of a stream, cut into frames at the model's rate.
+
+    ``fault`` says what ended a stream whose first samples were good, and
+    ``missing_bytes`` how many its header had promised beyond its end.
+    """
 
     def __init__(self, feed: Feed, stream: StreamFormat, channel: Channel) -> None:
         """Samples follow in ``feed``, laid out as ``stream`` says."""
@@ -268,6 +272,7 @@ class UserStream:
         self.source_frames = 0
         self.num_samples = 0
         self.missing_bytes = 0
+        self.fault = ""
         self.first_s = self.last_s = 0.0
 
     @property
@@ -327,7 +332,13 @@ class UserStream:
         left = self.format.num_bytes
         rest = b""
         while left is None or left > 0:
-            content, arrived = self._feed.read()
+            try:
+                content, arrived = self._feed.read()
+            except PplexError as e:
+                if not self.source_frames:
+                    raise
+                self.fault = str(e)
+                return
             if not content:
                 break
             content = content if left is None else content[:left]
@@ -339,17 +350,23 @@ class UserStream:
                 continue
             block = decode_pcm(content[:whole], self.format.encoding)
             mono = _pick(block.reshape(-1, self.format.channels), self._channel)
-            if not np.isfinite(mono).all():
-                where = self.source_frames + int(np.argmin(np.isfinite(mono)))
-                raise PplexError(
+            finite = np.isfinite(mono)
+            if not finite.all():
+                mono = mono[: int(np.argmin(finite))]
+                where = (self.source_frames + len(mono)) / self.format.rate
+                self.fault = (
                     "the input stream has a sample that is no finite number at "
-                    f"{where / self.format.rate:.3f} s"
+                    f"{where:.3f} s"
                 )
+                if not self.source_frames + len(mono):
+                    raise PplexError(self.fault)
             if not self.source_frames:
                 self.first_s = arrived
             self.last_s = arrived
             self.source_frames += len(mono)
             yield mono, arrived
+            if self.fault:
+                return
         if not self._feed.was_stopped:
             self.missing_bytes = left or 0
 

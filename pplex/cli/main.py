@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import logging
 import sys
@@ -45,6 +46,12 @@ class Cli(click.Group):
             ctx.exit(CLOSED_PIPE)
         except PplexError as e:
             raise click.ClickException(str(e)) from e
+        except OSError as e:
+            if e.errno != errno.ENAMETOOLONG:
+                raise
+            # Before there is a file: Python's tests whether a name is there raise it.
+            message = f"the name {e.filename!r} is longer than names can be"
+            raise click.ClickException(message) from e
         except ImportError as e:
             if not _is_mlx(e):
                 raise

@@ -76,11 +76,15 @@ class Manifest:
         self.outputs: set[str] = set()
         kept: set[int] = set()
         for path in [outdir / own, *paths]:
+            # Within a file the order counts: a clock may have been set back.
+            latest: dict[str, Line] = {}
             for line in read_lines(path):
                 self.outputs |= {o["path"] for o in line["outputs"].values()}
-                known = self.last.get(line["recording"])
+                latest[line["recording"]] = line
+            for recording, line in latest.items():
+                known = self.last.get(recording)
                 if known is None or known["time"] <= line["time"]:
-                    self.last[line["recording"]] = line
+                    self.last[recording] = line
                     if path == self.path:
                         kept.add(id(line))
         # An unsharded run takes over what shards did, so that one file tells all.

@@ -108,7 +108,7 @@ def check_outputs_free(
     foreign = []
     for task in tasks:
         for path in task.outputs.files().values():
-            if path.is_dir():
+            if os.path.isdir(path):  # no error for a name too long: it fails alone
                 raise PplexError(f"cannot write {path}: it is a folder")
             if overwrite or not os.path.lexists(path):
                 continue

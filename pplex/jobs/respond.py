@@ -91,18 +91,29 @@ def check_outputs(source: Path, outputs: Outputs, overwrite: bool) -> None:
     files = outputs.files()
     if sum(path == PIPE for path in files.values()) > 1:
         raise PplexError("only one output fits on stdout: give the others file names")
-    seen: dict[Path, str] = {} if source == PIPE else {source.resolve(): "the input"}
+    seen = {} if source == PIPE else {os.path.realpath(source): "the input"}
     for what, path in files.items():
         if path == PIPE or (what in ("transcript", "stats") and is_pipe(path)):
             continue
-        other = seen.setdefault(path.resolve(), f"the {what} output")
+        other = seen.setdefault(os.path.realpath(path), f"the {what} output")
         if other != f"the {what} output":
             raise PplexError(
                 f"cannot write {path}: it is also {other}; choose another name"
             )
-        if path.exists() and source.exists() and path.samefile(source):
+        _check_name(path)
+        if path.exists() and os.path.exists(source) and path.samefile(source):
             raise PplexError(f"cannot write {path}: it is the input by another name")
         _check_place(path, overwrite)
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a name that is too long, and links that go round in a circle."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as e:
+        raise PplexError(f"cannot write {path}: {e.strerror or e}") from e
 
 
 def _check_place(path: Path, overwrite: bool) -> None:
@@ -264,21 +275,28 @@ def answer(
 
 
 def write_outputs(
-    model: Described, outputs: Outputs, result: Answer, voice: str, text: str, seed: int
+    model: Described,
+    outputs: Outputs,
+    result: Answer,
+    voice: str,
+    text: str,
+    seed: int,
+    *,
+    replace: bool = True,
 ) -> None:
-    """Write everything but the stats."""
+    """Write everything but the stats, sound first; ``replace`` as ``atomic_write``."""
     rate = model.config.sample_rate
     files = outputs.files()
     if outputs.audio == PIPE:
         pass  # it was written as it was made
     elif outputs.layout == "stereo":
         tracks = np.stack([result.user_pcm, result.agent_pcm], axis=1)
-        write_wav(files["audio"], tracks, rate)
+        write_wav(files["audio"], tracks, rate, replace=replace)
     elif outputs.layout == "agent":
-        write_wav(files["audio"], result.agent_pcm, rate)
+        write_wav(files["audio"], result.agent_pcm, rate, replace=replace)
     else:
-        write_wav(files["user"], result.user_pcm, rate)
-        write_wav(files["agent"], result.agent_pcm, rate)
+        write_wav(files["user"], result.user_pcm, rate, replace=replace)
+        write_wav(files["agent"], result.agent_pcm, rate, replace=replace)
     if outputs.transcript is not None:
         duration_s = len(result.user_pcm) / rate
         said = voice, text, seed
@@ -352,8 +370,15 @@ def respond(run: Run, report: Report, stop: Stop | None = None) -> Stats:
     with stop.deferred():
         # Another program may have written there in the meantime.
         check_outputs(run.source, run.outputs, run.overwrite)
-        seed = run.settings.seed
-        write_outputs(model, run.outputs, result, role.voice, role.text, seed)
+        write_outputs(
+            model,
+            run.outputs,
+            result,
+            role.voice,
+            role.text,
+            run.settings.seed,
+            replace=run.overwrite,
+        )
         clock.lap("write")
         source = Source(length / rate, recording.source_rate, recording.source_channels)
         timings = conversation.timings

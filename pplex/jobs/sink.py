@@ -27,11 +27,14 @@ def open_sink(
     files: dict[str, Path],
     sample_rate: int,
     num_samples: int | None = None,
+    *,
+    replace: bool = True,
 ) -> Iterator[Write]:
     """Yield what writes both sides, 16 bits a sample, to the audio of ``files``.
 
     Files appear whole when the body is done, or not at all. Stdout gets each stretch
     at once; ``num_samples`` is the length its header names, None for an unknown one.
+    ``replace`` is that of ``atomic_write``.
     """
     channels = 2 if layout == "stereo" else 1
     with ExitStack() as stack:
@@ -42,7 +45,9 @@ def open_sink(
             return
         names = ("user", "agent") if layout == "separate" else ("audio",)
         tracks = {
-            name: stack.enter_context(_wav_file(files[name], channels, sample_rate))
+            name: stack.enter_context(
+                _wav_file(files[name], channels, sample_rate, replace)
+            )
             for name in names
         }
 
@@ -63,10 +68,13 @@ def _pcm(layout: Layout, user: np.ndarray, agent: np.ndarray) -> bytes:
 
 @contextmanager
 def _wav_file(
-    path: Path, channels: int, sample_rate: int
+    path: Path, channels: int, sample_rate: int, replace: bool
 ) -> Iterator[Callable[[bytes], None]]:
     """Yield what appends samples to a WAV file, whose header is written last."""
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with (
+        atomic_write(path, replace=replace) as temporary,
+        temporary.open("wb") as file,
+    ):
         file.write(wav_header(0, channels, sample_rate))
         yield lambda content: _append(path, file, content)
         num_samples = (file.tell() - 44) // (2 * channels)

@@ -101,7 +101,8 @@ def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
     closed: BrokenPipeError | None = None
     waited_s = feed.waited_s
     with stop.deferred(feed.stop):
-        with open_sink(outputs.layout, outputs.files(), rate) as write:
+        files = outputs.files()
+        with open_sink(outputs.layout, files, rate, replace=run.overwrite) as write:
             replies = converse(model, conversation, user, run.settings.tail_s)
             report.answering(None)
             captions = Captions(model.tokenizer.piece, model.config.frame_rate)
@@ -152,7 +153,6 @@ def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
     if run.wish.any():
         config, piece = model.config, model.tokenizer.piece
         spoken = words(talk.text(), piece, config.frame_rate)
-        files = outputs.files()
         report.checked(check_answer(run.wish, run.source, files, stats, spoken))
     if closed is not None:
         raise closed
