@@ -137,10 +137,11 @@ def test_batch_size_follows_the_number_of_recordings(small_model):
     assert 1 <= auto_batch_size(small_model, 400, 10_000) < 10_000
 
 
-def attend_as_the_kernel(qkv, ring, prompts, rows, place, max_period):
+def attend_as_the_kernel(qkv, ring, prompts, rows, place, window, max_period):
     """What ``attend_rows`` is said to do, a position at a time."""
     heads = qkv.shape[1] // 3
-    slot, window = place.tolist()
+    slot, slots, prompt_slots = place.tolist()
+    assert slots == ring[0].shape[2] and prompt_slots == prompts[0].shape[2]
     outputs = []
     for row, (count, in_prompt, first_kept, prompt) in enumerate(rows.tolist()):
         rotated = rotate(qkv[row : row + 1, : 2 * heads], max_period, count)

@@ -30,27 +30,22 @@ class DepformerLayer(nn.Module):
         self.norm2 = RmsNorm(dim)
         self.gating = Gating(dim, hidden_dim)
 
-    def __call__(
-        self, x: mx.array, h: mx.array, past: StepCache, idx: int, hide_first: bool
-    ) -> tuple[mx.array, mx.array]:
-        """From input ``x`` (batch, dim) and its norm to two terms, to be added.
-
-        ``idx`` is the step's number; its keys and values are added to ``past``.
-        """
-        y = past.attend(self.in_proj(h), idx, hide_first)
+    def finish(self, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+        """From input and attended values (batch, dim), two terms of the output."""
         x, h = add_norm(self.norm2, x, self.out_proj(y))
         return x, self.gating(h)
 
 
 class StepCache:
-    """Keys and values of one layer over the steps of a frame."""
+    """Keys and values of every layer over the steps of a frame."""
 
-    def __init__(self, num_heads: int, num_steps: int) -> None:
+    def __init__(self, num_layers: int, num_heads: int, num_steps: int) -> None:
         self._num_heads = num_heads
         self._num_steps = num_steps
-        self._past: mx.array | None = None
+        self._pasts: list[mx.array | None] = [None] * num_layers
+        self._whole: mx.array | None = None  # on CUDA, all of them
 
-    def attend(self, qkv: mx.array, idx: int, hide_first: bool) -> mx.array:
+    def attend(self, layer: int, qkv: mx.array, idx: int, hide_first: bool) -> mx.array:
         """Attention (batch, dim) of step ``idx``, whose ``qkv`` (batch, 3 dim) is kept.
 
         With ``hide_first`` step 0 is not seen.
@@ -58,13 +53,16 @@ class StepCache:
         b, width = qkv.shape
         first = 1 if hide_first else 0
         if use_cuda() and qkv.dtype == mx.bfloat16:
-            if self._past is None:
-                self._past = mx.zeros((b, self._num_steps, width), qkv.dtype)
-            return attend_steps(qkv, self._past, self._num_heads, idx, first)
+            if self._whole is None:
+                # One array: of several that are alike, mx.compile makes one.
+                shape = b, len(self._pasts), self._num_steps, width
+                self._whole = mx.zeros(shape, qkv.dtype)
+            return attend_steps(qkv, self._whole, self._num_heads, layer, idx, first)
         split = qkv.reshape(b, 3 * self._num_heads, 1, -1)
-        if self._past is not None:
-            split = mx.concatenate([self._past, split], axis=2)
-        self._past = split
+        past = self._pasts[layer]
+        if past is not None:
+            split = mx.concatenate([past, split], axis=2)
+        self._pasts[layer] = split
         q, k, v = mx.split(split, 3, axis=1)
         y = mx.fast.scaled_dot_product_attention(
             q[:, :, -1:], k[:, :, first:], v[:, :, first:], scale=q.shape[-1] ** -0.5
@@ -112,18 +110,19 @@ class Depformer(nn.Module):
         """
         b = hidden.shape[0]
         inputs = self.input(hidden).reshape(b, self._num_steps, -1)
-        pasts = [
-            StepCache(self._config.depformer_num_heads, self._num_steps)
-            for _ in range(self._config.depformer_num_layers)
-        ]
+        config = self._config
+        past = StepCache(
+            config.depformer_num_layers, config.depformer_num_heads, self._num_steps
+        )
         token, codes = text, []
         for idx, step in enumerate(self.steps):
             x, more = inputs[:, idx], self._embed(token, idx)
             # The reference's ring has `dep_q` slots and hides the oldest when full.
             hide_first = idx == self._config.dep_q - 1 and idx > 0
-            for layer, past in zip(step.layers, pasts, strict=True):
+            for number, layer in enumerate(step.layers):
                 x, h = add_norm(layer.norm1, x, more)
-                x, more = layer(x, h, past, idx, hide_first)
+                y = past.attend(number, layer.in_proj(h), idx, hide_first)
+                x, more = layer.finish(x, y)
             x = x + more
             token = sample(step.head(x), idx)
             if forced is not None:

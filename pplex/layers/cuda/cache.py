@@ -41,7 +41,7 @@ class SharedCache:
         # first that is still kept, the prompt's number.
         self._rows = np.zeros((num_rows, 4), np.int32)
         self._meta = mx.array(self._rows)
-        self._place = mx.array([0, self.window])
+        self._place = mx.zeros(3, mx.int32)
 
     @staticmethod
     def serves(like: KvCache) -> bool:
@@ -128,7 +128,8 @@ class SharedCache:
         said = self._rows[:, 0] - self._rows[:, 1]
         self._grow(int(said.max()) + 1)
         self._meta = mx.array(self._rows)
-        self._place = mx.array([self._step % self._capacity, self.window], mx.int32)
+        slots = self._capacity, self._prompt_stores[0].shape[2]
+        self._place = mx.array([self._step % self._capacity, *slots], mx.int32)
 
     def attend(
         self, layer: int, qkv: mx.array, max_period: float, mask: None
@@ -141,6 +142,7 @@ class SharedCache:
             (self._prompt_stores[first], self._prompt_stores[second]),
             self._meta,
             self._place,
+            self.window,
             max_period,
         )
 

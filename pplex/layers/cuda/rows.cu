@@ -5,7 +5,7 @@ constexpr int LANES = HEAD_DIM / 8, TOGETHER = 32 / LANES;  // lanes for a posit
 struct Attention : Scratch {
   float head[3 * HEAD_DIM];
   float partial[WARPS * HEAD_DIM];
-  float scores[MAX_SCORES];
+  float scores[WINDOW];
 };
 
 __device__ inline void unpack(uint4 w, float (&v)[8]) {
@@ -30,13 +30,13 @@ struct Prompts {  // (prompts, heads, slots, head_dim)
 // to `slot` of the ring; those said before lie in the slots before it, newest first, and
 // what came before them in the row's prompt.
 __device__ void attend(const bf16* qkv, Ring ring, Prompts prompts, const int* rows,
-                       const float* frequencies, int slot, int window, bf16* y) {
+                       const float* frequencies, int slot, bf16* y) {
   extern __shared__ char memory[];
   Attention& sh = *(Attention*)memory;
   int head = blockIdx.x, row = blockIdx.y, heads = gridDim.x, t = threadIdx.x;
   int position = rows[4 * row], said = position - rows[4 * row + 1];
   int first_kept = rows[4 * row + 2], prompt = rows[4 * row + 3];
-  int visible = min(position - first_kept + 1, window);
+  int visible = min(position - first_kept + 1, WINDOW);
   size_t in_ring = ((size_t)row * heads + head) * ring.capacity * HEAD_DIM;
   size_t in_prompts = ((size_t)prompt * heads + head) * prompts.slots * HEAD_DIM;
   bf16 *k = ring.keys + in_ring, *v = ring.values + in_ring;

@@ -34,6 +34,7 @@ def attend_rows(
     prompts: KeysValues,
     rows: mx.array,
     place: mx.array,
+    window: int,
     max_period: float,
 ) -> mx.array:
     """Attention (rows, heads, 1, head_dim) of one new position a row.
@@ -42,14 +43,14 @@ def attend_rows(
     slots, head_dim) holds what came after the prompts and ``prompts`` (prompts, heads,
     slots, head_dim) those, all in bfloat16. ``rows`` int32 (rows, 4): positions so far,
     how many of them the prompt has, the first of them that is kept, the prompt's
-    number. ``place`` int32: the slot of the new position, the window. The new position
-    is written **into** the ring, of which MLX knows nothing: what else touches those
-    arrays must be separated by ``mx.synchronize``.
+    number. ``place`` int32: the new position's slot, the slots of the ring and of a
+    prompt. No more than ``window`` positions are seen. The new position is written
+    **into** the ring, of which MLX knows nothing: what else touches those arrays must
+    be separated by ``mx.synchronize``.
     """
     num_rows, three_heads, _, head_dim = qkv.shape
-    heads, capacity = three_heads // 3, ring[0].shape[2]
-    window_slots = capacity + prompts[0].shape[2]
-    (y,) = _attention(head_dim, capacity, prompts[0].shape[2], window_slots)(
+    heads = three_heads // 3
+    (y,) = _attention(head_dim, window)(
         inputs=[qkv, *ring, *prompts, rows, _frequencies(head_dim, max_period), place],
         grid=(heads * THREADS, num_rows, 1),
         threadgroup=(THREADS, 1, 1),
@@ -65,22 +66,19 @@ def _frequencies(head_dim: int, max_period: float) -> mx.array:
 
 
 @functools.cache
-def _attention(
-    head_dim: int, capacity: int, prompt_slots: int, most: int
-) -> Callable[..., list[mx.array]]:
-    name = f"pplex_attend_{head_dim}_{capacity}_{prompt_slots}"
-    floats = 3 * head_dim + THREADS // 32 * head_dim + most + 512
+def _attention(head_dim: int, window: int) -> Callable[..., list[mx.array]]:
+    floats = 3 * head_dim + THREADS // 32 * head_dim + window + 512
     return _kernel(
-        name,
-        {"THREADS": THREADS, "HEAD_DIM": head_dim, "MAX_SCORES": most},
+        f"pplex_attend_{head_dim}_{window}",
+        {"THREADS": THREADS, "HEAD_DIM": head_dim, "WINDOW": window},
         ["common.cu", "rows.cu"],
         inputs=["qkv", "keys", "values", "prompt_keys", "prompt_values", "rows"]
         + ["frequencies", "place"],
         outputs=["y"],
-        call=f"pplex::Ring ring{{const_cast<__nv_bfloat16*>(keys), "
-        f"const_cast<__nv_bfloat16*>(values), {capacity}}}; "
-        f"pplex::Prompts prompts{{prompt_keys, prompt_values, {prompt_slots}}}; "
-        "pplex::attend(qkv, ring, prompts, rows, frequencies, place[0], place[1], y);",
+        call="pplex::Ring ring{const_cast<__nv_bfloat16*>(keys), "
+        "const_cast<__nv_bfloat16*>(values), place[1]}; "
+        "pplex::Prompts prompts{prompt_keys, prompt_values, place[2]}; "
+        "pplex::attend(qkv, ring, prompts, rows, frequencies, place[0], y);",
         shared_memory=4 * floats,
     )
 
@@ -94,9 +92,13 @@ def choose_rows(
     values from ``first`` on out of ``width``.
     """
     rows, card = logits.shape
-    threads = _choice_threads(card)
-    (ids,) = _choice(card, first, width, temp, top_k)(
-        inputs=[logits.astype(mx.float32), keys],
+    threads = 1024 if card > 8192 else 512
+    (ids,) = _choice(threads)(
+        inputs=[
+            logits.astype(mx.float32),
+            keys,
+            _head(card, first, width, top_k, temp),
+        ],
         grid=(threads, rows, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[(rows,)],
@@ -105,26 +107,25 @@ def choose_rows(
     return ids
 
 
-def _choice_threads(card: int) -> int:
-    return 1024 if card > 8192 else 512
+@functools.cache
+def _head(card: int, first: int, width: int, top_k: int, temp: float) -> mx.array:
+    return mx.array([card, first, width, top_k, temp], mx.float32)
 
 
 @functools.cache
-def _choice(
-    card: int, first: int, width: int, temp: float, top_k: int
-) -> Callable[..., list[mx.array]]:
+def _choice(threads: int) -> Callable[..., list[mx.array]]:
+    # What differs between heads is read, not compiled: compiling takes seconds.
     return _kernel(
-        f"pplex_choose_{card}",
-        {"THREADS": _choice_threads(card)},
+        f"pplex_choose_{threads}",
+        {"THREADS": threads},
         ["common.cu"],
-        inputs=["logits", "keys"],
+        inputs=["logits", "keys", "head"],
         outputs=["ids"],
-        call="__shared__ pplex::Scratch sh; int row = blockIdx.y; "
-        f"pplex::Noise noise{{make_uint2(keys[2 * row], keys[2 * row + 1]), "
-        f"{first}, {width}}}; "
-        f"int id = pplex::choose(sh, logits + (size_t)row * {card}, {card}, noise, "
-        f"{temp:.9g}f, {top_k}); "
-        "if (threadIdx.x == 0) ids[row] = id;",
+        call="__shared__ pplex::Scratch sh; int row = blockIdx.y, card = head[0]; "
+        "pplex::Noise noise{make_uint2(keys[2 * row], keys[2 * row + 1]), "
+        "(unsigned)head[1], (unsigned)head[2]}; "
+        "int id = pplex::choose(sh, logits + (size_t)row * card, card, noise, head[4], "
+        "(int)head[3]); if (threadIdx.x == 0) ids[row] = id;",
     )
 
 
@@ -133,7 +134,7 @@ def add_norm_rows(
 ) -> tuple[mx.array, mx.array]:
     """``x + y`` (..., dim) bfloat16, and its RMSNorm with ``weight`` (dim,) float32."""
     dim = x.shape[-1]
-    total, normed = _add_norm(dim)(
+    total, normed = _add_norm()(
         inputs=[x, y, weight],
         grid=(NORM_THREADS, x.size // dim, 1),
         threadgroup=(NORM_THREADS, 1, 1),
@@ -144,30 +145,29 @@ def add_norm_rows(
 
 
 @functools.cache
-def _add_norm(dim: int) -> Callable[..., list[mx.array]]:
+def _add_norm() -> Callable[..., list[mx.array]]:
     return _kernel(
-        f"pplex_add_norm_{dim}",
+        "pplex_add_norm",
         {"THREADS": NORM_THREADS},
         ["common.cu", "steps.cu"],
         inputs=["x", "y", "weight"],
         outputs=["sum", "normed"],
-        call=f"pplex::add_norm(x, y, weight, sum, normed, {dim});",
+        call="pplex::add_norm(x, y, weight, sum, normed, weight_shape[0]);",
     )
 
 
 def attend_steps(
-    qkv: mx.array, past: mx.array, num_heads: int, step: int, first: int
+    qkv: mx.array, past: mx.array, num_heads: int, layer: int, step: int, first: int
 ) -> mx.array:
     """Attention (rows, dim) of a depformer step over the steps from ``first`` on.
 
-    ``qkv`` (rows, 3 dim) is the step's; it is written into ``past`` (rows, steps,
-    3 dim), which no one else may use. All are bfloat16.
+    ``qkv`` (rows, 3 dim) is the step's; it is written into ``past`` (rows, layers,
+    steps, 3 dim), which nothing else may use. All are bfloat16.
     """
-    rows, steps, width = past.shape
+    rows, layers, steps, width = past.shape
     dim = width // 3
-    place = mx.array([step, first], mx.int32)
     (y,) = _step_attention(num_heads, dim // num_heads, steps)(
-        inputs=[qkv, past, place],
+        inputs=[qkv, past, mx.array([layer, layers, step, first], mx.int32)],
         grid=(32 * num_heads, rows, 1),
         threadgroup=(32 * num_heads, 1, 1),
         output_shapes=[(rows, dim)],
@@ -186,8 +186,11 @@ def _step_attention(
         ["common.cu", "steps.cu"],
         inputs=["qkv", "past", "place"],
         outputs=["y"],
-        call="pplex::attend_steps(qkv, const_cast<__nv_bfloat16*>(past), y, place[0], "
-        f"place[1], {steps}, {num_heads}, {head_dim});",
+        call=f"size_t size = (size_t){3 * num_heads * head_dim * steps}; "
+        "__nv_bfloat16* kept = const_cast<__nv_bfloat16*>(past) + "
+        "(blockIdx.y * (size_t)place[1] + place[0]) * size; "
+        f"pplex::attend_steps(qkv, kept, y, place[2], place[3], {num_heads}, "
+        f"{head_dim});",
     )
 
 

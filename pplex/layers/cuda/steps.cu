@@ -19,13 +19,12 @@ __device__ void add_norm(const bf16* x, const bf16* y, const float* weight, bf16
 }
 
 // Attention of depformer step `step` over the steps from `from` on, a warp a head. The
-// step's queries, keys and values are kept in `past` (rows, steps, 3 heads, head_dim).
-__device__ void attend_steps(const bf16* qkv, bf16* past, bf16* y, int step, int from,
-                             int steps, int heads, int head_dim) {
+// step's queries, keys and values go to the row's `kept` (steps, 3 heads, head_dim).
+__device__ void attend_steps(const bf16* qkv, bf16* kept, bf16* y, int step, int from,
+                             int heads, int head_dim) {
   constexpr int MOST = 8;  // dimensions of a lane
   int row = blockIdx.y, lane = threadIdx.x % 32, width = 3 * heads * head_dim;
   const bf16* own = qkv + (size_t)row * width;
-  bf16* kept = past + (size_t)row * steps * width;
   for (int i = threadIdx.x; i < width; i += THREADS) kept[step * width + i] = own[i];
   for (int head = threadIdx.x / 32; head < heads; head += WARPS) {
     float q[MOST], acc[MOST], most = -INFINITY, total = 0;
