@@ -27,6 +27,7 @@ from pplex.model.sampling import Sampler
 THREADS = 512
 NAME = "pplex_frame"
 MAX_SPLITS = 8
+MIN_CAPABILITY = 8
 
 # The kernel's matrices: the modules each is made of, a stack where there are many, and
 # the name of its input width. The order is that of `Weights` in frame.cu.
@@ -207,7 +208,8 @@ class FrameKernel:
 
 def supports(lm: Lm) -> bool:
     """Whether the kernel can run ``lm`` on this device: how its matrices are stored."""
-    if not use_cuda():
+    # bfloat16 and 100 KB of shared memory came with capability 8.
+    if not use_cuda() or _capability() < MIN_CAPABILITY:
         return False
     config = lm.config
     widths = {"DIM": config.dim, "HIDDEN": config.hidden_dim}
@@ -320,6 +322,12 @@ def _source(calls: list[str]) -> str:
         "               const_cast<__nv_bfloat16*>(keys),\n"
         "               const_cast<__nv_bfloat16*>(values), column, work);\n"
     )
+
+
+def _capability() -> int:
+    """Major number of the GPU's compute capability."""
+    info = mx.device_info(mx.default_device())
+    return int(info.get("compute_capability_major", 0))
 
 
 def _num_multiprocessors() -> int:
