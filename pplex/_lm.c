@@ -404,29 +404,46 @@ static int ids_are_known(const Model *m, long num_rows, const int32_t *columns,
   return 1;
 }
 
-typedef void (*step_function)(const Model *, const Sampling *, long, Row *,
-                              const int32_t *, const int32_t *, int32_t *, float *,
-                              float *);
+typedef struct {
+  void (*step)(const Model *, const Sampling *, long, const Row *, const int32_t *,
+               const int32_t *, int32_t *, float *, float *);
+  void (*read)(const Model *, long, const Row *, const float *, float *);
+} Functions;
 
-static step_function chosen(void) {
+static Functions chosen(void) {
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    return step_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return step_avx2;
+    return (Functions){step_avx512, read_avx512};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return (Functions){step_avx2, read_avx2};
 #endif
-  return step_base;
+  return (Functions){step_base, read_base};
 }
 
 /* A frame for `num_rows` rows: from their columns of the grid (num_rows, streams) and
    what is given of the next (num_rows, 1 + steps; NULL: nothing; -2: not given) to the
    agent's (num_rows, 1 + steps). Each row's position is added to its keys and values;
    counting it is the caller's. The logits (num_rows, text_card + steps * card) are
-   written out if there is a place for them. Returns 0 if an id is beyond its table. */
+   written out if there is a place for them. Rows may be the next positions of one
+   conversation, in order, if all of it is given. Returns 0 if an id is beyond its table. */
 int pplex_lm_step(const Model *model, const Sampling *sampling, long num_rows,
-                   Row *rows, const int32_t *columns, const int32_t *given,
-                   int32_t *agent, float *logits, float *scratch) {
+                  const Row *rows, const int32_t *columns, const int32_t *given,
+                  int32_t *agent, float *logits, float *scratch) {
   if (!ids_are_known(model, num_rows, columns, given)) return 0;
-  chosen()(model, sampling, num_rows, rows, columns, given, agent, logits, scratch);
+  chosen().step(model, sampling, num_rows, rows, columns, given, agent, logits, scratch);
   return 1;
+}
+
+/* Add positions whose inputs (num_rows, dim) are given to keys and values, and no more;
+   rows are as in pplex_lm_step. */
+void pplex_lm_read(const Model *model, long num_rows, const Row *rows,
+                   const float *inputs, float *scratch) {
+  chosen().read(model, num_rows, rows, inputs, scratch);
+}
+
+/* Floats that pplex_lm_read needs beside its arguments. */
+long pplex_lm_read_scratch(const Model *m, long num_rows) {
+  Widths w = widths_of(m);
+  return num_rows * (2 * w.dim + w.qkv + w.hidden) + padded(m->window);
 }

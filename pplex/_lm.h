@@ -382,9 +382,56 @@ TARGET static float *NAME(take)(float **scratch, long n) {
   return taken;
 }
 
+/* The first half of temporal layer `l`: the next position of each row, whose row of x is
+   that of `rows`, becomes queries, keys and values; the first of these are replaced by
+   what they attend to. Rows may be positions of one conversation, in order: each is
+   written before the next one looks. */
+TARGET static void NAME(look)(const Model *m, long l, long num_rows, const Row *rows,
+                              const float *x, float *y, float *qkv, float *weights) {
+  Widths w = widths_of(m);
+  const Layer *layer = m->temporal + l;
+  long head_dim = m->dim / m->heads, head_padded = padded(head_dim);
+  NAME(norm)(layer->norm1, num_rows, m->dim, x, y, w.dim);
+  NAME(product)(&layer->in_proj, num_rows, y, w.dim, qkv, w.qkv);
+  for (long r = 0; r < num_rows; r++) {
+    const Row *row = rows + r;
+    float *q = qkv + r * w.qkv, *key = q + m->dim, *value = key + m->dim;
+    NAME(rotate)(2 * m->heads, head_dim, q, row->cosines, row->sines);
+    long slot = row->end % m->window;
+    long filled = row->end < m->window ? row->end + 1 : m->window;
+    for (long h = 0; h < m->heads; h++) {
+      float *keys = row->keys + (l * m->heads + h) * row->slots * head_dim;
+      float *values = row->values + (l * m->heads + h) * row->slots * head_padded;
+      NAME(remember)(head_dim, slot, key + h * head_dim, value + h * head_dim, keys,
+                     values);
+      NAME(attend)(head_dim, 0, filled, q + h * head_dim, keys, values, weights,
+                   q + h * head_dim);
+    }
+  }
+}
+
+/* Positions that are read and not answered: of the last layer, keys and values will do. */
+TARGET static void NAME(read)(const Model *m, long num_rows, const Row *rows,
+                              const float *inputs, float *scratch) {
+  Widths w = widths_of(m);
+  float *x = NAME(take)(&scratch, num_rows * w.dim);
+  float *y = NAME(take)(&scratch, num_rows * w.dim);
+  float *qkv = NAME(take)(&scratch, num_rows * w.qkv);
+  float *wide = NAME(take)(&scratch, num_rows * w.hidden);
+  float *weights = NAME(take)(&scratch, padded(m->window));
+  for (long r = 0; r < num_rows; r++)
+    memcpy(x + r * w.dim, inputs + r * m->dim, (size_t)m->dim * sizeof *x);
+  for (long l = 0; l < m->layers; l++) {
+    if (l)
+      NAME(finish)(m->temporal + l - 1, num_rows, m->dim, m->hidden, x, qkv, w.qkv, y,
+                   wide);
+    NAME(look)(m, l, num_rows, rows, x, y, qkv, weights);
+  }
+}
+
 TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num_rows,
-                              Row *rows, const int32_t *columns, const int32_t *given,
-                              int32_t *agent, float *logits_out, float *scratch) {
+                              const Row *rows, const int32_t *columns,
+                              const int32_t *given, int32_t *agent, float *logits_out, float *scratch) {
   Widths w = widths_of(m);
   long num_agent = 1 + m->steps;
   long num_logits = m->text_card + (long)m->steps * m->card;
@@ -417,27 +464,9 @@ TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num
     if (column[0] >= 0) add_row(&m->text_emb, column[0], x + r * w.dim);
   }
 
-  long head_dim = m->dim / m->heads, head_padded = padded(head_dim);
   for (long l = 0; l < m->layers; l++) {
-    const Layer *layer = m->temporal + l;
-    NAME(norm)(layer->norm1, num_rows, m->dim, x, y, w.dim);
-    NAME(product)(&layer->in_proj, num_rows, y, w.dim, qkv, w.qkv);
-    for (long r = 0; r < num_rows; r++) {
-      Row *row = rows + r;
-      float *q = qkv + r * w.qkv, *key = q + m->dim, *value = key + m->dim;
-      NAME(rotate)(2 * m->heads, head_dim, q, row->cosines, row->sines);
-      long slot = row->end % m->window;
-      long filled = row->end < m->window ? row->end + 1 : m->window;
-      for (long h = 0; h < m->heads; h++) {
-        float *keys = row->keys + (l * m->heads + h) * row->slots * head_dim;
-        float *values = row->values + (l * m->heads + h) * row->slots * head_padded;
-        NAME(remember)(head_dim, slot, key + h * head_dim, value + h * head_dim, keys,
-                       values);
-        NAME(attend)(head_dim, 0, filled, q + h * head_dim, keys, values, weights,
-                     q + h * head_dim);
-      }
-    }
-    NAME(finish)(layer, num_rows, m->dim, m->hidden, x, qkv, w.qkv, y, wide);
+    NAME(look)(m, l, num_rows, rows, x, y, qkv, weights);
+    NAME(finish)(m->temporal + l, num_rows, m->dim, m->hidden, x, qkv, w.qkv, y, wide);
   }
   NAME(norm)(m->out_norm, num_rows, m->dim, x, hidden, w.dim);
 

@@ -53,6 +53,18 @@ def test_a_model_would_say_what_it_said(tiny_model, script):
     np.testing.assert_array_equal(agent.T, script.columns[1:9, 1:])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compiled_code_is_forced_to_the_logits_of_mlx(script, made, bits, monkeypatch):
+    lm = load(resolve(str(made / f"{bits}"), offline=True)).lm
+    found = keep_logits(lm, script)
+    monkeypatch.setattr("pplex.model.native.load_library", lambda: None)
+    expected = keep_logits(lm, script)
+    for kind in ("text", "agent"):
+        ours, theirs = (np.concatenate(getattr(k, kind)) for k in (found, expected))
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
 def test_a_model_is_no_distance_from_itself(tiny_model, script):
     kept = keep_logits(tiny_model.lm, script)
     for stream in compare_lms([kept], tiny_model.lm, [script], SamplingConfig()):

@@ -23,8 +23,9 @@ from pplex.model.sampling import GREEDY, SamplingConfig
 LENGTHS = [40, 3, 1, 75, 20, 33, 2, 120, 9]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def items(small_model):
+    """Prompts are read by what makes the steps: ask for ``mlx_steps`` before these."""
     prompts = [
         prefill(small_model.lm, make_role(small_model, None, text).prompt)
         for text in ("hello", "a rather longer role than that")
@@ -54,8 +55,8 @@ def alone(model, item, sampling):
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_answers_equal_those_given_alone_bit_for_bit(
     small_model,
-    items,
     each_way,
+    items,
     sampling,
     batch_size,
 ):
@@ -73,9 +74,9 @@ def test_answers_equal_those_given_alone_bit_for_bit(
 @pytest.mark.parametrize("batch_size", [1, 4, 9])
 def test_answers_from_a_shared_ring_equal_those_given_alone(
     small_model,
+    mlx_steps,
     items,
     batch_size,
-    mlx_steps,
     monkeypatch,
 ):
     """The way of GPUs, here on the CPU: tokens agree, rounding may differ."""
@@ -94,7 +95,7 @@ def test_answers_from_a_shared_ring_equal_those_given_alone(
 
 @pytest.mark.parametrize("batch_size", [3, 9])
 def test_recordings_coded_in_groups_equal_those_given_alone(
-    small_model, items, batch_size, mlx_steps, monkeypatch
+    small_model, mlx_steps, items, batch_size, monkeypatch
 ):
     """The way of GPUs, here on the CPU: tokens agree, rounding may differ."""
     path = next(small_model.local.path.glob("tokenizer-*.safetensors"))

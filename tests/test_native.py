@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -72,15 +72,35 @@ def lm(request) -> Lm:
     return make_lm(*request.param)
 
 
-def prompt_cache(lm: Lm, length: int, seed: int = 0) -> tuple[KvCache, np.ndarray]:
-    """A cache of ``length`` random positions and a random column after it."""
+@dataclass
+class Start:
+    """Random positions of a model: their inputs, and the column after them."""
+
+    lm: Lm
+    inputs: mx.array
+    columns: np.ndarray
+    column: np.ndarray
+
+    def mlx(self) -> KvCache:
+        """The positions as MLX's operations read them."""
+        cache = self.lm.make_cache()
+        self.lm.temporal(self.inputs, cache)
+        return cache
+
+    def native(self, native: NativeLm) -> NativeCache:
+        """The positions as compiled code reads them."""
+        cache = native.make_cache()
+        native.read(cache, np.array(self.inputs[0]))
+        return cache
+
+
+def start(lm: Lm, length: int, seed: int = 0) -> Start:
+    """``length`` random positions."""
     config, rng = lm.config, np.random.default_rng(seed)
-    cards = np.array([config.text_card] + [config.card] * config.n_q)[:, None]
-    tokens = rng.integers(0, cards, (config.num_streams, length + 1)).astype(np.int32)
-    cache = lm.make_cache()
-    if length:
-        lm.temporal(lm.embed(mx.array(tokens[None, :, :length])), cache)
-    return cache, tokens[None, :, length]
+    cards = np.array([config.text_card] + [config.card] * config.n_q)
+    tokens = rng.integers(0, cards, (length + 1, config.num_streams)).astype(np.int32)
+    inputs = lm.embed(mx.array(tokens[None, :length].swapaxes(1, 2)))
+    return Start(lm, inputs, tokens[:length], tokens[length:])
 
 
 def mlx_logits(lm: Lm, cache: KvCache, column: np.ndarray, agent: np.ndarray):
@@ -108,10 +128,10 @@ def step(native: NativeLm, caches, columns, sampling=GREEDY, given=None, keys=No
     return native.step(caches, columns, given, sampler, keys, logits), logits
 
 
-@pytest.mark.parametrize("length", [1, 20, 60])
+@pytest.mark.parametrize("length", [1, 20, 60, 150])
 def test_logits_are_those_of_the_mlx_operations(lm, length):
-    cache, column = prompt_cache(lm, length)
-    native, row = NativeLm(lm, load_library()), NativeCache(cache)
+    prompt, native = start(lm, length), NativeLm(lm, load_library())
+    cache, row, column = prompt.mlx(), prompt.native(native), prompt.column
     for _ in range(30):
         agent, found = step(native, [row], column)
         expected = mlx_logits(lm, cache, column, agent)
@@ -121,16 +141,16 @@ def test_logits_are_those_of_the_mlx_operations(lm, length):
 
 
 def test_tokens_are_the_largest_logits_unless_they_are_given(lm):
-    cache, column = prompt_cache(lm, 5)
-    native, config = NativeLm(lm, load_library()), lm.config
+    prompt, native = start(lm, 5), NativeLm(lm, load_library())
+    column, config = prompt.column, lm.config
     given = np.full((1, config.num_agent_streams), NOT_FORCED, np.int32)
     given[0, [0, 3, 8]] = 5, 7, 9
-    agent, logits = step(native, [NativeCache(cache)], column, given=given)
+    agent, logits = step(native, [prompt.native(native)], column, given=given)
     heads = np.split(logits[0, config.text_card :], config.num_codebooks)
     largest = [logits[0, : config.text_card].argmax(), *(h.argmax() for h in heads)]
     expected = np.where(given == NOT_FORCED, [largest], given)
     np.testing.assert_array_equal(agent, expected)
-    found = mlx_logits(lm, cache, column, agent)
+    found = mlx_logits(lm, prompt.mlx(), column, agent)
     np.testing.assert_allclose(logits, found, atol=1e-4)
 
 
@@ -148,15 +168,15 @@ def test_tokens_are_the_largest_logits_unless_they_are_given(lm):
 )
 def test_draws_are_those_of_mlx_from_the_same_logits(config, sampling):
     lm = make_lm(config, "float32")
-    cache, column = prompt_cache(lm, 5)
-    native, sampler = NativeLm(lm, load_library()), make_sampler(config, sampling)
+    prompt, native = start(lm, 5), NativeLm(lm, load_library())
+    row, sampler = prompt.native(native), make_sampler(config, sampling)
     for frame in range(40):
         seed = 2**40 + 17 * frame
         keys = noise_keys([seed], [frame])
         agent, logits = step(
             native,
-            [NativeCache(cache)],
-            column,
+            [row.copy()],
+            prompt.column,
             sampling,
             keys=[tuple(np.array(keys)[0].tolist())],
         )
@@ -175,13 +195,13 @@ def test_draws_are_those_of_mlx_from_the_same_logits(config, sampling):
 def test_equal_logits_are_drawn_as_with_mlx():
     lm = make_lm(RAGGED, "float32")
     lm.text_linear.weight = mx.repeat(lm.text_linear.weight[:1], RAGGED.text_card, 0)
-    cache, column = prompt_cache(lm, 5)
-    native = NativeLm(lm, load_library())
-    assert step(native, [NativeCache(cache)], column)[0][0, 0] == 0
+    prompt, native = start(lm, 5), NativeLm(lm, load_library())
+    row, column = prompt.native(native), prompt.column
+    assert step(native, [row.copy()], column)[0][0, 0] == 0
     sampling = SamplingConfig(text_top_k=3)
     for frame in range(10):
         keys = [(9, frame)]
-        agent, logits = step(native, [NativeCache(cache)], column, sampling, keys=keys)
+        agent, logits = step(native, [row.copy()], column, sampling, keys=keys)
         sampler = make_sampler(RAGGED, sampling)
         noise = sampler.noise(noise_keys([9], [frame]))[:, : RAGGED.text_card]
         text = mx.array(logits[:, : RAGGED.text_card])
@@ -192,12 +212,16 @@ def test_equal_logits_are_drawn_as_with_mlx():
 def test_a_row_is_the_same_bits_beside_any_others(lm):
     native = NativeLm(lm, load_library())
     lengths = [0 if i == 4 else 1 + 9 * i % 64 for i in range(13)]
-    rows = [prompt_cache(lm, n, seed=i) for i, n in enumerate(lengths) if n]
-    columns = np.concatenate([column for _, column in rows])
-    alone = [step(native, [NativeCache(c)], column)[1] for c, column in rows]
+    prompts = [start(lm, n, seed=i) for i, n in enumerate(lengths) if n]
+    rows = [prompt.native(native) for prompt in prompts]
+    columns = np.concatenate([prompt.column for prompt in prompts])
+    alone = [
+        step(native, [row.copy()], prompt.column)[1]
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
     for chosen in ([0], [1, 0], [2, 3, 0], range(4), range(5, 12), range(12)):
         chosen = list(chosen)
-        caches = [NativeCache(rows[i][0]) for i in chosen]
+        caches = [rows[i].copy() for i in chosen]
         _, together = step(native, caches, columns[chosen])
         for idx, row in enumerate(chosen):
             np.testing.assert_array_equal(together[idx], alone[row][0])
@@ -205,21 +229,49 @@ def test_a_row_is_the_same_bits_beside_any_others(lm):
 
 def test_absent_tokens_add_nothing():
     lm = make_lm(EVEN, "float32")
-    cache, column = prompt_cache(lm, 5)
+    prompt, native = start(lm, 5), NativeLm(lm, load_library())
+    column = prompt.column
     column[0, [0, 4, 16]] = -1
-    agent, found = step(NativeLm(lm, load_library()), [NativeCache(cache)], column)
-    np.testing.assert_allclose(found, mlx_logits(lm, cache, column, agent), atol=1e-4)
+    agent, found = step(native, [prompt.native(native)], column)
+    expected = mlx_logits(lm, prompt.mlx(), column, agent)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_tokens_that_no_table_has_are_refused():
     lm = make_lm(EVEN, "float32")
-    cache, column = prompt_cache(lm, 5)
-    native = NativeLm(lm, load_library())
+    prompt, native = start(lm, 5), NativeLm(lm, load_library())
+    row, column = prompt.native(native), prompt.column
     with pytest.raises(ValueError, match="shape"):
-        step(native, [NativeCache(cache)], column[:, :-1])
+        step(native, [row], column[:, :-1])
     column[0, 3] = EVEN.card + 1
     with pytest.raises(ValueError, match="beyond"):
-        step(native, [NativeCache(cache)], column)
+        step(native, [row], column)
+    assert row.end == 5
+
+
+@pytest.mark.parametrize("parts", [[150], [1] * 40 + [110], [7, 130, 13]])
+def test_positions_are_the_same_bits_read_or_given_alone_or_many_at_once(lm, parts):
+    """Past the window, and past what is read in one piece."""
+    prompt, native = start(lm, sum(parts)), NativeLm(lm, load_library())
+    inputs, sampler = np.array(prompt.inputs[0]), make_sampler(lm.config, GREEDY)
+    said = np.concatenate([prompt.columns[1:], prompt.column])
+    said = said[:, : lm.config.num_agent_streams]
+    stepped, read, forced = (native.make_cache() for _ in range(3))
+    width = lm.config.text_card + lm.config.num_codebooks * lm.config.card
+    expected = np.empty((sum(parts), width), np.float32)
+    for i, column in enumerate(prompt.columns):
+        logits = expected[i : i + 1]
+        native.step([stepped], column[None], said[i : i + 1], sampler, [(0, 0)], logits)
+    logits, end = [], 0
+    for length in parts:
+        piece = slice(end, end + length)
+        native.read(read, inputs[piece])
+        logits.append(native.force(forced, prompt.columns[piece], said[piece]))
+        end += length
+    np.testing.assert_array_equal(np.concatenate(logits), expected)
+    after = [step(native, [c], prompt.column)[1] for c in (stepped, read, forced)]
+    np.testing.assert_array_equal(after[1], after[0])
+    np.testing.assert_array_equal(after[2], after[0])
 
 
 # Matrices large enough to be shared among threads.
@@ -228,15 +280,15 @@ WIDE = replace(SMALL.lm, dim=512, hidden_dim=2048, num_heads=8, num_layers=1)
 
 def test_matrices_shared_among_threads_give_the_same_bits_from_any_thread():
     lm = make_lm(WIDE, "float32")
-    cache, column = prompt_cache(lm, 5)
-    native = NativeLm(lm, load_library())
-    caches = [NativeCache(cache) for _ in range(40)]
-    agent, expected = step(native, [NativeCache(cache)], column)
+    prompt, native = start(lm, 5), NativeLm(lm, load_library())
+    row, column = prompt.native(native), prompt.column
+    caches = [row.copy() for _ in range(40)]
+    agent, expected = step(native, [row], column)
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda c: step(native, [c], column)[1], caches))
     for logits in found:
         np.testing.assert_array_equal(logits, expected)
-    whole = mlx_logits(lm, cache, column, agent)
+    whole = mlx_logits(lm, prompt.mlx(), column, agent)
     np.testing.assert_allclose(expected, whole, atol=1e-4)
 
 
@@ -246,9 +298,9 @@ sys.path.insert(0, sys.argv[1])
 from test_native import *
 
 lm = make_lm(WIDE, "float32")
-cache, column = prompt_cache(lm, 5)
-native = NativeLm(lm, load_library())
-rows = [NativeCache(cache) for _ in range(2)]
+prompt, native = start(lm, 5), NativeLm(lm, load_library())
+row, column = prompt.native(native), prompt.column
+rows = [row, row.copy()]
 logits = step(native, rows[:1], column)[1]
 child = os.fork()
 if child == 0:

@@ -126,7 +126,7 @@ class Prefilled:
     """A prompt and what ``lm`` keeps of it; start rows from it."""
 
     prompt: Prompt
-    cache: KvCache
+    cache: KvCache | NativeCache
     lm: Lm
 
     def start(
@@ -139,8 +139,8 @@ class Prefilled:
         """
         column = self.prompt.columns[None, :, -1]
         pending = self.prompt.pending[None, : config.num_agent_streams]
-        if native_lm(self.lm):
-            return LmState(NativeCache(self.cache), column, pending, [seed], [0])
+        if isinstance(self.cache, NativeCache):
+            return LmState(self.cache.copy(), column, pending, [seed], [0])
         column, pending = mx.array(column), mx.array(pending)
         if not beside_others and frame_kernel(self.lm):
             return LmState(FrameCache(self.cache), column, pending, [seed], [0])
@@ -149,12 +149,19 @@ class Prefilled:
 
 
 def prefill(lm: Lm, prompt: Prompt) -> Prefilled:
-    """Run a prompt through the temporal transformer in one pass, and evaluate it."""
+    """Run a prompt through the temporal transformer in one pass, and evaluate it.
+
+    By compiled code if that makes the steps; no frame of it is sampled.
+    """
     saved = 0 if prompt.embeddings is None else len(prompt.embeddings)
     inputs = lm.embed(mx.array(prompt.columns[None, :, saved:-1]))
     if prompt.embeddings is not None:
         embeddings = mx.array(prompt.embeddings[None]).astype(inputs.dtype)
         inputs = mx.concatenate([embeddings, inputs], axis=1)
+    if native := native_lm(lm):
+        made = native.make_cache()
+        native.read(made, np.array(inputs[0]))
+        return Prefilled(prompt, made, lm)
     cache = lm.make_cache()
     lm.temporal(inputs, cache)
     mx.eval(cache.arrays())

@@ -16,9 +16,11 @@ import numpy as np
 from pplex.audio.files import frames_of
 from pplex.conversation.prompt import Prompt, prefill
 from pplex.conversation.session import Conversation, Model
+from pplex.layers.cache import KvCache
 from pplex.model.lm import Lm
+from pplex.model.native import NativeCache, native_lm
 from pplex.model.sampling import SamplingConfig
-from pplex.model.streams import TEXT_ROW, agent_rows, shift, user_rows
+from pplex.model.streams import TEXT_ROW, shift, user_rows
 
 CHUNK_FRAMES = 32
 
@@ -78,28 +80,44 @@ def forced_logits(lm: Lm, script: Script) -> Iterator[Logits]:
 
     The same stretches every time, whatever the model.
     """
-    config = lm.config
     cache = prefill(lm, script.prompt).cache
     grid = np.concatenate([script.prompt.columns[:, -1:], script.columns], axis=1)
-    agent = agent_rows(config)
-    tokens = mx.array(grid)
     for start in range(0, script.columns.shape[1], CHUNK_FRAMES):
         end = min(start + CHUNK_FRAMES, script.columns.shape[1])
-        x = lm.temporal(lm.embed(tokens[None, :, start:end]), cache)
-        hidden, text = lm.head(x[0])
-        targets = tokens[:, start + 1 : end + 1]
-        heads: list[mx.array] = []
-
-        def keep(logits: mx.array, _: int, heads: list[mx.array] = heads) -> mx.array:
-            heads.append(logits)
-            return mx.zeros((logits.shape[0],), mx.int32)
-
-        lm.depformer(hidden, targets[TEXT_ROW], keep, targets[agent].T)
+        columns = grid[:, start:end].T
+        targets = grid[: lm.config.num_agent_streams, start + 1 : end + 1].T
+        if isinstance(cache, NativeCache):
+            text, agent = _by_compiled_code(lm, cache, columns, targets)
+        else:
+            text, agent = _by_mlx(lm, cache, mx.array(columns), mx.array(targets))
         skip = 1 if start == 0 else 0
-        logits = Logits(
-            text=text[skip:].astype(mx.float32),
-            agent=mx.stack(heads, axis=1)[skip:].astype(mx.float32),
-            targets=targets[: config.num_agent_streams].T[skip:],
-        )
-        mx.eval(logits.text, logits.agent, cache.arrays())
-        yield logits
+        yield Logits(text[skip:], agent[skip:], mx.array(targets[skip:]))
+
+
+def _by_compiled_code(
+    lm: Lm, cache: NativeCache, columns: np.ndarray, targets: np.ndarray
+) -> tuple[mx.array, mx.array]:
+    """Text and agent logits of the positions ``columns`` (t, streams)."""
+    config, native = lm.config, native_lm(lm)
+    assert native is not None
+    logits = native.force(cache, columns, targets)
+    text, agent = np.split(logits, [config.text_card], axis=1)
+    return mx.array(text), mx.array(agent.reshape(len(agent), -1, config.card))
+
+
+def _by_mlx(
+    lm: Lm, cache: KvCache, columns: mx.array, targets: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Text and agent logits of the positions ``columns`` (t, streams)."""
+    x = lm.temporal(lm.embed(columns.T[None]), cache)
+    hidden, text = lm.head(x[0])
+    heads: list[mx.array] = []
+
+    def keep(logits: mx.array, _: int) -> mx.array:
+        heads.append(logits.astype(mx.float32))
+        return mx.zeros((logits.shape[0],), mx.int32)
+
+    lm.depformer(hidden, targets[:, TEXT_ROW], keep, targets[:, 1:])
+    text, agent = text.astype(mx.float32), mx.stack(heads, axis=1)
+    mx.eval(text, agent, cache.arrays())
+    return text, agent

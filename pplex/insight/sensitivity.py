@@ -77,12 +77,14 @@ def sensitivity(
     ``lm`` must not be quantized; it is as before when the iterator is done.
     """
     kept = [keep_logits(lm, script) for script in scripts]
+    lm.native = None  # what is compiled has weights of its own
     weights = dict(tree_flatten(lm.parameters()))
     for part, modules in module_parts(lm).items():
         before = [(f"{name}.weight", weights[f"{name}.weight"]) for name in modules]
         lm.load_weights([(n, _rounded(w, form)) for n, w in before], strict=False)
         yield part, mean_kl(compare_lms(kept, lm, scripts, sampling))
         lm.load_weights(before, strict=False)
+        lm.native = None
 
 
 def _rounded(weight: mx.array, form: Quantization) -> mx.array:

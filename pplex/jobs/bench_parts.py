@@ -136,6 +136,7 @@ def _step_ms(
 def _cache(model: Model, prefilled: Prefilled, rows: int, position: int) -> Cache:
     """Rows that have come ``position`` frames, as a batch has them on this backend."""
     config, one = model.config.lm, prefilled.cache.copy()
+    assert isinstance(one, KvCache)
     for start in range(0, position, _POSITIONS):
         length = min(_POSITIONS, position - start)
         dtype = one.arrays()[0].dtype
@@ -173,14 +174,10 @@ def traffic(
             for name, array in tree_flatten(model.lm.parameters())
             if "text_emb" not in name and "audio_emb" not in name  # of tables, a row
         )
-    dtype_bytes = _item_bytes(prefilled.cache)
-    kv = 2 * lm.num_layers * lm.dim * dtype_bytes * min(mean_position, lm.window)
+    item_bytes = prefilled.cache.arrays()[0].itemsize
+    kv = 2 * lm.num_layers * lm.dim * item_bytes * min(mean_position, lm.window)
     codec_weights = model.codec.nbytes
     # Keys and values of both transformers, in float32.
     codec_kv = 2 * 2 * codec.num_layers * codec.d_model * codec.window * 4
     codec_bytes = (codec_weights / _group(model, rows) + codec_kv) / chunk_frames()
     return Traffic(weights / 1e6, rows * kv / 1e6, rows * codec_bytes / 1e6)
-
-
-def _item_bytes(cache: KvCache) -> int:
-    return cache.arrays()[0].dtype.size

@@ -1,12 +1,14 @@
-"""The language model's step on a CPU: one call of compiled code a frame.
+"""The language model on a CPU: one call of compiled code a frame, or for a prompt.
 
 The arithmetic is in ``_lm.c``, whose structures are mirrored here; it computes what
-``Lm.temporal``, ``Lm.head`` and ``Depformer`` do with MLX, and ``Sampler`` draws.
+``Lm.temporal``, ``Lm.head`` and ``Depformer`` do with MLX, and ``Sampler`` draws. Of
+quantized weights MLX's CPU products are slow ones, so prompts are read here too.
 Where it was not built, or a model is not in float32, those are used.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 from collections.abc import Sequence
@@ -16,7 +18,8 @@ import mlx.nn as nn
 import numpy as np
 
 from pplex.backend import find_extension
-from pplex.layers.cache import GROWTH, KvCache
+from pplex.config import LmConfig
+from pplex.layers.cache import GROWTH
 from pplex.layers.device import on_cpu
 from pplex.layers.rotary import angles
 from pplex.layers.transformer import Gating, RmsNorm
@@ -110,6 +113,10 @@ def load_library() -> ctypes.CDLL | None:
         *[_pointer] * 6,
     ]
     library.pplex_lm_step.restype = _int
+    library.pplex_lm_read_scratch.argtypes = [ctypes.POINTER(_Model), long]
+    library.pplex_lm_read_scratch.restype = long
+    library.pplex_lm_read.argtypes = [ctypes.POINTER(_Model), long, *[_pointer] * 3]
+    library.pplex_lm_read.restype = None
     return library
 
 
@@ -120,33 +127,36 @@ class NativeCache:
     position ``p`` in slot ``p % window``.
     """
 
-    def __init__(self, source: KvCache) -> None:
-        """The positions of a cache of one row."""
-        arrays = source.arrays()
-        _, self._heads, _, self._head_dim = arrays[0].shape
-        self._layers = len(arrays) // 2
-        self.window, self.end = source.window, source.end
+    def __init__(self, config: LmConfig) -> None:
+        """An empty cache for the temporal transformer."""
+        self.window, self.end = config.window, 0
+        self._max_period = config.max_period
+        self._layers, self._heads = config.num_layers, config.num_heads
+        self._head_dim = config.dim // config.num_heads
         self._slots = 0
-        self._grow(min(self.end + 1, self.window))
-        length = min(self.end, self.window)
-        slots = np.arange(self.end - length, self.end) % self.window
-        kept = [np.asarray(array[0]) for array in source.ordered(length)]
-        for layer in range(self._layers):
-            keys, values = kept[layer], kept[self._layers + layer]
-            self._keys[layer, :, slots // LANES, :, slots % LANES] = keys.swapaxes(0, 1)
-            self._values[layer, :, slots, : self._head_dim] = values.swapaxes(0, 1)
+        self._grow(1)
+
+    def copy(self) -> NativeCache:
+        """A cache with the same contents that can go its own way."""
+        other = copy.copy(self)
+        other._keys, other._values = self._keys.copy(), self._values.copy()
+        return other
 
     def arrays(self) -> list[np.ndarray]:
         """The arrays held."""
         return [self._keys, self._values]
 
-    def fill(self, row: _Row, max_period: float) -> None:
-        """Describe this row for its next position, with room for it."""
-        if self.end >= self._slots and self._slots < self.window:
-            self._grow(self.end + 1)
-        row.keys, row.values = self._keys.ctypes.data, self._values.ctypes.data
-        row.slots, row.end = self._slots, self.end
-        row.cosines, row.sines = _angles_of(self.end, self._head_dim, max_period)
+    def fill(self, rows: Sequence[_Row]) -> None:
+        """Describe the next positions, a row each, with room for them."""
+        last = self.end + len(rows)
+        if last > self._slots and self._slots < self.window:
+            self._grow(last)
+        for position, row in enumerate(rows, self.end):
+            row.keys, row.values = self._keys.ctypes.data, self._values.ctypes.data
+            row.slots, row.end = self._slots, position
+            row.cosines, row.sines = _angles_of(
+                position, self._head_dim, self._max_period
+            )
 
     def _grow(self, need: int) -> None:
         """Make room for ``need`` positions, twice as many as before or the window."""
@@ -164,6 +174,7 @@ class NativeCache:
 
 
 _BLOCK = 128  # positions whose angles are made at once
+_POSITIONS = 128  # read at once: what they need in memory is bounded
 
 
 def _angles_of(position: int, width: int, max_period: float) -> tuple[int, int]:
@@ -239,6 +250,10 @@ class NativeLm:
             dep_heads_out=self._array(_Matrix, heads),
         )
 
+    def make_cache(self) -> NativeCache:
+        """An empty cache for the temporal transformer."""
+        return NativeCache(self.config)
+
     def step(
         self,
         caches: Sequence[NativeCache],
@@ -255,20 +270,73 @@ class NativeLm:
         ``logits``, float32 (rows, text_card + codebooks * card), is filled if it is
         there.
         """
-        config, num_rows = self.config, len(caches)
+        rows = (_Row * len(caches))()
+        for idx, cache in enumerate(caches):
+            cache.fill(rows[idx : idx + 1])
+            rows[idx].key[:] = keys[idx]
+        sampling = _Sampling(**sampler.layout())
+        agent = self._step(rows, columns, given, sampling, logits)
+        for cache in caches:
+            cache.end += 1
+        return agent
+
+    def force(
+        self, cache: NativeCache, columns: np.ndarray, given: np.ndarray
+    ) -> np.ndarray:
+        """The logits (t, text_card + codebooks * card) of positions that are all given.
+
+        ``columns`` (t, streams) are one conversation's next, ``given`` (t, agent
+        streams) the agent's columns after each; int32. They are added to ``cache``.
+        """
+        config = self.config
+        rows = (_Row * len(columns))()
+        cache.fill(rows[:])
+        width = config.text_card + config.num_codebooks * config.card
+        logits = np.empty((len(columns), width), np.float32)
+        self._step(rows, columns, given, _Sampling(), logits)
+        cache.end += len(columns)
+        return logits
+
+    def read(self, cache: NativeCache, inputs: np.ndarray) -> None:
+        """Add positions to ``cache`` whose embeddings are ``inputs``, float32 (t, dim).
+
+        The same bits as by steps that are given their tokens.
+        """
+        inputs = np.ascontiguousarray(inputs, np.float32)
+        for start in range(0, len(inputs), _POSITIONS):
+            part = inputs[start : start + _POSITIONS]
+            rows = (_Row * len(part))()
+            cache.fill(rows[:])
+            size = self._library.pplex_lm_read_scratch(self._model, len(rows))
+            scratch = np.empty(size, np.float32)
+            self._library.pplex_lm_read(
+                self._model,
+                len(rows),
+                ctypes.addressof(rows),
+                part.ctypes.data,
+                scratch.ctypes.data,
+            )
+            cache.end += len(rows)
+
+    def _step(
+        self,
+        rows: ctypes.Array,
+        columns: np.ndarray,
+        given: np.ndarray | None,
+        sampling: _Sampling,
+        logits: np.ndarray | None,
+    ) -> np.ndarray:
+        """The agent's columns for ``rows``; counting positions is the caller's."""
+        config, num_rows = self.config, len(rows)
         columns = _whole(columns, (num_rows, config.num_streams))
         shape = (num_rows, config.num_agent_streams)
         given = None if given is None else _whole(given, shape)
-        rows = (_Row * num_rows)()
-        for idx, cache in enumerate(caches):
-            cache.fill(rows[idx], config.max_period)
-            rows[idx].key[:] = keys[idx]
         agent = np.empty(shape, np.int32)
         size = self._library.pplex_lm_scratch(self._model, num_rows)
         scratch = np.empty(size, np.float32)
         known = self._library.pplex_lm_step(
             self._model,
-            _Sampling(**sampler.layout()),
+            sampling,
             num_rows,
             ctypes.addressof(rows),
             columns.ctypes.data,
@@ -279,8 +347,6 @@ class NativeLm:
         )
         if not known:
             raise ValueError("a token is beyond the end of its embedding table")
-        for cache in caches:
-            cache.end += 1
         return agent
 
     def _array(self, kind: type, items: Sequence) -> ctypes.Array:
@@ -332,7 +398,7 @@ class NativeLm:
         """A packed matrix: its first ``rows`` outputs, if that is given.
 
         Where bfloat16 holds it exactly, MLX is left with that too: it widens it for
-        each product with float32, which it has to do for prompts only.
+        each product with float32, and no frame needs one.
         """
         weight = _numpy(module.weight)[:rows]
         if "scales" not in module:
