@@ -16,43 +16,57 @@ typedef void (*sgemm64)(int, int, int, int64_t, int64_t, int64_t, float,
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, MAX_ROWS = 16 };
 
-typedef float lanes __attribute__((vector_size(64)));
-typedef float loose __attribute__((vector_size(64), aligned(4)));
-
 typedef void (*few_rows)(long, long, long, const float *, long, const float *, long,
                          float *, long);
 
 #define NAME(x) x##_base
 #define TARGET
+#define VECTOR_BYTES 16
 #include "_rows.h"
 #undef NAME
 #undef TARGET
+#undef VECTOR_BYTES
 
 #ifdef __x86_64__
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
+#define VECTOR_BYTES 32
 #include "_rows.h"
 #undef NAME
 #undef TARGET
+#undef VECTOR_BYTES
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx2,fma")))
+#define VECTOR_BYTES 64
 #include "_rows.h"
 #endif
 
 static sgemm64 gemm;
 static few_rows product = product_base, product_transposed = product_transposed_base;
 
-void pplex_set_blas(sgemm64 theirs) {
-  gemm = theirs;
+/* Choose the instruction set for a few rows: the best there is up to `level`; which it
+   is: 0 any, 1 AVX2, 2 AVX-512. */
+int pplex_blas_use(int level) {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512f")) {
+  if (level >= 2 && __builtin_cpu_supports("avx512f")) {
     product = product_avx512;
     product_transposed = product_transposed_avx512;
-  } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return 2;
+  }
+  if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     product = product_avx2;
     product_transposed = product_transposed_avx2;
+    return 1;
   }
 #endif
+  product = product_base;
+  product_transposed = product_transposed_base;
+  return 0;
+}
+
+void pplex_set_blas(sgemm64 theirs) {
+  gemm = theirs;
+  pplex_blas_use(2);
 }
 
 void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k,

@@ -1,14 +1,23 @@
 /* Products of a few rows, for one instruction set. Included once for each by _blas.c.
 
-   NAME(x) gives a function its suffix, TARGET its attribute. Every output is summed in
-   an order that depends on k alone: a row's result is the same bits whatever rows
-   stand beside it. */
+   NAME(x) gives a function its suffix, TARGET its attribute, VECTOR_BYTES is the width
+   of a vector that the instruction set has: a wider one would be taken apart through
+   memory. With 64 of them there are 32 registers, else 16 are counted on. Every output
+   is summed in an order that depends on k alone: a row's result is the same bits
+   whatever rows stand beside it. */
 
-/* Sum of 16 lanes, in a fixed order. */
+enum { NAME(WIDTH) = VECTOR_BYTES / 4 };
+#define WIDTH NAME(WIDTH)
+#define lanes NAME(lanes)
+#define loose NAME(loose)
+typedef float lanes __attribute__((vector_size(VECTOR_BYTES)));
+typedef float loose __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+
+/* Sum of the lanes, in a fixed order. */
 TARGET static inline float NAME(total)(lanes x) {
-  float sum[16];
+  float sum[WIDTH];
   memcpy(sum, &x, sizeof x);
-  for (int width = 8; width; width /= 2)
+  for (int width = WIDTH / 2; width; width /= 2)
     for (int i = 0; i < width; i++) sum[i] += sum[i + width];
   return sum[0];
 }
@@ -20,13 +29,13 @@ TARGET static inline float NAME(total)(lanes x) {
       long ldc) {                                                                    \
     lanes even[ROWS][COLUMNS] = {{{0}}}, odd[ROWS][COLUMNS] = {{{0}}};               \
     long i = 0;                                                                      \
-    for (; i + 32 <= k; i += 32)                                                     \
+    for (; i + 2 * WIDTH <= k; i += 2 * WIDTH)                                       \
       for (int j = 0; j < COLUMNS; j++) {                                            \
         lanes b0 = *(const loose *)(b + j * ldb + i);                                \
-        lanes b1 = *(const loose *)(b + j * ldb + i + 16);                           \
+        lanes b1 = *(const loose *)(b + j * ldb + i + WIDTH);                        \
         for (int r = 0; r < ROWS; r++) {                                             \
           even[r][j] += *(const loose *)(a + r * lda + i) * b0;                      \
-          odd[r][j] += *(const loose *)(a + r * lda + i + 16) * b1;                  \
+          odd[r][j] += *(const loose *)(a + r * lda + i + WIDTH) * b1;               \
         }                                                                            \
       }                                                                              \
     for (int r = 0; r < ROWS; r++)                                                   \
@@ -38,10 +47,14 @@ TARGET static inline float NAME(total)(lanes x) {
   }
 DOTS(1, 4)
 DOTS(1, 1)
-DOTS(2, 4)
 DOTS(2, 1)
-DOTS(4, 2)
 DOTS(4, 1)
+#if VECTOR_BYTES == 64
+DOTS(2, 4)
+DOTS(4, 2)
+#else
+DOTS(2, 2)
+#endif
 #undef DOTS
 
 /* c = a b^T: m rows of a, n rows of b, both of length k. */
@@ -52,19 +65,20 @@ TARGET static void NAME(product_transposed)(long m, long n, long k, const float 
     long left = m - r, step = left >= 4 ? 4 : left >= 2 ? 2 : 1, j = 0;
     const float *ar = a + r * lda;
     float *cr = c + r * ldc;
-    if (step == 4) {
-      for (; j + 2 <= n; j += 2)
-        NAME(dots_4x2)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
-      if (j < n) NAME(dots_4x1)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
-    } else if (step == 2) {
-      for (; j + 4 <= n; j += 4)
-        NAME(dots_2x4)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
-      for (; j < n; j++) NAME(dots_2x1)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
-    } else {
-      for (; j + 4 <= n; j += 4)
-        NAME(dots_1x4)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
-      for (; j < n; j++) NAME(dots_1x1)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
-    }
+#define COLUMNS(ROWS, COUNT)                                                         \
+  for (; j + COUNT <= n; j += COUNT)                                                 \
+    NAME(dots_##ROWS##x##COUNT)(k, ar, lda, b + j * ldb, ldb, cr + j, ldc);
+#if VECTOR_BYTES == 64
+    if (step == 4) COLUMNS(4, 2)
+    if (step == 2) COLUMNS(2, 4)
+#else
+    if (step == 2) COLUMNS(2, 2)
+#endif
+    if (step == 4) COLUMNS(4, 1)
+    if (step == 2) COLUMNS(2, 1)
+    if (step == 1) COLUMNS(1, 4)
+    if (step == 1) COLUMNS(1, 1)
+#undef COLUMNS
     r += step;
   }
 }
@@ -76,14 +90,14 @@ TARGET static void NAME(product)(long m, long n, long k, const float *a, long ld
     const float *ar = a + r * lda;
     float *cr = c + r * ldc;
     long j = 0;
-    for (; j + 64 <= n; j += 64) {
+    for (; j + 4 * WIDTH <= n; j += 4 * WIDTH) {
       lanes sum[4] = {{0}};
       for (long i = 0; i < k; i++)
         for (int v = 0; v < 4; v++)
-          sum[v] += ar[i] * *(const loose *)(b + i * ldb + j + 16 * v);
+          sum[v] += ar[i] * *(const loose *)(b + i * ldb + j + WIDTH * v);
       memcpy(cr + j, sum, sizeof sum);
     }
-    for (; j + 16 <= n; j += 16) {
+    for (; j + WIDTH <= n; j += WIDTH) {
       lanes sum = {0};
       for (long i = 0; i < k; i++) sum += ar[i] * *(const loose *)(b + i * ldb + j);
       memcpy(cr + j, &sum, sizeof sum);
@@ -95,3 +109,6 @@ TARGET static void NAME(product)(long m, long n, long k, const float *a, long ld
     }
   }
 }
+#undef WIDTH
+#undef lanes
+#undef loose
