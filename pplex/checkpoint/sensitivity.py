@@ -1,7 +1,8 @@
 """What each part of a model costs when it is rounded, and the mixed recipe from that.
 
-``COSTS`` was measured on the built-in model with `pplex models sensitivity`; a file
-with a model's own figures serves it better.
+``COSTS`` was measured with `pplex models sensitivity` on an earlier training of the
+built-in model. Today's weights give other figures, but mixed recipes from them came out
+no better on conversations that they were not measured on.
 """
 
 from __future__ import annotations
