@@ -165,7 +165,8 @@ def _from_hub(
         if snapshot is None:
             raise PplexError(
                 f"{_at(repo, revision)} is not on this machine, or not all of it, and "
-                f"nothing is downloaded now; get it with `pplex models pull {name}`"
+                "nothing is downloaded with --offline or by a command that only looks; "
+                f"get it with `pplex models pull {name}`"
             )
     else:
         snapshot = _download(repo, revision, progress)
