@@ -1,7 +1,8 @@
 """Many recordings at once: rows of one batch, each at its own place.
 
 A row is taken by the next recording as soon as the one before has ended. All rows go
-through ``generate``, the one step loop; the codec works recording by recording.
+through ``generate``, the one step loop; the codec works recording by recording on CPUs
+and on groups of them on GPUs.
 """
 
 from __future__ import annotations

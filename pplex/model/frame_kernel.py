@@ -28,6 +28,7 @@ THREADS = 512
 NAME = "pplex_frame"
 MAX_SPLITS = 8
 MIN_CAPABILITY = 8
+OTHER_FLOATS = 8192  # more than all else in `Shared` of frame.cu
 
 # The kernel's matrices: the modules each is made of, a stack where there are many, and
 # the name of its input width. The order is that of `Weights` in frame.cu.
@@ -136,8 +137,7 @@ class FrameKernel:
         )
         self.offsets, self._work = _workspace(sizes)
         sizes |= {"LONGEST": longest, "THREADS": THREADS, **self.offsets}
-        scores = sizes["MAX_SCORES"]
-        floats = longest + longest // 8 + scores + 8192
+        floats = longest + longest // 8 + sizes["MAX_SCORES"] + OTHER_FLOATS
         self._kernel = mx.fast.cuda_kernel(
             name=NAME,
             input_names=[*names, "tokens", "given", "place", "sampling"]
