@@ -90,6 +90,29 @@ def test_resampling_neither_delays_nor_scales(tmp_path, rate):
     np.testing.assert_allclose(pcm[inner], sine(RATE, RATE)[inner], atol=1e-3)
 
 
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000, 96000])
+def test_resampling_keeps_tones_and_adds_nothing_down_to_100_db(tmp_path, rate):
+    nyquist = min(rate, RATE) // 2
+    kept = np.arange(50, int(0.9 * nyquist) + 1, 137)
+    lost = np.arange(int(1.1 * nyquist), rate // 2, 411)  # empty where rate < RATE
+    seconds = np.arange(3 * rate) / rate
+    phases = np.random.default_rng(0).uniform(0, 2 * np.pi, len(kept) + len(lost))
+    pcm = np.zeros(len(seconds))
+    for hz, phase in zip([*kept, *lost], phases, strict=True):
+        pcm += 0.01 * np.cos(2 * np.pi * hz * seconds + phase)
+    soundfile.write(tmp_path / "a.wav", pcm, rate, subtype="DOUBLE")
+    found = read_pcm(tmp_path / "a.wav", sample_rate=RATE).pcm
+    # The second in the middle: every whole number of Hz has a bin of its own.
+    spectrum = np.fft.rfft(found[RATE : 2 * RATE].astype(np.float64)) / (RATE / 2)
+    wanted = np.zeros(len(spectrum), complex)
+    wanted[kept] = 0.01 * np.exp(1j * phases[: len(kept)])
+    gain_db = 20 * np.log10(np.abs(spectrum[kept]) / 0.01)
+    np.testing.assert_allclose(gain_db, 0, atol=0.1)
+    np.testing.assert_allclose(spectrum[kept], wanted[kept], atol=2e-5)
+    others = np.delete(np.abs(spectrum), kept)
+    assert 20 * np.log10(others.max() / 0.01) < -100
+
+
 @pytest.mark.parametrize("rate", [RATE, 44100])
 def test_block_size_makes_no_difference(tmp_path, monkeypatch, rate):
     soundfile.write(tmp_path / "a.wav", noise(20_000, 3), rate, subtype="FLOAT")

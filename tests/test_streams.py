@@ -223,6 +223,31 @@ def test_a_frame_comes_before_anything_of_the_next_one_is_there():
     assert list(frames) == []
 
 
+class SteadyFeed(Feed):
+    """Four seconds of silence, a millisecond at a time, whoever is reading."""
+
+    def __init__(self, rate: int) -> None:
+        self._stopped = False
+        self._parts = [bytes(2 * (rate // 1000))] * 4000
+
+    def read(self) -> tuple[bytes, float]:
+        return (self._parts.pop() if self._parts else b""), 0.0
+
+
+@pytest.mark.parametrize(
+    ("rate", "most_ms"), [(8000, 80), (16000, 40), (24000, 0), (44100, 40), (48000, 40)]
+)
+def test_resampling_holds_a_frame_back_by_less_than_it_lasts(rate, most_ms):
+    user = UserStream(SteadyFeed(rate), StreamFormat("s16le", rate, 1), 1)
+    frames = user.frames(24000, 1920)
+    late_ms = []
+    for number in range(1, 40):
+        next(frames)
+        late_ms.append(1000 * user.source_frames / rate - 80 * number)
+    assert 0 <= min(late_ms) and max(late_ms) <= most_ms
+    assert sum(1 for _ in frames) > 8
+
+
 @settings(max_examples=50, deadline=None)
 @given(length=st.integers(1, 20000), frame_size=st.integers(1, 2000))
 def test_frames_hold_all_samples_and_nothing_else(length, frame_size):
