@@ -18,6 +18,7 @@ from pplex.cli.options import (
     check_option,
     compute_option,
     conversation_options,
+    layout_option,
     model_options,
     role_text,
     settings_from,
@@ -105,14 +106,7 @@ class RayAddress(click.ParamType):
     help="Recordings from a .jsonl or .csv file, with input and, where wanted, output, "
     "voice, prompt, role, seed and tail.",
 )
-@click.option(
-    "--layout",
-    type=click.Choice(["stereo", "agent", "separate"]),
-    default="stereo",
-    show_default=True,
-    help="stereo: user left, agent right; agent: mono; separate: NAME.user.wav and "
-    "NAME.agent.wav.",
-)
+@layout_option
 @click.option(
     "--output-name",
     metavar="NAME.wav",
@@ -190,9 +184,7 @@ def batch(dry_run: bool, verbosity: int, **options: Any) -> None:
 def batch_from(options: dict[str, Any]) -> Batch:
     """The job that the command line describes."""
     check_usage(options)
-    text = role_text(
-        options.pop("prompt"), options.pop("prompt_file"), options.pop("role")
-    )
+    text = role_text(options)
     from pplex.backend import use_fast_blas
 
     use_fast_blas()
@@ -203,7 +195,6 @@ def batch_from(options: dict[str, Any]) -> Batch:
     def take(*names: str) -> dict[str, Any]:
         return {name: options.pop(name) for name in names}
 
-    channel = options.pop("channel") or 1
     return Batch(
         selection=Selection(**take("inputs", "recursive", "glob", "jobs")),
         wanted=Wanted(
@@ -212,7 +203,7 @@ def batch_from(options: dict[str, Any]) -> Batch:
         ),
         **take("outdir", "model_name", "offline", "batch_size", "overwrite"),
         **take("retry_failed", "fail_fast", "shard", "ray", "compute"),
-        settings=settings_from(text, channel, options),
+        settings=settings_from(text, options),
         wish=wish_from(options["checks"]),
     )
 

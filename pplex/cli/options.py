@@ -153,6 +153,18 @@ def wish_from(checks: Sequence[tuple[str, Any]]) -> Wish:
     return Wish(Checks(**found), length_of)
 
 
+def layout_option(command: Command) -> Command:
+    """``--layout``."""
+    return click.option(
+        "--layout",
+        type=click.Choice(["stereo", "agent", "separate"]),
+        default="stereo",
+        show_default=True,
+        help="stereo: user left, agent right; agent: mono; separate: NAME.user.wav and "
+        "NAME.agent.wav.",
+    )(command)
+
+
 def compute_option(command: Command) -> Command:
     """``--compute``."""
     return click.option(
@@ -287,8 +299,8 @@ class ChannelType(click.ParamType):
         self.fail(f"{value!r} is neither a channel number from 1 nor 'mix'", param, ctx)
 
 
-def settings_from(text: str, channel: int | str, options: dict[str, Any]) -> Settings:
-    """The job's settings from what ``conversation_options`` parsed."""
+def settings_from(text: str, options: dict[str, Any]) -> Settings:
+    """The job's settings: the role's text, and what ``conversation_options`` parsed."""
     from pplex.jobs.settings import Settings
     from pplex.model.sampling import GREEDY, SamplingConfig
 
@@ -300,29 +312,23 @@ def settings_from(text: str, channel: int | str, options: dict[str, Any]) -> Set
         text=text,
         sampling=GREEDY if options["greedy"] else sampling,
         seed=options["seed"],
-        channel=channel,
+        channel=options["channel"] or 1,
         tail_s=options["tail"],
     )
 
 
-def role_text(prompt: str | None, prompt_file: Path | None, role: str | None) -> str:
-    """The role prompt that was asked for, in words."""
-    given = [
-        name
-        for name, value in (
-            ("--prompt", prompt),
-            ("--prompt-file", prompt_file),
-            ("--role", role),
-        )
-        if value is not None
-    ]
+def role_text(options: dict[str, Any]) -> str:
+    """The role prompt that ``conversation_options`` parsed, in words."""
+    names = ("prompt", "prompt_file", "role")
+    given = [name for name in names if options[name] is not None]
     if len(given) > 1:
-        raise click.UsageError(f"{' and '.join(given)} exclude each other")
-    if prompt_file is not None:
-        return read_prompt(prompt_file)
-    if prompt is not None:
-        return prompt
-    return ROLES[role or DEFAULT_ROLE]
+        flags = (f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"{' and '.join(flags)} exclude each other")
+    if options["prompt_file"] is not None:
+        return read_prompt(options["prompt_file"])
+    if options["prompt"] is not None:
+        return options["prompt"]
+    return ROLES[options["role"] or DEFAULT_ROLE]
 
 
 def read_prompt(path: Path) -> str:

@@ -13,6 +13,7 @@ from pplex.cli.options import (
     check_option,
     compute_option,
     conversation_options,
+    layout_option,
     model_options,
     role_text,
     settings_from,
@@ -41,14 +42,7 @@ _FILE = click.Path(path_type=Path)
     required=True,
     help="The WAV file to write, or - for stdout.",
 )
-@click.option(
-    "--layout",
-    type=click.Choice(["stereo", "agent", "separate"]),
-    default="stereo",
-    show_default=True,
-    help="stereo: user left, agent right; agent: mono; separate: OUT becomes "
-    "NAME.user.wav and NAME.agent.wav.",
-)
+@layout_option
 @click.option(
     "--raw",
     type=click.Choice(["s16le", "f32le"]),
@@ -116,9 +110,7 @@ def respond(
     INPUT - is a live stream on stdin, WAV or bare samples: each frame is answered and
     written as soon as it has come. Ctrl-C ends it and leaves what there is.
     """
-    text = role_text(
-        options.pop("prompt"), options.pop("prompt_file"), options.pop("role")
-    )
+    text = role_text(options)
     is_stream = input == PIPE
     check_pipes(is_stream, output == PIPE, raw, rate)
     refuse_checks(is_stream, output == PIPE, options["checks"])
@@ -129,11 +121,10 @@ def respond(
     from pplex.jobs import respond as job
     from pplex.jobs.stream import respond_stream
 
-    channel = options.pop("channel")
     run = job.Run(
         source=input,
         outputs=job.Outputs(output, layout, transcript, stats, tokens),
-        settings=settings_from(text, channel or 1, options),
+        settings=settings_from(text, options),
         model_name=model_name,
         offline=offline,
         overwrite=overwrite,
@@ -142,7 +133,7 @@ def respond(
         raw=StreamFormat(raw, rate, channels=1) if raw and rate else None,
     )
     stop = ctx.ensure_object(Stop)
-    with Progress(verbosity, channel is not None, captions) as progress:
+    with Progress(verbosity, options["channel"] is not None, captions) as progress:
         answer = respond_stream if is_stream else job.respond
         done = answer(run, progress, stop)
     if verbosity >= 0:
