@@ -9,6 +9,7 @@ import os
 import stat
 import wave
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,16 +60,7 @@ def read_pcm(path: Path, *, sample_rate: int, channel: Channel = 1) -> Recording
     path = Path(path)
     if channel != "mix" and channel < 1:
         raise PplexError(f"there is no channel {channel}: channels count from 1")
-    check_file(path)
-    try:
-        source = soundfile.SoundFile(str(path))
-    except soundfile.LibsndfileError as e:
-        raise PplexError(
-            f"{path} is not an audio file that can be read ({e.error_string}); "
-            "give a WAV, FLAC, OGG or other recording"
-        ) from e
-    with source:
-        check_header(path, source, channel)
+    with open_recording(path, channel) as source:
         resample = _resampler(source.samplerate, sample_rate)
         parts = []
         frames = 0
@@ -143,7 +135,23 @@ def write_wav(
                 out.writeframesraw(block.astype("<i2").tobytes())
 
 
-def check_file(path: Path) -> None:
+@contextmanager
+def open_recording(path: Path, channel: Channel) -> Iterator[soundfile.SoundFile]:
+    """Open a recording that has `channel`, or refuse it by what its header says."""
+    _check_file(path)
+    try:
+        source = soundfile.SoundFile(str(path))
+    except soundfile.LibsndfileError as e:
+        raise PplexError(
+            f"{path} is not an audio file that can be read ({e.error_string}); "
+            "give a WAV, FLAC, OGG or other recording"
+        ) from e
+    with source:
+        _check_header(path, source, channel)
+        yield source
+
+
+def _check_file(path: Path) -> None:
     """Refuse, with its own sentence each, what libsndfile would only call bad."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
@@ -175,7 +183,7 @@ def _open_without_waiting(name: str, flags: int) -> int:
     return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def check_header(path: Path, source: soundfile.SoundFile, channel: Channel) -> None:
+def _check_header(path: Path, source: soundfile.SoundFile, channel: Channel) -> None:
     """Refuse rates out of range, a channel that is not there, and a file cut short."""
     rate, channels = source.samplerate, source.channels
     if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
