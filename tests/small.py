@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from pplex.config import (
-    CodecTransformerConfig,
-    LmConfig,
-    MimiConfig,
-    ModelConfig,
-    QuantizerConfig,
-    SeanetConfig,
-)
 from pplex.conversation.session import Conversation
+from pplex.jobs.random_model import TINY
 from pplex.model.sampling import GREEDY
 
 FRAME = 1920
-SMALL = ModelConfig(
-    lm=LmConfig(
-        dim=64,
-        num_heads=2,
-        num_layers=2,
-        hidden_dim=128,
-        context=50,
-        text_card=120,
-        card=64,
-        dep_q=16,
-        depformer_dim=64,
-        depformer_num_heads=2,
-        depformer_num_layers=2,
-        depformer_hidden_dim=64,
-    ),
-    mimi=MimiConfig(
-        seanet=SeanetConfig(n_filters=2, dimension=32),
-        transformer=CodecTransformerConfig(
-            d_model=32, num_heads=2, num_layers=2, dim_feedforward=64, context=20
-        ),
-        quantizer=QuantizerConfig(dimension=8, n_q=8, bins=64),
-    ),
-    silence_codes=tuple(range(8)),
-    sine_codes=tuple(range(8, 16)),
-)
+# Published checkpoints hold depformer steps that no conversation runs; so has this.
+SMALL = replace(TINY, lm=replace(TINY.lm, dep_q=16))
 
 
 def speech(frames: int, seed: int = 0) -> np.ndarray:
