@@ -11,8 +11,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pytest
 from dialogues import write_dialogue
-from test_score import batch, transcript
+from test_score import batch, manifest_line, transcript
 
 from pplex.insight.recordings import find
 from pplex.insight.report import _thinned, make_entries, peaks, write_report
@@ -127,6 +128,29 @@ def test_a_file_that_cannot_be_read_is_a_row(tmp_path):
     page = page_of(tmp_path)
     assert page.rows[2][:2] == ["b.wav", "unreadable"]
     assert "not an audio file" in page.data[1]["e"]
+
+
+def test_a_link_that_goes_in_a_circle_is_a_row(tmp_path):
+    write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    (tmp_path / "b.wav").symlink_to("b.wav")
+    (tmp_path / "b.json").symlink_to("b.json")
+    page = page_of(tmp_path)
+    assert [row[:2] for row in page.rows[1:]] == [
+        ["a.wav", "done"],
+        ["b.wav", "unreadable"],
+    ]
+    assert "Too many levels of symbolic links" in page.data[1]["e"]
+
+
+@pytest.mark.parametrize("name", ["loop/input.wav", "nothing\0there"])
+def test_a_batch_whose_recording_cannot_be_found_makes_a_page(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    outputs = {"audio": {"path": "a.wav"}}
+    (tmp_path / "manifest.jsonl").write_text(
+        manifest_line("a.wav", "done", outputs=outputs, input={"path": name})
+    )
+    assert page_of(tmp_path).rows[1][:2] == ["a.wav", "done"]
 
 
 def test_the_latency_of_steps_is_there_where_stats_have_it(tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 
 from pplex.errors import PplexError
 from pplex.insight.segments import Segment
+from pplex.insight.sidefiles import real_path
 from pplex.insight.transcript import Word
 
 ANNOTATIONS = {
@@ -57,7 +58,8 @@ def read_sample(folder: Path) -> Sample | None:
         path = folder / name
         if path.is_file():
             return Sample(task, _reference_s(path, task))
-    if BACKCHANNEL in folder.resolve().parent.name and (folder / "input.wav").is_file():
+    parent = real_path(folder).parent
+    if BACKCHANNEL in parent.name and (folder / "input.wav").is_file():
         return Sample(BACKCHANNEL, None)
     return None
 

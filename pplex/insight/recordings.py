@@ -25,6 +25,7 @@ from pplex.insight.sidefiles import (
     as_words,
     locate,
     read_json,
+    real_path,
     side_files,
 )
 from pplex.insight.transcript import Word
@@ -135,8 +136,8 @@ def _read_manifests(folder: Path, manifests: Sequence[Path], found: Found) -> No
         )
     for name in sorted(rows):
         found.items.append(_manifest_item(name, rows[name], folder))
-    named = {path.resolve() for row in rows.values() for path in _named(row, folder)}
-    strange = [p for p in folder.rglob("*.wav") if p.resolve() not in named]
+    named = {real_path(p) for row in rows.values() for p in _named(row, folder)}
+    strange = [p for p in folder.rglob("*.wav") if real_path(p) not in named]
     if strange:
         names = ", ".join(str(p.relative_to(folder)) for p in sorted(strange)[:3])
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
@@ -204,7 +205,7 @@ def _manifest_item(name: str, row: dict[str, Any], folder: Path) -> Item:
     source = entry.get("path") if isinstance(entry, dict) else entry
     known = SideFiles()
     if stats is not None:
-        known.stats[audio.resolve()] = stats
+        known.stats[real_path(audio)] = stats
     spoken = locate(folder, source) if isinstance(source, str) else None
     done = _outputs_item(audio, known, folder, spoken, paths.get("user"))
     if spoken is not None and spoken.name == "input.wav":
@@ -293,7 +294,7 @@ def _distinct(items: list[Item]) -> list[Item]:
     seen: set[object] = set()
     kept = []
     for item in items:
-        key = (item.agent.path.resolve(), item.agent.channel) if item.agent else item
+        key = (real_path(item.agent.path), item.agent.channel) if item.agent else item
         if id(key) not in seen and (not item.agent or key not in seen):
             seen.add(key if item.agent else id(key))
             kept.append(item)

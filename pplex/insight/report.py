@@ -33,6 +33,7 @@ from pplex.insight.report_table import (
     tiles,
 )
 from pplex.insight.segments import Segment
+from pplex.insight.sidefiles import real_path
 from pplex.insight.vad import make_detector
 
 _COLUMNS_PER_S = 20
@@ -130,7 +131,7 @@ def _data(entry: Entry, folder: Path) -> dict[str, Any]:
         ],
     }
     if entry.item.audio is not None:
-        relative = os.path.relpath(entry.item.audio.resolve(), folder.resolve())
+        relative = os.path.relpath(real_path(entry.item.audio), real_path(folder))
         data["a"] = quote(Path(relative).as_posix())
     stats = entry.item.stats or {}
     data["st"] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,18 +35,18 @@ class SideFiles:
 
     def of(self, audio: Path) -> tuple[dict[str, Any] | None, list[Word] | None]:
         """The stats and the words of one audio file."""
-        stats = self.stats.get(audio.resolve())
+        stats = self.stats.get(real_path(audio))
         words = None
         if stats is not None:
             name = stats["outputs"].get("transcript")
             if isinstance(name, str):
-                beside = locate(audio.parent, name).resolve()
+                beside = real_path(locate(audio.parent, name))
                 words = self.words.get(beside)
         if words is None:
             stem = audio.name.removesuffix(AGENT).removesuffix(USER)
             stem = stem.removesuffix(audio.suffix)
             for path, found in self.words.items():
-                same = path.parent == audio.resolve().parent
+                same = path.parent == real_path(audio).parent
                 if same and path.stem.removesuffix(".transcript") == stem:
                     words = found
         return stats, words
@@ -63,19 +64,30 @@ def side_files(folders: Iterable[Path]) -> SideFiles:
             if stats is not None:
                 for name in stats["outputs"].values():
                     if isinstance(name, str):
-                        audio = locate(folder, name).resolve()
+                        audio = real_path(locate(folder, name))
                         known.stats[audio] = stats
             words = as_words(content)
             if words is not None:
-                known.words[path.resolve()] = words
+                known.words[real_path(path)] = words
     return known
+
+
+def real_path(path: Path) -> Path:
+    """The path with its links followed, in a circle as far as the system does.
+
+    What can be no path at all stays as it is.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):
+        return path
 
 
 def locate(folder: Path, name: str) -> Path:
     """A path of a manifest: from here, or from beside the manifest if moved."""
     path = Path(name)
     for candidate in (folder / path, path, folder / path.name):
-        if candidate.exists():
+        if os.path.exists(candidate):
             return candidate
     return folder / path
 
