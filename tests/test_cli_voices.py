@@ -109,6 +109,30 @@ def test_trimming_shortens_what_has_silence_around_it(run, wav, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("samples", "length", "serves"),
+    [
+        (69_120, "2.9 s", "too little to go by"),
+        (71_040, "3.0 s", None),  # 2.96 s
+        (360_000, "15.0 s", None),  # 15 s, in frames of 80 ms 15.04
+        (364_000, "15.2 s", "long to read"),
+    ],
+)
+def test_a_length_is_judged_as_it_is_shown(
+    run, tiny, tmp_path, samples, length, serves
+):
+    import soundfile
+
+    pcm = np.random.default_rng(0).uniform(-0.1, 0.1, samples)
+    soundfile.write(tmp_path / "in.wav", pcm, 24_000)
+    result = run(
+        "voices", "make", tmp_path / "in.wav", tmp_path / "o.safetensors", "-m", tiny
+    )
+    first, *others = result.stderr.splitlines()
+    assert first.startswith(f"{length}, ")
+    assert others == [] if serves is None else serves in others[0]
+
+
+@pytest.mark.parametrize(
     ("output", "says"),
     [("me.pt", "end its name in .safetensors"), ("there.safetensors", "--overwrite")],
 )

@@ -88,11 +88,12 @@ def make(
     local = resolve(model_name, offline=offline)
     made = write_voice(load(local), recording, output, channel=channel, trim=trim)
     click.echo(output)
-    click.echo(f"{made.duration_s:.1f} s, {made.frames} frames", err=True)
-    if not SHORT_S <= made.duration_s <= LONG_S:
+    seconds = round(made.duration_s, 1)  # judged as it is shown
+    click.echo(f"{seconds} s, {made.frames} frames", err=True)
+    if not SHORT_S <= seconds <= LONG_S:
         click.echo(
             f"a voice of {SHORT_S:g} to {LONG_S:g} s serves best: this one may be "
-            f"{'too little to go by' if made.duration_s < SHORT_S else 'long to read'}",
+            f"{'too little to go by' if seconds < SHORT_S else 'long to read'}",
             err=True,
         )
 
