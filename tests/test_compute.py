@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from random_checkpoint import write_checkpoint
 from small import SMALL
 
 from pplex.checkpoint.hub import resolve
+from pplex.checkpoint.needed import MIMI_PATTERNS
 from pplex.config import LmConfig
 from pplex.jobs import compute as job
-from pplex.jobs.compute import FACTS, choose, dense_gb, is_quantized, load_as
+from pplex.jobs.compute import (
+    FACTS,
+    choose,
+    dense_gb,
+    is_quantized,
+    load_as,
+    loaded_gb,
+)
+from pplex.jobs.forecast import forecast
+from pplex.jobs.plan import Selection
+from pplex.jobs.prepare import Batch
+from pplex.jobs.settings import Settings
+from pplex.jobs.tasks import Wanted
+from pplex.model.sampling import GREEDY
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +80,38 @@ def test_weights_are_written_out_only_where_memory_holds_them(
 def test_the_7b_in_float32_takes_four_bytes_a_weight():
     # 7.4e9 weights that a frame reads, and the tables: see the checkpoint's sizes.
     assert 30 < dense_gb(LmConfig()) < 34
+
+
+@pytest.mark.parametrize("form", ["quantized", "dense"])
+@pytest.mark.parametrize(("bits", "layout"), [(4, "mlx-split"), (16, "pytorch")])
+def test_what_a_model_takes_is_known_before_it_is_loaded(
+    monkeypatch, tmp_path, bits, layout, form
+):
+    on(monkeypatch, "cpu")
+    steps = SMALL.lm.num_codebooks  # those that are loaded
+    write_checkpoint(tmp_path / "m", SMALL, layout, bits=bits, steps=steps)
+    local = resolve(str(tmp_path / "m"), offline=True)
+    (codec,) = (f for p in MIMI_PATTERNS for f in (tmp_path / "m").glob(p))
+    model, choice = load_as(local, form, many=False)
+    arrays = [array for _, array in tree_flatten(model.lm.parameters())]
+    arrays += mx.load(str(codec)).values()
+    found = loaded_gb(local, SMALL.lm, dense=choice.dense)
+    assert found == pytest.approx(sum(a.nbytes for a in arrays) / 1e9, rel=0.01)
+
+
+def test_a_dry_run_counts_the_weights_in_the_form_asked_for(packed, data, tmp_path):
+    batch = Batch(
+        selection=Selection((data / "respond" / "user_c.wav",)),
+        outdir=tmp_path / "out",
+        wanted=Wanted(),
+        settings=Settings(None, "Hi.", GREEDY, seed=0),
+        model_name=str(packed),
+        offline=True,
+    )
+    local = resolve(str(packed), offline=True)
+    for form in ("quantized", "dense"):
+        found = forecast(replace(batch, compute=form), progress=False).weights_gb
+        assert found == loaded_gb(local, SMALL.lm, dense=form == "dense")
 
 
 def test_stored_forms_are_told_apart(packed, tiny):

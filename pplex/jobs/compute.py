@@ -6,6 +6,7 @@ What is faster depends on what computes and on how many recordings there are at 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.needed import MIMI_PATTERNS, needed_files
 from pplex.checkpoint.tensor_file import read_specs
 from pplex.config import LmConfig, load_config
 from pplex.conversation.session import Model, load
@@ -88,6 +90,44 @@ def choose(wanted: Compute, lm: LmConfig, *, many: bool) -> Choice:
     return Choice(True, fact.reason)
 
 
+def choose_for(
+    local: LocalModel, wanted: Compute, lm: LmConfig, *, many: bool
+) -> Choice:
+    """How the weights of a model on this machine, of these sizes, are to compute."""
+    if not is_quantized(local):
+        return Choice(True, "no weights are stored quantized")
+    return choose(wanted, lm, many=many)
+
+
+def loaded_gb(local: LocalModel, lm: LmConfig, *, dense: bool) -> float:
+    """About how many GB a model's weights take in use, by the files' headers.
+
+    With ``dense``, those of the language model are written out. The codec is float32.
+    """
+    folder = local.path if local.path.is_dir() else local.path.parent
+    codec = [file for p in MIMI_PATTERNS for file in sorted(folder.glob(p))][:1]
+    codec_gb = sum(_loaded_bytes(file, 4) for file in codec) / 1e9
+    # The compiled step packs its own copy; of 16-bit weights both are 16 bits wide.
+    copies = 2 if backend() == "compiled" and is_quantized(local) else 1
+    if dense:
+        return codec_gb + copies * dense_gb(lm)
+    files = [local.path]
+    if local.path.is_dir():
+        names = needed_files(file.name for file in folder.iterdir() if file.is_file())
+        files = [folder / name for name in names if name.endswith(".safetensors")]
+    float_bytes = 4 if on_cpu() else 2
+    lm_bytes = sum(_loaded_bytes(f, float_bytes) for f in files if f not in codec)
+    return codec_gb + copies * lm_bytes / 1e9
+
+
+def _loaded_bytes(file: Path, float_bytes: int) -> int:
+    """Bytes of a file's tensors, those that are not packed at ``float_bytes`` each."""
+    return sum(
+        spec.num_bytes if spec.dtype == "U32" else math.prod(spec.shape) * float_bytes
+        for spec in read_specs(file).values()
+    )
+
+
 def dense_gb(lm: LmConfig) -> float:
     """GB of a language model of these sizes, no weight of it quantized."""
     weights = sum(array.size for _, array in tree_flatten(Lm(lm).parameters()))
@@ -111,10 +151,7 @@ def _names(path: Path) -> list[str]:
 
 def load_as(local: LocalModel, wanted: Compute, *, many: bool) -> tuple[Model, Choice]:
     """Load a model in the form that was asked for, or that is faster here."""
-    if is_quantized(local):
-        folder = local.path if local.path.is_dir() else local.path.parent
-        config = load_config(folder / "config.json")
-        choice = choose(wanted, config.lm, many=many)
-    else:
-        choice = Choice(True, "no weights are stored quantized")
+    folder = local.path if local.path.is_dir() else local.path.parent
+    config = load_config(folder / "config.json")
+    choice = choose_for(local, wanted, config.lm, many=many)
     return load(local, dense=choice.dense), choice

@@ -68,12 +68,17 @@ class Size:
     max_frames: int
     count: int
 
+    @property
+    def many(self) -> bool:
+        """Whether several recordings will be answered at a time."""
+        return self.count > 1 and self.rows != 1
+
 
 def load_for(
     local: LocalModel, size: Size, wanted: Compute = "auto"
 ) -> tuple[Model, Choice]:
     """Load a model to answer many recordings at a time, and how it computes."""
-    return load_as(local, wanted, many=size.count > 1 and size.rows != 1)
+    return load_as(local, wanted, many=size.many)
 
 
 class Decoder:

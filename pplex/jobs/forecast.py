@@ -12,12 +12,14 @@ import mlx.core as mx
 
 from pplex.conversation.many import MAX_ROWS_CPU, MAX_ROWS_GPU
 from pplex.errors import PplexError
+from pplex.jobs.compute import choose_for, loaded_gb
+from pplex.jobs.decoding import Size
 from pplex.jobs.describe import Description
-from pplex.jobs.identity import weights_bytes
 from pplex.jobs.manifest import DONE, Manifest
 from pplex.jobs.prepare import Batch, check_outputs_free, choose, make_workload
 from pplex.jobs.records import read_task
 from pplex.jobs.tasks import Task
+from pplex.layers.device import on_cpu
 
 _READERS = 2
 # Of a transcript, stats and tokens: a few numbers or words a frame.
@@ -118,18 +120,17 @@ def _output_bytes(task: Task, seconds: float, model: Description) -> float:
 
 
 def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
     lm, local = model.config.lm, model.local
-    found.weights_gb = weights_bytes(local) / 1e9
-    if on_cpu:  # 16 bits become 32; what is quantized stays so
-        found.weights_gb *= 2
     frames = min(lm.window, int(found.longest_s * model.config.frame_rate) + 1)
-    found.row_gb = 2 * lm.num_layers * lm.dim * frames * (4 if on_cpu else 2) / 1e9
+    size = Size(batch.batch_size, frames, found.todo)
+    dense = choose_for(local, batch.compute, lm, many=size.many).dense
+    found.weights_gb = loaded_gb(local, lm, dense=dense)
+    found.row_gb = 2 * lm.num_layers * lm.dim * frames * (4 if on_cpu() else 2) / 1e9
     info = mx.device_info(mx.default_device())
     total = info.get("total_memory") or info.get("memory_size") or 0
     found.memory_gb = float(total) / 1e9 or _system_memory_gb()
     fitting = (0.85 * found.memory_gb - found.weights_gb) / max(found.row_gb, 1e-9) / 2
-    most = MAX_ROWS_CPU if on_cpu else MAX_ROWS_GPU
+    most = MAX_ROWS_CPU if on_cpu() else MAX_ROWS_GPU
     rows = batch.batch_size or max(1, min(most, int(fitting)))
     found.batch_size = min(rows, found.todo)
 

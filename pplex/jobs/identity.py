@@ -97,15 +97,6 @@ def model_identity(local: LocalModel) -> str:
     return f"files:{digest_of({name: _sampled(folder / name) for name in own})}"
 
 
-def weights_bytes(local: LocalModel) -> int:
-    """How large the files of a model's weights are together."""
-    if local.path.is_file():
-        return local.path.stat().st_size
-    names = [path.name for path in local.path.iterdir() if path.is_file()]
-    weights = [name for name in needed_files(names) if name.endswith(".safetensors")]
-    return sum((local.path / name).stat().st_size for name in weights)
-
-
 def _sampled(path: Path) -> list[object]:
     """Size and hash of a file; of a large one, hash of evenly spaced samples."""
     size = path.stat().st_size
