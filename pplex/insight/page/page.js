@@ -40,8 +40,8 @@ function wavePath(packed, width, middle, height) {
 // The small picture in the table: both sides' speech as bars.
 function strip(cell, r) {
   if (!r.d) return;
-  const w = cell.clientWidth - 20 || 170, svg = make("svg", { width: w, height: 22,
-    role: "img", "aria-label": "user above, agent below" });
+  const w = 170, svg = make("svg", { viewBox: `0 0 ${w} 22`, preserveAspectRatio: "none",
+    width: "100%", height: 22, role: "img", "aria-label": "user above, agent below" });
   const k = w / r.d;
   for (const y of [6, 16]) svg.append(make("line", { x1: 0, x2: w, y1: y, y2: y, class: "grid" }));
   for (const [segments, y, name] of [[r.us, 2, "user"], [r.gs, 12, "agent"]])
