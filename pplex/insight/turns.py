@@ -126,8 +126,9 @@ def analyse(
         result.agent_interruptions += kind == "interruption"
         result.events.append(Event(kind, speech.start_s, speech.end_s, text))
     _judge_replies(result, turns, agent, speeches, kinds, said, words, settings)
-    _judge_pauses(result, user, turns, speeches, kinds, settings)
-    _judge_yields(result, turns, speeches, kinds, settings)
+    talk = [s for s, kind in zip(speeches, kinds, strict=True) if kind != "backchannel"]
+    _judge_pauses(result, user, turns, talk, settings)
+    _judge_yields(result, turns, talk, settings)
     result.events.sort(key=lambda event: (event.start_s, event.end_s))
     return result
 
@@ -235,8 +236,7 @@ def _judge_pauses(
     result: Turns,
     user: Sequence[Segment],
     turns: Sequence[Segment],
-    speeches: Sequence[Segment],
-    kinds: Sequence[Kind],
+    talk: Sequence[Segment],
     settings: TurnSettings,
 ) -> None:
     """Pauses that begin while the agent speaks are not judged."""
@@ -244,11 +244,6 @@ def _judge_pauses(
         for pause in gaps([s for s in user if s.overlap_s(turn) > 0]):
             if pause.duration_s < settings.min_pause_s - TOLERANCE_S:
                 continue
-            talk = [
-                s
-                for s, kind in zip(speeches, kinds, strict=True)
-                if kind != "backchannel"
-            ]
             if any(s.start_s < pause.start_s < s.end_s for s in talk):
                 continue
             result.pauses += 1
@@ -259,19 +254,15 @@ def _judge_pauses(
 def _judge_yields(
     result: Turns,
     turns: Sequence[Segment],
-    speeches: Sequence[Segment],
-    kinds: Sequence[Kind],
+    talk: Sequence[Segment],
     settings: TurnSettings,
 ) -> None:
     """Turns of the user that begin while the agent speaks."""
     for turn in turns:
-        for speech, kind in zip(speeches, kinds, strict=True):
+        for speech in talk:
             over_s = speech.end_s - turn.start_s
-            if (
-                kind == "backchannel"
-                or not speech.start_s < turn.start_s < speech.end_s
-                or over_s <= settings.early_s + TOLERANCE_S
-            ):
+            begins_inside = speech.start_s < turn.start_s < speech.end_s
+            if not begins_inside or over_s <= settings.early_s + TOLERANCE_S:
                 continue
             if turn.duration_s < settings.user_backchannel_s:
                 result.events.append(
