@@ -427,9 +427,9 @@ def start(batch: Batch, speed: str) -> subprocess.Popen:
     import pickle
 
     code = [sys.executable, "-c", DRIVER, pickle.dumps(batch).hex(), speed]
-    paths = [str(Path(__file__).parent), *sys.path]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.Popen(code, env=env)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    # Not from where pplex's sources may lie, which have no compiled parts.
+    return subprocess.Popen(code, env=env, cwd=Path(__file__).parent)
 
 
 def test_killed_at_random_and_run_again_the_bytes_are_the_same(calls, batch, tmp_path):
