@@ -87,6 +87,33 @@ def test_the_next_call_is_under_way_while_a_result_is_used():
         assert list(results) == [2, 4, 6, 8, 10]
 
 
+def test_who_waits_for_a_result_makes_the_calls_that_wait_for_a_thread():
+    main, go_on = threading.current_thread(), threading.Event()
+
+    def made_by() -> threading.Thread:
+        if threading.current_thread() is not main:
+            go_on.wait(60)
+        return threading.current_thread()
+
+    with codec_worker(Beside(None), beside=2) as worker:
+        calls = [worker.submit(made_by) for _ in range(6)]
+        assert calls[-1].result() is main
+        go_on.set()
+        assert sum(call.result() is main for call in calls) >= 4
+
+
+def test_a_call_that_fails_fails_for_who_asked_for_it():
+    def fail(kind: str) -> None:
+        raise Fails(kind)
+
+    with codec_worker(Beside(None), beside=3) as worker:
+        calls = [worker.submit(fail, str(idx)) for idx in range(5)]
+        assert worker.submit(str, 7).result() == "7"
+        for idx, call in enumerate(calls):
+            with pytest.raises(Fails, match=str(idx)):
+                call.result()
+
+
 def test_without_a_worker_items_are_asked_for_one_by_one():
     asked = []
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from pplex.codec.codec import Codec
 
@@ -20,19 +22,61 @@ def codec_worker(codec: Codec, *, beside: int) -> Iterator[Executor | None]:
 
     None for 0, and where the codec must wait its turn.
 
-    At most a thread a core, and one a conversation: the steps of many wait for the
-    codec more than they are disturbed by it. When the block is left, for whatever
-    reason, what has not begun is dropped, what has is waited for, and the threads end.
+    One conversation has one thread. Of many, the codec's work is more than that of the
+    steps: theirs take part in it where they would wait for it, so that with a thread
+    for each of the other cores all have work, and none is fought for.
+
+    When the block is left, for whatever reason, what has not begun is dropped, what
+    has is waited for, and the threads end.
     """
     if not (beside and codec.concurrent):
         yield None
         return
-    threads = min(beside, _num_cores())
+    threads = max(1, min(beside, _num_cores() - 1))
     worker = ThreadPoolExecutor(threads, thread_name_prefix="codec")
     try:
-        yield worker
+        yield worker if beside == 1 else _Shared(worker)
     finally:
         worker.shutdown(wait=True, cancel_futures=True)
+
+
+class _Shared(Executor):
+    """Calls made by threads, and by whoever waits for the result of one."""
+
+    def __init__(self, threads: Executor) -> None:
+        self._threads = threads
+        self._waiting: deque[tuple[Future, Callable[[], object]]] = deque()
+
+    def submit(self, function: Callable[..., Result], /, *arguments) -> Future[Result]:
+        call: Future[Result] = _Awaited(self._make_next)
+        self._waiting.append((call, partial(function, *arguments)))
+        self._threads.submit(self._make_next)
+        return call
+
+    def _make_next(self) -> bool:
+        """Make the call that has waited longest; whether there was one."""
+        try:
+            call, function = self._waiting.popleft()
+        except IndexError:
+            return False
+        try:
+            call.set_result(function())
+        except BaseException as e:
+            call.set_exception(e)
+        return True
+
+
+class _Awaited(Future):
+    """A call whose result is waited for by making others."""
+
+    def __init__(self, make_next: Callable[[], bool]) -> None:
+        super().__init__()
+        self._make_next = make_next
+
+    def result(self, timeout: float | None = None) -> Any:
+        while not self.done() and self._make_next():
+            pass
+        return super().result(timeout)
 
 
 def _num_cores() -> int:
