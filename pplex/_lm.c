@@ -19,7 +19,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 16, AHEAD = 16 * LANES };  /* AHEAD: words to prefetch */
+enum { LANES = 16, AHEAD = 16 * LANES, FAR = 512 };  /* words to prefetch */
 enum { FLOAT32 = 32, BFLOAT16 = 16 };  /* `bits` of what is not quantized */
 
 /* Packed: words of block b, input by input, LANES outputs beside each other. A word
@@ -73,104 +73,8 @@ typedef struct {
 
 static long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* ---- Random numbers: those of mx.random.uniform, value by value ---- */
-
-static uint32_t turn(uint32_t x, int by) { return x << by | x >> (32 - by); }
-
-/* Threefry with two words and twenty rounds. */
-static void threefry(const uint32_t key[2], uint32_t *a, uint32_t *b) {
-  static const int turns[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
-  uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA};
-  uint32_t x = *a + keys[0], y = *b + keys[1];
-  for (uint32_t i = 0; i < 5; i++) {
-    for (int j = 0; j < 4; j++) {
-      x += y;
-      y = turn(y, turns[i % 2][j]) ^ x;
-    }
-    x += keys[(i + 1) % 3];
-    y += keys[(i + 2) % 3] + i + 1;
-  }
-  *a = x;
-  *b = y;
-}
-
-/* Value idx of uniform(shape=(width,), key=key). */
-static float uniform(const uint32_t key[2], uint32_t idx, uint32_t width) {
-  uint32_t half = width / 2, odd = width % 2, a, b;
-  int second = idx >= half + odd;
-  if (second) {
-    a = idx - half - odd;
-    b = idx;
-  } else {
-    a = idx;
-    b = idx < half ? idx + half + odd : 0;
-  }
-  threefry(key, &a, &b);
-  float u = (float)(second ? b : a) * 0x1p-32f;
-  return u < 1 - 0x1p-24f ? u : 1 - 0x1p-24f;
-}
-
-/* ---- Choice ---- */
-
-static int32_t largest(const float *x, long n) {
-  int32_t best = 0;
-  for (long i = 1; i < n; i++)
-    if (x[i] > x[best]) best = (int32_t)i;
-  return best;
-}
-
-static uint32_t order(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-/* The k-th largest of n values: byte by byte from the highest. */
-static float kth_largest(const float *x, long n, long k) {
-  uint32_t prefix = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    uint32_t counts[256] = {0};
-    uint32_t mask = shift == 24 ? 0 : ~0u << (shift + 8);
-    for (long i = 0; i < n; i++) {
-      uint32_t value = order(x[i]);
-      if ((value & mask) == prefix) counts[value >> shift & 255]++;
-    }
-    int byte = 255;
-    while (byte > 0 && (long)counts[byte] < k) k -= counts[byte--];
-    prefix |= (uint32_t)byte << shift;
-  }
-  uint32_t bits = prefix >> 31 ? prefix & 0x7FFFFFFFu : ~prefix;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 static const float LEAST_UNIFORM = 0x1p-33f;  /* as in pplex/model/sampling.py */
 static const float MOST_GUMBEL = 17;  /* -log(-log(1 - 2^-24)) is 16.6 */
-
-/* The largest of logit / temp - log(noise) among the top_k, ties of the last included;
-   the noise of an id is value `first + id` of the row's. */
-static int32_t choose(const float *logits, long card, float temp, long top_k,
-                      const Row *row, uint32_t first, uint32_t width) {
-  int32_t best = largest(logits, card);
-  if (!(temp > 0)) return best;
-  float least = top_k < card ? kth_largest(logits, card, top_k) : -INFINITY;
-  float score = -INFINITY;
-  /* From the largest on, as most ids are then out of reach of any noise. */
-  for (long at = -1; at < card; at++) {
-    long id = at < 0 ? best : at;
-    if (!(logits[id] >= least)) continue;
-    float scaled = logits[id] / temp;
-    if (scaled + MOST_GUMBEL < score) continue;
-    float u = uniform(row->key, first + (uint32_t)id, width);
-    float found = scaled - logf(-logf(u > LEAST_UNIFORM ? u : LEAST_UNIFORM));
-    if (found > score || (found == score && id < best)) {
-      score = found;
-      best = (int32_t)id;
-    }
-  }
-  return best;
-}
 
 /* ---- Quantized values ---- */
 
@@ -273,8 +177,9 @@ typedef struct Product {
   long ldy;
 } Product;
 
-/* Below this many bytes of weights, or of a batch's work that takes as long, waking
-   another thread is not worth it. BLOCKS_EACH blocks are taken at a time. */
+/* Below this many bytes of weights waking another thread is not worth it; nor is it in a
+   batch, where the codec keeps the other cores busy. BLOCKS_EACH blocks are taken at a
+   time. */
 enum { SHARED_BYTES = 1 << 20, BLOCKS_EACH = 8, MAX_THREADS = 16 };
 
 static struct {
@@ -349,8 +254,7 @@ static void start_threads(void) {
 static void run_product(const Product *product) {
   const Matrix *w = product->w;
   long bytes = (long)w->rows * w->columns / 8 * w->bits;
-  int shared = bytes * (3 + product->rows) / 4 >= SHARED_BYTES &&
-               pthread_mutex_trylock(&pool.busy) == 0;
+  int shared = bytes >= SHARED_BYTES && pthread_mutex_trylock(&pool.busy) == 0;
   if (shared && pool.threads == 0) start_threads();
   if (!shared || pool.threads < 0) {
     product->part(product, 0, blocks_of(w));

@@ -12,8 +12,10 @@ enum { NAME(WIDTH) = VECTOR_BYTES / 4, NAME(PARTS) = LANES / NAME(WIDTH) };
 #define PARTS NAME(PARTS)
 #define vec NAME(vec)
 #define ints NAME(ints)
+#define uints NAME(uints)
 typedef float vec __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef uint32_t uints __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(4)));
 typedef vec NAME(loose) __attribute__((aligned(4)));
 typedef ints NAME(loose_ints) __attribute__((aligned(4)));
 
@@ -321,11 +323,14 @@ TARGET static void NAME(attend)(long head_dim, long first, long filled, const fl
     vec even[PARTS] = {{0}}, odd[PARTS] = {{0}};
     const float *block = keys + slot * head_dim;
     long d = 0;
-    for (; d + 2 <= head_dim; d += 2)
+    for (; d + 2 <= head_dim; d += 2) {
+      __builtin_prefetch(block + d * LANES + FAR);
+      __builtin_prefetch(block + (d + 1) * LANES + FAR);
       for (int v = 0; v < PARTS; v++) {
         even[v] += q[d] * NAME(load)(block + d * LANES + v * WIDTH);
         odd[v] += q[d + 1] * NAME(load)(block + (d + 1) * LANES + v * WIDTH);
       }
+    }
     for (int v = 0; v < PARTS; v++) {
       if (d < head_dim) even[v] += q[d] * NAME(load)(block + d * LANES + v * WIDTH);
       NAME(store)(weights + slot + v * WIDTH, (even[v] + odd[v]) * scale);
@@ -348,9 +353,12 @@ TARGET static void NAME(attend)(long head_dim, long first, long filled, const fl
     vec out[AT_ONCE] = {{0}};
     long left = head_dim - d;
     if (width - d >= AT_ONCE * WIDTH)
-      for (long slot = first; slot < filled; slot++)
+      for (long slot = first; slot < filled; slot++) {
+        const float *value = values + slot * width + d;
+        for (int v = 0; v < AT_ONCE; v += PARTS) __builtin_prefetch(value + v * WIDTH + FAR);
         for (int v = 0; v < AT_ONCE; v++)
-          out[v] += weights[slot] * NAME(load)(values + slot * width + d + v * WIDTH);
+          out[v] += weights[slot] * NAME(load)(value + v * WIDTH);
+      }
     else
       for (int v = 0; v * WIDTH < width - d; v++)
         for (long slot = first; slot < filled; slot++)
@@ -429,6 +437,114 @@ TARGET static void NAME(read)(const Model *m, long num_rows, const Row *rows,
   }
 }
 
+/* ---- Choice ---- */
+
+/* Bits of the values from `first` on of mx.random.uniform(shape=(width,), key=key):
+   Threefry of two uints, which are those of a value in each half, and twenty rounds. */
+INLINE uints NAME(random_bits)(const uint32_t key[2], uint32_t first, uint32_t width) {
+  static const uint32_t lanes[LANES] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                        8, 9, 10, 11, 12, 13, 14, 15};
+  static const int turns[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA};
+  uint32_t half = width / 2, start = half + width % 2; /* of the second half */
+  uints idx = *(const uints *)lanes + first;
+  uints second = (uints)(idx >= start);
+  uints x = idx - (second & start) + keys[0];
+  uints y = (second & idx) | (~second & (uints)(idx < half) & (idx + start));
+  y += keys[1];
+  _Pragma("GCC unroll 5") for (uint32_t i = 0; i < 5; i++) {
+    _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
+      int by = turns[i % 2][j];
+      x += y;
+      y = (y << by | y >> (32 - by)) ^ x;
+    }
+    x += keys[(i + 1) % 3];
+    y += keys[(i + 2) % 3] + i + 1;
+  }
+  return (second & y) | (~second & x);
+}
+
+TARGET static int32_t NAME(largest)(const float *x, long n) {
+  float most = x[0];
+  long i = 0;
+  if (n >= WIDTH) {
+    vec highest = NAME(load)(x);
+    for (i = WIDTH; i + WIDTH <= n; i += WIDTH) {
+      vec values = NAME(load)(x + i);
+      ints higher = values > highest;
+      highest = (vec)(((ints)values & higher) | ((ints)highest & ~higher));
+    }
+    for (int lane = 0; lane < WIDTH; lane++)
+      if (highest[lane] > most) most = highest[lane];
+  }
+  for (; i < n; i++)
+    if (x[i] > most) most = x[i];
+  for (i = 0; i < n && x[i] != most;) i++;
+  return i < n ? (int32_t)i : 0;
+}
+
+/* The float at place `order` of all floats, the least first. */
+INLINE float NAME(at_order)(uint32_t order) {
+  uint32_t bits = order >> 31 ? order & 0x7FFFFFFFu : ~order;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+/* A bound that the k largest of n values reach, and with them those that are equal to
+   the last: found bit by bit, from the highest. */
+TARGET static float NAME(least_of)(const float *x, long n, long k) {
+  uint32_t order = 0;
+  for (int bit = 31; bit >= 0; bit--) {
+    uint32_t tried = order | 1u << bit;
+    float least = NAME(at_order)(tried);
+    ints counts = {0};
+    long i = 0, count = 0;
+    for (; i + WIDTH <= n; i += WIDTH) counts -= NAME(load)(x + i) >= least;
+    for (; i < n; i++) count += x[i] >= least;
+    for (int lane = 0; lane < WIDTH; lane++) count += counts[lane];
+    if (count >= k) order = tried;
+    if (count == k) break;
+  }
+  return order ? NAME(at_order)(order) : -INFINITY;
+}
+
+/* The largest of logit / temp - log(noise) among the top_k, ties of the last included;
+   the noise of an id is value `first + id` of the row's. */
+TARGET static int32_t NAME(choose)(const float *logits, long card, float temp, long top_k,
+                                   const Row *row, uint32_t first, uint32_t width) {
+  int32_t best = NAME(largest)(logits, card);
+  if (!(temp > 0)) return best;
+  float least = top_k < card ? NAME(least_of)(logits, card, top_k) : -INFINITY;
+  float score = -INFINITY;
+  int32_t chosen = best;
+  /* From the largest's vector on, as most ids are then out of reach of any noise. */
+  for (long at = -WIDTH; at < card; at += WIDTH) {
+    long start = at < 0 ? best / WIDTH * WIDTH : at;
+    long end = start + WIDTH < card ? start + WIDTH : card;
+    uint32_t bits[WIDTH];
+    int drawn = 0;
+    for (long id = start; id < end; id++) {
+      if (!(logits[id] >= least)) continue;
+      float scaled = logits[id] / temp;
+      if (scaled + MOST_GUMBEL < score) continue;
+      if (!drawn) {
+        uints noise = NAME(random_bits)(row->key, first + (uint32_t)start, width);
+        memcpy(bits, &noise, sizeof bits);
+        drawn = 1;
+      }
+      float u = (float)bits[id - start] * 0x1p-32f;
+      u = u < 1 - 0x1p-24f ? u : 1 - 0x1p-24f;
+      float found = scaled - logf(-logf(u > LEAST_UNIFORM ? u : LEAST_UNIFORM));
+      if (found > score || (found == score && id < chosen)) {
+        score = found;
+        chosen = (int32_t)id;
+      }
+    }
+  }
+  return chosen;
+}
+
 TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num_rows,
                               const Row *rows, const int32_t *columns,
                               const int32_t *given, int32_t *agent, float *logits_out, float *scratch) {
@@ -473,7 +589,7 @@ TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num
   NAME(product)(&m->text_linear, num_rows, hidden, w.dim, text, w.text);
   for (long r = 0; r < num_rows; r++) {
     const float *logits = text + r * w.text;
-    int32_t id = choose(logits, m->text_card, sampling->text_temp, sampling->text_top_k,
+    int32_t id = NAME(choose)(logits, m->text_card, sampling->text_temp, sampling->text_top_k,
                         rows + r, 0, (uint32_t)sampling->noise_width);
     int forced = given && given[r * num_agent] != -2;
     agent[r * num_agent] = forced ? given[r * num_agent] : id;
@@ -517,7 +633,7 @@ TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num
       const float *logits = audio + r * w.audio;
       long at = r * num_agent + 1 + s;
       uint32_t first = (uint32_t)(sampling->text_noise + s * m->card);
-      int32_t id = choose(logits, m->card, sampling->temp, sampling->top_k, rows + r,
+      int32_t id = NAME(choose)(logits, m->card, sampling->temp, sampling->top_k, rows + r,
                           first, (uint32_t)sampling->noise_width);
       agent[at] = given && given[at] != -2 ? given[at] : id;
       if (logits_out)
@@ -531,3 +647,4 @@ TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num
 #undef PARTS
 #undef vec
 #undef ints
+#undef uints

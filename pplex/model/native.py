@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -175,6 +176,7 @@ class NativeCache:
 
 _BLOCK = 128  # positions whose angles are made at once
 _POSITIONS = 128  # read at once: what they need in memory is bounded
+_KEPT_ROWS = 16  # whose memory is kept from frame to frame
 
 
 def _angles_of(position: int, width: int, max_period: float) -> tuple[int, int]:
@@ -201,6 +203,7 @@ class NativeLm:
         self.config = config
         self._library = library
         self._held: list[np.ndarray | ctypes.Array] = []
+        self._kept = threading.local()
         self.matrix_bytes = 0  # of packed matrices, each of which every step reads
         steps = depformer.steps[: config.num_codebooks]
         # The reference's ring has `dep_q` slots and hides the oldest when full.
@@ -332,8 +335,7 @@ class NativeLm:
         shape = (num_rows, config.num_agent_streams)
         given = None if given is None else _whole(given, shape)
         agent = np.empty(shape, np.int32)
-        size = self._library.pplex_lm_scratch(self._model, num_rows)
-        scratch = np.empty(size, np.float32)
+        scratch = self._scratch(num_rows)
         known = self._library.pplex_lm_step(
             self._model,
             sampling,
@@ -348,6 +350,16 @@ class NativeLm:
         if not known:
             raise ValueError("a token is beyond the end of its embedding table")
         return agent
+
+    def _scratch(self, num_rows: int) -> np.ndarray:
+        """Memory for a frame, this thread's own; kept if it is that of a few rows."""
+        size = self._library.pplex_lm_scratch(self._model, num_rows)
+        scratch = getattr(self._kept, "scratch", None)
+        if scratch is None or len(scratch) < size:
+            scratch = np.empty(size, np.float32)
+            if num_rows <= _KEPT_ROWS:
+                self._kept.scratch = scratch
+        return scratch
 
     def _array(self, kind: type, items: Sequence) -> ctypes.Array:
         array = (kind * len(items))(*items)
