@@ -12,7 +12,13 @@ from small import converse, speech
 import pplex.conversation.many as many
 from pplex.checkpoint.weights import load_mimi
 from pplex.codec.codec import MlxCodec
-from pplex.conversation.many import Item, auto_batch_size, converse_many
+from pplex.config import LmConfig
+from pplex.conversation.many import (
+    Item,
+    auto_batch_size,
+    converse_many,
+    rows_on_cpu,
+)
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import make_role
 from pplex.layers.cache import GROWTH, KvCache, SlotCache, scaled_attention
@@ -138,11 +144,24 @@ def test_batch_size_follows_the_number_of_recordings(small_model):
     assert 1 <= auto_batch_size(small_model, 400, 10_000) < 10_000
 
 
-def attend_as_the_kernel(qkv, ring, prompts, rows, place, window, max_period):
+def test_a_batch_keeps_to_what_a_cache_holds_unless_weights_take_more():
+    small = dataclasses.replace(LmConfig(), num_layers=5, dim=256)
+    assert rows_on_cpu(small, 100, 8e6) == 16
+    assert rows_on_cpu(small, 600, 8e6) == 8  # of 10 240 bytes a frame
+    assert rows_on_cpu(small, 2000, 8e6) == 4
+    assert rows_on_cpu(LmConfig(), 1000, 8e6) == 4
+    assert rows_on_cpu(LmConfig(), 1000, 8e9) == 7  # of 1 MB a frame
+    assert rows_on_cpu(LmConfig(), 1000, 32e9) == 16
+
+
+def attend_as_the_kernel(qkv, ring, prompts, rows, tiles, slot, window, max_period):
     """What ``attend_rows`` is said to do, a position at a time."""
     heads = qkv.shape[1] // 3
-    slot, slots, prompt_slots = place.tolist()
-    assert slots == ring[0].shape[2] and prompt_slots == prompts[0].shape[2]
+    in_tiles = [
+        (row, number) for number, *some in tiles.tolist() for row in some if row >= 0
+    ]
+    numbers = enumerate(rows[:, 3].tolist())
+    assert sorted(in_tiles) == [(row, n) for row, n in numbers if rows[row, 1] > 0]
     outputs = []
     for row, (count, in_prompt, first_kept, prompt) in enumerate(rows.tolist()):
         rotated = rotate(qkv[row : row + 1, : 2 * heads], max_period, count)
