@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -117,14 +118,24 @@ class MlxCodec:
             order[first : first + GROUP_ROWS]
             for first in range(0, len(order), GROUP_ROWS)
         ]
-        # All are under way before the first is waited for.
-        under_way = [self._begin([recordings[i] for i in g], run) for g in groups]
         results: list[np.ndarray] = [np.empty(0)] * len(recordings)
-        for group, parts in zip(groups, under_way, strict=True):
-            arrays = [np.array(part) for part in parts]
+
+        def finish(group: list[int], parts: list[mx.array]) -> None:
+            arrays = [np.asarray(part) for part in parts]
             for row, idx in enumerate(group):
                 whole = np.concatenate([array[row] for array in arrays])
                 results[idx] = whole[: len(recordings[idx])]
+
+        # One group is computed while another is copied: more at a time would only take
+        # more memory, and new memory is slow.
+        under_way: deque[tuple[list[int], list[mx.array]]] = deque()
+        for group in groups:
+            begun = self._begin([recordings[idx] for idx in group], run)
+            under_way.append((group, begun))
+            if len(under_way) > 1:
+                finish(*under_way.popleft())
+        for group, begun in under_way:
+            finish(group, begun)
         return results
 
     def _begin(

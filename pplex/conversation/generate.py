@@ -20,6 +20,7 @@ from pplex.layers.cache import RowCaches
 from pplex.layers.device import on_cpu
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.frame_kernel import FrameCache, frame_kernel
+from pplex.model.frame_rows import choose_column, serves
 from pplex.model.lm import Lm
 from pplex.model.native import NativeCache, native_lm
 from pplex.model.sampling import Sampler, SamplingConfig, noise_key, noise_keys
@@ -64,12 +65,23 @@ def generate(
         mx.async_eval(column, state.column)
         ready, waiting = (waiting, column) if ahead else (column, None)
         if ready is not None:
-            tokens = np.array(ready)
-            yield Step(tokens, time.perf_counter() - start)
+            yield _step(ready, start)
     if waiting is not None:
-        start = time.perf_counter()
-        tokens = np.array(waiting)
-        yield Step(tokens, time.perf_counter() - start)
+        yield _step(waiting, time.perf_counter())
+
+
+def _step(column: mx.array, start: float) -> Step:
+    tokens = np.array(column)
+    return Step(tokens, time.perf_counter() - start)
+
+
+def _for_the_host(lm: Lm, column: mx.array) -> mx.array:
+    """The agent's part of a column, an array of its own.
+
+    On CUDA what the host has read stays slow for a GPU to write to, and MLX gives it
+    to whoever asks for that size next: so it is not to be a column's.
+    """
+    return mx.contiguous(column[:, : lm.config.num_agent_streams])
 
 
 def make_sampler(config: LmConfig, sampling: SamplingConfig) -> Sampler:
@@ -77,13 +89,17 @@ def make_sampler(config: LmConfig, sampling: SamplingConfig) -> Sampler:
     return Sampler(sampling, config.text_card, config.card, config.num_codebooks)
 
 
-# From the temporal transformer's output (rows, dim), the noise's keys and what is given
-# (each only where there is any) to the agent's column (rows, agent streams).
+# From the temporal transformer's output (rows, dim), the user's tokens, the noise's
+# keys and what is given (only where there is any) to the next column (rows, streams).
 Frame = Callable[[mx.array, dict[str, mx.array]], mx.array]
 
 
 def make_frame(lm: Lm, sampler: Sampler) -> Frame:
     """All of a frame after the temporal transformer; compiled on a GPU."""
+
+    def by_kernels(x: mx.array, inputs: dict[str, mx.array]) -> mx.array:
+        keys, given = inputs.get("keys"), inputs.get("given")
+        return choose_column(lm, x, inputs["user"], keys, given, sampler)
 
     def frame(x: mx.array, inputs: dict[str, mx.array]) -> mx.array:
         noise = sampler.noise(inputs["keys"]) if "keys" in inputs else None
@@ -98,8 +114,11 @@ def make_frame(lm: Lm, sampler: Sampler) -> Frame:
             lambda logits, idx: sampler.audio(logits, noise, idx),
             None if given is None else given[:, 1:],
         )
-        return mx.concatenate([text[:, None], codes], axis=1).astype(mx.int32)
+        parts = [text[:, None].astype(mx.int32), codes.astype(mx.int32)]
+        return mx.concatenate([*parts, inputs["user"]], axis=1)
 
+    if serves(lm):
+        return mx.compile(by_kernels)
     return frame if on_cpu() else mx.compile(frame)
 
 
@@ -108,16 +127,13 @@ def step(
 ) -> mx.array:
     """Advance ``state`` by one frame; the agent's column (rows, agent streams)."""
     x = lm.temporal(lm.embed(state.column[..., None]), state.cache)
-    inputs = {}
+    inputs = {"user": user_column}
     if sampler.draws:
         inputs["keys"] = noise_keys(state.seeds, state.frames)
     if state.pending is not None:
         inputs["given"] = state.pending
-    column = frame(x[:, 0], inputs)
-    state.column = mx.concatenate([column, user_column], axis=1)
-    state.pending = None
-    state.frames = [number + 1 for number in state.frames]
-    return column
+    state.advance(frame(x[:, 0], inputs))
+    return _for_the_host(lm, state.column)
 
 
 def kernel_step(
@@ -132,11 +148,9 @@ def kernel_step(
     assert kernel is not None
     given = None if state.pending is None else state.pending[0]
     key = noise_key(state.seeds[0], state.frames[0])
-    column = kernel(state.column[0], cache, sampler, key, given)[None]
-    state.column = mx.concatenate([column, user_column], axis=1)
-    state.pending = None
-    state.frames = [state.frames[0] + 1]
-    return column
+    tokens, user = state.column[0], user_column[0]
+    state.advance(kernel(tokens, user, cache, sampler, key, given)[None])
+    return _for_the_host(lm, state.column)
 
 
 def _native_caches(state: LmState) -> list[NativeCache]:
@@ -157,7 +171,5 @@ def native_step(
     assert native is not None
     keys = list(map(noise_key, state.seeds, state.frames))
     column = native.step(caches, state.column, state.pending, sampler, keys)
-    state.column = np.concatenate([column, np.asarray(user_column)], axis=1)
-    state.pending = None
-    state.frames = [number + 1 for number in state.frames]
+    state.advance(np.concatenate([column, np.asarray(user_column)], axis=1))
     return column

@@ -120,6 +120,11 @@ class LmState:
     seeds: list[int]
     frames: list[int]
 
+    def advance(self, column: mx.array | np.ndarray) -> None:
+        """Take ``column`` as the next input: every row has had a frame more."""
+        self.column, self.pending = column, None
+        self.frames = [number + 1 for number in self.frames]
+
 
 @dataclass(frozen=True)
 class Prefilled:

@@ -136,8 +136,11 @@ class _Run:
         unknown = any(known[t.key] is None for t in good)
         window = self._model.config.lm.window
         frames = window if unknown else int(longest * rate) + 1
+        total = sum(int(self._seconds[t.key] * rate) + 1 for t in good)
+        total = len(good) * frames if unknown else total
+        size = Size(self._batch.batch_size, frames, len(good), total)
         start = time.perf_counter()
-        engine = self._engine(Size(self._batch.batch_size, frames, len(good)))
+        engine = self._engine(size)
         self._summary.load_s = time.perf_counter() - start
         start = time.perf_counter()
         try:

@@ -116,7 +116,7 @@ def _step_ms(
     column = mx.repeat(mx.array(prefilled.prompt.columns[None, :, -1:]), rows, axis=0)
     sampler = make_sampler(model.config.lm, sampling)
     frame = make_frame(lm, sampler)
-    inputs = {}
+    inputs = {"user": mx.zeros((rows, model.config.lm.num_codebooks), mx.int32)}
     if sampler.draws:
         inputs["keys"] = noise_keys(list(range(rows)), [0] * rows)
     x = lm.temporal(lm.embed(column), cache)

@@ -61,17 +61,24 @@ class Failure:
 class Size:
     """How large a batch is wanted: ``rows`` or, for None, what fits.
 
-    ``max_frames`` is the longest recording's, ``count`` how many there are.
+    ``max_frames`` is the longest recording's, ``count`` how many there are, and
+    ``total_frames`` what they have together.
     """
 
     rows: int | None
     max_frames: int
     count: int
+    total_frames: int
 
     @property
     def many(self) -> bool:
         """Whether several recordings will be answered at a time."""
         return self.count > 1 and self.rows != 1
+
+    @property
+    def busy_rows(self) -> int:
+        """The most rows that are of use: more would be done before the longest is."""
+        return max(1, min(self.count, -(-self.total_frames // self.max_frames)))
 
 
 def load_for(
@@ -119,7 +126,7 @@ class Decoder:
         """How many recordings are answered at a time; chosen once, from memory."""
         if self.batch_size is None:
             frames = self._size.max_frames + PROMPT_FRAMES
-            rows = auto_batch_size(self._model, frames, self._size.count)
+            rows = auto_batch_size(self._model, frames, self._size.busy_rows)
             self.batch_size = max(1, rows)
             self._note(f"batch size {self.batch_size}")
         return self.batch_size

@@ -122,7 +122,8 @@ def _output_bytes(task: Task, seconds: float, model: Description) -> float:
 def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     lm, local = model.config.lm, model.local
     frames = min(lm.window, int(found.longest_s * model.config.frame_rate) + 1)
-    size = Size(batch.batch_size, frames, found.todo)
+    total = int(found.audio_s * model.config.frame_rate)
+    size = Size(batch.batch_size, frames, found.todo, total)
     dense = choose_for(local, batch.compute, lm, many=size.many).dense
     found.weights_gb = loaded_gb(local, lm, dense=dense)
     found.row_gb = 2 * lm.num_layers * lm.dim * frames * (4 if on_cpu() else 2) / 1e9
@@ -132,7 +133,7 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     fitting = (0.85 * found.memory_gb - found.weights_gb) / max(found.row_gb, 1e-9) / 2
     most = MAX_ROWS_CPU if on_cpu() else MAX_ROWS_GPU
     rows = batch.batch_size or max(1, min(most, int(fitting)))
-    found.batch_size = min(rows, found.todo)
+    found.batch_size = min(rows, found.todo if batch.batch_size else size.busy_rows)
 
 
 def _system_memory_gb() -> float:

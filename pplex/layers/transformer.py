@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pplex.layers.cache import Cache
-from pplex.layers.cuda.rows import add_norm_rows, use_cuda
+from pplex.layers.cuda.compiler import use_cuda
+from pplex.layers.cuda.rows import MOST_DIM, add_norm_rows, swiglu_rows
 
 RMS_NORM_EPS = 1e-8
 LAYER_NORM_EPS = 1e-5
@@ -33,10 +34,15 @@ class RmsNorm(nn.Module):
 
 def add_norm(norm: RmsNorm, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
     """``x + y`` and its normalisation."""
-    if use_cuda() and x.dtype == mx.bfloat16:
+    if _by_kernels(x) and x.shape[-1] <= MOST_DIM:
         return add_norm_rows(x, y, norm.weight.astype(mx.float32))
     x = x + y
     return x, norm(x)
+
+
+def _by_kernels(x: mx.array) -> bool:
+    """Whether there are CUDA kernels for ``x``."""
+    return use_cuda() and x.dtype == mx.bfloat16 and x.shape[-1] % 16 == 0
 
 
 class Attention(nn.Module):
@@ -70,7 +76,10 @@ class Gating(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map ``x`` (..., dim) to the same shape."""
-        gate, value = mx.split(self.linear_in(x), 2, axis=-1)
+        x = self.linear_in(x)
+        if _by_kernels(x):
+            return self.linear_out(swiglu_rows(x))
+        gate, value = mx.split(x, 2, axis=-1)
         return self.linear_out(nn.silu(gate) * value)
 
 

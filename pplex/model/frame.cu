@@ -25,13 +25,13 @@ struct Matrix {
   }
   __device__ float value(size_t row, int k) const {
     size_t at = row * K + k;
-    if (BITS == 16) return __bfloat162float(((const bf16*)words)[at]);
+    if (BITS == 16) return to_float(((const bf16*)words)[at]);
     unsigned q = (unsigned char)words[at * BITS / 8];
     if (BITS == 4) q = (q >> (4 * (k & 1))) & 15;
     size_t group = row * (K / GROUP) + k / GROUP;
-    float w = fmaf(__bfloat162float(scales[group]), (float)q,
-                   __bfloat162float(biases[group]));
-    return __bfloat162float(__float2bfloat16(w));
+    float w = fmaf(to_float(scales[group]), (float)q,
+                   to_float(biases[group]));
+    return to_float(to_bf16(w));
   }
 };
 
@@ -128,8 +128,8 @@ struct Tile {
         s[u][r] = b[u][r] = 0;
         if (M::BITS < 16 && inside) {
           size_t group = at * (M::K / M::GROUP) + k / M::GROUP;
-          s[u][r] = __bfloat162float(__ldg(m.scales + group));
-          b[u][r] = __bfloat162float(__ldg(m.biases + group));
+          s[u][r] = low(__ldg(&m.scales[group].bits));
+          b[u][r] = low(__ldg(&m.biases[group].bits));
         }
       }
     }
@@ -248,17 +248,23 @@ __device__ Product<M, R, Row> product(M m, int items, Row row) {
 
 __device__ inline float4 load4(const float* p) { return __ldcg((const float4*)p); }
 
+// Where the new position goes: see FrameCache.place.
+struct Place {
+  int position, slot, visible, capacity;
+};
+
 // Attention of one new position over a ring; its keys and values are written there.
 //
 // A head is shared by SPLITS blocks, the last of which puts their parts together.
 __device__ void attend(Shared& sh, const float* qkv, bf16* keys, bf16* values,
-                       const float* frequencies, int position, int slot, int visible,
-                       int capacity, float* parts, unsigned* arrived, float* y) {
+                       const float* frequencies, Place where, float* parts,
+                       unsigned* arrived, float* y) {
   int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, t = threadIdx.x;
   if (head >= HEADS) return;
   constexpr int PAIRS = HEAD_DIM / 2;
-  bf16* k = keys + (size_t)head * capacity * HEAD_DIM;
-  bf16* v = values + (size_t)head * capacity * HEAD_DIM;
+  int slot = where.slot, visible = where.visible;
+  bf16* k = keys + (size_t)head * where.capacity * HEAD_DIM;
+  bf16* v = values + (size_t)head * where.capacity * HEAD_DIM;
   int from = (long long)visible * split / SPLITS;
   int to = (long long)visible * (split + 1) / SPLITS;
   bool mine = slot >= from && slot < to;
@@ -266,11 +272,11 @@ __device__ void attend(Shared& sh, const float* qkv, bf16* keys, bf16* values,
     int pair = t % PAIRS, key = t / PAIRS;
     const float* p = qkv + key * DIM + head * HEAD_DIM + 2 * pair;
     float re = __ldcg(p), im = __ldcg(p + 1), sine, cosine;
-    sincosf((float)position * frequencies[pair], &sine, &cosine);
+    sincosf((float)where.position * frequencies[pair], &sine, &cosine);
     float a = re * cosine - im * sine, b = re * sine + im * cosine;
     if (key) {
-      bf16 a16 = __float2bfloat16(a), b16 = __float2bfloat16(b);
-      a = __bfloat162float(a16), b = __bfloat162float(b16);
+      bf16 a16 = to_bf16(a), b16 = to_bf16(b);
+      a = to_float(a16), b = to_float(b16);
       if (mine) {
         k[(size_t)slot * HEAD_DIM + 2 * pair] = a16;
         k[(size_t)slot * HEAD_DIM + 2 * pair + 1] = b16;
@@ -283,8 +289,8 @@ __device__ void attend(Shared& sh, const float* qkv, bf16* keys, bf16* values,
     sh.head[key * HEAD_DIM + 2 * pair + 1] = b;
   } else if (t < 2 * PAIRS + HEAD_DIM) {
     int d = t - 2 * PAIRS;
-    bf16 value = __float2bfloat16(__ldcg(qkv + 2 * DIM + head * HEAD_DIM + d));
-    sh.head[2 * HEAD_DIM + d] = __bfloat162float(value);
+    bf16 value = to_bf16(__ldcg(qkv + 2 * DIM + head * HEAD_DIM + d));
+    sh.head[2 * HEAD_DIM + d] = to_float(value);
     if (mine) v[(size_t)slot * HEAD_DIM + d] = value;
   }
   __syncthreads();
@@ -293,7 +299,7 @@ __device__ void attend(Shared& sh, const float* qkv, bf16* keys, bf16* values,
   int lane = t % 32, part = lane % LANES, row = t / 32 * ROWS + lane / LANES;
   float q[8];
   for (int i = 0; i < 8; i++) q[i] = sh.head[part * 8 + i];
-  float most = -INFINITY;
+  float most = LOWEST;
   for (int first = from; first < to; first += WARPS * ROWS) {
     int j = first + row;
     float dot = 0;
@@ -353,7 +359,7 @@ __device__ void attend(Shared& sh, const float* qkv, bf16* keys, bf16* values,
   if (!sh.last || t >= HEAD_DIM) return;
   __threadfence();
   const float* all = parts + (size_t)head * SPLITS * (HEAD_DIM + 2);
-  float m = -INFINITY, total = 0, weight = 0;
+  float m = LOWEST, total = 0, weight = 0;
   for (int i = 0; i < SPLITS; i++) m = fmaxf(m, __ldcg(all + i * (HEAD_DIM + 2) + HEAD_DIM));
   for (int i = 0; i < SPLITS; i++) {
     const float* p = all + i * (HEAD_DIM + 2);
@@ -373,7 +379,7 @@ __device__ void attend_steps(Shared& sh, const float* qkv, int step, int first,
   int lane = threadIdx.x % 32;
   for (int head = threadIdx.x / 32; head < DEP_HEADS; head += WARPS) {
     const float* base = qkv + head * DEP_HEAD_DIM;
-    float q[D], acc[D], most = -INFINITY, sum = 0;
+    float q[D], acc[D], most = LOWEST, sum = 0;
     for (int i = 0; i < D; i++) {
       int d = i * 32 + lane;
       q[i] = d < DEP_HEAD_DIM
@@ -440,14 +446,18 @@ struct Weights {
   const float *norm1, *norm2, *out_norm, *dep_norm1, *dep_norm2, *frequencies;
 };
 
-// `place` is position, slot, visible positions, capacity of the ring, and the two words
-// of the noise's key; `sampling` is temperature and k of text, then of audio, how many
-// random numbers are text's, and how many there are; `given` and `column` are text, then
-// codes.
-__device__ void frame(const Weights& w, const int* tokens, const int* given,
-                      const int* place, const float* sampling,
-                      bf16* keys, bf16* values, int* column, float* work) {
-  extern __shared__ char memory[];
+// How ids are drawn; of the frame's `noise_width` random numbers, `text_noise` are text's.
+struct Sampling {
+  uint2 key;
+  float text_temperature, temperature;
+  int text_top_k, top_k, text_noise, noise_width;
+};
+
+// `given` is text, then codes; `column` is that, then the user's codes as they came.
+__device__ void frame(const Weights& w, const int* tokens, const int* user,
+                      const int* given, Place where, Sampling sampling, bf16* keys,
+                      bf16* values, int* column, float* work) {
+  extern __shared__ __align__(16) char memory[];
   Shared& sh = *(Shared*)memory;
   unsigned* counters = (unsigned*)work;
   Grid grid{counters};
@@ -463,9 +473,9 @@ __device__ void frame(const Weights& w, const int* tokens, const int* given,
   float* dep_qkv = work + WORK_DEP_QKV;
   float* dep_hidden = work + WORK_DEP_HIDDEN;
   float* dep_logits = work + WORK_DEP_LOGITS;
-  int position = place[0], slot = place[1], visible = place[2], capacity = place[3];
-  Noise noise{make_uint2(place[4], place[5]), 0, (unsigned)sampling[5]};
+  Noise noise{sampling.key, 0, (unsigned)sampling.noise_width};
   int t = threadIdx.x, lane = t % 32, everyone = blockIdx.x * THREADS + t;
+  if (everyone < N_Q - STEPS) column[1 + STEPS + everyone] = user[everyone];
 
   for (int d = everyone; d < DIM; d += gridDim.x * THREADS) {
     float sum = 0;
@@ -475,12 +485,12 @@ __device__ void frame(const Weights& w, const int* tokens, const int* given,
       float value = id < 0        ? 0
                     : stream == 0 ? w.text_emb.value(id, d)
                                   : w.audio_emb.value((i * (CARD + 1)) + id, d);
-      sum = i ? __bfloat162float(__float2bfloat16(sum + value)) : value;
+      sum = i ? to_float(to_bf16(sum + value)) : value;
     }
     x[d] = sum;
   }
 
-  size_t ring = (size_t)HEADS * capacity * HEAD_DIM;
+  size_t ring = (size_t)HEADS * where.capacity * HEAD_DIM;
 #pragma unroll 1
   for (int l = 0; l < LAYERS; l++) {
     auto pairs = [](int item, int r) { return 2 * item + r; };
@@ -493,8 +503,8 @@ __device__ void frame(const Weights& w, const int* tokens, const int* given,
       });
     }
     grid.sync();
-    attend(sh, qkv, keys + l * ring, values + l * ring, w.frequencies, position, slot,
-           visible, capacity, parts, arrived + l * HEADS, y);
+    attend(sh, qkv, keys + l * ring, values + l * ring, w.frequencies, where, parts,
+           arrived + l * HEADS, y);
     {
       auto p = product<2>(w.out.part((size_t)l * DIM), DIM / 2, pairs);
       grid.sync();
@@ -537,8 +547,9 @@ __device__ void frame(const Weights& w, const int* tokens, const int* given,
     });
   }
   grid.sync();
-  int token = choose(sh, logits, TEXT_CARD, noise, sampling[0], (int)sampling[1]);
-  noise.first = (unsigned)sampling[4];
+  int token = choose(sh, [=](int i) { return __ldcg(logits + i); }, TEXT_CARD, noise,
+                     sampling.text_temperature, sampling.text_top_k);
+  noise.first = sampling.text_noise;
   if (given[0] != NOT_FORCED) token = given[0];
   if (everyone == 0) column[0] = token;
 
@@ -613,8 +624,9 @@ __device__ void frame(const Weights& w, const int* tokens, const int* given,
       if (lane == 0) dep_logits[s * CARD + item] = v[0];
     });
     grid.sync();
-    token = choose(sh, dep_logits + s * CARD, CARD, noise, sampling[2],
-                   (int)sampling[3]);
+    const float* found = dep_logits + s * CARD;
+    token = choose(sh, [=](int i) { return __ldcg(found + i); }, CARD, noise,
+                   sampling.temperature, sampling.top_k);
     noise.first += CARD;
     if (given[1 + s] != NOT_FORCED) token = given[1 + s];
     if (everyone == 0) column[1 + s] = token;

@@ -18,7 +18,13 @@ import numpy as np
 
 from pplex.config import LmConfig
 from pplex.layers.cache import GROWTH, KvCache
-from pplex.layers.cuda.rows import read_source, use_cuda
+from pplex.layers.cuda.compiler import (
+    Kernel,
+    compile_cuda,
+    read_source,
+    use_cuda,
+    with_constants,
+)
 from pplex.layers.rotary import frequencies
 from pplex.model.depformer import NOT_FORCED, DepformerLayer
 from pplex.model.lm import Lm
@@ -27,7 +33,6 @@ from pplex.model.sampling import Sampler
 THREADS = 512
 NAME = "pplex_frame"
 MAX_SPLITS = 8
-MIN_CAPABILITY = 8
 OTHER_FLOATS = 8192  # more than all else in `Shared` of frame.cu
 
 # The kernel's matrices: the modules each is made of, a stack where there are many, and
@@ -103,31 +108,31 @@ class FrameKernel:
     def __init__(self, lm: Lm) -> None:
         self.config = lm.config
         self._nothing = mx.full(lm.config.num_agent_streams, NOT_FORCED, mx.int32)
-        self._samplers: dict[Sampler, mx.array] = {}
         self._blocks = _num_multiprocessors()
         self._splits = max(1, min(MAX_SPLITS, self._blocks // lm.config.num_heads))
-        constants, names, calls = [], [], []
+        forms, parameters, fields = [], [], []
         self._arrays: list[mx.array] = []
 
         def add(name: str, array: mx.array) -> None:
-            names.append(name)
+            kind = {mx.bfloat16: "bf16", mx.float32: "float"}.get(array.dtype, "void")
+            parameters.append(f"const {kind}* {name}")
             self._arrays.append(array)
 
         widths = {}
         for name, (modules, width) in MATRICES.items():
             parts, bits, group = _stack(modules(lm))
-            constants.append(f"#define {name.upper()} {bits}, {group}")
+            forms.append(f"#define {name.upper()} {bits}, {group}")
             widths[name] = bits, width
-            fields = [name, f"{name}_s", f"{name}_b"][: len(parts)]
-            for field, part in zip(fields, parts, strict=True):
+            given = [name, f"{name}_s", f"{name}_b"][: len(parts)]
+            for field, part in zip(given, parts, strict=True):
                 add(field, part)
-            calls.append(f"{{{', '.join(fields + ['nullptr'] * (3 - len(fields)))}}}")
+            fields.append(f"{{{', '.join(given + ['nullptr'] * (3 - len(given)))}}}")
         for name, modules in NORMS.items():
             add(name, mx.concatenate([m.weight for m in modules(lm)]))
-            calls.append(name)
+            fields.append(name)
         head_dim = lm.config.dim // lm.config.num_heads
         add("frequencies", mx.array(frequencies(head_dim, lm.config.max_period)))
-        calls.append("frequencies")
+        fields.append("frequencies")
         mx.eval(self._arrays)
 
         sizes = _sizes(lm.config, self._splits)
@@ -138,78 +143,58 @@ class FrameKernel:
         self.offsets, self._work = _workspace(sizes)
         sizes |= {"LONGEST": longest, "THREADS": THREADS, **self.offsets}
         floats = longest + longest // 8 + sizes["MAX_SCORES"] + OTHER_FLOATS
-        self._kernel = mx.fast.cuda_kernel(
-            name=NAME,
-            input_names=[*names, "tokens", "given", "place", "sampling"]
-            + ["keys", "values"],
-            output_names=["column", "work"],
-            header=_header(sizes, constants),
-            source=_source(calls),
-            shared_memory=4 * floats,
-        )
+        entry = _entry(parameters, fields)
+        texts = read_source("common.cu"), read_source("frame.cu", "pplex.model")
+        code = compile_cuda(with_constants(sizes, *forms, *texts, entry))
+        self._kernel = Kernel(NAME, code, THREADS, 4 * floats)
 
     def __call__(
         self,
         tokens: mx.array,
+        user: mx.array,
         cache: FrameCache,
         sampler: Sampler,
         key: tuple[int, int],
         given: mx.array | None,
     ) -> mx.array:
-        """The agent's column (agent streams,) after ``tokens`` (streams,).
+        """The column (streams,) after ``tokens`` (streams,).
 
-        ``key`` is the noise's; ``given`` (agent streams,) holds ids to take instead,
-        ``NOT_FORCED`` elsewhere. The cache moves on by a position.
+        ``user`` (codebooks,) are the user's tokens in it; ``key`` is the noise's;
+        ``given`` (agent streams,) holds ids to take instead, ``NOT_FORCED`` elsewhere.
+        The cache moves on by a position.
         """
-        return self.run(tokens, cache, sampler, key, given)[0]
+        return self.run(tokens, user, cache, sampler, key, given)[0]
 
     def run(
         self,
         tokens: mx.array,
+        user: mx.array,
         cache: FrameCache,
         sampler: Sampler,
         key: tuple[int, int],
         given: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
         """The column, and the kernel's workspace, laid out as ``offsets`` says."""
-        place = np.array([*cache.place(), *key], np.uint32).view(np.int32)
+        config = sampler.config
+        place = cache.place()
+        given = self._nothing if given is None else given
         column, work = self._kernel(
-            inputs=[
-                *self._arrays,
-                tokens,
-                self._nothing if given is None else given,
-                mx.array(place),
-                self._sampling(sampler),
-                cache.keys,
-                cache.values,
-            ],
-            grid=(self._blocks * THREADS, 1, 1),
-            threadgroup=(THREADS, 1, 1),
-            output_shapes=[(self.config.num_agent_streams,), (self._work,)],
-            output_dtypes=[mx.int32, mx.float32],
+            [*self._arrays, tokens, user, given, cache.keys, cache.values],
+            [((self.config.num_streams,), mx.int32), ((self._work,), mx.float32)],
+            [*place, *np.array(key, np.uint32).view(np.int32).tolist()]
+            + [float(config.text_temp), float(config.temp)]
+            + [sampler.text_top_k, sampler.top_k]
+            + [sampler.text_noise, sampler.noise_width],
+            blocks=(self._blocks, 1),
             init_value=0,
         )
         cache.end += 1
         return column, work
 
-    def _sampling(self, sampler: Sampler) -> mx.array:
-        if sampler not in self._samplers:
-            config = sampler.config
-            drawn = sampler.text_noise, sampler.noise_width
-            self._samplers = {  # one is in use at a time
-                sampler: mx.array(
-                    [config.text_temp, sampler.text_top_k, config.temp, sampler.top_k]
-                    + [*drawn],
-                    mx.float32,
-                )
-            }
-        return self._samplers[sampler]
-
 
 def supports(lm: Lm) -> bool:
     """Whether the kernel can run ``lm`` on this device: how its matrices are stored."""
-    # bfloat16 and 100 KB of shared memory came with capability 8.
-    if not use_cuda() or _capability() < MIN_CAPABILITY:
+    if not use_cuda():
         return False
     config = lm.config
     widths = {"DIM": config.dim, "HIDDEN": config.hidden_dim}
@@ -303,31 +288,28 @@ def _workspace(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def _header(sizes: dict[str, int], constants: list[str]) -> str:
-    lines = [f"constexpr int {name} = {value};" for name, value in sizes.items()]
-    texts = [read_source("common.cu"), read_source("frame.cu", "pplex.model")]
-    # MLX writes the kernel's first line and knows no launch bounds.
-    bounded = f"__launch_bounds__({THREADS}, 1) custom_kernel_{NAME}"
-    bounds = f"#define custom_kernel_{NAME} {bounded}"
-    space = "namespace pplex {\n", "\n}  // namespace pplex\n"
-    return "\n".join([*constants, space[0], *lines, *texts, space[1], bounds, ""])
-
-
-def _source(calls: list[str]) -> str:
-    weights = ", ".join(calls)
+def _entry(parameters: list[str], fields: list[str]) -> str:
+    """The kernel's own text: it gathers its parameters into structures."""
+    parameters = [
+        *parameters,
+        *("const int* tokens", "const int* user", "const int* given"),
+        *("bf16* keys", "bf16* values", "int* column", "float* work"),
+        *(f"int {name}" for name in ("position", "slot", "visible", "capacity")),
+        *("unsigned key", "unsigned frame_number"),
+        *("float text_temperature", "float temperature"),
+        *(f"int {name}" for name in ("text_top_k", "top_k")),
+        *(f"int {name}" for name in ("text_noise", "noise_width")),
+    ]
     return (
-        f"\n#undef custom_kernel_{NAME}\n"
-        f"  pplex::Weights weights{{{weights}}};\n"
-        "  pplex::frame(weights, tokens, given, place, sampling,\n"
-        "               const_cast<__nv_bfloat16*>(keys),\n"
-        "               const_cast<__nv_bfloat16*>(values), column, work);\n"
+        f'extern "C" __global__ __launch_bounds__({THREADS}, 1)\n'
+        f"void {NAME}({', '.join(parameters)}) {{\n"
+        f"  Weights weights{{{', '.join(fields)}}};\n"
+        "  Place place{position, slot, visible, capacity};\n"
+        "  Sampling sampling{make_uint2(key, frame_number), text_temperature,\n"
+        "    temperature, text_top_k, top_k, text_noise, noise_width};\n"
+        "  frame(weights, tokens, user, given, place, sampling, keys, values,\n"
+        "    column, work);\n}\n"
     )
-
-
-def _capability() -> int:
-    """Major number of the GPU's compute capability."""
-    info = mx.device_info(mx.default_device())
-    return int(info.get("compute_capability_major", 0))
 
 
 def _num_multiprocessors() -> int:

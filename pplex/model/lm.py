@@ -12,6 +12,8 @@ import mlx.nn as nn
 
 from pplex.config import LmConfig
 from pplex.layers.cache import KvCache
+from pplex.layers.cuda.compiler import use_cuda
+from pplex.layers.cuda.rows import embed_column
 from pplex.layers.embedding import embed
 from pplex.layers.transformer import (
     Joint,
@@ -65,7 +67,12 @@ class Lm(nn.Module):
         Audio rows are added in order and the text row last, rounding after each sum, as
         saved voice prompts were made.
         """
-        config = self.config
+        config, tables = self.config, (self.text_emb, self.audio_emb)
+        if use_cuda() and all(_is_bfloat16(table) for table in tables):
+            b, streams, t = tokens.shape
+            columns = tokens.swapaxes(1, 2).reshape(b * t, streams)
+            x = embed_column(columns, *(table.weight for table in tables))
+            return x.reshape(b, t, config.dim)
         first_rows = mx.arange(config.n_q) * (config.card + 1)
         rows = embed(self.audio_emb, tokens[:, 1:], first_rows[:, None])
         total = rows[:, 0]
@@ -82,3 +89,7 @@ class Lm(nn.Module):
         """Normalised output and text logits of temporal output ``x`` (..., dim)."""
         hidden = self.out_norm(x)
         return hidden, self.text_linear(hidden)
+
+
+def _is_bfloat16(table: nn.Module) -> bool:
+    return type(table) is nn.Embedding and table.weight.dtype == mx.bfloat16

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from pplex.layers.cuda.rows import choose_rows, use_cuda
-
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -64,10 +62,7 @@ class Sampler:
         """Exponential noise (rows, values) for a frame, from ``noise_keys``.
 
         A value for each text id, then for each id of each codebook, where it is drawn.
-        On CUDA it is the keys themselves: the kernel makes the few values it needs.
         """
-        if use_cuda():
-            return keys
 
         def row(key: mx.array) -> mx.array:
             return mx.random.uniform(shape=(self.noise_width,), key=key)
@@ -78,22 +73,16 @@ class Sampler:
         """Text ids (batch,) from logits (batch, text_card)."""
         if not self.text_noise or noise is None:
             return mx.argmax(logits, axis=-1)
-        return self._draw(logits, noise, 0, self.config.text_temp, self.text_top_k)
+        share = noise[:, : self.text_noise]
+        return draw(logits, self.config.text_temp, self.text_top_k, share)
 
     def audio(self, logits: mx.array, noise: mx.array | None, step: int) -> mx.array:
         """Audio ids (batch,) of depformer step ``step`` from logits (batch, card)."""
         if not self.audio_noise or noise is None:
             return mx.argmax(logits, axis=-1)
         start = self.text_noise + step * self.audio_noise
-        return self._draw(logits, noise, start, self.config.temp, self.top_k)
-
-    def _draw(
-        self, logits: mx.array, noise: mx.array, first: int, temp: float, top_k: int
-    ) -> mx.array:
-        if use_cuda():
-            return choose_rows(logits, noise, first, self.noise_width, temp, top_k)
-        share = noise[:, first : first + logits.shape[-1]]
-        return draw(logits, temp, top_k, share)
+        share = noise[:, start : start + self.audio_noise]
+        return draw(logits, self.config.temp, self.top_k, share)
 
 
 # In place of a uniform number of 0, which lies a bit below the others.

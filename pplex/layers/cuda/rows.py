@@ -1,29 +1,22 @@
-"""CUDA kernels for a batch of rows: attention over a shared ring, and sampling."""
+"""CUDA kernels for a batch of rows in bfloat16: what lies between matrix products."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from importlib import resources
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
 
+from pplex.layers.cuda.compiler import Kernel, compile_cuda, read_source, with_constants
 from pplex.layers.rotary import frequencies
 
-THREADS = 128
-NORM_THREADS = 256
-
-
-def use_cuda() -> bool:
-    """Whether MLX computes on a CUDA device."""
-    return mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
-
-
-def read_source(name: str, package: str = "pplex.layers.cuda") -> str:
-    """The text of a CUDA file of a package."""
-    return resources.files(package).joinpath(name).read_text()
-
+MOST_STEPS = 16  # of a depformer: attend_steps.cu
+MOST_DIM = 8192  # add_norm.cu
+TILE = 16  # rows that attend to their prompt together
+WIDTHS = 64, 128  # of heads, that attention knows
+_THREADS = 128
+_NORM_THREADS = 512
+_CHOICE_THREADS = 1024
 
 KeysValues = tuple[mx.array, mx.array]
 
@@ -33,7 +26,8 @@ def attend_rows(
     ring: KeysValues,
     prompts: KeysValues,
     rows: mx.array,
-    place: mx.array,
+    tiles: mx.array,
+    slot: int,
     window: int,
     max_period: float,
 ) -> mx.array:
@@ -41,23 +35,35 @@ def attend_rows(
 
     ``qkv`` (rows, 3 heads, 1, head_dim) is the new position's, ``ring`` (rows, heads,
     slots, head_dim) holds what came after the prompts and ``prompts`` (prompts, heads,
-    slots, head_dim) those, all in bfloat16. ``rows`` int32 (rows, 4): positions so far,
-    how many of them the prompt has, the first of them that is kept, the prompt's
-    number. ``place`` int32: the new position's slot, the slots of the ring and of a
-    prompt. No more than ``window`` positions are seen. The new position is written
-    **into** the ring, of which MLX knows nothing: what else touches those arrays must
-    be separated by ``mx.synchronize``.
+    slots, head_dim) those. ``rows`` int32 (rows, 4): positions so far, how many of them
+    the prompt has, the first of them that is kept, the prompt's number. ``tiles``
+    int32 (tiles, 1 + ``TILE``): a prompt's number and rows that have it, -1 for none.
+    No more than ``window`` positions are seen. The new position is written **into**
+    ``slot`` of the ring, of which MLX knows nothing: what else touches those arrays
+    must be separated by ``mx.synchronize``.
     """
     num_rows, three_heads, _, head_dim = qkv.shape
     heads = three_heads // 3
+    angles = _frequencies(head_dim, max_period)
+    (parts,) = _prompt_attention(head_dim, window)(
+        [qkv, *prompts, tiles, rows, angles],
+        [((num_rows, heads, head_dim + 2), mx.float32)],
+        [prompts[0].shape[2]],
+        blocks=(heads, len(tiles)),
+    )
     (y,) = _attention(head_dim, window)(
-        inputs=[qkv, *ring, *prompts, rows, _frequencies(head_dim, max_period), place],
-        grid=(heads * THREADS, num_rows, 1),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=[(num_rows, heads, 1, head_dim)],
-        output_dtypes=[mx.bfloat16],
+        [qkv, *ring, parts, rows, angles],
+        [((num_rows, heads, 1, head_dim), mx.bfloat16)],
+        [slot, ring[0].shape[2]],
+        blocks=(heads, num_rows),
     )
     return y
+
+
+@functools.cache
+def _prompt_attention(head_dim: int, window: int) -> Kernel:
+    sizes = {"THREADS": _THREADS, "HEAD_DIM": head_dim, "WINDOW": window}
+    return _kernel("attend_prompts", sizes)
 
 
 @functools.cache
@@ -66,94 +72,126 @@ def _frequencies(head_dim: int, max_period: float) -> mx.array:
 
 
 @functools.cache
-def _attention(head_dim: int, window: int) -> Callable[..., list[mx.array]]:
-    floats = 3 * head_dim + THREADS // 32 * head_dim + window + 512
-    return _kernel(
-        f"pplex_attend_{head_dim}_{window}",
-        {"THREADS": THREADS, "HEAD_DIM": head_dim, "WINDOW": window},
-        ["common.cu", "rows.cu"],
-        inputs=["qkv", "keys", "values", "prompt_keys", "prompt_values", "rows"]
-        + ["frequencies", "place"],
-        outputs=["y"],
-        call="pplex::Ring ring{const_cast<__nv_bfloat16*>(keys), "
-        "const_cast<__nv_bfloat16*>(values), place[1]}; "
-        "pplex::Prompts prompts{prompt_keys, prompt_values, place[2]}; "
-        "pplex::attend(qkv, ring, prompts, rows, frequencies, place[0], y);",
-        shared_memory=4 * floats,
-    )
+def _attention(head_dim: int, window: int) -> Kernel:
+    sizes = {"THREADS": _THREADS, "HEAD_DIM": head_dim, "WINDOW": window}
+    floats = 3 * head_dim + _THREADS // 32 * head_dim + window + 512
+    return _kernel("attend", sizes, shared_memory=4 * floats)
 
 
-def choose_rows(
-    logits: mx.array, keys: mx.array, first: int, width: int, temp: float, top_k: int
-) -> mx.array:
-    """Ids (rows,) drawn from ``logits`` (rows, card), as ``sampling.draw`` does.
+@dataclass(frozen=True)
+class Head:
+    """Which of a frame's ``heads`` chooses, and how: see ``sampling.py``.
 
-    ``keys`` (rows, 2) are those of each row's noise, of which this head takes the
-    values from ``first`` on out of ``width``.
+    Of the ``width`` random numbers of a row's frame it takes those from ``first`` on.
+    """
+
+    idx: int
+    heads: int
+    first: int
+    width: int
+    temp: float
+    top_k: int
+
+
+def choose_next(
+    head: Head,
+    logits: mx.array,
+    column: mx.array,
+    streams: int,
+    keys: mx.array | None,
+    given: mx.array | None,
+    table: tuple[mx.array, int] | None,
+) -> tuple[mx.array, mx.array]:
+    """Columns int32 (rows, streams) with the ids a head chose, and their embeddings.
+
+    From ``logits`` (rows, card) bfloat16 ids are drawn with the noise of ``keys``
+    (rows, 2), or the largest taken where there are none; ``given`` (rows, heads) holds
+    ids to take instead, ``NOT_FORCED`` elsewhere. ``column`` (rows, n) holds the last
+    n of the streams so far. Embeddings (rows, dim) are rows of ``table``: its weights,
+    and the row of id 0.
     """
     rows, card = logits.shape
-    threads = 1024 if card > 8192 else 512
-    (ids,) = _choice(threads)(
-        inputs=[
-            logits.astype(mx.float32),
-            keys,
-            _head(card, first, width, top_k, temp),
+    weights, first_row = table or (logits, 0)
+    dim = weights.shape[1] if table else 0
+    temp = 0.0 if keys is None else float(head.temp)
+    next_column, embedded = _choice()(
+        [
+            logits,
+            column if keys is None else keys,
+            column if given is None else given,
+            column,
+            weights,
         ],
-        grid=(threads, rows, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(rows,)],
-        output_dtypes=[mx.int32],
+        [((rows, streams), mx.int32), ((rows, max(dim, 1)), mx.bfloat16)],
+        [card, streams, column.shape[1], head.idx, head.heads, int(keys is not None)]
+        + [head.first, head.width, temp, head.top_k, int(given is not None)]
+        + [first_row, dim],
+        blocks=(1, rows),
     )
-    return ids
+    return next_column, embedded
 
 
 @functools.cache
-def _head(card: int, first: int, width: int, top_k: int, temp: float) -> mx.array:
-    return mx.array([card, first, width, top_k, temp], mx.float32)
+def _choice() -> Kernel:
+    return _kernel("choose_next", {"THREADS": _CHOICE_THREADS})
+
+
+def embed_column(column: mx.array, text: mx.array, audio: mx.array) -> mx.array:
+    """Summed rows (rows, 1, dim) of tokens (rows, streams), as ``Lm.embed`` sums them.
+
+    ``text`` (ids, dim) and ``audio`` (audio streams * ids, dim) are bfloat16 tables.
+    """
+    rows, streams = column.shape
+    dim = text.shape[1]
+    (x,) = _embedding()(
+        [column.astype(mx.int32), text, audio],
+        [((rows, 1, dim), mx.bfloat16)],
+        [streams, audio.shape[0] // (streams - 1), dim],
+        blocks=(-(-dim // (2 * _NORM_THREADS)), rows),
+    )
+    return x
 
 
 @functools.cache
-def _choice(threads: int) -> Callable[..., list[mx.array]]:
-    # What differs between heads is read, not compiled: compiling takes seconds.
-    return _kernel(
-        f"pplex_choose_{threads}",
-        {"THREADS": threads},
-        ["common.cu"],
-        inputs=["logits", "keys", "head"],
-        outputs=["ids"],
-        call="__shared__ pplex::Scratch sh; int row = blockIdx.y, card = head[0]; "
-        "pplex::Noise noise{make_uint2(keys[2 * row], keys[2 * row + 1]), "
-        "(unsigned)head[1], (unsigned)head[2]}; "
-        "int id = pplex::choose(sh, logits + (size_t)row * card, card, noise, head[4], "
-        "(int)head[3]); if (threadIdx.x == 0) ids[row] = id;",
-    )
+def _embedding() -> Kernel:
+    return _kernel("embed_column", {"THREADS": _NORM_THREADS})
 
 
 def add_norm_rows(
     x: mx.array, y: mx.array, weight: mx.array
 ) -> tuple[mx.array, mx.array]:
     """``x + y`` (..., dim) bfloat16, and its RMSNorm with ``weight`` (dim,) float32."""
-    dim = x.shape[-1]
+    dim = y.shape[-1]
     total, normed = _add_norm()(
-        inputs=[x, y, weight],
-        grid=(NORM_THREADS, x.size // dim, 1),
-        threadgroup=(NORM_THREADS, 1, 1),
-        output_shapes=[x.shape, x.shape],
-        output_dtypes=[mx.bfloat16, mx.bfloat16],
+        [x, y, weight],
+        [(y.shape, mx.bfloat16)] * 2,
+        [dim],
+        blocks=(1, y.size // dim),
     )
     return total, normed
 
 
 @functools.cache
-def _add_norm() -> Callable[..., list[mx.array]]:
-    return _kernel(
-        "pplex_add_norm",
-        {"THREADS": NORM_THREADS},
-        ["common.cu", "steps.cu"],
-        inputs=["x", "y", "weight"],
-        outputs=["sum", "normed"],
-        call="pplex::add_norm(x, y, weight, sum, normed, weight_shape[0]);",
+def _add_norm() -> Kernel:
+    return _kernel("add_norm", {"THREADS": _NORM_THREADS})
+
+
+def swiglu_rows(x: mx.array) -> mx.array:
+    """``silu(gate) * value`` (..., width) of ``x`` (..., 2 width), gate first."""
+    *batch, width = x.shape
+    width //= 2
+    (y,) = _swiglu()(
+        [x],
+        [((*batch, width), mx.bfloat16)],
+        [width],
+        blocks=(-(-width // (8 * _NORM_THREADS)), x.size // (2 * width)),
     )
+    return y
+
+
+@functools.cache
+def _swiglu() -> Kernel:
+    return _kernel("swiglu", {"THREADS": _NORM_THREADS})
 
 
 def attend_steps(
@@ -166,51 +204,21 @@ def attend_steps(
     """
     rows, layers, steps, width = past.shape
     dim = width // 3
-    (y,) = _step_attention(num_heads, dim // num_heads, steps)(
-        inputs=[qkv, past, mx.array([layer, layers, step, first], mx.int32)],
-        grid=(32 * num_heads, rows, 1),
-        threadgroup=(32 * num_heads, 1, 1),
-        output_shapes=[(rows, dim)],
-        output_dtypes=[mx.bfloat16],
+    (y,) = _step_attention(num_heads)(
+        [qkv, past],
+        [((rows, dim), mx.bfloat16)],
+        [layer, layers, step, steps, first, dim // num_heads],
+        blocks=(1, rows),
     )
     return y
 
 
 @functools.cache
-def _step_attention(
-    num_heads: int, head_dim: int, steps: int
-) -> Callable[..., list[mx.array]]:
-    return _kernel(
-        f"pplex_attend_steps_{num_heads}_{head_dim}_{steps}",
-        {"THREADS": 32 * num_heads},
-        ["common.cu", "steps.cu"],
-        inputs=["qkv", "past", "place"],
-        outputs=["y"],
-        call=f"size_t size = (size_t){3 * num_heads * head_dim * steps}; "
-        "__nv_bfloat16* kept = const_cast<__nv_bfloat16*>(past) + "
-        "(blockIdx.y * (size_t)place[1] + place[0]) * size; "
-        f"pplex::attend_steps(qkv, kept, y, place[2], place[3], {num_heads}, "
-        f"{head_dim});",
-    )
+def _step_attention(num_heads: int) -> Kernel:
+    return _kernel("attend_steps", {"THREADS": 32 * num_heads})
 
 
-def _kernel(
-    name: str,
-    sizes: dict[str, int],
-    files: list[str],
-    *,
-    inputs: list[str],
-    outputs: list[str],
-    call: str,
-    shared_memory: int = 0,
-) -> Any:
-    constants = [f"constexpr int {key} = {value};" for key, value in sizes.items()]
-    texts = [read_source(file) for file in files]
-    return mx.fast.cuda_kernel(
-        name=name,
-        input_names=inputs,
-        output_names=outputs,
-        header="\n".join(["namespace pplex {", *constants, *texts, "}", ""]),
-        source=f"\n  {call}\n",
-        shared_memory=shared_memory,
-    )
+def _kernel(name: str, sizes: dict[str, int], *, shared_memory: int = 0) -> Kernel:
+    texts = read_source("common.cu"), read_source(f"{name}.cu")
+    code = compile_cuda(with_constants(sizes, *texts))
+    return Kernel(name, code, sizes["THREADS"], shared_memory)

@@ -1,0 +1,129 @@
+"""CUDA sources of ours to kernels that MLX launches.
+
+They are compiled by NVRTC, which MLX itself needs, and include no header: reading those
+is what takes MLX's own kernels two seconds each to compile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import mlx.core as mx
+import numpy as np
+
+NVRTC = "libnvrtc.so.13", "libnvrtc.so.12"
+MIN_CAPABILITY = 8  # bfloat16, and 100 KB of shared memory
+
+
+@functools.cache
+def use_cuda() -> bool:
+    """Whether MLX computes on a CUDA device that can run these kernels."""
+    return (
+        mx.cuda.is_available()
+        and mx.default_device() == mx.Device(mx.gpu)
+        and capability()[0] >= MIN_CAPABILITY
+    )
+
+
+def capability() -> tuple[int, int]:
+    """The GPU's compute capability."""
+    info = mx.device_info(mx.Device(mx.gpu))
+    major, minor = (info[f"compute_capability_{name}"] for name in ("major", "minor"))
+    return int(major), int(minor)
+
+
+Output = tuple[tuple[int, ...], mx.Dtype]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel ``name`` with ``threads`` to a block."""
+
+    name: str
+    code: bytes
+    threads: int
+    shared_memory: int = 0
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        outputs: Sequence[Output],
+        scalars: Sequence[int | float],
+        blocks: tuple[int, int],
+        init_value: float | None = None,
+    ) -> list[mx.array]:
+        """The outputs; the kernel is given inputs, outputs, scalars in this order."""
+        return mx.fast.precompiled_cuda_kernel(
+            name=self.name,
+            compiled_source=self.code,
+            inputs=inputs,
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+            # MLX 0.32 refuses floats; a parameter takes the bits as they are.
+            scalars=[_bits(x) if isinstance(x, float) else x for x in scalars],
+            grid=(blocks[0] * self.threads, blocks[1], 1),
+            threadgroup=(self.threads, 1, 1),
+            shared_memory=self.shared_memory,
+            init_value=init_value,
+            ensure_row_contiguous=True,
+        )
+
+
+def _bits(x: float) -> int:
+    return int(np.float32(x).view(np.int32))
+
+
+def read_source(name: str, package: str = "pplex.layers.cuda") -> str:
+    """The text of a CUDA file of a package."""
+    return resources.files(package).joinpath(name).read_text()
+
+
+def with_constants(constants: dict[str, int], *sources: str) -> str:
+    """``sources`` one after the other, with integers that they know by name."""
+    lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
+    return "\n".join([*lines, *sources])
+
+
+def compile_cuda(source: str) -> bytes:
+    """Machine code of ``source`` for this GPU.
+
+    Raises RuntimeError with the compiler's words, which only a mistake in the source
+    or an installation of CUDA without NVRTC brings about.
+    """
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    major, minor = capability()
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+    texts = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), b"pplex.cu", 0, None, None
+    )
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), texts):
+            said = _bytes_of(nvrtc, "ProgramLog", program).decode(errors="replace")
+            raise RuntimeError(f"CUDA's compiler refuses a kernel: {said}")
+        return _bytes_of(nvrtc, "CUBIN", program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _bytes_of(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """The library that MLX has loaded, whichever of them it is."""
+    for name in NVRTC:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise RuntimeError(f"none of {', '.join(NVRTC)} can be loaded; MLX needs one too")
