@@ -29,6 +29,17 @@ INLINE lanes NAME(larger)(lanes a, lanes b) {
 #endif
 }
 
+INLINE lanes NAME(smaller)(lanes a, lanes b) {
+#if WIDTH == 16
+  return (lanes)_mm512_min_ps((__m512)a, (__m512)b);
+#elif WIDTH == 8
+  return (lanes)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  ints first = a < b;
+  return (lanes)(((ints)a & first) | ((ints)b & ~first));
+#endif
+}
+
 /* The first `count` lanes. */
 INLINE void NAME(store)(float *p, lanes x, long count) {
   if (count >= WIDTH) {
@@ -72,8 +83,7 @@ INLINE lanes NAME(exponential)(lanes x) {
 
 INLINE lanes NAME(elu)(lanes x) {
   lanes zero = {0};
-  lanes negative = -NAME(larger)(-x, zero);
-  return NAME(larger)(x, zero) + (NAME(exponential)(negative) - 1.0f);
+  return NAME(larger)(x, zero) + (NAME(exponential)(NAME(smaller)(x, zero)) - 1.0f);
 }
 
 /* x (1 + erf(x / sqrt 2)) / 2.
@@ -106,15 +116,17 @@ TARGET static void NAME(activate)(long activation, float *x, long count) {
   }
 }
 
-/* Add to the sums (ROWS, PANELS * 16) the products of `depth` values of rows of a with
-   as many rows of PANELS panels of b, in that order. */
+/* The sums (ROWS, PANELS * 16), or what they are if this is no start, and the products of
+   `depth` values of rows of a with as many rows of PANELS panels of b, in that order. */
 #define TILE(ROWS, PANELS)                                                           \
   TARGET static void NAME(tile_##ROWS##x##PANELS)(                                   \
-      long depth, const float *a, long lda, const float *b, long panel, float *sums) { \
-    lanes sum[ROWS][PANELS * UNITS];                                                 \
-    _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++)                          \
-        _Pragma("GCC unroll 16") for (int v = 0; v < PANELS * UNITS; v++)            \
-            sum[r][v] = NAME(load)(sums + r * MAX_PANELS * PANEL + v * WIDTH);       \
+      long depth, const float *a, long lda, const float *b, long panel, int start,   \
+      float *sums) {                                                                 \
+    lanes sum[ROWS][PANELS * UNITS] = {{{0}}};                                       \
+    if (!start)                                                                      \
+      _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++)                        \
+          _Pragma("GCC unroll 16") for (int v = 0; v < PANELS * UNITS; v++)          \
+              sum[r][v] = NAME(load)(sums + r * MAX_PANELS * PANEL + v * WIDTH);     \
     for (long i = 0; i < depth; i++) {                                               \
       lanes column[PANELS * UNITS];                                                  \
       _Pragma("GCC unroll 16") for (int v = 0; v < PANELS * UNITS; v++)              \
@@ -129,7 +141,8 @@ TARGET static void NAME(activate)(long activation, float *x, long count) {
             * (loose *)(sums + r * MAX_PANELS * PANEL + v * WIDTH) = sum[r][v];      \
   }
 
-typedef void (*NAME(tile))(long, const float *, long, const float *, long, float *);
+typedef void (*NAME(tile))(long, const float *, long, const float *, long, int,
+                           float *);
 
 /* By panels, then from the most rows to one: as many as there are registers for. */
 #if WIDTH == 16
@@ -166,21 +179,37 @@ TARGET static long NAME(panels_at_once)(long rows) {
   return WIDTH == 16 ? 4 : WIDTH == 8 && rows < 4 ? 2 : 1;
 }
 
-/* Finish the sums of some rows and `columns` columns; `at` is the first's place. */
-TARGET static void NAME(finished)(const finish *f, const float *sums, long rows,
-                                  long columns, const float *bias, long at, long n,
-                                  float *out) {
+/* Finish the sums of some rows and `columns` columns; `at` is the first's place. The
+   last three are constants. */
+INLINE void NAME(finish_as)(const finish *f, const float *sums, long rows, long columns,
+                            const float *bias, long at, long n, float *out, int adds,
+                            int keeps, long activation) {
   for (long r = 0; r < rows; r++, at += n, sums += MAX_PANELS * PANEL)
     for (long c = 0; c < columns; c += WIDTH) {
       lanes x = NAME(load)(sums + c);
       long count = columns - c;
       if (bias) x += NAME(load)(bias + c);
-      if (f->add) x += NAME(load)(f->add + at + c);
-      if (f->keep) NAME(store)(f->keep + at + c, x, count);
-      if (f->activation == ELU) x = NAME(elu)(x);
-      if (f->activation == GELU) x = NAME(gelu)(x);
+      if (adds) x += NAME(load)(f->add + at + c);
+      if (keeps) NAME(store)(f->keep + at + c, x, count);
+      if (activation == ELU) x = NAME(elu)(x);
+      if (activation == GELU) x = NAME(gelu)(x);
       NAME(store)(out + at + c, x, count);
     }
+}
+
+TARGET static void NAME(finished)(const finish *f, const float *sums, long rows,
+                                  long columns, const float *bias, long at, long n,
+                                  float *out) {
+#define FINISH(...) NAME(finish_as)(f, sums, rows, columns, bias, at, n, out, __VA_ARGS__)
+  if (f->activation == ELU && f->add && !f->keep)
+    FINISH(1, 0, ELU);
+  else if (f->activation == ELU && f->keep && !f->add)
+    FINISH(0, 1, ELU);
+  else if (f->activation == ELU && !f->keep)
+    FINISH(0, 0, ELU);
+  else
+    FINISH(f->add != 0, f->keep != 0, f->activation);
+#undef FINISH
 }
 
 /* out (rows, n) = a (rows, k), whose rows start `lda` apart, times a matrix. */
@@ -197,13 +226,12 @@ TARGET static void NAME(product)(const matrix *m, long rows, const float *a, lon
     long columns = m->n - column < wide * PANEL ? m->n - column : wide * PANEL;
     for (long first = 0, high; first < rows; first += high) {
       high = rows - first < MAX_ROWS ? rows - first : MAX_ROWS;
-      memset(sums, 0, high * MAX_PANELS * PANEL * sizeof *sums);
       for (long k = 0; k < m->k; k += MAX_DEPTH) {
         long depth = m->k - k < MAX_DEPTH ? m->k - k : MAX_DEPTH;
         for (long r = 0, step = 0; r < high; r += heights[step]) {
           while (heights[step] > high - r) step++;
           tiles[step](depth, a + (first + r) * lda + k, lda,
-                      m->weight + p * size + k * PANEL, size,
+                      m->weight + p * size + k * PANEL, size, k == 0,
                       sums + r * MAX_PANELS * PANEL);
         }
       }
