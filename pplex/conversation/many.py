@@ -187,13 +187,13 @@ class _Rows:
         What a row computes is the same bits as if it were alone.
         """
         stay = [i for i, row in enumerate(self._seated) if row and not row.all_asked]
-        seated = [self._seated[i] for i in stay]
-        states = [_row_of(self.state, i) for i in stay]
-        while len(seated) < self._batch_size and (row := self._next_row()):
-            seated.append(row)
-            states.append(row.start(self._model.config.lm))
-        if seated != self._seated:
-            self._seated = seated
+        come: list[_Row | GroupedRow] = []
+        while len(stay) + len(come) < self._batch_size and (row := self._next_row()):
+            come.append(row)
+        if come or len(stay) < len(self._seated):
+            states = [_row_of(self.state, i) for i in stay]
+            states += [row.start(self._model.config.lm) for row in come]
+            self._seated = [self._seated[i] for i in stay] + come
             _join(self.state, states)
 
     def _change_seats(self) -> None:

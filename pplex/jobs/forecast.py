@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from pplex.conversation.many import MAX_ROWS_CPU, MAX_ROWS_GPU
+from pplex.conversation.many import MAX_ROWS_GPU, rows_on_cpu
 from pplex.errors import PplexError
 from pplex.jobs.compute import choose_for, loaded_gb
-from pplex.jobs.decoding import Size
+from pplex.jobs.decoding import PROMPT_FRAMES, Size
 from pplex.jobs.describe import Description
 from pplex.jobs.manifest import DONE, Manifest
 from pplex.jobs.prepare import Batch, check_outputs_free, choose, make_workload
@@ -131,7 +131,9 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     total = info.get("total_memory") or info.get("memory_size") or 0
     found.memory_gb = float(total) / 1e9 or _system_memory_gb()
     fitting = (0.85 * found.memory_gb - found.weights_gb) / max(found.row_gb, 1e-9) / 2
-    most = MAX_ROWS_CPU if on_cpu() else MAX_ROWS_GPU
+    most = MAX_ROWS_GPU
+    if on_cpu():
+        most = rows_on_cpu(lm, frames + PROMPT_FRAMES, found.weights_gb * 1e9)
     rows = batch.batch_size or max(1, min(most, int(fitting)))
     found.batch_size = min(rows, found.todo if batch.batch_size else size.busy_rows)
 

@@ -140,7 +140,7 @@ class NativeCache:
     def copy(self) -> NativeCache:
         """A cache with the same contents that can go its own way."""
         other = copy.copy(self)
-        other._keys, other._values = self._keys.copy(), self._values.copy()
+        other._hold(self._keys.copy(), self._values.copy())
         return other
 
     def arrays(self) -> list[np.ndarray]:
@@ -153,7 +153,7 @@ class NativeCache:
         if last > self._slots and self._slots < self.window:
             self._grow(last)
         for position, row in enumerate(rows, self.end):
-            row.keys, row.values = self._keys.ctypes.data, self._values.ctypes.data
+            row.keys, row.values = self._places
             row.slots, row.end = self._slots, position
             row.cosines, row.sines = _angles_of(
                 position, self._head_dim, self._max_period
@@ -171,7 +171,12 @@ class NativeCache:
         if self._slots:
             keys[:, :, : self._keys.shape[2]] = self._keys
             values[:, :, : self._slots] = self._values
-        self._keys, self._values, self._slots = keys, values, size
+        self._slots = size
+        self._hold(keys, values)
+
+    def _hold(self, keys: np.ndarray, values: np.ndarray) -> None:
+        self._keys, self._values = keys, values
+        self._places = keys.ctypes.data, values.ctypes.data
 
 
 _BLOCK = 128  # positions whose angles are made at once
@@ -182,16 +187,18 @@ _KEPT_ROWS = 16  # whose memory is kept from frame to frame
 def _angles_of(position: int, width: int, max_period: float) -> tuple[int, int]:
     """Where the cosines and the sines of a position lie."""
     block, idx = divmod(position, _BLOCK)
-    cosines, sines = _block_angles(block, width, max_period)
+    _, cosines, sines = _block_angles(block, width, max_period)
     start = idx * (width // 2) * 4
-    return cosines.ctypes.data + start, sines.ctypes.data + start
+    return cosines + start, sines + start
 
 
 @functools.lru_cache(maxsize=512)
 def _block_angles(
     block: int, width: int, max_period: float
-) -> tuple[np.ndarray, np.ndarray]:
-    return angles(block * _BLOCK, _BLOCK, width, max_period)
+) -> tuple[tuple[np.ndarray, np.ndarray], int, int]:
+    """Arrays of cosines and sines, and where they lie."""
+    both = cosines, sines = angles(block * _BLOCK, _BLOCK, width, max_period)
+    return both, cosines.ctypes.data, sines.ctypes.data
 
 
 class NativeLm:
