@@ -19,9 +19,9 @@ def library(name: str, *headers: str) -> Extension:
 
 
 libraries = [
-    library("_blas", "_rows.h"),
-    library("_lm", "_lm.h"),
-    library("_codec", "_codec.h"),
+    library("_blas", "_rows.h", "_each_cpu.h"),
+    library("_lm", "_lm.h", "_each_cpu.h"),
+    library("_codec", "_codec.h", "_each_cpu.h"),
     library("_quantize"),
 ]
 

@@ -19,27 +19,8 @@ enum { ROW_MAJOR = 101, NO_TRANS = 111, MAX_ROWS = 16 };
 typedef void (*few_rows)(long, long, long, const float *, long, const float *, long,
                          float *, long);
 
-#define NAME(x) x##_base
-#define TARGET
-#define VECTOR_BYTES 16
-#include "_rows.h"
-#undef NAME
-#undef TARGET
-#undef VECTOR_BYTES
-
-#ifdef __x86_64__
-#define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define VECTOR_BYTES 32
-#include "_rows.h"
-#undef NAME
-#undef TARGET
-#undef VECTOR_BYTES
-#define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx2,fma")))
-#define VECTOR_BYTES 64
-#include "_rows.h"
-#endif
+#define SOURCE "_rows.h"
+#include "_each_cpu.h"
 
 static sgemm64 gemm;
 static few_rows product = product_base, product_transposed = product_transposed_base;
@@ -47,21 +28,12 @@ static few_rows product = product_base, product_transposed = product_transposed_
 /* Choose the instruction set for a few rows: the best there is up to `level`; which it
    is: 0 any, 1 AVX2, 2 AVX-512. */
 int pplex_blas_use(int level) {
-#ifdef __x86_64__
-  if (level >= 2 && __builtin_cpu_supports("avx512f")) {
-    product = product_avx512;
-    product_transposed = product_transposed_avx512;
-    return 2;
-  }
-  if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    product = product_avx2;
-    product_transposed = product_transposed_avx2;
-    return 1;
-  }
-#endif
-  product = product_base;
-  product_transposed = product_transposed_base;
-  return 0;
+  static const few_rows products[] = OF_EACH_CPU(product);
+  static const few_rows transposed[] = OF_EACH_CPU(product_transposed);
+  int set = best_set(level);
+  product = products[set];
+  product_transposed = transposed[set];
+  return set;
 }
 
 void pplex_set_blas(sgemm64 theirs) {

@@ -109,44 +109,17 @@ typedef struct {
   void (*activate)(long, float *, long);
 } engine;
 
-#define NAME(x) x##_base
-#define TARGET
-#define WIDTH 4
-#include "_codec.h"
-#undef NAME
-#undef TARGET
-#undef WIDTH
+#define SOURCE "_codec.h"
+#include "_each_cpu.h"
 
-#ifdef __x86_64__
-#define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define WIDTH 8
-#include "_codec.h"
-#undef NAME
-#undef TARGET
-#undef WIDTH
-#define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx2,fma")))
-#define WIDTH 16
-#include "_codec.h"
-#endif
-
-static engine in_use;
+static const engine *in_use;
 
 /* Choose the instruction set: the best there is up to `level`; which it is. */
 int pplex_codec_use(int level) {
-  in_use = engine_base;
-#ifdef __x86_64__
-  if (level >= 2 && __builtin_cpu_supports("avx512f")) {
-    in_use = engine_avx512;
-    return 2;
-  }
-  if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    in_use = engine_avx2;
-    return 1;
-  }
-#endif
-  return 0;
+  static const engine *const engines[] = OF_EACH_CPU(&engine);
+  int set = best_set(level);
+  in_use = engines[set];
+  return set;
 }
 
 /* Numbers too small for float32's full precision take a hundred times as long and are
@@ -174,7 +147,7 @@ void pplex_codec_encode(const direction *d, float *state, long position,
                         const float *pcm, long frames, float *latents,
                         float *memory) {
   unsigned before = flush();
-  in_use.encode(d, state, position, pcm, frames, latents, memory);
+  in_use->encode(d, state, position, pcm, frames, latents, memory);
   restore(before);
 }
 
@@ -183,7 +156,7 @@ void pplex_codec_encode(const direction *d, float *state, long position,
 void pplex_codec_quantize(const quantizer *q, const float *latents, long frames,
                           int32_t *codes, float *memory) {
   unsigned before = flush();
-  in_use.quantize(q, latents, frames, codes, memory);
+  in_use->quantize(q, latents, frames, codes, memory);
   restore(before);
 }
 
@@ -191,7 +164,7 @@ void pplex_codec_quantize(const quantizer *q, const float *latents, long frames,
 void pplex_codec_dequantize(const quantizer *q, const int32_t *codes, long frames,
                             float *latents, float *memory) {
   unsigned before = flush();
-  in_use.dequantize(q, codes, frames, latents, memory);
+  in_use->dequantize(q, codes, frames, latents, memory);
   restore(before);
 }
 
@@ -200,13 +173,13 @@ void pplex_codec_decode(const direction *d, float *state, long position,
                         const float *latents, long frames, float *pcm,
                         float *memory) {
   unsigned before = flush();
-  in_use.decode(d, state, position, latents, frames, pcm, memory);
+  in_use->decode(d, state, position, latents, frames, pcm, memory);
   restore(before);
 }
 
 /* An activation of `count` values, in place. */
 void pplex_codec_activate(long activation, float *x, long count) {
   unsigned before = flush();
-  in_use.activate(activation, x, count);
+  in_use->activate(activation, x, count);
   restore(before);
 }

@@ -1,9 +1,6 @@
-/* The codec's computations, for one instruction set. Included once for each by
-   _codec.c.
+/* The codec's computations, for one instruction set: see _each_cpu.h. */
 
-   NAME(x) gives a name its suffix, TARGET is a function's attribute, WIDTH how many
-   floats a vector has. */
-
+#define WIDTH (VECTOR_BYTES / 4) /* floats of a vector */
 #define lanes NAME(lanes)
 #define loose NAME(loose)
 #define ints NAME(ints)
@@ -480,3 +477,4 @@ static const engine NAME(engine) = {NAME(encode), NAME(quantize), NAME(dequantiz
 #undef ints
 #undef UNITS
 #undef INLINE
+#undef WIDTH

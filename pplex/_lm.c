@@ -274,27 +274,17 @@ static void run_product(const Product *product) {
   if (shared) pthread_mutex_unlock(&pool.busy);
 }
 
-#define NAME(x) x##_base
-#define TARGET
-#define VECTOR_BYTES 16
-#include "_lm.h"
-#undef NAME
-#undef TARGET
-#undef VECTOR_BYTES
+#define SOURCE "_lm.h"
+#include "_each_cpu.h"
 
-#ifdef __x86_64__
-#define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define VECTOR_BYTES 32
-#include "_lm.h"
-#undef NAME
-#undef TARGET
-#undef VECTOR_BYTES
-#define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
-#define VECTOR_BYTES 64
-#include "_lm.h"
-#endif
+static int level = 2;
+
+/* Choose the instruction set: the best there is up to `at_most`; which it is: 0 any,
+   1 AVX2, 2 AVX-512. */
+int pplex_lm_use(int at_most) {
+  level = at_most;
+  return best_set(level);
+}
 
 /* Whether all ids of a frame have rows in the tables. */
 static int ids_are_known(const Model *m, long num_rows, const int32_t *columns,
@@ -308,23 +298,6 @@ static int ids_are_known(const Model *m, long num_rows, const int32_t *columns,
   return 1;
 }
 
-typedef struct {
-  void (*step)(const Model *, const Sampling *, long, const Row *, const int32_t *,
-               const int32_t *, int32_t *, float *, float *);
-  void (*read)(const Model *, long, const Row *, const float *, float *);
-} Functions;
-
-static Functions chosen(void) {
-#ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    return (Functions){step_avx512, read_avx512};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return (Functions){step_avx2, read_avx2};
-#endif
-  return (Functions){step_base, read_base};
-}
-
 /* A frame for `num_rows` rows: from their columns of the grid (num_rows, streams) and
    what is given of the next (num_rows, 1 + steps; NULL: nothing; -2: not given) to the
    agent's (num_rows, 1 + steps). Each row's position is added to its keys and values;
@@ -335,7 +308,11 @@ int pplex_lm_step(const Model *model, const Sampling *sampling, long num_rows,
                   const Row *rows, const int32_t *columns, const int32_t *given,
                   int32_t *agent, float *logits, float *scratch) {
   if (!ids_are_known(model, num_rows, columns, given)) return 0;
-  chosen().step(model, sampling, num_rows, rows, columns, given, agent, logits, scratch);
+  static void (*const steps[])(const Model *, const Sampling *, long, const Row *,
+                               const int32_t *, const int32_t *, int32_t *, float *,
+                               float *) = OF_EACH_CPU(step);
+  steps[best_set(level)](model, sampling, num_rows, rows, columns, given, agent, logits,
+                         scratch);
   return 1;
 }
 
@@ -343,7 +320,9 @@ int pplex_lm_step(const Model *model, const Sampling *sampling, long num_rows,
    rows are as in pplex_lm_step. */
 void pplex_lm_read(const Model *model, long num_rows, const Row *rows,
                    const float *inputs, float *scratch) {
-  chosen().read(model, num_rows, rows, inputs, scratch);
+  static void (*const reads[])(const Model *, long, const Row *, const float *,
+                               float *) = OF_EACH_CPU(read);
+  reads[best_set(level)](model, num_rows, rows, inputs, scratch);
 }
 
 /* Floats that pplex_lm_read needs beside its arguments. */

@@ -1,7 +1,6 @@
-/* The language model's arithmetic, for one instruction set. Included once for each by
-   _lm.c. NAME(x) gives a name its suffix, TARGET is the functions' attribute, VECTOR_BYTES
-   the width of a vector; with 64 of them there are 32 registers, else 16 are counted on.
-   Sums are taken in the same order whatever the width. */
+/* The language model's arithmetic, for one instruction set: see _each_cpu.h. With vectors
+   of 64 bytes there are 32 registers, else 16 are counted on. Sums are taken in the same
+   order whatever the width. */
 
 #define INLINE TARGET static inline __attribute__((always_inline))
 

@@ -1,10 +1,7 @@
-/* Products of a few rows, for one instruction set. Included once for each by _blas.c.
-
-   NAME(x) gives a function its suffix, TARGET its attribute, VECTOR_BYTES is the width
-   of a vector that the instruction set has: a wider one would be taken apart through
-   memory. With 64 of them there are 32 registers, else 16 are counted on. Every output
-   is summed in an order that depends on k alone: a row's result is the same bits
-   whatever rows stand beside it. */
+/* Products of a few rows, for one instruction set: see _each_cpu.h. A vector wider than
+   the set has would be taken apart through memory. With vectors of 64 bytes there are 32
+   registers, else 16 are counted on. Every output is summed in an order that depends on
+   k alone: a row's result is the same bits whatever rows stand beside it. */
 
 enum { NAME(WIDTH) = VECTOR_BYTES / 4 };
 #define WIDTH NAME(WIDTH)

@@ -72,6 +72,16 @@ def lm(request) -> Lm:
     return make_lm(*request.param)
 
 
+@pytest.fixture(params=[0, 1, 2], ids=["any", "avx2", "avx512"])
+def instruction_set(request):
+    """One after the other, those that this machine has."""
+    library = load_library()
+    if library.pplex_lm_use(request.param) != request.param:
+        pytest.skip("not on this machine")
+    yield request.param
+    library.pplex_lm_use(2)
+
+
 @dataclass
 class Start:
     """Random positions of a model: their inputs, and the column after them."""
@@ -140,7 +150,7 @@ def test_logits_are_those_of_the_mlx_operations(lm, length):
         column = np.concatenate([agent, column[:, 1 + lm.config.num_codebooks :]], 1)
 
 
-def test_tokens_are_the_largest_logits_unless_they_are_given(lm):
+def test_tokens_are_the_largest_logits_unless_they_are_given(lm, instruction_set):
     prompt, native = start(lm, 5), NativeLm(lm, load_library())
     column, config = prompt.column, lm.config
     given = np.full((1, config.num_agent_streams), NOT_FORCED, np.int32)
@@ -166,7 +176,7 @@ def test_tokens_are_the_largest_logits_unless_they_are_given(lm):
     ],
     ids=["default", "few", "all", "text only", "audio only"],
 )
-def test_draws_are_those_of_mlx_from_the_same_logits(config, sampling):
+def test_draws_are_those_of_mlx_from_the_same_logits(config, sampling, instruction_set):
     lm = make_lm(config, "float32")
     prompt, native = start(lm, 5), NativeLm(lm, load_library())
     row, sampler = prompt.native(native), make_sampler(config, sampling)
@@ -192,7 +202,7 @@ def test_draws_are_those_of_mlx_from_the_same_logits(config, sampling):
         assert agent[0].tolist() == expected
 
 
-def test_equal_logits_are_drawn_as_with_mlx():
+def test_equal_logits_are_drawn_as_with_mlx(instruction_set):
     lm = make_lm(RAGGED, "float32")
     lm.text_linear.weight = mx.repeat(lm.text_linear.weight[:1], RAGGED.text_card, 0)
     prompt, native = start(lm, 5), NativeLm(lm, load_library())

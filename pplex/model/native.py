@@ -104,6 +104,7 @@ def load_library() -> ctypes.CDLL | None:
     except OSError:
         return None
     long = ctypes.c_long
+    library.pplex_lm_use.argtypes, library.pplex_lm_use.restype = [_int], _int
     library.pplex_lm_pack.argtypes = [_pointer, long, long, _int, _int, _pointer]
     library.pplex_lm_pack.restype = _int
     library.pplex_lm_scratch.argtypes = [ctypes.POINTER(_Model), long]
