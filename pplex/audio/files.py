@@ -93,8 +93,13 @@ def resampled_length(frames: int, source_rate: int, sample_rate: int) -> int:
 
 
 def frames_of(pcm: np.ndarray, frame_size: int) -> np.ndarray:
-    """Cut PCM (samples,) into (frames, frame_size), the last one padded with zeros."""
+    """Cut PCM (samples,) into (frames, frame_size), the last one padded with zeros.
+
+    A view of ``pcm`` where nothing is to be padded.
+    """
     num_frames = -(-len(pcm) // frame_size)
+    if len(pcm) == num_frames * frame_size:
+        return pcm.reshape(num_frames, frame_size)
     padded = np.zeros(num_frames * frame_size, dtype=pcm.dtype)
     padded[: len(pcm)] = pcm
     return padded.reshape(num_frames, frame_size)

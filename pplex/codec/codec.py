@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
@@ -118,44 +117,49 @@ class MlxCodec:
             order[first : first + GROUP_ROWS]
             for first in range(0, len(order), GROUP_ROWS)
         ]
-        results: list[np.ndarray] = [np.empty(0)] * len(recordings)
+        results: list[np.ndarray | None] = [None] * len(recordings)
 
-        def finish(group: list[int], parts: list[mx.array]) -> None:
-            arrays = [np.asarray(part) for part in parts]
+        def take(group: list[int], start: int, part: mx.array) -> None:
+            array = np.asarray(part)
             for row, idx in enumerate(group):
-                whole = np.concatenate([array[row] for array in arrays])
-                results[idx] = whole[: len(recordings[idx])]
+                result, length = results[idx], len(recordings[idx])
+                if result is None:
+                    result = np.empty((length, *array.shape[2:]), array.dtype)
+                    results[idx] = result
+                into = result[start : start + array.shape[1]]
+                into[:] = array[row, : len(into)]
 
-        # One group is computed while another is copied: more at a time would only take
-        # more memory, and new memory is slow.
-        under_way: deque[tuple[list[int], list[mx.array]]] = deque()
+        # A chunk is computed while the one before is copied. More of them at a time
+        # would only take more memory, and memory that is new is slow.
+        before: tuple[list[int], int, mx.array] | None = None
         for group in groups:
-            begun = self._begin([recordings[idx] for idx in group], run)
-            under_way.append((group, begun))
-            if len(under_way) > 1:
-                finish(*under_way.popleft())
-        for group, begun in under_way:
-            finish(group, begun)
-        return results
+            for start, part in self._chunks([recordings[idx] for idx in group], run):
+                if before is not None:
+                    take(*before)
+                before = group, start, part
+        if before is not None:
+            take(*before)
+        return [result for result in results if result is not None]
 
-    def _begin(
+    def _chunks(
         self,
         group: Sequence[np.ndarray],
         run: Callable[[np.ndarray, CodecState], mx.array],
-    ) -> list[mx.array]:
-        """Chunks of ``run`` over a group, in ascending length, being computed."""
+    ) -> Iterator[tuple[int, mx.array]]:
+        """Where each chunk of a group, in ascending length, begins; ``run`` over it."""
         longest, width = group[-1].shape
         num_rows = next(n for n in GROUP_SIZES if n >= len(group))
         size = next((n for n in CHUNK_SIZES if n >= longest), CHUNK_SIZES[-1])
-        state, parts = self.make_state(), []
+        state = self.make_state()
+        chunk = np.zeros((num_rows, size, width), group[0].dtype)
         for start in range(0, longest, size):
-            chunk = np.zeros((num_rows, size, width), group[0].dtype)
             for row, frames in enumerate(group):
                 part = frames[start : start + size]
                 chunk[row, : len(part)] = part
-            parts.append(run(chunk, state))
-            mx.async_eval(parts[-1])
-        return parts
+                chunk[row, len(part) :] = 0
+            computed = run(chunk, state)
+            mx.async_eval(computed, state.arrays())
+            yield start, computed
 
 
 # Rows and frames of a group's chunk: few shapes, as a GPU plans convolutions for each.

@@ -28,6 +28,11 @@ class CodecState:
     seanet: list[Any] | None = None
     resample: mx.array | None = None
 
+    def arrays(self) -> list[mx.array]:
+        """The arrays held, for evaluation."""
+        held = [self.resample, *(self.seanet or [])]
+        return self.cache.arrays() + [a for a in held if isinstance(a, mx.array)]
+
 
 class CodecTransformer(nn.Module):
     """Transformer over latents."""

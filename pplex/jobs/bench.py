@@ -234,7 +234,6 @@ def _run(plan: Plan, model: Model, prefilled: Prefilled, size: int) -> Run:
     start = time.perf_counter()
     _answer(model, prefilled, _recordings(model, [warm] * size), size)
     warm_up_s = time.perf_counter() - start
-    mx.clear_cache()
     mx.reset_peak_memory()
     lengths = _lengths(plan, size)
     recordings = _recordings(model, lengths)

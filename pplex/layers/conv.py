@@ -43,7 +43,7 @@ class StreamConv(nn.Module):
             if state is None:
                 state = self._first_state(x)
             x = mx.concatenate([state, x], axis=1)
-            state = x[:, -self._overlap :]
+            state = tail(x, self._overlap)
         y = mx.conv1d(x, self.weight, stride=self.stride)
         return (y + self.bias if "bias" in self else y), state
 
@@ -73,7 +73,7 @@ class StreamConvTranspose(nn.Module):
         """Upsample ``x`` (batch, t, in) to (batch, t * stride, out)."""
         b, t, _ = x.shape
         y = with_previous(x, state) @ self.weight
-        return y.reshape(b, t * self._stride, -1) + self.bias, x[:, -1:]
+        return y.reshape(b, t * self._stride, -1) + self.bias, tail(x, 1)
 
 
 class DepthwiseUpsample(nn.Module):
@@ -92,7 +92,12 @@ class DepthwiseUpsample(nn.Module):
         w = self.weight
         even = x2[:, :, 0] * w[0] + x2[:, :, 1] * w[2]
         odd = x2[:, :, 0] * w[1] + x2[:, :, 1] * w[3]
-        return mx.stack([even, odd], axis=2).reshape(b, 2 * t, c), x[:, -1:]
+        return mx.stack([even, odd], axis=2).reshape(b, 2 * t, c), tail(x, 1)
+
+
+def tail(x: mx.array, length: int) -> mx.array:
+    """The last inputs of ``x`` (batch, t, c), a copy: a view would keep all of it."""
+    return mx.contiguous(x[:, -length:])
 
 
 def with_previous(x: mx.array, state: mx.array | None) -> mx.array:

@@ -12,8 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pplex.config import LmConfig
-from pplex.layers.cuda.compiler import use_cuda
-from pplex.layers.cuda.rows import MOST_STEPS, attend_steps
 from pplex.layers.embedding import embed
 from pplex.layers.transformer import Gating, RmsNorm, add_norm
 
@@ -40,25 +38,17 @@ class DepformerLayer(nn.Module):
 class StepCache:
     """Keys and values of every layer over the steps of a frame."""
 
-    def __init__(self, num_layers: int, num_heads: int, num_steps: int) -> None:
+    def __init__(self, num_layers: int, num_heads: int) -> None:
         self._num_heads = num_heads
-        self._num_steps = num_steps
         self._pasts: list[mx.array | None] = [None] * num_layers
-        self._whole: mx.array | None = None  # on CUDA, all of them
 
-    def attend(self, layer: int, qkv: mx.array, idx: int, hide_first: bool) -> mx.array:
-        """Attention (batch, dim) of step ``idx``, whose ``qkv`` (batch, 3 dim) is kept.
+    def attend(self, layer: int, qkv: mx.array, hide_first: bool) -> mx.array:
+        """Attention (batch, dim) of the next step; its ``qkv`` (batch, 3 dim) is kept.
 
         With ``hide_first`` step 0 is not seen.
         """
         b, width = qkv.shape
         first = 1 if hide_first else 0
-        if use_cuda() and qkv.dtype == mx.bfloat16 and self._num_steps <= MOST_STEPS:
-            if self._whole is None:
-                # One array: of several that are alike, mx.compile makes one.
-                shape = b, len(self._pasts), self._num_steps, width
-                self._whole = mx.zeros(shape, qkv.dtype)
-            return attend_steps(qkv, self._whole, self._num_heads, layer, idx, first)
         split = qkv.reshape(b, 3 * self._num_heads, 1, -1)
         past = self._pasts[layer]
         if past is not None:
@@ -109,51 +99,28 @@ class Depformer(nn.Module):
         logits (batch, card) of a step, ``forced`` (batch, steps) holds ids given
         instead, ``NOT_FORCED`` elsewhere.
         """
-        codes: list[mx.array] = []
-
-        def choose(logits: mx.array, idx: int) -> mx.array | None:
-            token = sample(logits, idx)
-            if forced is not None:
-                given = forced[:, idx]
-                token = mx.where(given == NOT_FORCED, token, given)
-            codes.append(token)
-            return self.embed(token, idx + 1) if idx + 1 < self._num_steps else None
-
-        self.run(hidden, self.embed(text, 0), choose)
-        return mx.stack(codes, axis=1)
-
-    def run(
-        self,
-        hidden: mx.array,
-        embedded: mx.array,
-        choose: Callable[[mx.array, int], mx.array | None],
-    ) -> None:
-        """All steps after the temporal output ``hidden`` (batch, dim).
-
-        ``embedded`` (batch, depformer dim) is the text id's embedding. ``choose`` is
-        given the logits (batch, card) of a step and its number; it returns the
-        embedding of what it has chosen, None at the last step.
-        """
         b = hidden.shape[0]
         inputs = self.input(hidden).reshape(b, self._num_steps, -1)
-        config, more = self._config, embedded
-        past = StepCache(
-            config.depformer_num_layers, config.depformer_num_heads, self._num_steps
-        )
+        config = self._config
+        past = StepCache(config.depformer_num_layers, config.depformer_num_heads)
+        token, codes = text, []
         for idx, step in enumerate(self.steps):
-            x = inputs[:, idx]
+            x, more = inputs[:, idx], self._embed(token, idx)
             # The reference's ring has `dep_q` slots and hides the oldest when full.
             hide_first = idx == config.dep_q - 1 and idx > 0
             for number, layer in enumerate(step.layers):
                 x, h = add_norm(layer.norm1, x, more)
-                y = past.attend(number, layer.in_proj(h), idx, hide_first)
+                y = past.attend(number, layer.in_proj(h), hide_first)
                 x, more = layer.finish(x, y)
-            chosen = choose(step.head(x + more), idx)
-            if chosen is not None:
-                more = chosen
+            x = x + more
+            token = sample(step.head(x), idx)
+            if forced is not None:
+                given = forced[:, idx]
+                token = mx.where(given == NOT_FORCED, token, given)
+            codes.append(token)
+        return mx.stack(codes, axis=1)
 
-    def embed(self, token: mx.array, idx: int) -> mx.array:
-        """What step ``idx`` adds to its input for the id (batch,) chosen before it."""
+    def _embed(self, token: mx.array, idx: int) -> mx.array:
         if idx == 0:
             return embed(self.text_emb, token)
         return embed(self.audio_emb, token, (idx - 1) * (self._config.card + 1))

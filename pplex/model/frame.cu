@@ -44,24 +44,6 @@ struct Shared : Scratch {
   int last;
 };
 
-struct Grid {
-  unsigned *counter, target = 0;
-  __device__ void sync() {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      target += gridDim.x;
-      atomicAdd(counter, 1u);
-      unsigned seen, spins = 0;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter));
-        if (++spins > (1u << 27)) __trap();
-      } while (seen < target);
-    }
-    __syncthreads();
-  }
-};
-
 // Put values k = 4 q .. 4 q + 3 where the lanes that hold their weights find them:
 // float4 number (chunk, quad of the lane, lane). Full warps must call it together.
 template <class M>

@@ -8,12 +8,10 @@ values are bfloat16.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from pplex.config import LmConfig
@@ -21,10 +19,12 @@ from pplex.layers.cache import GROWTH, KvCache
 from pplex.layers.cuda.compiler import (
     Kernel,
     compile_cuda,
+    num_multiprocessors,
     read_source,
     use_cuda,
     with_constants,
 )
+from pplex.layers.cuda.weights import form_of, stack
 from pplex.layers.rotary import frequencies
 from pplex.model.depformer import NOT_FORCED, DepformerLayer
 from pplex.model.lm import Lm
@@ -108,7 +108,7 @@ class FrameKernel:
     def __init__(self, lm: Lm) -> None:
         self.config = lm.config
         self._nothing = mx.full(lm.config.num_agent_streams, NOT_FORCED, mx.int32)
-        self._blocks = _num_multiprocessors()
+        self._blocks = num_multiprocessors()
         self._splits = max(1, min(MAX_SPLITS, self._blocks // lm.config.num_heads))
         forms, parameters, fields = [], [], []
         self._arrays: list[mx.array] = []
@@ -120,7 +120,7 @@ class FrameKernel:
 
         widths = {}
         for name, (modules, width) in MATRICES.items():
-            parts, bits, group = _stack(modules(lm))
+            parts, bits, group = stack(modules(lm))
             forms.append(f"#define {name.upper()} {bits}, {group}")
             widths[name] = bits, width
             given = [name, f"{name}_s", f"{name}_b"][: len(parts)]
@@ -144,7 +144,8 @@ class FrameKernel:
         sizes |= {"LONGEST": longest, "THREADS": THREADS, **self.offsets}
         floats = longest + longest // 8 + sizes["MAX_SCORES"] + OTHER_FLOATS
         entry = _entry(parameters, fields)
-        texts = read_source("common.cu"), read_source("frame.cu", "pplex.model")
+        texts = [read_source("common.cu"), read_source("grid.cu")]
+        texts.append(read_source("frame.cu", "pplex.model"))
         code = compile_cuda(with_constants(sizes, *forms, *texts, entry))
         self._kernel = Kernel(NAME, code, THREADS, 4 * floats)
 
@@ -201,46 +202,14 @@ def supports(lm: Lm) -> bool:
     widths |= {"DEP_DIM": config.depformer_dim}
     widths |= {"DEP_HIDDEN": config.depformer_hidden_dim}
     for modules, width in MATRICES.values():
-        forms = {_form(module) for module in modules(lm)}
+        forms = {form_of(module) for module in modules(lm)}
         if len(forms) != 1 or (form := forms.pop()) is None:
             return False
         bits, group = form
         if widths[width] % max(group, 128 // bits):
             return False
     heads = config.dim // config.num_heads, config.depformer_dim
-    return heads[0] in (16, 32, 64, 128) and _num_multiprocessors() >= config.num_heads
-
-
-def _form(module: nn.Module) -> tuple[int, int] | None:
-    """Bits and group size of a matrix, None where the kernel has no form for it."""
-    if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        known = module.bits in (4, 8) and module.group_size >= 32
-        known = known and module.scales.dtype == mx.bfloat16
-        return (module.bits, module.group_size) if known else None
-    return (16, 1) if module.weight.dtype == mx.bfloat16 else None
-
-
-def _stack(modules: list[Any]) -> tuple[list[mx.array], int, int]:
-    """The arrays of equal matrices, one after the other; bits and group size.
-
-    The modules are given parts of the stacks, so that nothing is held twice.
-    """
-    form = _form(modules[0])
-    assert form is not None
-    names = ["weight"] if form[0] == 16 else ["weight", "scales", "biases"]
-    stacks = []
-    for name in names:
-        if len(modules) == 1:
-            stacks.append(modules[0][name])
-            continue
-        whole = mx.concatenate([module[name] for module in modules])
-        mx.eval(whole)
-        rows = len(whole) // len(modules)
-        for idx, module in enumerate(modules):
-            module[name] = whole[idx * rows : (idx + 1) * rows]
-        stacks.append(whole)
-    mx.eval([module.parameters() for module in modules])
-    return stacks, *form
+    return heads[0] in (16, 32, 64, 128) and num_multiprocessors() >= config.num_heads
 
 
 def _sizes(config: LmConfig, splits: int) -> dict[str, int]:
@@ -310,15 +279,6 @@ def _entry(parameters: list[str], fields: list[str]) -> str:
         "  frame(weights, tokens, user, given, place, sampling, keys, values,\n"
         "    column, work);\n}\n"
     )
-
-
-def _num_multiprocessors() -> int:
-    cuda = ctypes.CDLL("libcuda.so.1")
-    count = ctypes.c_int()
-    # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT of the first device, MLX's.
-    if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(count), 16, 0):
-        return 0
-    return count.value
 
 
 def frame_kernel(lm: Lm) -> FrameKernel | None:

@@ -25,6 +25,7 @@ from pplex.layers.transformer import (
 from pplex.model.depformer import Depformer
 
 if TYPE_CHECKING:
+    from pplex.model.depformer_kernel import DepformerKernel
     from pplex.model.frame_kernel import FrameKernel
     from pplex.model.native import NativeLm
 
@@ -52,6 +53,7 @@ class Lm(nn.Module):
         self._joints: list[Joint] | None = None
         self.native: NativeLm | None = None  # see native.py
         self.kernel: FrameKernel | None = None  # see frame_kernel.py
+        self.depformer_kernel: DepformerKernel | None = None  # its module's
 
     def compile(self) -> None:
         """Compile what a frame does between attentions; for GPUs, once loaded."""

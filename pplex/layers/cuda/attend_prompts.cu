@@ -24,7 +24,7 @@ extern "C" __global__ void attend_prompts(const bf16* qkv, const bf16* keys,
                                           const bf16* values, const int* tiles,
                                           const int* rows, const float* frequencies,
                                           float* parts, int slots) {
-  __shared__ float sums[WARPS][ROWS][HEAD_DIM];
+  __shared__ float sums[WARPS][ROWS][HEAD_DIM + 4];  // no two lanes write to one bank
   __shared__ float most_of[WARPS][ROWS], weight_of[WARPS][ROWS];
   int head = blockIdx.x, heads = gridDim.x, lane = threadIdx.x % 32;
   int warp = threadIdx.x / 32, quad = lane / 4, part = lane % 4;
@@ -32,31 +32,41 @@ extern "C" __global__ void attend_prompts(const bf16* qkv, const bf16* keys,
   size_t begin = ((size_t)tile[0] * heads + head) * slots * HEAD_DIM;
   const bf16 *k = keys + begin, *v = values + begin;
 
-  // This lane's part of the queries of rows `quad` and `quad + 8`, and what they see.
-  unsigned q[GROUPS][2][4];
+  __shared__ __align__(16) unsigned queries[ROWS][HEAD_DIM / 2];
+  for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 2; i += THREADS) {
+    int idx = i % (HEAD_DIM / 2), row = tile[1 + i / (HEAD_DIM / 2)];
+    unsigned turned = 0;
+    if (row >= 0) {
+      const unsigned* p = (const unsigned*)(qkv + ((size_t)row * 3 * heads + head) * HEAD_DIM);
+      float re = low(p[idx]), im = high(p[idx]), sine, cosine;
+      sincosf((float)rows[4 * row] * frequencies[idx], &sine, &cosine);
+      float scale = rsqrtf((float)HEAD_DIM);
+      turned = pair((re * cosine - im * sine) * scale, (re * sine + im * cosine) * scale);
+    }
+    queries[i / (HEAD_DIM / 2)][idx] = turned;
+  }
+  // What rows `quad` and `quad + 8` see, and this lane's part of their queries.
   int from[2], to = 0;
+#pragma unroll
   for (int r = 0; r < 2; r++) {
     int row = tile[1 + quad + 8 * r];
     from[r] = 1 << 30;
-    const bf16* p = qkv + ((size_t)max(row, 0) * 3 * heads + head) * HEAD_DIM;
-    int position = row < 0 ? 0 : rows[4 * row];
-    if (row >= 0) {
-      int first_kept = rows[4 * row + 2];
-      from[r] = max(0, position - WINDOW + 1 - first_kept);
-      to = max(to, rows[4 * row + 1] - first_kept);
-    }
-    for (int g = 0; g < GROUPS; g++) {
-      Eight w = load8(p + 32 * g + 8 * part);
-      for (int i = 0; i < 4; i++) {
-        float re = low(w.pairs[i]), im = high(w.pairs[i]), sine, cosine;
-        sincosf((float)position * frequencies[16 * g + 4 * part + i], &sine, &cosine);
-        float scale = row < 0 ? 0 : rsqrtf((float)HEAD_DIM);
-        q[g][i / 2][i % 2 * 2 + r] = pair((re * cosine - im * sine) * scale,
-                                          (re * sine + im * cosine) * scale);
-      }
-    }
+    if (row < 0) continue;
+    int first_kept = rows[4 * row + 2];
+    from[r] = max(0, rows[4 * row] - WINDOW + 1 - first_kept);
+    to = max(to, rows[4 * row + 1] - first_kept);
   }
   for (int i = 16; i; i /= 2) to = max(to, __shfl_xor_sync(~0u, to, i));
+  __syncthreads();
+  unsigned q[GROUPS][2][4];
+#pragma unroll
+  for (int r = 0; r < 2; r++)
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+      Eight w = *(const Eight*)&queries[quad + 8 * r][16 * g + 4 * part];
+#pragma unroll
+      for (int i = 0; i < 4; i++) q[g][i / 2][i % 2 * 2 + r] = w.pairs[i];
+    }
 
   float most[2] = {LOWEST, LOWEST}, weight[2] = {0, 0}, acc[HALVES][8][4] = {};
   for (int key = warp * KEYS; key < to; key += WARPS * KEYS) {
@@ -80,12 +90,15 @@ extern "C" __global__ void attend_prompts(const bf16* qkv, const bf16* keys,
         if (j < from[r] || j >= to) scores[n][i] = LOWEST;
         largest[r] = fmaxf(largest[r], scores[n][i]);
       }
+#pragma unroll
     for (int r = 0; r < 2; r++) {
       for (int i = 1; i < 4; i *= 2)
         largest[r] = fmaxf(largest[r], __shfl_xor_sync(~0u, largest[r], i));
       float old = expf(most[r] - largest[r]);
       weight[r] *= old;
+#pragma unroll
       for (int h = 0; h < HALVES; h++)
+#pragma unroll
         for (int i = 0; i < 8; i++) acc[h][i][2 * r] *= old, acc[h][i][2 * r + 1] *= old;
       most[r] = largest[r];
     }
@@ -112,24 +125,28 @@ extern "C" __global__ void attend_prompts(const bf16* qkv, const bf16* keys,
       }
     }
   }
+#pragma unroll
   for (int r = 0; r < 2; r++) {
     for (int i = 1; i < 4; i *= 2) weight[r] += __shfl_xor_sync(~0u, weight[r], i);
     int row = quad + 8 * r;
     if (part == 0) most_of[warp][row] = most[r], weight_of[warp][row] = weight[r];
+#pragma unroll
     for (int h = 0; h < HALVES; h++)
+#pragma unroll
       for (int i = 0; i < 8; i++)
         for (int e = 0; e < 2; e++)
-          sums[warp][row][64 * h + 8 * (2 * part + e) + i] = acc[h][i][2 * r + e];
+          sums[warp][row][((8 * h + i) * 2 + e) * 4 + part] = acc[h][i][2 * r + e];
   }
   __syncthreads();
   for (int i = threadIdx.x; i < ROWS * HEAD_DIM; i += THREADS) {
-    int row = i / HEAD_DIM, d = i % HEAD_DIM;
+    int row = i / HEAD_DIM, at = i % HEAD_DIM;
+    int d = at / 64 * 64 + 8 * (2 * (at % 4) + at / 4 % 2) + at / 8 % 8;
     if (tile[1 + row] < 0) continue;
     float largest = LOWEST, total = 0, weights = 0;
     for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, most_of[w][row]);
     for (int w = 0; w < WARPS; w++) {
       float share = expf(most_of[w][row] - largest);
-      total += share * sums[w][row][d], weights += share * weight_of[w][row];
+      total += share * sums[w][row][at], weights += share * weight_of[w][row];
     }
     float* out = parts + ((size_t)tile[1 + row] * heads + head) * (HEAD_DIM + 2);
     out[d] = total;

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+
+from pplex.errors import PplexError
+from pplex.files import atomic_write
 
 NVRTC = "libnvrtc.so.13", "libnvrtc.so.12"
 MIN_CAPABILITY = 8  # bfloat16, and 100 KB of shared memory
@@ -34,6 +41,16 @@ def capability() -> tuple[int, int]:
     info = mx.device_info(mx.Device(mx.gpu))
     major, minor = (info[f"compute_capability_{name}"] for name in ("major", "minor"))
     return int(major), int(minor)
+
+
+def num_multiprocessors() -> int:
+    """How many multiprocessors the GPU has."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    count = ctypes.c_int()
+    # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT of the first device, MLX's.
+    if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(count), 16, 0):
+        return 0
+    return count.value
 
 
 Output = tuple[tuple[int, ...], mx.Dtype]
@@ -89,21 +106,44 @@ def with_constants(constants: dict[str, int], *sources: str) -> str:
 
 
 def compile_cuda(source: str) -> bytes:
-    """Machine code of ``source`` for this GPU.
+    """Machine code of ``source`` for this GPU, kept on disk for the next time.
 
     Raises RuntimeError with the compiler's words, which only a mistake in the source
     or an installation of CUDA without NVRTC brings about.
     """
-    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    nvrtc, versions = _nvrtc(), (ctypes.c_int(), ctypes.c_int())
+    nvrtc.nvrtcVersion(*map(ctypes.byref, versions))
+    made_of = source, capability(), [version.value for version in versions]
+    name = hashlib.sha256(repr(made_of).encode()).hexdigest()
+    path = _cache_dir() / f"{name}.cubin"
+    with suppress(OSError):
+        return path.read_bytes()
+    code = _compile(nvrtc, source)
+    # Without a place to keep it, it is compiled again.
+    with suppress(OSError, PplexError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(code)
+    return code
+
+
+def _cache_dir() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "pplex" / "kernels"
+
+
+def _compile(nvrtc: ctypes.CDLL, source: str) -> bytes:
+    program = ctypes.c_void_p()
     major, minor = capability()
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+    options.append("--device-as-default-execution-space")  # lambdas, before NVRTC 13.5
     texts = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     nvrtc.nvrtcCreateProgram(
         ctypes.byref(program), source.encode(), b"pplex.cu", 0, None, None
     )
     try:
         if nvrtc.nvrtcCompileProgram(program, len(options), texts):
-            said = _bytes_of(nvrtc, "ProgramLog", program).decode(errors="replace")
+            said = _bytes_of(nvrtc, "ProgramLog", program).decode().rstrip("\0")
             raise RuntimeError(f"CUDA's compiler refuses a kernel: {said}")
         return _bytes_of(nvrtc, "CUBIN", program)
     finally:

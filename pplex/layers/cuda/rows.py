@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import mlx.core as mx
 
 from pplex.layers.cuda.compiler import Kernel, compile_cuda, read_source, with_constants
 from pplex.layers.rotary import frequencies
 
-MOST_STEPS = 16  # of a depformer: attend_steps.cu
 MOST_DIM = 8192  # add_norm.cu
 TILE = 16  # rows that attend to their prompt together
 WIDTHS = 64, 128  # of heads, that attention knows
@@ -78,62 +76,44 @@ def _attention(head_dim: int, window: int) -> Kernel:
     return _kernel("attend", sizes, shared_memory=4 * floats)
 
 
-@dataclass(frozen=True)
-class Head:
-    """Which of a frame's ``heads`` chooses, and how: see ``sampling.py``.
-
-    Of the ``width`` random numbers of a row's frame it takes those from ``first`` on.
-    """
-
-    idx: int
-    heads: int
-    first: int
-    width: int
-    temp: float
-    top_k: int
-
-
-def choose_next(
-    head: Head,
+def choose_text(
     logits: mx.array,
-    column: mx.array,
-    streams: int,
+    user: mx.array,
     keys: mx.array | None,
     given: mx.array | None,
-    table: tuple[mx.array, int] | None,
-) -> tuple[mx.array, mx.array]:
-    """Columns int32 (rows, streams) with the ids a head chose, and their embeddings.
+    *,
+    width: int,
+    temp: float,
+    top_k: int,
+) -> mx.array:
+    """Columns int32 (rows, streams): text ids, room for the agent's codes, the user's.
 
     From ``logits`` (rows, card) bfloat16 ids are drawn with the noise of ``keys``
-    (rows, 2), or the largest taken where there are none; ``given`` (rows, heads) holds
-    ids to take instead, ``NOT_FORCED`` elsewhere. ``column`` (rows, n) holds the last
-    n of the streams so far. Embeddings (rows, dim) are rows of ``table``: its weights,
-    and the row of id 0.
+    (rows, 2), ``width`` numbers a row, or the largest taken where there are none;
+    ``given`` (rows, agent streams) holds ids to take instead, ``NOT_FORCED`` elsewhere.
+    ``user`` (rows, codebooks) are the user's codes.
     """
     rows, card = logits.shape
-    weights, first_row = table or (logits, 0)
-    dim = weights.shape[1] if table else 0
-    temp = 0.0 if keys is None else float(head.temp)
-    next_column, embedded = _choice()(
+    codebooks = user.shape[1]
+    streams = 1 + 2 * codebooks
+    (column,) = _choice()(
         [
             logits,
-            column if keys is None else keys,
-            column if given is None else given,
-            column,
-            weights,
+            user if keys is None else keys,
+            user if given is None else given,
+            user.astype(mx.int32),
         ],
-        [((rows, streams), mx.int32), ((rows, max(dim, 1)), mx.bfloat16)],
-        [card, streams, column.shape[1], head.idx, head.heads, int(keys is not None)]
-        + [head.first, head.width, temp, head.top_k, int(given is not None)]
-        + [first_row, dim],
+        [((rows, streams), mx.int32)],
+        [card, streams, codebooks, 1 + codebooks, int(keys is not None)]
+        + [int(given is not None), width, 0.0 if keys is None else float(temp), top_k],
         blocks=(1, rows),
     )
-    return next_column, embedded
+    return column
 
 
 @functools.cache
 def _choice() -> Kernel:
-    return _kernel("choose_next", {"THREADS": _CHOICE_THREADS})
+    return _kernel("choose_text", {"THREADS": _CHOICE_THREADS})
 
 
 def embed_column(column: mx.array, text: mx.array, audio: mx.array) -> mx.array:
@@ -192,30 +172,6 @@ def swiglu_rows(x: mx.array) -> mx.array:
 @functools.cache
 def _swiglu() -> Kernel:
     return _kernel("swiglu", {"THREADS": _NORM_THREADS})
-
-
-def attend_steps(
-    qkv: mx.array, past: mx.array, num_heads: int, layer: int, step: int, first: int
-) -> mx.array:
-    """Attention (rows, dim) of a depformer step over the steps from ``first`` on.
-
-    ``qkv`` (rows, 3 dim) is the step's; it is written into ``past`` (rows, layers,
-    steps, 3 dim), which nothing else may use. All are bfloat16.
-    """
-    rows, layers, steps, width = past.shape
-    dim = width // 3
-    (y,) = _step_attention(num_heads)(
-        [qkv, past],
-        [((rows, dim), mx.bfloat16)],
-        [layer, layers, step, steps, first, dim // num_heads],
-        blocks=(1, rows),
-    )
-    return y
-
-
-@functools.cache
-def _step_attention(num_heads: int) -> Kernel:
-    return _kernel("attend_steps", {"THREADS": 32 * num_heads})
 
 
 def _kernel(name: str, sizes: dict[str, int], *, shared_memory: int = 0) -> Kernel:
