@@ -19,6 +19,7 @@ from pplex.conversation.many import GROUP, in_groups
 from pplex.conversation.prompt import Prefilled
 from pplex.conversation.session import Model, chunk_frames
 from pplex.layers.cache import Cache, KvCache, RowCaches, SlotCache
+from pplex.layers.cuda.cache import SharedCache
 from pplex.layers.device import on_cpu
 from pplex.model.native import native_lm
 from pplex.model.sampling import SamplingConfig, noise_keys
@@ -137,6 +138,13 @@ def _cache(model: Model, prefilled: Prefilled, rows: int, position: int) -> Cach
     """Rows that have come ``position`` frames, as a batch has them on this backend."""
     config, one = model.config.lm, prefilled.cache.copy()
     assert isinstance(one, KvCache)
+    if rows > 1 and SharedCache.serves(one):
+        shared = SharedCache(one, rows)
+        for row in range(rows):
+            shared.put(row, one)
+        shared.mask(1)
+        shared.advance(position)  # it makes room for them at the next step
+        return shared
     for start in range(0, position, _POSITIONS):
         length = min(_POSITIONS, position - start)
         dtype = one.arrays()[0].dtype

@@ -197,57 +197,49 @@ class RowCaches:
             row.advance(t)
 
 
-class SlotCache:
-    """One ring for all rows, in which the rows' latest positions share a slot.
+class Ring:
+    """Keys, then values, of every layer: arrays (rows, heads, slots, head_dim).
 
-    Every step writes one slot for the whole batch; a row's older positions lie in the
-    slots before it, as many as it has. The ring grows up to the window.
+    Every step writes one slot for all rows, and a row's earlier positions lie in the
+    slots before it. The ring grows up to the window.
     """
 
     def __init__(self, like: KvCache, num_rows: int) -> None:
-        """Empty rows; layers, heads, type and window are those of ``like``."""
+        """No slots yet; layers, heads, type and window are those of ``like``."""
         self.window = like.window
-        self._capacity = self._step = 0  # the next slot is ``step % capacity``
-        self._lengths = np.zeros(num_rows, np.int32)
-        self._offsets = mx.array(self._lengths)
+        self.slots = self._step = 0
         arrays = like.arrays()
         _, heads, _, head_dim = arrays[0].shape
         empty = mx.zeros((num_rows, heads, 0, head_dim), arrays[0].dtype)
-        self._stores = [mx.array(empty) for _ in arrays]  # keys, then values
+        self.stores = [mx.array(empty) for _ in arrays]
 
-    def put(self, row: int, source: KvCache) -> None:
-        """Replace ``row`` by the positions of a cache of one row."""
-        length = min(source.end, self.window)
-        self._grow(length + 1)
-        self._lengths[row] = source.end
-        start = (self._step - length) % self._capacity
-        first = min(length, self._capacity - start)
-        for into, new in zip(self._stores, source.ordered(length), strict=True):
-            into[row : row + 1, :, start : start + first] = new[:, :, :first]
-            into[row : row + 1, :, : length - first] = new[:, :, first:]
+    @property
+    def slot(self) -> int:
+        """The next slot to be written."""
+        return self._step % self.slots
+
+    def advance(self, t: int) -> None:
+        """Count ``t`` slots as written."""
+        self._step += t
+
+    def keys_values(self, layer: int) -> tuple[mx.array, mx.array]:
+        """The arrays of a layer."""
+        return self.stores[layer], self.stores[layer + len(self.stores) // 2]
 
     def take(self, rows: list[int]) -> None:
         """Keep only ``rows``."""
-        self._lengths = self._lengths[rows]
         self._replace(lambda store: store[mx.array(rows)])
 
-    def _replace(self, change: Callable[[mx.array], mx.array]) -> None:
-        """Exchange the arrays one by one, as two whole rings may not fit."""
-        for idx, store in enumerate(self._stores):
-            self._stores[idx] = change(store)
-            del store
-            mx.eval(self._stores[idx])
-
-    def _grow(self, need: int) -> None:
+    def grow(self, need: int) -> None:
         """Make room for ``need`` positions, or the window."""
         need = min(need, self.window)
-        if need <= self._capacity:
+        if need <= self.slots:
             return
-        have = self._capacity
-        self._capacity = min(self.window, -(-need // GROWTH) * GROWTH)
-        b, heads, _, head_dim = self._stores[0].shape
-        shape = (b, heads, self._capacity - have, head_dim)
-        room = mx.zeros(shape, self._stores[0].dtype)
+        have = self.slots
+        self.slots = min(self.window, -(-need // GROWTH) * GROWTH)
+        rows, heads, _, head_dim = self.stores[0].shape
+        shape = rows, heads, self.slots - have, head_dim
+        room = mx.zeros(shape, self.stores[0].dtype)
         # Oldest slot first, so that the new ones come after the latest.
         turn = -(self._step % have) if have else 0
         self._replace(
@@ -255,12 +247,50 @@ class SlotCache:
         )
         self._step = have
 
+    def _replace(self, change: Callable[[mx.array], mx.array]) -> None:
+        """Exchange the arrays one by one, as two whole rings may not fit.
+
+        A kernel may write into them without MLX's knowledge: it is waited for.
+        """
+        mx.synchronize()
+        for idx, store in enumerate(self.stores):
+            self.stores[idx] = change(store)
+            del store
+            mx.eval(self.stores[idx])
+
+
+class SlotCache:
+    """One ring for all rows: a row's prompt lies in it as what it said does."""
+
+    def __init__(self, like: KvCache, num_rows: int) -> None:
+        """Empty rows; layers, heads, type and window are those of ``like``."""
+        self._ring = Ring(like, num_rows)
+        self._lengths = np.zeros(num_rows, np.int32)
+        self._offsets = mx.array(self._lengths)
+
+    def put(self, row: int, source: KvCache) -> None:
+        """Replace ``row`` by the positions of a cache of one row."""
+        ring, length = self._ring, min(source.end, self._ring.window)
+        ring.grow(length + 1)
+        self._lengths[row] = source.end
+        start = (ring.slot - length) % ring.slots
+        first = min(length, ring.slots - start)
+        for into, new in zip(ring.stores, source.ordered(length), strict=True):
+            into[row : row + 1, :, start : start + first] = new[:, :, :first]
+            into[row : row + 1, :, : length - first] = new[:, :, first:]
+
+    def take(self, rows: list[int]) -> None:
+        """Keep only ``rows``."""
+        self._lengths = self._lengths[rows]
+        self._ring.take(rows)
+
     def mask(self, t: int) -> mx.array:
         """Boolean (rows, 1, 1, slots): the slots that hold a position of the row."""
         assert t == 1
-        self._grow(int(self._lengths.max()) + 1)
+        ring = self._ring
+        ring.grow(int(self._lengths.max()) + 1)
         self._offsets = mx.array(self._lengths)
-        ages = (self._step - np.arange(self._capacity)) % self._capacity
+        ages = (ring.slot - np.arange(ring.slots)) % ring.slots
         visible = mx.array(ages.astype(np.int32))[None] <= self._offsets[:, None]
         return visible[:, None, None]
 
@@ -269,8 +299,8 @@ class SlotCache:
     ) -> mx.array:
         """Attention of new positions (rows, 3 heads, 1, head_dim), which are added."""
         heads = qkv.shape[1] // 3
-        slot = self._step % self._capacity
-        keys, values = (self._stores[layer + i] for i in (0, len(self._stores) // 2))
+        slot = self._ring.slot
+        keys, values = self._ring.keys_values(layer)
         rotated = rotate(qkv[:, : 2 * heads], max_period, self._offsets)
         keys[:, :, slot : slot + 1] = rotated[:, heads:]
         values[:, :, slot : slot + 1] = qkv[:, 2 * heads :]
@@ -278,7 +308,7 @@ class SlotCache:
 
     def advance(self, t: int) -> None:
         """Count ``t`` positions as written in every row."""
-        self._step += t
+        self._ring.advance(t)
         self._lengths += t
 
 

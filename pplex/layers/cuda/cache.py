@@ -6,12 +6,10 @@ together: in conversations of half a minute that is a third of what attention re
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import numpy as np
 
-from pplex.layers.cache import GROWTH, KvCache
+from pplex.layers.cache import KvCache, Ring
 from pplex.layers.cuda.compiler import use_cuda
 from pplex.layers.cuda.rows import TILE, WIDTHS, attend_rows
 
@@ -27,13 +25,7 @@ class SharedCache:
 
     def __init__(self, like: KvCache, num_rows: int) -> None:
         """Empty rows; layers, heads, type and window are those of ``like``."""
-        self.window = like.window
-        arrays = like.arrays()
-        self._num_layers = len(arrays) // 2
-        _, self._heads, _, self._head_dim = arrays[0].shape
-        self._dtype = arrays[0].dtype
-        self._capacity = self._step = 0  # the next slot is ``step % capacity``
-        self._stores: list[mx.array] = []  # (rows, heads, slots, head_dim)
+        self._ring = Ring(like, num_rows)
         self._prompts: list[KvCache] = []
         self._prompt_stores: list[mx.array] = []  # (prompts, heads, slots, head_dim)
         # Of each row: positions it has had, how many of them its prompt has, and the
@@ -54,7 +46,7 @@ class SharedCache:
         number = next(found, None)
         if number is None:
             number = self._add(source)
-        kept = min(source.end, self.window)
+        kept = min(source.end, self._ring.window)
         self._rows[row] = source.end, source.end, source.end - kept, number
         self._tiles = None
 
@@ -78,10 +70,10 @@ class SharedCache:
         self._rows[:, 3] = np.searchsorted(used, self._rows[:, 3])
 
     def _stack_prompts(self) -> None:
-        longest = max(min(prompt.end, self.window) for prompt in self._prompts)
+        longest = max(min(prompt.end, self._ring.window) for prompt in self._prompts)
         per_prompt = []
         for prompt in self._prompts:
-            length = min(prompt.end, self.window)
+            length = min(prompt.end, self._ring.window)
             room = [(0, 0), (0, 0), (0, longest - length), (0, 0)]
             per_prompt.append([mx.pad(a, room) for a in prompt.ordered(length)])
         self._prompt_stores = [
@@ -93,42 +85,14 @@ class SharedCache:
         """Keep only ``rows``."""
         self._rows = self._rows[rows]
         self._tiles = None
-        self._replace(lambda store: store[mx.array(rows)])
-
-    def _replace(self, change: Callable[[mx.array], mx.array]) -> None:
-        """Exchange the arrays one by one, as two whole rings may not fit."""
-        mx.synchronize()
-        for idx, store in enumerate(self._stores):
-            self._stores[idx] = change(store)
-            del store
-            mx.eval(self._stores[idx])
-
-    def _grow(self, need: int) -> None:
-        """Make room for ``need`` positions, or the window."""
-        need = min(need, self.window)
-        if need <= self._capacity:
-            return
-        have = self._capacity
-        self._capacity = min(self.window, -(-need // GROWTH) * GROWTH)
-        shape = len(self._rows), self._heads, self._capacity - have, self._head_dim
-        room = mx.zeros(shape, self._dtype)
-        if not have:
-            self._stores = [mx.array(room) for _ in range(2 * self._num_layers)]
-            self._replace(lambda store: store + 0)  # each its own memory
-            return
-        # Oldest slot first, so that the new ones come after the latest.
-        turn = -(self._step % have)
-        self._replace(
-            lambda store: mx.concatenate([mx.roll(store, turn, axis=2), room], axis=2)
-        )
-        self._step = have
+        self._ring.take(rows)
 
     def mask(self, t: int) -> None:
         """The kernel knows what a row may see, once it is told of the rows."""
         assert t == 1
         self._rows[self._rows[:, 1] == 0] = 0  # nobody's
         said = self._rows[:, 0] - self._rows[:, 1]
-        self._grow(int(said.max()) + 1)
+        self._ring.grow(int(said.max()) + 1)
         self._meta = mx.array(self._rows)
         if self._tiles is None:
             self._tiles = mx.array(self._make_tiles())
@@ -148,19 +112,19 @@ class SharedCache:
         self, layer: int, qkv: mx.array, max_period: float, mask: None
     ) -> mx.array:
         """Attention of new positions (rows, 3 heads, 1, head_dim), which are added."""
-        first, second = layer, layer + self._num_layers
+        half = len(self._prompt_stores) // 2
         return attend_rows(
             qkv,
-            (self._stores[first], self._stores[second]),
-            (self._prompt_stores[first], self._prompt_stores[second]),
+            self._ring.keys_values(layer),
+            (self._prompt_stores[layer], self._prompt_stores[layer + half]),
             self._meta,
             self._tiles,
-            self._step % self._capacity,
-            self.window,
+            self._ring.slot,
+            self._ring.window,
             max_period,
         )
 
     def advance(self, t: int) -> None:
         """Count ``t`` positions as written in every row."""
-        self._step += t
+        self._ring.advance(t)
         self._rows[:, 0] += t
