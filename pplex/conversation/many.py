@@ -44,8 +44,8 @@ def converse_many(
 ) -> Iterator[Result]:
     """Answer ``items``, at most ``batch_size`` at a time, in the order they end.
 
-    The next item is asked for when a row is free, or, where the codec works on many at
-    a time, ``GROUP`` items then.
+    One item more than there are rows is asked for, whose codes are made before a row
+    is free; or, where the codec works on many at a time, ``GROUP`` items when one is.
     """
     sampler = make_sampler(model.config.lm, sampling)
     if in_groups(model):
@@ -53,12 +53,17 @@ def converse_many(
         return
     with codec_worker(model.codec, beside=batch_size) as worker:
         rows = _Rows(model, iter(items), batch_size, worker)
+        done: deque[_Row] = deque()
         for step in generate(model.lm, rows.state, rows.user_columns(), sampler):
             owners = rows.owners.popleft()
             share = replace(step, seconds=step.seconds / len(owners))
             for idx, owner in enumerate(owners):
-                if owner is not None and (result := owner.push(share, idx)):
-                    yield result
+                if isinstance(owner, _Row) and owner.push(share, idx):
+                    done.append(owner)
+            while done and done[0].is_decoded:
+                yield done.popleft().result()
+        for row in done:
+            yield row.result()
 
 
 def in_groups(model: Model) -> bool:
@@ -113,13 +118,24 @@ class _Row:
         """The state of a row in which this recording starts."""
         return self.item.prefilled.start(config, self.item.seed, beside_others=True)
 
-    def push(self, step: Step, idx: int) -> Result | None:
-        """Add the agent's column, row ``idx`` of ``step``; the result if it is done."""
+    def push(self, step: Step, idx: int) -> bool:
+        """Add the agent's column, row ``idx`` of ``step``; whether it was the last."""
         self._answered += 1
         if reply := self._track.push(step, idx):
             self._replies.append(reply)
         if self._answered < self.num_frames:
-            return None
+            return False
+        if reply := self._track.end():
+            self._replies.append(reply)
+        return True
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether ``result`` waits for nothing."""
+        return self._track.is_decoded
+
+    def result(self) -> Result:
+        """The whole answer, after the last column."""
         self._replies.extend(self._track.finish())
         pcm = np.concatenate([r.pcm for r in self._replies])
         return Result(
@@ -147,6 +163,7 @@ class _Rows:
         self._items = items
         self._batch_size = batch_size
         self._ready: deque[GroupedRow] = deque()
+        self._coming: _Row | None = None
         self._seated: list[_Row | GroupedRow | None] = []
         self.owners: deque[list[_Row | GroupedRow | None]] = deque()
         nobody = mx.zeros((0, model.config.lm.num_streams), mx.int32)
@@ -170,6 +187,12 @@ class _Rows:
     def _next_row(self) -> _Row | GroupedRow | None:
         if in_groups(self._model):
             return self._next_grouped()
+        row = self._coming or self._new_row()
+        self._coming = self._new_row() if row and self._worker else None
+        return row
+
+    def _new_row(self) -> _Row | None:
+        """A row with the next item, which begins to be encoded."""
         item = next(self._items, None)
         return None if item is None else _Row(self._model, item, self._worker)
 

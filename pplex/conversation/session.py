@@ -228,9 +228,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class _Decoding:
-    """A reply whose PCM is under way: ``pcm`` waits for it."""
+    """A reply whose PCM is under way: ``pcm`` waits for it, ``is_done`` does not."""
 
     pcm: Callable[[], np.ndarray]
+    is_done: Callable[[], bool]
     text: np.ndarray
     agent: np.ndarray
     user: np.ndarray
@@ -289,10 +290,18 @@ class Track:
         self._columns.append(step.column[row])
         return self._decode() if len(self._columns) > self._decode_frames else None
 
+    def end(self) -> Reply | None:
+        """Begin to decode the frames that are left; a reply if one is there."""
+        return self._decode() if len(self._columns) > 1 else None
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether nothing that has begun must be waited for."""
+        return self._decoding is None or self._decoding.is_done()
+
     def finish(self) -> Iterator[Reply]:
         """The replies still to come."""
-        last = [self._decode()] if len(self._columns) > 1 else []
-        for reply in (*last, self._decoded()):
+        for reply in (self.end(), self._decoded()):
             if reply is not None:
                 yield reply
 
@@ -304,11 +313,13 @@ class Track:
         self._columns = self._columns[-1:]
         text, agent = frames[0], frames[1:]
         pcm = partial(self._codec.decode, agent, self._decoder)
-        if self._worker is not None:
-            pcm = self._worker.submit(pcm).result
         user = self._take_user_codes(len(text))
-        self._decoding = _Decoding(pcm, text, agent, user)
-        return self._decoded() if self._worker is None else ready
+        if self._worker is None:
+            self._decoding = _Decoding(pcm, bool, text, agent, user)
+            return self._decoded()
+        call = self._worker.submit(pcm)
+        self._decoding = _Decoding(call.result, call.done, text, agent, user)
+        return ready
 
     def _decoded(self) -> Reply | None:
         """The reply under way, once it is there."""
