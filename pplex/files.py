@@ -17,6 +17,12 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
+def cache_folder() -> Path:
+    """The folder for what pplex can make again: under $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pplex"
+
+
 @contextmanager
 def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a hidden temporary path beside `path`; rename it when the body is done.

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import os
 import shutil
 import tarfile
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from pplex.errors import PplexError
+from pplex.files import cache_folder
 
 MAX_VOICE_BYTES = 1 << 26
 MAX_UNPACKED_BYTES = 1 << 29
@@ -18,12 +18,6 @@ MAX_MEMBERS = 1_000
 
 _SUFFIXES = (".pt", ".safetensors")
 _CHUNK_BYTES = 1 << 20
-
-
-def cache_folder() -> Path:
-    """The folder for what pplex can make again: under $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pplex"
 
 
 def unpack_voices(archive: Path) -> Path:

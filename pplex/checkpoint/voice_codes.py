@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pplex.checkpoint.unpack import cache_folder
 from pplex.errors import PplexError
-from pplex.files import atomic_write
+from pplex.files import atomic_write, cache_folder
 
 
 def key(pcm: np.ndarray, codec: Path, device: str) -> str:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from pplex.errors import PplexError
-from pplex.files import atomic_write
+from pplex.files import atomic_write, cache_folder
 
 NVRTC = "libnvrtc.so.13", "libnvrtc.so.12"
 MIN_CAPABILITY = 8  # bfloat16, and 100 KB of shared memory
@@ -115,7 +113,7 @@ def compile_cuda(source: str) -> bytes:
     nvrtc.nvrtcVersion(*map(ctypes.byref, versions))
     made_of = source, capability(), [version.value for version in versions]
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()
-    path = _cache_dir() / f"{name}.cubin"
+    path = cache_folder() / "kernels" / f"{name}.cubin"
     with suppress(OSError):
         return path.read_bytes()
     code = _compile(nvrtc, source)
@@ -125,11 +123,6 @@ def compile_cuda(source: str) -> bytes:
         with atomic_write(path) as temporary:
             temporary.write_bytes(code)
     return code
-
-
-def _cache_dir() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "pplex" / "kernels"
 
 
 def _compile(nvrtc: ctypes.CDLL, source: str) -> bytes:
