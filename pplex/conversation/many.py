@@ -74,9 +74,14 @@ def in_groups(model: Model) -> bool:
 def _converse_grouped(
     model: Model, items: Iterable[Item], sampler: Sampler, batch_size: int
 ) -> Iterator[Result]:
-    """``converse_many`` with the codec's work done in groups."""
+    """``converse_many`` with the codec's work done in groups.
+
+    A result a step is given away: what is done with it runs beside the step that the
+    GPU makes meanwhile.
+    """
     rows = _Rows(model, iter(items), batch_size, None)
     done: list[GroupedRow] = []
+    decoded: deque[Result] = deque()
     for step in generate(model.lm, rows.state, rows.user_columns(), sampler):
         owners = rows.owners.popleft()
         share = replace(step, seconds=step.seconds / len(owners))
@@ -84,8 +89,11 @@ def _converse_grouped(
             if isinstance(owner, GroupedRow) and owner.push(share, idx):
                 done.append(owner)
         if len(done) >= GROUP:
-            yield from decode_group(model, done)
+            decoded.extend(decode_group(model, done))
             done = []
+        if decoded:
+            yield decoded.popleft()
+    yield from decoded
     if done:
         yield from decode_group(model, done)
 
