@@ -14,6 +14,7 @@ from pplex.layers.cuda.compiler import (
     compile_cuda,
     num_multiprocessors,
     read_source,
+    shared_memory,
     use_cuda,
     with_constants,
 )
@@ -25,6 +26,7 @@ NAME = "pplex_depformer"
 THREADS = 256
 TILE_FLOATS = 64 * (48 + 8) * THREADS // 32  # the largest tile's sums
 OTHER_FLOATS = 1024  # more than all else in its `Shared`
+SHARED_MEMORY = 4 * (TILE_FLOATS + OTHER_FLOATS)
 MAX_STEPS = 16
 
 ENTRY = f"""
@@ -85,7 +87,7 @@ class DepformerKernel:
         texts = [read_source("common.cu"), read_source("grid.cu")]
         texts.append(read_source("depformer.cu", "pplex.model"))
         code = compile_cuda(with_constants(self._sizes, *texts, ENTRY))
-        self._kernel = Kernel(NAME, code, THREADS, 4 * (TILE_FLOATS + OTHER_FLOATS))
+        self._kernel = Kernel(NAME, code, THREADS, SHARED_MEMORY)
         self._blocks = num_multiprocessors()
 
     def __call__(
@@ -127,7 +129,7 @@ class DepformerKernel:
 def supports(lm: Lm) -> bool:
     """Whether the kernel can run ``lm``: all in bfloat16, of sizes it knows."""
     config, depformer = lm.config, lm.depformer
-    if not use_cuda():
+    if not use_cuda() or shared_memory() < SHARED_MEMORY:
         return False
     tables = depformer.text_emb, depformer.audio_emb
     matrices = [step.head for step in depformer.steps]

@@ -43,12 +43,21 @@ def capability() -> tuple[int, int]:
 
 def num_multiprocessors() -> int:
     """How many multiprocessors the GPU has."""
+    return _attribute(16)
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a block may have."""
+    return _attribute(97)
+
+
+def _attribute(number: int) -> int:
+    """A ``CUdevice_attribute`` of the first device, MLX's; 0 where nobody says."""
     cuda = ctypes.CDLL("libcuda.so.1")
-    count = ctypes.c_int()
-    # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT of the first device, MLX's.
-    if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(count), 16, 0):
+    value = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(value), number, 0):
         return 0
-    return count.value
+    return value.value
 
 
 Output = tuple[tuple[int, ...], mx.Dtype]
