@@ -1,4 +1,4 @@
-"""Compiling CUDA kernels, as far as it needs no GPU; what they compute: test_cuda.py."""
+"""Compiling CUDA kernels, which needs no GPU; what they compute: test_cuda.py."""
 
 from __future__ import annotations
 

@@ -6,14 +6,6 @@
 
 constexpr int ROWS = 16, KEYS = 16, GROUPS = HEAD_DIM / 32, HALVES = HEAD_DIM / 64;
 
-__device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0,
-                                unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 __device__ inline Eight load8(const bf16* p) { return *(const Eight*)p; }
 
 // Head blockIdx.x of the rows in tile blockIdx.y: `tiles` (tiles, 1 + ROWS) are a

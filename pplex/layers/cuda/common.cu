@@ -25,6 +25,15 @@ struct alignas(16) Eight {
   unsigned pairs[4];
 };
 
+// c (16, 8) += a (16, 16) b (16, 8) on the tensor cores, a warp's registers each.
+__device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 constexpr int WARPS = THREADS / 32;
 constexpr float LOWEST = -3e38f;
 
