@@ -13,43 +13,24 @@ import numpy as np
 
 from pplex.audio.files import frames_of
 from pplex.codec.codec import MlxCodec
-from pplex.config import LmConfig
 from pplex.conversation.generate import Step
-from pplex.conversation.prompt import LmState
-from pplex.conversation.results import Item, Result
+from pplex.conversation.results import Item, Result, Row
 from pplex.conversation.session import Model, Timings
 from pplex.model.streams import shift, unshift, user_rows
 
 
-class GroupedRow:
+class GroupedRow(Row):
     """One recording under way, its user's codes (codebooks, frames) known."""
 
     def __init__(self, model: Model, item: Item, user: np.ndarray) -> None:
         config, prompt = model.config.lm, item.prefilled.prompt
         rows = user_rows(config)
-        self.item = item
+        delays, before = config.delays[rows], prompt.pending[rows]
+        super().__init__(item, user.shape[1], iter(shift(user, delays, before).T))
         self.user = user
-        self.num_frames = user.shape[1]
         self.timings = Timings()
         self._config = config
-        delays, before = config.delays[rows], prompt.pending[rows]
-        self._user_columns = iter(shift(user, delays, before).T)
         self._columns = [prompt.columns[: config.num_agent_streams, -1]]
-        self._asked = 0
-
-    @property
-    def all_asked(self) -> bool:
-        """Whether every frame of the user has gone into a step."""
-        return self._asked == self.num_frames
-
-    def next_column(self) -> np.ndarray:
-        """The user's codes for the next step."""
-        self._asked += 1
-        return next(self._user_columns)
-
-    def start(self, config: LmConfig) -> LmState:
-        """The state of a row in which this recording starts."""
-        return self.item.prefilled.start(config, self.item.seed, beside_others=True)
 
     def push(self, step: Step, idx: int) -> bool:
         """Add the agent's column, row ``idx`` of ``step``; whether it was the last."""

@@ -22,7 +22,7 @@ from pplex.config import LmConfig
 from pplex.conversation.generate import Step, generate, make_sampler
 from pplex.conversation.grouped import GroupedRow, decode_group, encode_group
 from pplex.conversation.prompt import LmState
-from pplex.conversation.results import Item, Result
+from pplex.conversation.results import Item, Result, Row
 from pplex.conversation.session import Model, Reply, Track, chunk_frames
 from pplex.conversation.worker import codec_worker
 from pplex.layers.cache import KvCache, RowCaches, SlotCache
@@ -53,14 +53,15 @@ def converse_many(
         return
     with codec_worker(model.codec, beside=batch_size) as worker:
         rows = _Rows(model, iter(items), batch_size, worker)
-        done: deque[_Row] = deque()
+        done: deque[_TrackRow] = deque()
         for step in generate(model.lm, rows.state, rows.user_columns(), sampler):
             owners = rows.owners.popleft()
             share = replace(step, seconds=step.seconds / len(owners))
             for idx, owner in enumerate(owners):
-                if isinstance(owner, _Row) and owner.push(share, idx):
+                if isinstance(owner, _TrackRow) and owner.push(share, idx):
                     done.append(owner)
-            while done and done[0].is_decoded:
+            # Where decoding cannot keep up it is waited for: nothing piles up.
+            while done and (done[0].is_decoded or len(done) > batch_size):
                 yield done.popleft().result()
         for row in done:
             yield row.result()
@@ -98,33 +99,17 @@ def _converse_grouped(
         yield from decode_group(model, done)
 
 
-class _Row:
-    """One recording under way."""
+class _TrackRow(Row):
+    """One recording under way, its codec's work done a chunk at a time."""
 
     def __init__(self, model: Model, item: Item, worker: Executor | None) -> None:
         frames = frames_of(item.pcm, model.config.frame_size)
         size = chunk_frames()
         chunks = (frames[i : i + size] for i in range(0, len(frames), size))
-        self.item = item
-        self.num_frames = len(frames)
         self._track = Track(model, item.prefilled.prompt, chunks, size, worker)
-        self._columns = self._track.user_columns()
-        self._asked = self._answered = 0
+        super().__init__(item, len(frames), self._track.user_columns())
+        self._answered = 0
         self._replies: list[Reply] = []
-
-    @property
-    def all_asked(self) -> bool:
-        """Whether every frame of the user has gone into a step."""
-        return self._asked == self.num_frames
-
-    def next_column(self) -> np.ndarray:
-        """The user's codes for the next step."""
-        self._asked += 1
-        return next(self._columns)
-
-    def start(self, config: LmConfig) -> LmState:
-        """The state of a row in which this recording starts."""
-        return self.item.prefilled.start(config, self.item.seed, beside_others=True)
 
     def push(self, step: Step, idx: int) -> bool:
         """Add the agent's column, row ``idx`` of ``step``; whether it was the last."""
@@ -171,9 +156,9 @@ class _Rows:
         self._items = items
         self._batch_size = batch_size
         self._ready: deque[GroupedRow] = deque()
-        self._coming: _Row | None = None
-        self._seated: list[_Row | GroupedRow | None] = []
-        self.owners: deque[list[_Row | GroupedRow | None]] = deque()
+        self._coming: _TrackRow | None = None
+        self._seated: list[Row | None] = []
+        self.owners: deque[list[Row | None]] = deque()
         nobody = mx.zeros((0, model.config.lm.num_streams), mx.int32)
         self.state = LmState(RowCaches([]), nobody, None, [], [])
 
@@ -192,17 +177,17 @@ class _Rows:
             columns = [row.next_column() if row else nothing for row in self._seated]
             yield mx.array(np.stack(columns))
 
-    def _next_row(self) -> _Row | GroupedRow | None:
+    def _next_row(self) -> Row | None:
         if in_groups(self._model):
             return self._next_grouped()
         row = self._coming or self._new_row()
         self._coming = self._new_row() if row and self._worker else None
         return row
 
-    def _new_row(self) -> _Row | None:
+    def _new_row(self) -> _TrackRow | None:
         """A row with the next item, which begins to be encoded."""
         item = next(self._items, None)
-        return None if item is None else _Row(self._model, item, self._worker)
+        return None if item is None else _TrackRow(self._model, item, self._worker)
 
     def _next_grouped(self) -> GroupedRow | None:
         if not self._ready:
@@ -218,7 +203,7 @@ class _Rows:
         What a row computes is the same bits as if it were alone.
         """
         stay = [i for i, row in enumerate(self._seated) if row and not row.all_asked]
-        come: list[_Row | GroupedRow] = []
+        come: list[Row] = []
         while len(stay) + len(come) < self._batch_size and (row := self._next_row()):
             come.append(row)
         if come or len(stay) < len(self._seated):
