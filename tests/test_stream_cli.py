@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -88,6 +89,22 @@ def test_one_frame_in_one_frame_out(model, encoding):
         process.stdin.close()
         assert process.stdout.read() == b""
         assert process.wait(60) == 0
+
+
+def test_waiting_for_the_input_counts_as_reading_and_nothing_else(model, tmp_path):
+    stats = tmp_path / "s.json"
+    line = ("respond", "-", "-o", "-", "-q", "--stats", stats, *model)
+    with start(*line, "--raw", "f32le", "--rate", RATE) as process:
+        for frame in noise(3, FRAME):
+            process.stdin.write(frame.tobytes())
+            time.sleep(1)
+        process.communicate(timeout=60)
+    spent = json.loads(stats.read_text())
+    parts = "load", "read", "prefill", "warm_up", "encode", "steps", "decode", "write"
+    each = [spent[f"{part}_s"] for part in (*parts, "other")]
+    assert sum(each) == pytest.approx(spent["total_s"])
+    assert min(each) >= 0
+    assert spent["read_s"] >= 1
 
 
 def test_words_go_to_stdout_where_asked(call, model, tmp_path):

@@ -132,10 +132,12 @@ def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
             codes = np.split(talk.codes(), 2)
             write_tokens(outputs.tokens, codes[0], codes[1], talk.text())
         clock.lap("write")
-        clock.parts["read"] += feed.waited_s - waited_s
+        waited_s = feed.waited_s - waited_s
+        clock.parts["read"] += waited_s
         step_ms, frames = talk.steps.latency() or _NO_STEPS, talk.steps.count
         spent = clock.parts | {
-            "encode": conversation.timings.encode_s,
+            # A frame is waited for when its codes are asked for.
+            "encode": conversation.timings.encode_s - waited_s,
             "steps": step_ms.mean * frames / 1000.0,
             "decode": conversation.timings.decode_s,
         }
