@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ from small import SMALL
 
 from pplex.config import LmConfig
 from pplex.conversation.generate import make_sampler
+from pplex.conversation.prompt import prefill
+from pplex.conversation.session import Conversation
+from pplex.jobs.random_model import SIZES, random_model, random_prompt
 from pplex.layers.cache import KvCache
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.lm import Lm
@@ -323,3 +327,20 @@ def test_a_forked_process_can_make_steps():
     # Not from where pplex's sources may lie, which have no compiled parts.
     command, folder = [sys.executable, "-c", FORKED], Path(__file__).parent
     assert subprocess.run(command, cwd=folder, timeout=120).returncode == 0
+
+
+def test_a_live_conversation_has_its_memory_before_the_first_frame(monkeypatch):
+    """Growing takes a tenth of a second where the window is long."""
+    tiny = SIZES["tiny"]
+    long = replace(tiny, lm=replace(tiny.lm, context=900))
+    monkeypatch.setitem(SIZES, "long", long)
+    model = random_model("long", 16)
+    prefilled = prefill(model.lm, random_prompt(long))
+    conversation = Conversation(model, prefilled, GREEDY, 0)
+    frames = np.zeros((2, 1, long.frame_size), np.float32)
+    live = conversation.run(iter(frames), ahead=False, decode_frames=1)
+    next(live)
+    arrays = conversation._state.cache.arrays()
+    assert all(array.size >= 899 * long.lm.dim for array in arrays)
+    next(live)
+    assert all(map(operator.is_, conversation._state.cache.arrays(), arrays))

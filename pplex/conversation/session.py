@@ -29,6 +29,7 @@ from pplex.conversation.worker import codec_worker, one_ahead
 from pplex.errors import PplexError
 from pplex.layers.device import on_cpu
 from pplex.model.lm import Lm
+from pplex.model.native import NativeCache
 from pplex.model.sampling import SamplingConfig
 from pplex.model.streams import TEXT_ROW, shift, unshift, user_rows
 
@@ -365,6 +366,8 @@ class Conversation:
         answered before the next is asked for.
         """
         model = self._model
+        if not ahead and isinstance(self._state.cache, NativeCache):
+            self._state.cache.reserve()
         with codec_worker(model.codec, beside=1 if ahead else 0) as worker:
             track = Track(model, self._prompt, chunks, decode_frames, worker)
             self.timings = track.timings

@@ -148,6 +148,14 @@ class NativeCache:
         """The arrays held."""
         return [self._keys, self._values]
 
+    def reserve(self) -> None:
+        """Make room for the whole window now: growing later would keep a frame waiting.
+
+        Memory that is not written to is not taken from the system yet.
+        """
+        if self._slots < self.window:
+            self._grow(self.window)
+
     def fill(self, rows: Sequence[_Row]) -> None:
         """Describe the next positions, a row each, with room for them."""
         last = self.end + len(rows)
