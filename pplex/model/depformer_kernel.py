@@ -7,7 +7,6 @@ their work takes the GPU.
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from pplex.layers.cuda.compiler import (
     Kernel,
@@ -18,7 +17,7 @@ from pplex.layers.cuda.compiler import (
     use_cuda,
     with_constants,
 )
-from pplex.layers.cuda.weights import stack
+from pplex.layers.cuda.weights import DENSE, form_of, stack
 from pplex.model.lm import Lm
 from pplex.model.sampling import Sampler
 
@@ -131,16 +130,14 @@ def supports(lm: Lm) -> bool:
     config, depformer = lm.config, lm.depformer
     if not use_cuda() or shared_memory() < SHARED_MEMORY:
         return False
-    tables = depformer.text_emb, depformer.audio_emb
-    matrices = [step.head for step in depformer.steps]
+    parts = [depformer.text_emb, depformer.audio_emb]
+    parts += [step.head for step in depformer.steps]
     for step in depformer.steps:
         for layer in step.layers:
-            matrices += [layer.in_proj, layer.out_proj]
-            matrices += [layer.gating.linear_in, layer.gating.linear_out]
+            parts += [layer.in_proj, layer.out_proj]
+            parts += [layer.gating.linear_in, layer.gating.linear_out]
     return (
-        all(type(table) is nn.Embedding for table in tables)
-        and all(type(matrix) is nn.Linear for matrix in matrices)
-        and all(part.weight.dtype == mx.bfloat16 for part in (*tables, *matrices))
+        all(form_of(part) == DENSE for part in parts)
         and config.depformer_dim % 32 == config.depformer_hidden_dim % 32 == 0
         and config.depformer_dim % (2 * config.depformer_num_heads) == 0
         and config.card % 8 == 0

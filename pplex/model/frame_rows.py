@@ -8,6 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from pplex.layers.cuda.rows import choose_text
+from pplex.layers.cuda.weights import DENSE, form_of
 from pplex.model.depformer_kernel import depformer_kernel
 from pplex.model.lm import Lm
 from pplex.model.sampling import Sampler
@@ -15,8 +16,7 @@ from pplex.model.sampling import Sampler
 
 def serves(lm: Lm) -> bool:
     """Whether there are kernels for the depformer and heads of ``lm``."""
-    in_bfloat16 = lm.text_linear.weight.dtype == mx.bfloat16
-    return in_bfloat16 and depformer_kernel(lm) is not None
+    return form_of(lm.text_linear) == DENSE and depformer_kernel(lm) is not None
 
 
 def choose_column(

@@ -14,6 +14,7 @@ from pplex.config import LmConfig
 from pplex.layers.cache import KvCache
 from pplex.layers.cuda.compiler import use_cuda
 from pplex.layers.cuda.rows import embed_column
+from pplex.layers.cuda.weights import DENSE, form_of
 from pplex.layers.embedding import embed
 from pplex.layers.transformer import (
     Joint,
@@ -70,7 +71,7 @@ class Lm(nn.Module):
         saved voice prompts were made.
         """
         config, tables = self.config, (self.text_emb, self.audio_emb)
-        if use_cuda() and all(_is_bfloat16(table) for table in tables):
+        if use_cuda() and all(form_of(table) == DENSE for table in tables):
             b, streams, t = tokens.shape
             columns = tokens.swapaxes(1, 2).reshape(b * t, streams)
             x = embed_column(columns, *(table.weight for table in tables))
@@ -91,7 +92,3 @@ class Lm(nn.Module):
         """Normalised output and text logits of temporal output ``x`` (..., dim)."""
         hidden = self.out_norm(x)
         return hidden, self.text_linear(hidden)
-
-
-def _is_bfloat16(table: nn.Module) -> bool:
-    return type(table) is nn.Embedding and table.weight.dtype == mx.bfloat16

@@ -7,6 +7,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+DENSE = 16, 1  # the form of a matrix in bfloat16
+
 
 def form_of(module: nn.Module) -> tuple[int, int] | None:
     """Bits and group size of a matrix, None where the kernel has no form for it."""
@@ -14,7 +16,7 @@ def form_of(module: nn.Module) -> tuple[int, int] | None:
         known = module.bits in (4, 8) and module.group_size >= 32
         known = known and module.scales.dtype == mx.bfloat16
         return (module.bits, module.group_size) if known else None
-    return (16, 1) if module.weight.dtype == mx.bfloat16 else None
+    return DENSE if module.weight.dtype == mx.bfloat16 else None
 
 
 def stack(modules: list[Any]) -> tuple[list[mx.array], int, int]:
