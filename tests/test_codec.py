@@ -15,6 +15,7 @@ from small import SMALL, speech
 from pplex.checkpoint.codec_layout import sanitize_codec
 from pplex.codec import native
 from pplex.codec.codec import MlxCodec, make_codec
+from pplex.codec.fused import FusedSeanet
 from pplex.codec.mimi import Mimi
 from pplex.config import (
     CodecTransformerConfig,
@@ -253,3 +254,28 @@ def test_without_the_library_mlx_does_it(monkeypatch):
     parts = [codec.decode(codes[:, i : i + 1], state) for i in range(5)]
     assert codes.shape == (3, 5)
     np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_fused_layers_are_the_layers(pair, monkeypatch):
+    """The kernel's part in MLX's operations, as its own words define it."""
+
+    def elu_behind(x, bias, skip, state, *, keep=False):
+        total = x + bias if skip is None else x + bias + skip
+        y = mx.where(total > 0, total, mx.exp(total) - 1)
+        y = y if state is None else mx.concatenate([state, y], axis=1)
+        return y, total if keep else None
+
+    monkeypatch.setattr("pplex.codec.fused.elu_behind", elu_behind)
+    mimi, _ = pair
+    config = mimi._config
+    for layers, shape in (
+        (mimi.encoder, (2, 2 * config.frame_size, 1)),
+        (mimi.decoder, (2, 4, config.seanet.dimension)),
+    ):
+        fused = FusedSeanet(layers.model)
+        expected_state = state = None
+        for chunk in range(3):
+            x = mx.random.normal(shape, key=mx.random.key(chunk))
+            expected, expected_state = layers(x, expected_state)
+            found, state = fused(x, state)
+            assert mx.allclose(found, expected, rtol=1e-4, atol=1e-5)

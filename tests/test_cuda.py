@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from pplex.config import LmConfig
+from pplex.codec.seanet import make_decoder, make_encoder
+from pplex.config import LmConfig, SeanetConfig
 from pplex.conversation.generate import make_frame
 from pplex.layers.cache import KvCache, SlotCache
 from pplex.layers.cuda.cache import SharedCache
@@ -273,3 +274,26 @@ def test_norms_and_gates_are_those_of_float32():
     gate, value = mx.split(x.astype(mx.float32), 2, axis=-1)
     expected = nn.silu(gate) * value
     assert mx.abs(swiglu_rows(x) - expected).max() < 0.01 * mx.abs(expected).max()
+
+
+def test_the_codecs_fused_layers_are_its_layers(monkeypatch):
+    config = SeanetConfig(n_filters=8, dimension=32, ratios=(4, 3, 2))
+    for make, shape in ((make_encoder, (2, 48, 1)), (make_decoder, (2, 3, 32))):
+        layers = make(config)
+        weights = [
+            (name, 2 * mx.random.normal(a.shape) / a[0].size ** 0.5)
+            for name, a in tree_flatten(layers.parameters())
+        ]
+        layers.load_weights(weights)
+        runs = []
+        for served in (True, False):
+            monkeypatch.setattr("pplex.codec.seanet.use_cuda", lambda x=served: x)
+            state, run = None, []
+            for chunk in range(3):
+                x = mx.random.normal(shape, key=mx.random.key(chunk))
+                y, state = layers(x, state)
+                run.append(np.array(y))
+            runs.append(np.concatenate(run, axis=1))
+        error = np.abs(runs[0] - runs[1]).max()
+        assert 0 < np.abs(runs[1]).max()
+        assert error < 5e-3 * np.abs(runs[1]).max()  # products are in TF32

@@ -11,9 +11,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from pplex.codec.fused import FusedSeanet
 from pplex.config import SeanetConfig
 from pplex.layers.activation import elu
 from pplex.layers.conv import StreamConv, StreamConvTranspose
+from pplex.layers.cuda.compiler import use_cuda
 
 
 class ResidualBlock(nn.Module):
@@ -48,11 +50,16 @@ class Seanet(nn.Module):
     def __init__(self, model: list[nn.Module]) -> None:
         super().__init__()
         self.model = model
+        self._fused: FusedSeanet | None = None
 
     def __call__(
         self, x: mx.array, state: list[Any] | None
     ) -> tuple[mx.array, list[Any]]:
         """Run a chunk ``x`` (batch, t, channels) through all layers."""
+        if use_cuda():
+            self._fused = self._fused or FusedSeanet(self.model)
+            if self._fused.is_served:
+                return self._fused(x, state)
         after = []
         for idx, layer in enumerate(self.model):
             x, s = layer(x, None if state is None else state[idx])

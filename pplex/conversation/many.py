@@ -329,6 +329,7 @@ def auto_batch_size(model: Model, max_frames: int, count: int) -> int:
     per_position = 2 * lm.num_layers * lm.dim * 2  # keys and values, 16 bits
     # The ring is copied when it grows, an array of many at a time.
     per_row = 1.1 * positions * per_position
+    mx.clear_cache()  # what MLX keeps for later counts as taken
     info = mx.device_info(mx.default_device())
     total = info.get("total_memory") or info.get("max_recommended_working_set_size")
     free = info.get("free_memory") or int(total or 0) - mx.get_active_memory()

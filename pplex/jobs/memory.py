@@ -22,8 +22,9 @@ _MAX_THREADS = 8
 
 def memory_gb() -> tuple[float | None, float | None]:
     """Total and free memory of what computes, in GB; None where nobody says."""
-    info = mx.device_info(mx.default_device())
     if not on_cpu():
+        mx.clear_cache()  # what MLX keeps for later counts as taken
+        info = mx.device_info(mx.default_device())
         total = info.get("total_memory") or info.get("memory_size")
         free = info.get("free_memory") or info.get("max_recommended_working_set_size")
         return tuple(int(x) / 1e9 if x else None for x in (total, free))  # type: ignore

@@ -26,7 +26,7 @@ class StreamConv(nn.Module):
     ) -> None:
         super().__init__()
         self.stride = stride
-        self._overlap = kernel - stride
+        self.overlap = kernel - stride
         self._pad = pad
         self.weight = mx.zeros((out_channels, kernel, in_channels))
         if bias:
@@ -39,16 +39,16 @@ class StreamConv(nn.Module):
 
         ``state`` is None at the start of a stream; without overlap it stays None.
         """
-        if self._overlap:
+        if self.overlap:
             if state is None:
                 state = self._first_state(x)
             x = mx.concatenate([state, x], axis=1)
-            state = tail(x, self._overlap)
+            state = tail(x, self.overlap)
         y = mx.conv1d(x, self.weight, stride=self.stride)
         return (y + self.bias if "bias" in self else y), state
 
     def _first_state(self, x: mx.array) -> mx.array:
-        shape = (x.shape[0], self._overlap, x.shape[2])
+        shape = (x.shape[0], self.overlap, x.shape[2])
         if self._pad == "edge":
             return mx.broadcast_to(x[:, :1], shape)
         return mx.zeros(shape, x.dtype)
@@ -61,9 +61,11 @@ class StreamConvTranspose(nn.Module):
     previous input, so it is one matrix product; the state is the previous input.
     """
 
+    overlap = 1
+
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self._stride = stride
+        self.stride = stride
         self.weight = mx.zeros((2 * in_channels, stride * out_channels))
         self.bias = mx.zeros((out_channels,))
 
@@ -73,7 +75,7 @@ class StreamConvTranspose(nn.Module):
         """Upsample ``x`` (batch, t, in) to (batch, t * stride, out)."""
         b, t, _ = x.shape
         y = with_previous(x, state) @ self.weight
-        return y.reshape(b, t * self._stride, -1) + self.bias, tail(x, 1)
+        return y.reshape(b, t * self.stride, -1) + self.bias, tail(x, 1)
 
 
 class DepthwiseUpsample(nn.Module):

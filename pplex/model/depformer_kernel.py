@@ -68,7 +68,10 @@ class DepformerKernel:
             self._weights.append(weights.astype(mx.float32))
         self._text_table = depformer.text_emb.weight
         # The kernel leaves zeros in the two it uses. MLX puts arrays as small as two
-        # where the host can reach them, which makes a barrier a hundred times as long.
+        # where the host can reach them, and gives others memory that the host has
+        # read if it has kept some: a barrier there takes a hundred times as long.
+        mx.synchronize()
+        mx.clear_cache()
         self._counters = mx.zeros(64, mx.uint32)
         mx.eval(self._weights, self._counters)
         self._sizes = {
