@@ -32,7 +32,7 @@ def codec_worker(codec: Codec, *, beside: int) -> Iterator[Executor | None]:
     if not (beside and codec.concurrent):
         yield None
         return
-    threads = max(1, min(beside, _num_cores() - 1))
+    threads = max(1, min(beside, num_cores() - 1))
     worker = ThreadPoolExecutor(threads, thread_name_prefix="codec")
     try:
         yield worker if beside == 1 else _Shared(worker)
@@ -79,7 +79,7 @@ class _Awaited(Future):
         return super().result(timeout)
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+from pplex.conversation.worker import num_cores
 from pplex.errors import PplexError
 from pplex.insight.check import Outcome, passed
 from pplex.jobs.decoding import (
@@ -40,8 +41,9 @@ from pplex.jobs.prepare import (
 from pplex.jobs.records import Read, done_line, failed_line, read_task, write_task
 from pplex.jobs.tasks import Task
 
-_READERS = 2
-_READ_AHEAD = 4
+# On a large machine a batch starts with a hundred recordings at once.
+_READERS = min(8, max(2, num_cores() // 2))
+_READ_AHEAD = 2 * _READERS
 _WRITERS = 2
 _WRITE_BEHIND = 8
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
