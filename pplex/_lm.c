@@ -62,14 +62,23 @@ typedef struct {
 } Sampling;
 
 /* A row's keys (layers, heads, slots / LANES, head_dim, LANES) and values (layers,
-   heads, slots, head_dim padded to LANES); how many positions it has; the angles of
-   the next; the key of this frame's noise. */
+   heads, slots, head_dim padded to LANES); how many positions it has; where else its
+   first ones are, a multiple of LANES, and are read for several rows; the angles of the
+   next; the key of this frame's noise. */
 typedef struct {
   float *keys, *values;
   int64_t slots, end;
+  const float *first_keys, *first_values;
+  int64_t first_slots, num_first;
   const float *cosines, *sines;
   uint32_t key[2];
 } Row;
+
+/* Keys and values of a head, some of whose slots, the first, lie elsewhere. */
+typedef struct {
+  const float *keys, *values, *first_keys, *first_values;
+  long num_first;
+} Past;
 
 static long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
 

@@ -26,6 +26,12 @@ INLINE ints NAME(load_ints)(const int32_t *x) { return *(const NAME(loose_ints) 
 
 INLINE void NAME(store)(float *to, vec x) { *(NAME(loose) *)to = x; }
 
+INLINE int NAME(any)(ints x) {
+  int found = 0;
+  for (int lane = 0; lane < WIDTH; lane++) found |= x[lane];
+  return found;
+}
+
 /* Sum of LANES lanes, in a fixed order. */
 INLINE float NAME(total)(const vec x[PARTS]) {
   float sum[LANES];
@@ -33,6 +39,25 @@ INLINE float NAME(total)(const vec x[PARTS]) {
   for (int width = LANES / 2; width; width /= 2)
     for (int i = 0; i < width; i++) sum[i] += sum[i + width];
   return sum[0];
+}
+
+/* The largest of n > 0 values. */
+INLINE float NAME(most)(const float *x, long n) {
+  float most = x[0];
+  long i = 0;
+  if (n >= WIDTH) {
+    vec highest = NAME(load)(x);
+    for (i = WIDTH; i + WIDTH <= n; i += WIDTH) {
+      vec values = NAME(load)(x + i);
+      ints higher = values > highest;
+      highest = (vec)(((ints)values & higher) | ((ints)highest & ~higher));
+    }
+    for (int lane = 0; lane < WIDTH; lane++)
+      if (highest[lane] > most) most = highest[lane];
+  }
+  for (; i < n; i++)
+    if (x[i] > most) most = x[i];
+  return most;
 }
 
 /* e^x, of x kept within +-87. */
@@ -60,7 +85,8 @@ INLINE vec NAME(exp)(vec x) {
 /* ---- Products: R rows of x by B blocks of LANES outputs; R and B are constants ---- */
 
 /* Of block b, vector v: index b * PARTS + v. */
-#define EACH_VECTOR(i) for (int i = 0; i < B * PARTS; i++)
+#define EACH_VECTOR(i) _Pragma("GCC unroll 16") for (int i = 0; i < B * PARTS; i++)
+#define EACH_ROW(i) _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)
 #define PLACE(i, at, length)                                                         \
   (((i) / PARTS * (length) + (at)) * LANES + (i) % PARTS * WIDTH)
 
@@ -68,7 +94,7 @@ INLINE void NAME(dense32)(const Matrix *w, int R, int B, long block, const float
                           long ldx, float *y, long ldy) {
   long n = w->columns;
   const float *weights = (const float *)w->words + block * n * LANES;
-  vec even[4][4 * PARTS], odd[4][4 * PARTS];
+  vec even[8][4 * PARTS], odd[8][4 * PARTS];
   for (int r = 0; r < R; r++) EACH_VECTOR(v) even[r][v] = odd[r][v] = (vec){0};
   long i = 0;
   for (; i + 2 <= n; i += 2) {
@@ -98,23 +124,22 @@ INLINE void NAME(dense16)(const Matrix *w, int R, int B, long block, const float
                           long ldx, float *y, long ldy) {
   long half = w->columns / 2;
   const int32_t *words = w->words + block * half * LANES;
-  vec even[4][4 * PARTS], odd[4][4 * PARTS];
-  for (int r = 0; r < R; r++) EACH_VECTOR(v) even[r][v] = odd[r][v] = (vec){0};
+  vec even[8][4 * PARTS], odd[8][4 * PARTS];
+  EACH_ROW(r) EACH_VECTOR(v) even[r][v] = odd[r][v] = (vec){0};
   for (long i = 0; i < half; i++) {
     for (int b = 0; b < B; b++)
       __builtin_prefetch(words + (b * half + i) * LANES + AHEAD);
     EACH_VECTOR(v) {
       ints pair = NAME(load_ints)(words + PLACE(v, i, half));
       vec w0 = (vec)(pair << 16), w1 = (vec)(pair & (int32_t)0xFFFF0000);
-      for (int r = 0; r < R; r++) {
+      EACH_ROW(r) {
         even[r][v] += x[r * ldx + 2 * i] * w0;
         odd[r][v] += x[r * ldx + 2 * i + 1] * w1;
       }
     }
   }
-  for (int r = 0; r < R; r++)
-    EACH_VECTOR(v)
-      NAME(store)(y + r * ldy + PLACE(v, block, 1), even[r][v] + odd[r][v]);
+  EACH_ROW(r) EACH_VECTOR(v)
+    NAME(store)(y + r * ldy + PLACE(v, block, 1), even[r][v] + odd[r][v]);
 }
 
 /* The lowest 4 or 8 bits of each word. */
@@ -137,11 +162,11 @@ INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
   const int32_t *words = w->words + block * row_words * LANES;
   const float *scales = w->scales + block * groups * LANES;
   const float *biases = w->biases + block * groups * LANES;
-  vec sums[4][4 * PARTS];
+  vec sums[8][4 * PARTS];
   for (int r = 0; r < R; r++) EACH_VECTOR(v) sums[r][v] = (vec){0};
   for (long g = 0; g < groups; g++) {
-    vec part[4][4 * PARTS];
-    float plain[4] = {0};
+    vec part[8][4 * PARTS];
+    float plain[8] = {0};
     for (int r = 0; r < R; r++) EACH_VECTOR(v) part[r][v] = (vec){0};
     for (long i = g * group_words; i < (g + 1) * group_words; i++) {
       for (int b = 0; b < B; b++)
@@ -174,6 +199,7 @@ INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
     EACH_VECTOR(v) NAME(store)(y + r * ldy + PLACE(v, block, 1), sums[r][v]);
 }
 #undef EACH_VECTOR
+#undef EACH_ROW
 #undef PLACE
 
 #define KERNEL(KIND, R, B, ...)                                                      \
@@ -191,6 +217,7 @@ KERNELS(1, 1)
 KERNELS(2, 1)
 KERNELS(4, 1)
 #if VECTOR_BYTES == 64
+KERNELS(8, 1)
 KERNELS(1, 4)
 KERNELS(2, 4)
 KERNELS(4, 2)
@@ -207,18 +234,20 @@ typedef void (*NAME(kernel))(const Matrix *, long, const float *, long, float *,
 /* A part of `product`: the blocks from `first` to `last`. A few blocks of the matrix are
    read, then used for every row. */
 TARGET static void NAME(part)(const Product *p, long first, long last) {
+#if VECTOR_BYTES == 64
+  static const NAME(kernel) one[4][4] = {ROW_OF_KERNELS(1, 1), ROW_OF_KERNELS(2, 1),
+                                         ROW_OF_KERNELS(4, 1), ROW_OF_KERNELS(8, 1)};
+  static const NAME(kernel) more[4][4] = {ROW_OF_KERNELS(1, 4), ROW_OF_KERNELS(2, 4),
+                                          ROW_OF_KERNELS(4, 2), ROW_OF_KERNELS(8, 1)};
+  static const int at_once[4] = {4, 4, 2, 1};
+  const int largest = 3;
+#else
   static const NAME(kernel) one[3][4] = {ROW_OF_KERNELS(1, 1), ROW_OF_KERNELS(2, 1),
                                          ROW_OF_KERNELS(4, 1)};
-#if VECTOR_BYTES == 64
-  static const NAME(kernel) more[3][4] = {ROW_OF_KERNELS(1, 4), ROW_OF_KERNELS(2, 4),
-                                          ROW_OF_KERNELS(4, 2)};
-  static const int at_once[3] = {4, 4, 2};
-  const int most_rows = 2;
-#else
   static const NAME(kernel) more[3][4] = {ROW_OF_KERNELS(1, 2), ROW_OF_KERNELS(2, 1),
                                           ROW_OF_KERNELS(4, 1)};
   static const int at_once[3] = {2, 1, 1};
-  const int most_rows = 1;
+  const int largest = 1;
 #endif
   const Matrix *w = p->w;
   int kind = w->bits == FLOAT32 ? 0 : w->bits == BFLOAT16 ? 1 : w->bits == 8 ? 2 : 3;
@@ -227,7 +256,8 @@ TARGET static void NAME(part)(const Product *p, long first, long last) {
     long end = start + widest < last ? start + widest : last;
     for (long r = 0; r < p->rows;) {
       long left = p->rows - r;
-      int size = left >= 4 && most_rows == 2 ? 2 : left >= 2 ? 1 : 0;
+      int size = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
+      if (size > largest) size = largest;
       const float *x = p->x + r * p->ldx;
       float *y = p->y + r * p->ldy;
       long block = start;
@@ -313,12 +343,10 @@ TARGET static void NAME(remember)(long head_dim, long slot, const float *key,
   memset(values + slot * width + head_dim, 0, (size_t)(width - head_dim) * sizeof *value);
 }
 
-/* Attention of one head over the slots from `first` (0 or 1) to `filled`; y may be q. */
-TARGET static void NAME(attend)(long head_dim, long first, long filled, const float *q,
-                                const float *keys, const float *values, float *weights,
-                                float *y) {
-  float scale = 1 / sqrtf((float)head_dim);
-  for (long slot = 0; slot < filled; slot += LANES) {
+/* Scores of the slots of whole blocks from `slot` to `end`. */
+INLINE void NAME(score)(long head_dim, long slot, long end, float scale, const float *q,
+                        const float *keys, float *weights) {
+  for (; slot < end; slot += LANES) {
     vec even[PARTS] = {{0}}, odd[PARTS] = {{0}};
     const float *block = keys + slot * head_dim;
     long d = 0;
@@ -335,9 +363,26 @@ TARGET static void NAME(attend)(long head_dim, long first, long filled, const fl
       NAME(store)(weights + slot + v * WIDTH, (even[v] + odd[v]) * scale);
     }
   }
-  float most = weights[first];
-  for (long slot = first; slot < filled; slot++)
-    if (weights[slot] > most) most = weights[slot];
+}
+
+/* out += the values from `slot` to `end`, each times its weight; `count` vectors. */
+INLINE void NAME(mix)(long slot, long end, long width, int count, const float *weights,
+                      const float *values, vec *out) {
+  for (; slot < end; slot++) {
+    const float *value = values + slot * width;
+    for (int v = 0; v < count; v += PARTS) __builtin_prefetch(value + v * WIDTH + FAR);
+    for (int v = 0; v < count; v++) out[v] += weights[slot] * NAME(load)(value + v * WIDTH);
+  }
+}
+
+/* Attention of one head over the slots from `first` (0 or 1) to `filled`; y may be q. */
+TARGET static void NAME(attend)(long head_dim, long first, long filled, const float *q,
+                                Past past, float *weights, float *y) {
+  float scale = 1 / sqrtf((float)head_dim);
+  long apart = past.num_first;
+  NAME(score)(head_dim, 0, apart, scale, q, past.first_keys, weights);
+  NAME(score)(head_dim, apart, filled, scale, q, past.keys, weights);
+  float most = NAME(most)(weights + first, filled - first);
   for (long slot = 0; slot < filled; slot += WIDTH)
     NAME(store)(weights + slot, NAME(exp)(NAME(load)(weights + slot) - most));
   for (long slot = filled; slot < padded(filled); slot++) weights[slot] = 0;
@@ -351,17 +396,17 @@ TARGET static void NAME(attend)(long head_dim, long first, long filled, const fl
   for (long d = 0; d < width; d += AT_ONCE * WIDTH) {
     vec out[AT_ONCE] = {{0}};
     long left = head_dim - d;
-    if (width - d >= AT_ONCE * WIDTH)
-      for (long slot = first; slot < filled; slot++) {
-        const float *value = values + slot * width + d;
-        for (int v = 0; v < AT_ONCE; v += PARTS) __builtin_prefetch(value + v * WIDTH + FAR);
-        for (int v = 0; v < AT_ONCE; v++)
-          out[v] += weights[slot] * NAME(load)(value + v * WIDTH);
+    const float *own = past.values + d, *shared = apart ? past.first_values + d : own;
+    if (width - d >= AT_ONCE * WIDTH) {
+      NAME(mix)(first, apart, width, AT_ONCE, weights, shared, out);
+      NAME(mix)(max_of(first, apart), filled, width, AT_ONCE, weights, own, out);
+    } else {
+      for (int v = 0; v * WIDTH < width - d; v++) {
+        NAME(mix)(first, apart, width, 1, weights, shared + v * WIDTH, out + v);
+        NAME(mix)(max_of(first, apart), filled, width, 1, weights, own + v * WIDTH,
+                  out + v);
       }
-    else
-      for (int v = 0; v * WIDTH < width - d; v++)
-        for (long slot = first; slot < filled; slot++)
-          out[v] += weights[slot] * NAME(load)(values + slot * width + d + v * WIDTH);
+    }
     for (int v = 0; v < AT_ONCE && left > 0; v++, left -= WIDTH) {
       out[v] *= share;
       memcpy(y + d + v * WIDTH, &out[v], (size_t)(left < WIDTH ? left : WIDTH) * 4);
@@ -400,21 +445,25 @@ TARGET static void NAME(look)(const Model *m, long l, long num_rows, const Row *
   long head_dim = m->dim / m->heads, head_padded = padded(head_dim);
   NAME(norm)(layer->norm1, num_rows, m->dim, x, y, w.dim);
   NAME(product)(&layer->in_proj, num_rows, y, w.dim, qkv, w.qkv);
-  for (long r = 0; r < num_rows; r++) {
-    const Row *row = rows + r;
-    float *q = qkv + r * w.qkv, *key = q + m->dim, *value = key + m->dim;
-    NAME(rotate)(2 * m->heads, head_dim, q, row->cosines, row->sines);
-    long slot = row->end % m->window;
-    long filled = row->end < m->window ? row->end + 1 : m->window;
-    for (long h = 0; h < m->heads; h++) {
-      float *keys = row->keys + (l * m->heads + h) * row->slots * head_dim;
-      float *values = row->values + (l * m->heads + h) * row->slots * head_padded;
-      NAME(remember)(head_dim, slot, key + h * head_dim, value + h * head_dim, keys,
-                     values);
-      NAME(attend)(head_dim, 0, filled, q + h * head_dim, keys, values, weights,
-                   q + h * head_dim);
+  for (long r = 0; r < num_rows; r++)
+    NAME(rotate)(2 * m->heads, head_dim, qkv + r * w.qkv, rows[r].cosines, rows[r].sines);
+  /* Head by head: what rows share stays near from one to the next. */
+  for (long h = 0; h < m->heads; h++)
+    for (long r = 0; r < num_rows; r++) {
+      const Row *row = rows + r;
+      float *q = qkv + r * w.qkv + h * head_dim, *key = q + m->dim, *value = key + m->dim;
+      long slot = row->end % m->window, head = l * m->heads + h;
+      long filled = row->end < m->window ? row->end + 1 : m->window;
+      float *keys = row->keys + head * row->slots * head_dim;
+      float *values = row->values + head * row->slots * head_padded;
+      Past past = {keys, values, row->first_keys, row->first_values, row->num_first};
+      if (past.num_first) {
+        past.first_keys += head * row->first_slots * head_dim;
+        past.first_values += head * row->first_slots * head_padded;
+      }
+      NAME(remember)(head_dim, slot, key, value, keys, values);
+      NAME(attend)(head_dim, 0, filled, q, past, weights, q);
     }
-  }
 }
 
 /* Positions that are read and not answered: of the last layer, keys and values will do. */
@@ -464,21 +513,9 @@ INLINE uints NAME(random_bits)(const uint32_t key[2], uint32_t first, uint32_t w
 }
 
 TARGET static int32_t NAME(largest)(const float *x, long n) {
-  float most = x[0];
+  float most = NAME(most)(x, n);
   long i = 0;
-  if (n >= WIDTH) {
-    vec highest = NAME(load)(x);
-    for (i = WIDTH; i + WIDTH <= n; i += WIDTH) {
-      vec values = NAME(load)(x + i);
-      ints higher = values > highest;
-      highest = (vec)(((ints)values & higher) | ((ints)highest & ~higher));
-    }
-    for (int lane = 0; lane < WIDTH; lane++)
-      if (highest[lane] > most) most = highest[lane];
-  }
-  for (; i < n; i++)
-    if (x[i] > most) most = x[i];
-  for (i = 0; i < n && x[i] != most;) i++;
+  while (i < n && x[i] != most) i++;
   return i < n ? (int32_t)i : 0;
 }
 
@@ -520,24 +557,24 @@ TARGET static int32_t NAME(choose)(const float *logits, long card, float temp, l
   /* From the largest's vector on, as most ids are then out of reach of any noise. */
   for (long at = -WIDTH; at < card; at += WIDTH) {
     long start = at < 0 ? best / WIDTH * WIDTH : at;
-    long end = start + WIDTH < card ? start + WIDTH : card;
-    uint32_t bits[WIDTH];
-    int drawn = 0;
-    for (long id = start; id < end; id++) {
-      if (!(logits[id] >= least)) continue;
-      float scaled = logits[id] / temp;
-      if (scaled + MOST_GUMBEL < score) continue;
-      if (!drawn) {
-        uints noise = NAME(random_bits)(row->key, first + (uint32_t)start, width);
-        memcpy(bits, &noise, sizeof bits);
-        drawn = 1;
-      }
-      float u = (float)bits[id - start] * 0x1p-32f;
+    vec values = NAME(load)(logits + start), scaled = values / temp;
+    ints reach = (values >= least) & (scaled + MOST_GUMBEL >= score);
+    if (!NAME(any)(reach)) continue;
+    uints noise = NAME(random_bits)(row->key, first + (uint32_t)start, width);
+    /* -log(-log(u)) is at most -log(1 - u), which is tried first, with room for what
+       is rounded. */
+    float beaten = score - 0.01f - 1e-6f * fabsf(score);
+    vec away = 1.0f - __builtin_convertvector(noise, vec) * 0x1p-32f;
+    reach &= away <= NAME(exp)(scaled - beaten);
+    for (long lane = 0; lane < WIDTH && start + lane < card; lane++) {
+      if (!reach[lane]) continue;
+      float u = (float)noise[lane] * 0x1p-32f;
       u = u < 1 - 0x1p-24f ? u : 1 - 0x1p-24f;
-      float found = scaled - logf(-logf(u > LEAST_UNIFORM ? u : LEAST_UNIFORM));
+      float found = scaled[lane] - logf(-logf(u > LEAST_UNIFORM ? u : LEAST_UNIFORM));
+      int32_t id = (int32_t)(start + lane);
       if (found > score || (found == score && id < chosen)) {
         score = found;
-        chosen = (int32_t)id;
+        chosen = id;
       }
     }
   }
@@ -620,8 +657,9 @@ TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num
                           h * slots * dep_padded;
           NAME(remember)(dep_head, s, key + h * dep_head, value + h * dep_head, keys,
                          values);
-          NAME(attend)(dep_head, hide_first, s + 1, q + h * dep_head, keys, values,
-                       weights, q + h * dep_head);
+          Past past = {.keys = keys, .values = values};
+          NAME(attend)(dep_head, hide_first, s + 1, q + h * dep_head, past, weights,
+                       q + h * dep_head);
         }
       }
       NAME(finish)(layer, num_rows, m->dep_dim, m->dep_hidden, dep_x, qkv, w.dep_qkv,

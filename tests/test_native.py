@@ -241,6 +241,28 @@ def test_a_row_is_the_same_bits_beside_any_others(lm):
             np.testing.assert_array_equal(together[idx], alone[row][0])
 
 
+@pytest.mark.parametrize("room", [0, 30])
+def test_copies_are_the_same_bits_whether_they_or_their_source_go_on(lm, room):
+    """Until one of them is full, the first positions are read from the source."""
+    native, window = NativeLm(lm, load_library()), lm.config.window
+    prompt, other = start(lm, 2 * window), start(lm, 2 * window, seed=1)
+    inputs, others = np.array(prompt.inputs[0]), np.array(other.inputs[0])
+    columns = np.repeat(prompt.column, 9, axis=0)
+    for length in (window // 2 + 1, window - 1, window, window + 20):
+        alone, source = native.make_cache(), native.make_cache()
+        for cache in (alone, source):
+            native.read(cache, inputs[:length])
+        copies = [source.copy(room) for _ in columns]
+        for cache, more in ((source, 1), (alone, window), (source, window)):
+            native.read(cache, others[:more])
+            if cache is alone:
+                for row in copies:
+                    native.read(row, others[:more])
+            _, expected = step(native, [alone], prompt.column)
+            _, found = step(native, copies, columns)
+            np.testing.assert_array_equal(found, np.repeat(expected, 9, axis=0))
+
+
 def test_absent_tokens_add_nothing():
     lm = make_lm(EVEN, "float32")
     prompt, native = start(lm, 5), NativeLm(lm, load_library())

@@ -135,9 +135,14 @@ class Prefilled:
     lm: Lm
 
     def start(
-        self, config: LmConfig, seed: int, *, beside_others: bool = False
+        self,
+        config: LmConfig,
+        seed: int,
+        *,
+        num_frames: int = 0,
+        beside_others: bool = False,
     ) -> LmState:
-        """The state of a new conversation of one row.
+        """The state of a new conversation of one row, of ``num_frames`` if known.
 
         With ``beside_others`` it can be joined to the rows of a batch. On a GPU these
         read its cache, which stays the prompt's own.
@@ -145,7 +150,8 @@ class Prefilled:
         column = self.prompt.columns[None, :, -1]
         pending = self.prompt.pending[None, : config.num_agent_streams]
         if isinstance(self.cache, NativeCache):
-            return LmState(self.cache.copy(), column, pending, [seed], [0])
+            cache = self.cache.copy(room=num_frames)
+            return LmState(cache, column, pending, [seed], [0])
         column, pending = mx.array(column), mx.array(pending)
         if not beside_others and frame_kernel(self.lm):
             return LmState(FrameCache(self.cache), column, pending, [seed], [0])

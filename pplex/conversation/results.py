@@ -48,7 +48,9 @@ class Row:
 
     def start(self, config: LmConfig) -> LmState:
         """The state of a row in which this recording starts."""
-        return self.item.prefilled.start(config, self.item.seed, beside_others=True)
+        return self.item.prefilled.start(
+            config, self.item.seed, num_frames=self.num_frames, beside_others=True
+        )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pplex.backend import find_extension
 from pplex.config import LmConfig
 from pplex.layers.cache import GROWTH
 from pplex.layers.device import on_cpu
+from pplex.layers.pages import Arena, zeros
 from pplex.layers.rotary import angles
 from pplex.layers.transformer import Gating, RmsNorm
 from pplex.model.lm import Lm
@@ -88,6 +89,8 @@ class _Row(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in ("keys", "values")),
         *((name, ctypes.c_int64) for name in ("slots", "end")),
+        *((name, _pointer) for name in ("first_keys", "first_values")),
+        *((name, ctypes.c_int64) for name in ("first_slots", "num_first")),
         *((name, _pointer) for name in ("cosines", "sines")),
         ("key", ctypes.c_uint32 * 2),
     ]
@@ -126,7 +129,9 @@ class NativeCache:
     """Keys and values of the past positions of one row, as the compiled code has them.
 
     ``end`` is how many were written since the start; the last ``window`` are kept,
-    position ``p`` in slot ``p % window``.
+    position ``p`` in slot ``p % window``. Until it is full, a copy reads its first
+    positions where its source has them: rows that start from one prompt read that once
+    for all of them.
     """
 
     def __init__(self, config: LmConfig) -> None:
@@ -136,12 +141,18 @@ class NativeCache:
         self._layers, self._heads = config.num_layers, config.num_heads
         self._head_dim = config.dim // config.num_heads
         self._slots = 0
+        self._source: NativeCache | None = None
+        self._num_first = 0
         self._grow(1)
 
-    def copy(self) -> NativeCache:
-        """A cache with the same contents that can go its own way."""
+    def copy(self, room: int = 0) -> NativeCache:
+        """A cache with the same contents that can go its own way.
+
+        It has room for ``room`` more positions.
+        """
         other = copy.copy(self)
-        other._hold(self._keys.copy(), self._values.copy())
+        other._source, other._num_first = self, self.end // LANES * LANES
+        other._make_room(self.end + room if room else self._slots)
         return other
 
     def arrays(self) -> list[np.ndarray]:
@@ -154,36 +165,45 @@ class NativeCache:
         Memory that is not written to is not taken from the system yet.
         """
         if self._slots < self.window:
-            self._grow(self.window)
+            self._make_room(self.window)
 
     def fill(self, rows: Sequence[_Row]) -> None:
         """Describe the next positions, a row each, with room for them."""
         last = self.end + len(rows)
         if last > self._slots and self._slots < self.window:
             self._grow(last)
+        source = self._source
+        if source and max(last, source.end) > self.window:
+            source = self._source = None  # one of them writes over its first positions
         for position, row in enumerate(rows, self.end):
             row.keys, row.values = self._places
             row.slots, row.end = self._slots, position
             row.cosines, row.sines = _angles_of(
                 position, self._head_dim, self._max_period
             )
+            if source:
+                row.first_keys, row.first_values = source._places
+                row.first_slots, row.num_first = source._slots, self._num_first
 
     def _grow(self, need: int) -> None:
         """Make room for ``need`` positions, twice as many as before or the window."""
-        size = max(2 * self._slots, -(-need // GROWTH) * GROWTH)
-        size = -(-min(size, self.window) // LANES) * LANES
-        heads, width = self._heads, -(-self._head_dim // LANES) * LANES
-        keys = np.zeros(
-            (self._layers, heads, size // LANES, self._head_dim, LANES), np.float32
-        )
-        values = np.zeros((self._layers, heads, size, width), np.float32)
-        if self._slots:
-            keys[:, :, : self._keys.shape[2]] = self._keys
-            values[:, :, : self._slots] = self._values
-        self._slots = size
-        self._hold(keys, values)
+        self._make_room(max(2 * self._slots, -(-need // GROWTH) * GROWTH))
 
-    def _hold(self, keys: np.ndarray, values: np.ndarray) -> None:
+    def _make_room(self, size: int) -> None:
+        """Move to arrays of ``size`` slots, but no more than the window."""
+        size = -(-min(size, self.window) // LANES) * LANES
+        layers, heads, width = self._layers, self._heads, self._head_dim
+        padded = -(-width // LANES) * LANES
+        memory = zeros((layers * heads * size * (width + padded),), np.float32)
+        keys, values = np.split(memory, [layers * heads * size * width])
+        keys = keys.reshape(layers, heads, size // LANES, width, LANES)
+        values = values.reshape(layers, heads, size, padded)
+        if self.end:
+            held = min(self.end, self.window)
+            blocks = -(-held // LANES)
+            keys[:, :, :blocks] = self._keys[:, :, :blocks]
+            values[:, :, :held] = self._values[:, :, :held]
+        self._slots = size
         self._keys, self._values = keys, values
         self._places = keys.ctypes.data, values.ctypes.data
 
@@ -219,6 +239,7 @@ class NativeLm:
         self.config = config
         self._library = library
         self._held: list[np.ndarray | ctypes.Array] = []
+        self._arena = Arena()
         self._kept = threading.local()
         self.matrix_bytes = 0  # of packed matrices, each of which every step reads
         steps = depformer.steps[: config.num_codebooks]
@@ -464,7 +485,7 @@ class NativeLm:
             return None
         rows = len(values)
         blocks = -(-rows // LANES)
-        words = np.empty((blocks, columns * bits // 32, LANES), np.uint32)
+        words = self._arena.empty((blocks, columns * bits // 32, LANES))
         packed = self._library.pplex_lm_pack(
             values.ctypes.data, rows, columns, source_bits, bits, words.ctypes.data
         )

@@ -1,0 +1,49 @@
+"""Arrays in huge pages: what every step reads is found faster in few of them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+HUGE_PAGE = 2 << 20
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Zeros of ``shape``; in huge pages where the system has them, if they are large.
+
+    A page is taken from the system when a part of it is first written to.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < HUGE_PAGE // 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros(shape, dtype)
+    pages = -(-size // HUGE_PAGE) + 1  # one more, for the first to begin at a page
+    memory = mmap.mmap(-1, pages * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a system built without them
+        return np.zeros(shape, dtype)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE
+    return whole[start : start + size].view(dtype).reshape(shape)
+
+
+class Arena:
+    """Arrays one after the other, in the order in which they are asked for."""
+
+    def __init__(self, block: int = 2 * HUGE_PAGE) -> None:
+        """Memory is taken ``block`` bytes at a time."""
+        self._block = block
+        self._free = np.empty(0, np.uint32)
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """A uint32 array of ``shape``; a large one has memory of its own."""
+        count = math.prod(shape)
+        if 4 * count > self._block // 2:
+            return zeros(shape, np.uint32)
+        if count > len(self._free):
+            self._free = zeros((self._block // 4,), np.uint32)
+        taken, self._free = self._free[:count], self._free[count:]
+        return taken.reshape(shape)
