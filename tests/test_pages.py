@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pplex.layers.pages import HUGE_PAGE, Arena, zeros
+from pplex.layers.pages import HUGE_PAGE, Arena, Pool, zeros
 
 
 @pytest.mark.parametrize("count", [0, 7, HUGE_PAGE // 8, HUGE_PAGE, 3 * HUGE_PAGE + 5])
@@ -24,3 +24,16 @@ def test_arrays_of_an_arena_do_not_overlap(monkeypatch, missing):
         array[...] = number
     for number, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
         assert array.shape == shape and (array == number).all()
+
+
+def test_a_pool_gives_what_came_back_and_keeps_only_so_much():
+    pool = Pool(most_bytes=1000)
+    small, large = pool.take(100), pool.take(200)
+    assert len(small) >= 100 and len(large) >= 200 and small is not large
+    pool.give_back(small)
+    assert pool.take(101) is not small
+    assert pool.take(90) is small
+    pool.give_back(small)
+    pool.give_back(large)  # more than is kept
+    assert pool.take(50) is large
+    assert pool.take(50) is not small

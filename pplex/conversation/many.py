@@ -29,7 +29,7 @@ from pplex.layers.cache import KvCache, RowCaches, SlotCache
 from pplex.layers.cuda.cache import SharedCache
 from pplex.layers.device import on_cpu
 from pplex.model.depformer import NOT_FORCED
-from pplex.model.native import native_lm
+from pplex.model.native import NativeCache, native_lm
 from pplex.model.sampling import Sampler, SamplingConfig
 
 GROUP = 16  # recordings encoded or decoded together
@@ -208,6 +208,8 @@ class _Rows:
             come.append(row)
         if come or len(stay) < len(self._seated):
             states = [_row_of(self.state, i) for i in stay]
+            for gone in set(range(len(self._seated))) - set(stay):
+                _release(self.state, gone)
             states += [row.start(self._model.config.lm) for row in come]
             self._seated = [self._seated[i] for i in stay] + come
             _join(self.state, states)
@@ -244,6 +246,14 @@ def _row_of(state: LmState, idx: int) -> LmState:
         seeds=state.seeds[idx : idx + 1],
         frames=state.frames[idx : idx + 1],
     )
+
+
+def _release(state: LmState, idx: int) -> None:
+    """Row ``idx``, which has ended, leaves its memory to those that come."""
+    assert isinstance(state.cache, RowCaches)
+    cache = state.cache.rows[idx]
+    if isinstance(cache, NativeCache):
+        cache.release()
 
 
 def _join(state: LmState, rows: list[LmState]) -> None:

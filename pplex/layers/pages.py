@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -47,3 +48,28 @@ class Arena:
             self._free = zeros((self._block // 4,), np.uint32)
         taken, self._free = self._free[:count], self._free[count:]
         return taken.reshape(shape)
+
+
+class Pool:
+    """Memory that is used again: for a new huge page the system may move others."""
+
+    def __init__(self, most_bytes: int = 32 * HUGE_PAGE) -> None:
+        """Of what is given back, ``most_bytes`` are kept."""
+        self._most_bytes = most_bytes
+        self._spare: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> np.ndarray:
+        """At least ``count`` float32 values, whatever they are."""
+        with self._lock:
+            for idx, array in enumerate(self._spare):
+                if len(array) >= count:
+                    return self._spare.pop(idx)
+        return zeros((count,), np.float32)
+
+    def give_back(self, array: np.ndarray) -> None:
+        """Take an array back that nobody uses."""
+        with self._lock:
+            self._spare.append(array)
+            while sum(a.nbytes for a in self._spare) > self._most_bytes:
+                self._spare.pop(0)

@@ -22,7 +22,7 @@ from pplex.backend import find_extension
 from pplex.config import LmConfig
 from pplex.layers.cache import GROWTH
 from pplex.layers.device import on_cpu
-from pplex.layers.pages import Arena, zeros
+from pplex.layers.pages import Arena, Pool
 from pplex.layers.rotary import angles
 from pplex.layers.transformer import Gating, RmsNorm
 from pplex.model.lm import Lm
@@ -134,9 +134,10 @@ class NativeCache:
     for all of them.
     """
 
-    def __init__(self, config: LmConfig) -> None:
-        """An empty cache for the temporal transformer."""
+    def __init__(self, config: LmConfig, pool: Pool) -> None:
+        """An empty cache for the temporal transformer; its memory is of ``pool``."""
         self.window, self.end = config.window, 0
+        self._pool = pool
         self._max_period = config.max_period
         self._layers, self._heads = config.num_layers, config.num_heads
         self._head_dim = config.dim // config.num_heads
@@ -154,6 +155,10 @@ class NativeCache:
         other._source, other._num_first = self, self.end // LANES * LANES
         other._make_room(self.end + room if room else self._slots)
         return other
+
+    def release(self) -> None:
+        """Give its memory back: neither it nor a copy of it is used any more."""
+        self._pool.give_back(self._memory)
 
     def arrays(self) -> list[np.ndarray]:
         """The arrays held."""
@@ -194,8 +199,9 @@ class NativeCache:
         size = -(-min(size, self.window) // LANES) * LANES
         layers, heads, width = self._layers, self._heads, self._head_dim
         padded = -(-width // LANES) * LANES
-        memory = zeros((layers * heads * size * (width + padded),), np.float32)
-        keys, values = np.split(memory, [layers * heads * size * width])
+        num_keys, num_values = (layers * heads * size * n for n in (width, padded))
+        self._memory = memory = self._pool.take(num_keys + num_values)
+        keys, values = memory[:num_keys], memory[num_keys : num_keys + num_values]
         keys = keys.reshape(layers, heads, size // LANES, width, LANES)
         values = values.reshape(layers, heads, size, padded)
         if self.end:
@@ -239,7 +245,7 @@ class NativeLm:
         self.config = config
         self._library = library
         self._held: list[np.ndarray | ctypes.Array] = []
-        self._arena = Arena()
+        self._arena, self._pool = Arena(), Pool()
         self._kept = threading.local()
         self.matrix_bytes = 0  # of packed matrices, each of which every step reads
         steps = depformer.steps[: config.num_codebooks]
@@ -292,7 +298,7 @@ class NativeLm:
 
     def make_cache(self) -> NativeCache:
         """An empty cache for the temporal transformer."""
-        return NativeCache(self.config)
+        return NativeCache(self.config, self._pool)
 
     def step(
         self,
