@@ -147,9 +147,11 @@ def test_batch_size_follows_the_number_of_recordings(small_model):
 
 def test_a_batch_keeps_to_what_a_cache_holds_unless_weights_take_more():
     small = dataclasses.replace(LmConfig(), num_layers=5, dim=256)
-    assert rows_on_cpu(small, 100, 8e6) == 16
-    assert rows_on_cpu(small, 600, 8e6) == 8  # of 10 240 bytes a frame
-    assert rows_on_cpu(small, 2000, 8e6) == 4
+    assert rows_on_cpu(small, 100, 0) == 8
+    assert rows_on_cpu(small, 100, 8e6) == 8  # of 10 240 bytes a frame
+    assert rows_on_cpu(small, 1000, 8e6) == 8
+    assert rows_on_cpu(small, 1500, 8e6) == 6
+    assert rows_on_cpu(small, 2900, 8e6) == 4
     assert rows_on_cpu(LmConfig(), 1000, 8e6) == 4
     assert rows_on_cpu(LmConfig(), 1000, 8e9) == 7  # of 1 MB a frame
     assert rows_on_cpu(LmConfig(), 1000, 32e9) == 16

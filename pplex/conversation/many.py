@@ -307,9 +307,11 @@ def _take(state: LmState, rows: list[int]) -> None:
 
 MAX_ROWS_CPU = 16  # of these, a product's rows are the same bits as alone (_blas.c)
 MIN_ROWS_CPU = 4  # so many are computed with each vector of weights that is read
+FULL_ROWS_CPU = 8  # more than these share in no vector of weights (_lm.h)
 # Keys and values are read by every step: twice as fast from a cache as from memory.
-# `mini`, 700 positions: 0.43 ms a frame with 4 rows, 0.6 with 8.
-CACHE_BYTES = 48 << 20
+# `mini`: 0.25 ms a frame with 4 rows, 0.225 with 8 at 325 positions; 0.74 and 1.25 at
+# 1500. These are of the longest recordings at their end, twice what is read on average.
+CACHE_BYTES = 96 << 20
 MAX_ROWS_GPU = 256
 MEMORY_SHARE = 0.85
 
@@ -317,11 +319,12 @@ MEMORY_SHARE = 0.85
 def rows_on_cpu(lm: LmConfig, max_frames: int, weights_bytes: float) -> int:
     """How many recordings of up to ``max_frames``, prompts included, answer at once.
 
-    As many as a cache holds keys and values of; or, where weights take more, as weights
-    take, for each row's share in reading these is less the more rows there are.
+    As many as a cache holds keys and values of, up to a product's; or, where weights
+    take more, as weights take, for each row's share in reading these is less the more
+    rows there are.
     """
     per_row = 2 * lm.num_layers * lm.dim * 4 * min(lm.window, max_frames)
-    rows = int(max(CACHE_BYTES, weights_bytes) / per_row)
+    rows = max(min(CACHE_BYTES // per_row, FULL_ROWS_CPU), int(weights_bytes / per_row))
     return min(max(rows, MIN_ROWS_CPU), MAX_ROWS_CPU)
 
 
