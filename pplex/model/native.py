@@ -317,9 +317,9 @@ class NativeLm:
         there.
         """
         rows = (_Row * len(caches))()
-        for idx, cache in enumerate(caches):
-            cache.fill(rows[idx : idx + 1])
-            rows[idx].key[:] = keys[idx]
+        for row, cache, key in zip(rows, caches, keys, strict=True):
+            cache.fill((row,))
+            row.key[:] = key
         sampling = _Sampling(**sampler.layout())
         agent = self._step(rows, columns, given, sampling, logits)
         for cache in caches:
