@@ -126,14 +126,15 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     size = Size(batch.batch_size, frames, found.todo, total)
     dense = choose_for(local, batch.compute, lm, many=size.many).dense
     found.weights_gb = loaded_gb(local, lm, dense=dense)
-    found.row_gb = 2 * lm.num_layers * lm.dim * frames * (4 if on_cpu() else 2) / 1e9
+    positions = min(lm.window, frames + PROMPT_FRAMES)
+    found.row_gb = 2 * lm.num_layers * lm.dim * positions * (4 if on_cpu() else 2) / 1e9
     info = mx.device_info(mx.default_device())
     total = info.get("total_memory") or info.get("memory_size") or 0
     found.memory_gb = float(total) / 1e9 or _system_memory_gb()
     fitting = (0.85 * found.memory_gb - found.weights_gb) / max(found.row_gb, 1e-9) / 2
     most = MAX_ROWS_GPU
     if on_cpu():
-        most = rows_on_cpu(lm, frames + PROMPT_FRAMES, found.weights_gb * 1e9)
+        most = rows_on_cpu(lm, positions, found.weights_gb * 1e9)
     rows = batch.batch_size or max(1, min(most, int(fitting)))
     found.batch_size = min(rows, found.todo if batch.batch_size else size.busy_rows)
 
