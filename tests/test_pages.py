@@ -3,27 +3,18 @@
 import numpy as np
 import pytest
 
-from pplex.layers.pages import HUGE_PAGE, Arena, Pool, zeros
+from pplex.layers.pages import HUGE_PAGE, Pool, zeros
 
 
-@pytest.mark.parametrize("count", [0, 7, HUGE_PAGE // 8, HUGE_PAGE, 3 * HUGE_PAGE + 5])
-def test_large_arrays_and_small_ones_are_zeros(count):
-    array = zeros((count, 2), np.uint8)
-    assert array.shape == (count, 2) and array.dtype == np.uint8
-    assert not array.any() and array.flags.writeable and array.flags.c_contiguous
-
-
+@pytest.mark.parametrize("huge", [True, False])
 @pytest.mark.parametrize("missing", ["MADV_HUGEPAGE", None])
-def test_arrays_of_an_arena_do_not_overlap(monkeypatch, missing):
+@pytest.mark.parametrize("count", [0, 7, HUGE_PAGE // 8, HUGE_PAGE, 3 * HUGE_PAGE + 5])
+def test_large_arrays_and_small_ones_are_zeros(count, missing, huge, monkeypatch):
     if missing:
         monkeypatch.delattr("mmap." + missing, raising=False)
-    arena = Arena(4096)
-    shapes = [(3, 5, 16), (1, 16), (0,), (400,), (600,), (512,), (100000,), (30,)]
-    arrays = [arena.empty(shape) for shape in shapes]
-    for number, array in enumerate(arrays):
-        array[...] = number
-    for number, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
-        assert array.shape == shape and (array == number).all()
+    array = zeros((count, 2), np.uint8, huge=huge)
+    assert array.shape == (count, 2) and array.dtype == np.uint8
+    assert not array.any() and array.flags.writeable and array.flags.c_contiguous
 
 
 def test_a_pool_gives_what_came_back_and_keeps_only_so_much():

@@ -12,42 +12,25 @@ from numpy.typing import DTypeLike
 HUGE_PAGE = 2 << 20
 
 
-def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Zeros of ``shape``; in huge pages where the system has them, if they are large.
+def zeros(shape: tuple[int, ...], dtype: DTypeLike, *, huge: bool = True) -> np.ndarray:
+    """Zeros of ``shape``, if they are large and the system can in huge pages.
 
-    A page is taken from the system when a part of it is first written to.
+    A page is taken from the system when a part of it is first written to. Of a huge one
+    that may take it 100 ms: without ``huge`` pages are small.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size < HUGE_PAGE // 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    advice = getattr(mmap, "MADV_HUGEPAGE" if huge else "MADV_NOHUGEPAGE", None)
+    if size < HUGE_PAGE // 2 or advice is None:
         return np.zeros(shape, dtype)
     pages = -(-size // HUGE_PAGE) + 1  # one more, for the first to begin at a page
     memory = mmap.mmap(-1, pages * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(advice)
     except OSError:  # a system built without them
         return np.zeros(shape, dtype)
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % HUGE_PAGE
     return whole[start : start + size].view(dtype).reshape(shape)
-
-
-class Arena:
-    """Arrays one after the other, in the order in which they are asked for."""
-
-    def __init__(self, block: int = 2 * HUGE_PAGE) -> None:
-        """Memory is taken ``block`` bytes at a time."""
-        self._block = block
-        self._free = np.empty(0, np.uint32)
-
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        """A uint32 array of ``shape``; a large one has memory of its own."""
-        count = math.prod(shape)
-        if 4 * count > self._block // 2:
-            return zeros(shape, np.uint32)
-        if count > len(self._free):
-            self._free = zeros((self._block // 4,), np.uint32)
-        taken, self._free = self._free[:count], self._free[count:]
-        return taken.reshape(shape)
 
 
 class Pool:

@@ -22,7 +22,7 @@ from pplex.backend import find_extension
 from pplex.config import LmConfig
 from pplex.layers.cache import GROWTH
 from pplex.layers.device import on_cpu
-from pplex.layers.pages import Arena, Pool
+from pplex.layers.pages import Pool, zeros
 from pplex.layers.rotary import angles
 from pplex.layers.transformer import Gating, RmsNorm
 from pplex.model.lm import Lm
@@ -135,9 +135,13 @@ class NativeCache:
     """
 
     def __init__(self, config: LmConfig, pool: Pool) -> None:
-        """An empty cache for the temporal transformer; its memory is of ``pool``."""
+        """An empty cache for the temporal transformer.
+
+        Of ``pool`` is the memory of copies whose size is known: it may take longer to
+        get than a frame, and is faster to read.
+        """
         self.window, self.end = config.window, 0
-        self._pool = pool
+        self._pool, self._is_pooled = pool, False
         self._max_period = config.max_period
         self._layers, self._heads = config.num_layers, config.num_heads
         self._head_dim = config.dim // config.num_heads
@@ -152,13 +156,15 @@ class NativeCache:
         It has room for ``room`` more positions.
         """
         other = copy.copy(self)
+        other._is_pooled = room > 0
         other._source, other._num_first = self, self.end // LANES * LANES
         other._make_room(self.end + room if room else self._slots)
         return other
 
     def release(self) -> None:
         """Give its memory back: neither it nor a copy of it is used any more."""
-        self._pool.give_back(self._memory)
+        if self._is_pooled:
+            self._pool.give_back(self._memory)
 
     def arrays(self) -> list[np.ndarray]:
         """The arrays held."""
@@ -170,7 +176,7 @@ class NativeCache:
         Memory that is not written to is not taken from the system yet.
         """
         if self._slots < self.window:
-            self._make_room(self.window)
+            self._make_room(self.window, huge=False)
 
     def fill(self, rows: Sequence[_Row]) -> None:
         """Describe the next positions, a row each, with room for them."""
@@ -194,13 +200,19 @@ class NativeCache:
         """Make room for ``need`` positions, twice as many as before or the window."""
         self._make_room(max(2 * self._slots, -(-need // GROWTH) * GROWTH))
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int, *, huge: bool = True) -> None:
         """Move to arrays of ``size`` slots, but no more than the window."""
         size = -(-min(size, self.window) // LANES) * LANES
         layers, heads, width = self._layers, self._heads, self._head_dim
         padded = -(-width // LANES) * LANES
         num_keys, num_values = (layers * heads * size * n for n in (width, padded))
-        self._memory = memory = self._pool.take(num_keys + num_values)
+        count = num_keys + num_values
+        if not huge:
+            memory = zeros((count,), np.float32, huge=False)
+        elif self._is_pooled:
+            memory = self._pool.take(count)
+        else:
+            memory = np.zeros(count, np.float32)
         keys, values = memory[:num_keys], memory[num_keys : num_keys + num_values]
         keys = keys.reshape(layers, heads, size // LANES, width, LANES)
         values = values.reshape(layers, heads, size, padded)
@@ -209,7 +221,7 @@ class NativeCache:
             blocks = -(-held // LANES)
             keys[:, :, :blocks] = self._keys[:, :, :blocks]
             values[:, :, :held] = self._values[:, :, :held]
-        self._slots = size
+        self._slots, self._memory = size, memory
         self._keys, self._values = keys, values
         self._places = keys.ctypes.data, values.ctypes.data
 
@@ -245,7 +257,7 @@ class NativeLm:
         self.config = config
         self._library = library
         self._held: list[np.ndarray | ctypes.Array] = []
-        self._arena, self._pool = Arena(), Pool()
+        self._pool = Pool()
         self._kept = threading.local()
         self.matrix_bytes = 0  # of packed matrices, each of which every step reads
         steps = depformer.steps[: config.num_codebooks]
@@ -491,7 +503,7 @@ class NativeLm:
             return None
         rows = len(values)
         blocks = -(-rows // LANES)
-        words = self._arena.empty((blocks, columns * bits // 32, LANES))
+        words = np.empty((blocks, columns * bits // 32, LANES), np.uint32)
         packed = self._library.pplex_lm_pack(
             values.ctypes.data, rows, columns, source_bits, bits, words.ctypes.data
         )
