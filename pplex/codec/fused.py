@@ -61,11 +61,9 @@ class FusedSeanet:
             elif "conv1" in layer:
                 self._convolutions.append(_convolution(place, layer.conv1, keeps=True))
                 self._convolutions.append(_convolution(place, layer.conv2, adds=True))
-
-    @property
-    def is_served(self) -> bool:
-        """Whether there is a kernel for what lies between the convolutions."""
-        return all(conv.channels % 4 == 0 for conv in self._convolutions[:-1])
+        # Whether there is a kernel for what lies between the convolutions.
+        between = self._convolutions[:-1]
+        self.is_served = all(conv.channels % 4 == 0 for conv in between)
 
     def __call__(
         self, x: mx.array, state: list[Any] | None
@@ -103,8 +101,8 @@ def _convolution(
         stride, upsamples = 1, True
     else:
         weight, stride, upsamples = layer.weight, layer.stride, False
-        short = _LEAST_OUTPUTS - len(weight)
-        weight = mx.pad(weight, [(0, max(0, short)), (0, 0), (0, 0)])
+        if (short := _LEAST_OUTPUTS - len(weight)) > 0:
+            weight = mx.pad(weight, [(0, short), (0, 0), (0, 0)])
     weight = mx.contiguous(weight)
     mx.eval(weight)
     return _Convolution(

@@ -27,7 +27,7 @@ from pplex.conversation.session import Model, Reply, Track, chunk_frames
 from pplex.conversation.worker import codec_worker
 from pplex.layers.cache import KvCache, RowCaches, SlotCache
 from pplex.layers.cuda.cache import SharedCache
-from pplex.layers.device import on_cpu
+from pplex.layers.device import device_info, on_cpu
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.native import NativeCache, native_lm
 from pplex.model.sampling import Sampler, SamplingConfig
@@ -342,8 +342,7 @@ def auto_batch_size(model: Model, max_frames: int, count: int) -> int:
     per_position = 2 * lm.num_layers * lm.dim * 2  # keys and values, 16 bits
     # The ring is copied when it grows, an array of many at a time.
     per_row = 1.1 * positions * per_position
-    mx.clear_cache()  # what MLX keeps for later counts as taken
-    info = mx.device_info(mx.default_device())
+    info = device_info()
     total = info.get("total_memory") or info.get("max_recommended_working_set_size")
     free = info.get("free_memory") or int(total or 0) - mx.get_active_memory()
     return max(1, min(count, MAX_ROWS_GPU, int(MEMORY_SHARE * int(free) / per_row)))

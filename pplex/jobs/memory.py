@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from pplex.layers.device import on_cpu
+from pplex.layers.device import device_info, on_cpu
 
 _COPY_BYTES = 256 << 20
 _COPY_SHARE = 64  # a copy takes at most one part in so many of the device's memory
@@ -23,8 +23,7 @@ _MAX_THREADS = 8
 def memory_gb() -> tuple[float | None, float | None]:
     """Total and free memory of what computes, in GB; None where nobody says."""
     if not on_cpu():
-        mx.clear_cache()  # what MLX keeps for later counts as taken
-        info = mx.device_info(mx.default_device())
+        info = device_info()
         total = info.get("total_memory") or info.get("memory_size")
         free = info.get("free_memory") or info.get("max_recommended_working_set_size")
         return tuple(int(x) / 1e9 if x else None for x in (total, free))  # type: ignore

@@ -1,4 +1,7 @@
-"""Arrays in huge pages: what every step reads is found faster in few of them."""
+"""Arrays in pages of a chosen size.
+
+What every step reads is found faster in few huge pages, which take longer to get.
+"""
 
 from __future__ import annotations
 
