@@ -29,31 +29,31 @@ from pathlib import Path  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
-from pplex.checkpoint.convert import Conversion, convert  # noqa: E402
 from pplex.checkpoint.hub import LocalModel, resolve  # noqa: E402
 from pplex.checkpoint.layouts import (  # noqa: E402
     Matrix,
     Quantization,
     published_matrices,
 )
-from pplex.checkpoint.recipe import (  # noqa: E402
+from pplex.checkpoint.source import Source  # noqa: E402
+from pplex.conversation.roles import DEFAULT_ROLE, ROLES  # noqa: E402
+from pplex.conversation.session import Model, load, make_role  # noqa: E402
+from pplex.model.sampling import GREEDY, SamplingConfig  # noqa: E402
+from pplex.quantization.compare import compare_lms, keep_logits, mean_kl  # noqa: E402
+from pplex.quantization.compare_models import (  # noqa: E402
+    Settings,
+    make_scripts,
+    read_users,
+)
+from pplex.quantization.convert import Conversion, convert  # noqa: E402
+from pplex.quantization.costs import mixed_recipe, read_costs  # noqa: E402
+from pplex.quantization.forced import write_script  # noqa: E402
+from pplex.quantization.recipe import (  # noqa: E402
     Recipe,
     fitting,
     recipe_bytes,
     uniform,
 )
-from pplex.checkpoint.sensitivity import mixed_recipe, read_costs  # noqa: E402
-from pplex.checkpoint.source import Source  # noqa: E402
-from pplex.conversation.roles import DEFAULT_ROLE, ROLES  # noqa: E402
-from pplex.conversation.session import Model, load, make_role  # noqa: E402
-from pplex.insight.compare import compare_lms, keep_logits, mean_kl  # noqa: E402
-from pplex.insight.compare_models import (  # noqa: E402
-    Settings,
-    make_scripts,
-    read_users,
-)
-from pplex.insight.forced import write_script  # noqa: E402
-from pplex.model.sampling import GREEDY, SamplingConfig  # noqa: E402
 
 HEAD = "| recipe | MB | mean KL | KL of text | same text | same codes | same words |"
 Make = Callable[[Source, list[Matrix]], Recipe]

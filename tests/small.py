@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from pplex.bench.random_model import TINY
 from pplex.conversation.session import Conversation
-from pplex.jobs.random_model import TINY
 from pplex.model.sampling import GREEDY
 
 FRAME = 1920

@@ -12,10 +12,10 @@ import pytest
 
 from pplex.audio.files import read_pcm, write_wav
 from pplex.errors import PplexError
-from pplex.insight.asr import Recogniser, make_recogniser, utterances
-from pplex.insight.dialogue import dialogue_path, plan_dialogues, write_dialogue
-from pplex.insight.roundtrip import compare, plain
-from pplex.insight.transcript import Word
+from pplex.evaluation.asr import Recogniser, make_recogniser, utterances
+from pplex.evaluation.dialogue import dialogue_path, plan_dialogues, write_dialogue
+from pplex.evaluation.roundtrip import compare, plain
+from pplex.respond.transcript import Word
 
 DATA = Path(__file__).parent / "data" / "fdb"
 SENTENCES = (

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 import soundfile
 
+from pplex.batch import decoding
+from pplex.batch.manifest import read_lines
+from pplex.batch.outcome import Summary
+from pplex.batch.plan import Selection
+from pplex.batch.prepare import Batch
+from pplex.batch.run import run_batch
+from pplex.batch.tasks import Wanted
 from pplex.errors import PplexError
-from pplex.jobs import decoding
-from pplex.jobs.batch import run_batch
-from pplex.jobs.manifest import read_lines
-from pplex.jobs.outcome import Summary
-from pplex.jobs.plan import Selection
-from pplex.jobs.prepare import Batch
-from pplex.jobs.settings import Settings
-from pplex.jobs.tasks import Wanted
 from pplex.model.sampling import SamplingConfig
+from pplex.respond.settings import Settings
 
 RATE = 24000
 SAMPLING = SamplingConfig(top_k=30, text_top_k=10)
@@ -411,7 +411,8 @@ DRIVER = """
 import sys, pickle, time
 from pplex.backend import use_fast_blas
 use_fast_blas()
-from pplex.jobs import batch, records
+from pplex.batch import run as batch
+from pplex.batch import records
 import test_batch
 if sys.argv[2] == "slow":
     write = records.write_outputs
@@ -454,7 +455,7 @@ def test_killed_at_random_and_run_again_the_bytes_are_the_same(calls, batch, tmp
 
 
 def test_a_second_run_on_the_same_folder_is_refused(calls, batch):
-    from pplex.jobs.lock import FolderLock
+    from pplex.batch.lock import FolderLock
 
     batch.outdir.mkdir()
     lock = FolderLock(batch.outdir, None)

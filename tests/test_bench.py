@@ -12,15 +12,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from pplex.codec.codec import MlxCodec
-from pplex.conversation.prompt import prefill
-from pplex.conversation.session import Conversation
-from pplex.errors import PplexError
-from pplex.insight.compare_bench import changes, differences, read_bench
-from pplex.insight.latency_plot import Line, image, svg, write_plot
-from pplex.jobs import bench as job
-from pplex.jobs.bench_parts import measure_parts, traffic
-from pplex.jobs.random_model import (
+from pplex.bench import run as job
+from pplex.bench.compare import changes, differences, read_bench
+from pplex.bench.latency_plot import Line, image, svg, write_plot
+from pplex.bench.parts import measure_parts, traffic
+from pplex.bench.random_model import (
     MEDIUM,
     SIZES,
     TINY,
@@ -28,6 +24,10 @@ from pplex.jobs.random_model import (
     random_model,
     random_prompt,
 )
+from pplex.codec.codec import MlxCodec
+from pplex.conversation.prompt import prefill
+from pplex.conversation.session import Conversation
+from pplex.errors import PplexError
 from pplex.model.sampling import SamplingConfig
 
 
@@ -35,8 +35,8 @@ from pplex.model.sampling import SamplingConfig
 def quick(monkeypatch):
     """No long copies and few rounds."""
     monkeypatch.setattr(job, "copy_bandwidth_gb_s", lambda: 50.0)
-    monkeypatch.setattr("pplex.jobs.bench_parts._ROUNDS", 2)
-    monkeypatch.setattr("pplex.jobs.bench_parts._CODEC_ROUNDS", 1)
+    monkeypatch.setattr("pplex.bench.parts._ROUNDS", 2)
+    monkeypatch.setattr("pplex.bench.parts._CODEC_ROUNDS", 1)
 
 
 def plan(**changed) -> job.Plan:
@@ -176,7 +176,7 @@ def test_the_7b_has_the_published_sizes():
 
 
 def test_a_model_that_memory_cannot_hold_is_refused(monkeypatch):
-    monkeypatch.setattr("pplex.jobs.random_model.memory_gb", lambda: (9.0, 8.0))
+    monkeypatch.setattr("pplex.bench.random_model.memory_gb", lambda: (9.0, 8.0))
     with pytest.raises(PplexError, match="such a model takes 3. GB, and 8 GB"):
         random_model("7b", 16)
 
@@ -187,7 +187,7 @@ def test_codecs_that_take_many_recordings_are_timed_so(monkeypatch):
     grouped = replace(model, codec=MlxCodec(random_mimi(model.config.mimi)))
     start = prefill(grouped.lm, random_prompt(grouped.config))
     apart = traffic(grouped, start, rows=4, mean_position=10)
-    monkeypatch.setattr("pplex.jobs.bench_parts.in_groups", lambda _: True)
+    monkeypatch.setattr("pplex.bench.parts.in_groups", lambda _: True)
     parts = measure_parts(grouped, start, SamplingConfig(), rows=4, position=5)
     assert parts.encode > 0 and parts.decode > 0
     together = traffic(grouped, start, rows=4, mean_position=10)
@@ -196,9 +196,9 @@ def test_codecs_that_take_many_recordings_are_timed_so(monkeypatch):
 
 @pytest.mark.parametrize(("rows", "ring"), [(1, False), (3, False), (3, True)])
 def test_steps_of_mlx_operations_are_timed_in_parts(monkeypatch, rows, ring):
-    for module in ("conversation.prompt", "jobs.bench_parts"):
+    for module in ("conversation.prompt", "bench.parts"):
         monkeypatch.setattr(f"pplex.{module}.native_lm", lambda _: None)
-    monkeypatch.setattr("pplex.jobs.bench_parts.on_cpu", lambda: not ring)
+    monkeypatch.setattr("pplex.bench.parts.on_cpu", lambda: not ring)
     model = random_model("tiny", 4)
     start = prefill(model.lm, random_prompt(model.config))
     parts = measure_parts(model, start, SamplingConfig(), rows, position=60)

@@ -12,8 +12,8 @@ from test_convert import to
 from pplex.checkpoint import blocks
 from pplex.checkpoint.blocks import Stretch, open_rounder
 from pplex.checkpoint.layouts import Quantization
-from pplex.checkpoint.quantize import quantize
 from pplex.errors import PplexError
+from pplex.quantization.quantize import quantize
 
 DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 COLUMNS = 256

@@ -12,8 +12,8 @@ from test_score import transcript
 
 from pplex.audio.files import write_wav
 from pplex.errors import PplexError
-from pplex.insight.check import Checks, passed, run_checks
-from pplex.insight.levels import measure_levels
+from pplex.evaluation.check import Checks, passed, run_checks
+from pplex.evaluation.levels import measure_levels
 
 RATE = 16_000
 

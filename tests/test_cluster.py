@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from test_batch import SETTINGS, Notes, contents, last_lines, record
 
+from pplex.batch.plan import Selection
+from pplex.batch.prepare import Batch
+from pplex.batch.run import run_batch
+from pplex.batch.tasks import Wanted
 from pplex.errors import PplexError
-from pplex.jobs.batch import run_batch
-from pplex.jobs.plan import Selection
-from pplex.jobs.prepare import Batch
-from pplex.jobs.tasks import Wanted
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -104,7 +104,7 @@ def test_a_cluster_that_is_not_there_is_said(ray, batch):
 
 
 def test_machines_with_another_model_do_not_work(cluster, batch, monkeypatch):
-    from pplex.jobs import describe
+    from pplex.batch import describe
 
     cluster, _ = cluster
     monkeypatch.setattr(describe, "model_identity", lambda local: "another")

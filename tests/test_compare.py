@@ -14,16 +14,16 @@ from test_convert import to
 from pplex.audio.files import read_pcm
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.layouts import Quantization
-from pplex.checkpoint.recipe import recipe_bytes, uniform
-from pplex.checkpoint.sensitivity import mixed_recipe, read_costs
 from pplex.conversation.session import load, make_role
 from pplex.errors import PplexError
-from pplex.insight.compare import Tally, compare_lms, keep_logits, mean_kl
-from pplex.insight.compare_models import Settings, compare_models
-from pplex.insight.compare_plot import plot
-from pplex.insight.forced import Logits, write_script
-from pplex.insight.sensitivity import measure, module_parts, write_costs
 from pplex.model.sampling import GREEDY, SamplingConfig
+from pplex.quantization.compare import Tally, compare_lms, keep_logits, mean_kl
+from pplex.quantization.compare_models import Settings, compare_models
+from pplex.quantization.compare_plot import plot
+from pplex.quantization.costs import mixed_recipe, read_costs
+from pplex.quantization.forced import Logits, write_script
+from pplex.quantization.recipe import recipe_bytes, uniform
+from pplex.quantization.sensitivity import measure, module_parts, write_costs
 
 SETTINGS = Settings(None, "hello", seed=1, seconds=2.4, sampling=SamplingConfig())
 

@@ -11,11 +11,15 @@ from mlx.utils import tree_flatten
 from random_checkpoint import write_checkpoint
 from small import SMALL
 
+from pplex.batch.forecast import forecast
+from pplex.batch.plan import Selection
+from pplex.batch.prepare import Batch
+from pplex.batch.tasks import Wanted
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.needed import MIMI_PATTERNS
 from pplex.config import LmConfig
-from pplex.jobs import compute as job
-from pplex.jobs.compute import (
+from pplex.conversation import compute as job
+from pplex.conversation.compute import (
     FACTS,
     choose,
     dense_gb,
@@ -23,12 +27,8 @@ from pplex.jobs.compute import (
     load_as,
     loaded_gb,
 )
-from pplex.jobs.forecast import forecast
-from pplex.jobs.plan import Selection
-from pplex.jobs.prepare import Batch
-from pplex.jobs.settings import Settings
-from pplex.jobs.tasks import Wanted
 from pplex.model.sampling import GREEDY
+from pplex.respond.settings import Settings
 
 
 @pytest.fixture(scope="module")

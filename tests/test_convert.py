@@ -15,11 +15,17 @@ from random_checkpoint import write_checkpoint
 from small import SMALL, converse, speech
 from test_layouts import as_sliced
 
-from pplex.checkpoint.convert import Conversion, convert
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.layouts import Quantization, published_matrices
-from pplex.checkpoint.quantize import pack, quantize
-from pplex.checkpoint.recipe import (
+from pplex.checkpoint.source import Source
+from pplex.checkpoint.tensor_file import TensorSpec, read_specs, write_tensors
+from pplex.config import load_config
+from pplex.conversation.prompt import prefill
+from pplex.conversation.session import load, make_role
+from pplex.errors import PplexError
+from pplex.quantization.convert import Conversion, convert
+from pplex.quantization.quantize import pack, quantize
+from pplex.quantization.recipe import (
     from_file,
     make_parts,
     mixed,
@@ -28,12 +34,6 @@ from pplex.checkpoint.recipe import (
     recipe_bytes,
     uniform,
 )
-from pplex.checkpoint.source import Source
-from pplex.checkpoint.tensor_file import TensorSpec, read_specs, write_tensors
-from pplex.config import load_config
-from pplex.conversation.prompt import prefill
-from pplex.conversation.session import load, make_role
-from pplex.errors import PplexError
 
 MATRICES = list(published_matrices(SMALL.lm, 16, 16))
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pplex.bench import doctor as job
 from pplex.checkpoint.hub_cache import ModelEntry
 from pplex.checkpoint.online import Online
 from pplex.config import LmConfig
-from pplex.jobs import doctor as job
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pplex.errors import PplexError
-from pplex.insight import full_duplex as bench
-from pplex.insight.segments import Segment
-from pplex.insight.transcript import Word
+from pplex.evaluation import full_duplex as bench
+from pplex.evaluation.segments import Segment
+from pplex.respond.transcript import Word
 
 DATA = Path(__file__).parent / "data" / "fdb"
 

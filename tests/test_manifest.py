@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pplex.batch.lock import LOCK_NAME, FolderLock
+from pplex.batch.manifest import Manifest, manifest_name, read_lines
 from pplex.errors import PplexError
-from pplex.jobs.lock import LOCK_NAME, FolderLock
-from pplex.jobs.manifest import Manifest, manifest_name, read_lines
 
 
 def line(recording: str = "a.wav", status: str = "done", **more: object) -> dict:
@@ -188,7 +188,7 @@ def test_shards_run_side_by_side(tmp_path):
 def test_a_lock_ends_with_its_process_and_what_it_began_is_known(tmp_path):
     code = (
         "import os, sys, pathlib\n"
-        "from pplex.jobs.lock import FolderLock\n"
+        "from pplex.batch.lock import FolderLock\n"
         f"lock = FolderLock(pathlib.Path({str(tmp_path)!r}), None)\n"
         "lock.begin(['a.wav', 'a.srt'])\n"
         "os.kill(os.getpid(), 9)\n"

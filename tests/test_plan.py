@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from pplex.batch.identity import seed_for
+from pplex.batch.plan import Selection, make_plan
+from pplex.batch.tasks import Task, Wanted, in_shard
 from pplex.conversation.roles import ROLES
 from pplex.errors import PplexError
-from pplex.jobs.identity import seed_for
-from pplex.jobs.plan import Selection, make_plan
-from pplex.jobs.settings import Settings
-from pplex.jobs.tasks import Task, Wanted, in_shard
 from pplex.model.sampling import SamplingConfig
+from pplex.respond.settings import Settings
 
 SETTINGS = Settings(voice=None, text="Hello.", sampling=SamplingConfig(), seed=7)
 

@@ -79,14 +79,14 @@ def test_the_readme_names_every_option():
 
 
 def test_the_readme_explains_every_key_of_the_stats():
-    from pplex.insight.stats import Latency, Stats
+    from pplex.respond.stats import Latency, Stats
 
     table = set(re.findall(r"`(\w+)`", section("Stats")))
     assert {f.name for f in (*fields(Stats), *fields(Latency))} - table == set()
 
 
 def test_the_readme_explains_no_key_that_the_stats_lack():
-    from pplex.insight.stats import Latency, Stats
+    from pplex.respond.stats import Latency, Stats
 
     rows = re.findall(r"^\| (`.*?) \|", section("Stats"), re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(rows)))

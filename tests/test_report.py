@@ -15,9 +15,9 @@ import pytest
 from dialogues import write_dialogue
 from test_score import batch, manifest_line, transcript
 
-from pplex.insight.recordings import find
-from pplex.insight.report import _thinned, make_entries, peaks, write_report
-from pplex.insight.report_table import COLUMNS
+from pplex.evaluation.find import find
+from pplex.evaluation.report import _thinned, make_entries, peaks, write_report
+from pplex.evaluation.report_table import COLUMNS
 
 
 class Page(HTMLParser):

@@ -12,8 +12,8 @@ import pytest
 from dialogues import DATA, track, write_dialogue
 
 from pplex.audio.files import write_wav
-from pplex.insight.recordings import find
-from pplex.insight.score import Method, score
+from pplex.evaluation.find import find
+from pplex.evaluation.score import Method, score
 
 FRAME_S = 0.08
 ENERGY = Method(vad="energy")

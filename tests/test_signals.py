@@ -11,7 +11,7 @@ import soundfile
 from piped import FRAME, RATE, noise, start
 
 from pplex.audio.streams import wav_header
-from pplex.jobs.stopping import Stop, Stopped
+from pplex.respond.stopping import Stop, Stopped
 
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 

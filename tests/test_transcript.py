@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pplex.errors import PplexError
-from pplex.insight.transcript import Word, cues, words, write_transcript
+from pplex.respond.transcript import Word, cues, words, write_transcript
 
 EPAD, PAD = 0, 3
 PIECES = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pplex.insight.segments import Segment, common, gaps, merge, total_s
-from pplex.insight.transcript import Word
-from pplex.insight.turns import Turns, analyse
+from pplex.evaluation.segments import Segment, common, gaps, merge, total_s
+from pplex.evaluation.turns import Turns, analyse
+from pplex.respond.transcript import Word
 
 
 def segments(*times: tuple[float, float]) -> list[Segment]:

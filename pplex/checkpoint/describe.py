@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pplex.checkpoint.card import form_name
 from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.layouts import form_name
 from pplex.checkpoint.needed import MIMI_PATTERNS
 from pplex.checkpoint.source import Source
 from pplex.checkpoint.tensor_file import read_specs

@@ -180,6 +180,11 @@ class Quantization:
     group_size: int
 
 
+def form_name(form: Quantization | None) -> str:
+    """A form as text: ``4/64``, or ``16``."""
+    return "16" if form is None else f"{form.bits}/{form.group_size}"
+
+
 Arrays = dict[str, mx.array]
 
 

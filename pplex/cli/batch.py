@@ -27,8 +27,8 @@ from pplex.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pplex.jobs.outcome import Summary
-    from pplex.jobs.prepare import Batch
+    from pplex.batch.outcome import Summary
+    from pplex.batch.prepare import Batch
 
 _FILE = click.Path(path_type=Path)
 SOME_FAILED = 3
@@ -164,14 +164,14 @@ def batch(dry_run: bool, verbosity: int, **options: Any) -> None:
     job = batch_from(options)
     with BatchProgress(verbosity) as progress:
         if dry_run:
-            from pplex.jobs.forecast import forecast
+            from pplex.batch.forecast import forecast
 
             found = forecast(job, progress.shows_bars)
             click.echo(forecast_text(found))
             code = exit_code(found.todo + found.skipped, len(found.failed))
             code = 1 if found.problems() else code
         else:
-            from pplex.jobs.batch import run_batch
+            from pplex.batch.run import run_batch
 
             done = run_batch(job, progress)
             code = exit_code(done.done + done.skipped, len(done.failed))
@@ -188,9 +188,9 @@ def batch_from(options: dict[str, Any]) -> Batch:
     from pplex.backend import use_fast_blas
 
     use_fast_blas()
-    from pplex.jobs.plan import Selection
-    from pplex.jobs.prepare import Batch
-    from pplex.jobs.tasks import Wanted
+    from pplex.batch.plan import Selection
+    from pplex.batch.prepare import Batch
+    from pplex.batch.tasks import Wanted
 
     def take(*names: str) -> dict[str, Any]:
         return {name: options.pop(name) for name in names}

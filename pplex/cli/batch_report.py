@@ -10,8 +10,8 @@ from tqdm import tqdm
 from pplex.cli.progress import QUIET, VERBOSE, Lines, size
 
 if TYPE_CHECKING:
-    from pplex.jobs.forecast import Forecast
-    from pplex.jobs.outcome import Summary
+    from pplex.batch.forecast import Forecast
+    from pplex.batch.outcome import Summary
 
 _SHOWN_FAILURES = 20
 

@@ -15,8 +15,8 @@ from pplex.cli.tables import echo_table
 from pplex.files import PIPE, write_text
 
 if TYPE_CHECKING:
-    from pplex.insight.compare_bench import Change
-    from pplex.jobs.bench import Bench
+    from pplex.bench.compare import Change
+    from pplex.bench.run import Bench
 
 _FILE = click.Path(path_type=Path)
 _MOST_FRAMES = 1_000_000
@@ -127,10 +127,10 @@ def bench(
     use_fast_blas()
     from dataclasses import asdict
 
-    from pplex.insight.compare_bench import changes, differences, read_bench
-    from pplex.insight.latency_plot import Line, check_plot_path, write_plot
-    from pplex.jobs.bench import SCHEMA, Plan
-    from pplex.jobs.bench import bench as measure
+    from pplex.bench.compare import changes, differences, read_bench
+    from pplex.bench.latency_plot import Line, check_plot_path, write_plot
+    from pplex.bench.run import SCHEMA, Plan
+    from pplex.bench.run import bench as measure
 
     before = None if compare is None else read_bench(compare, SCHEMA)
     if plot is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from pplex.jobs.doctor import Diagnosis
+    from pplex.bench.doctor import Diagnosis
 
 
 @click.command(epilog="Example: pplex doctor --json")
@@ -31,8 +31,8 @@ def doctor(ctx: click.Context, as_json: bool, network: bool) -> None:
     blas = use_fast_blas()
     from dataclasses import asdict
 
+    from pplex.bench.doctor import diagnose
     from pplex.checkpoint.online import look_online
-    from pplex.jobs.doctor import diagnose
 
     found = diagnose(blas, look_online if network else None)
     if as_json:

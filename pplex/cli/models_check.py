@@ -127,7 +127,7 @@ def verify(
     with tqdm(unit="B", unit_scale=True, disable=quiet or None, leave=False) as bar:
         findings = list(check(local, sums, bar.update))
     if numbers:
-        from pplex.insight.numbers import check_numbers
+        from pplex.quantization.numbers import check_numbers
 
         findings += check_numbers(local)
     if as_json:

@@ -20,7 +20,7 @@ from pplex.cli.tables import echo_json, echo_table
 from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 
 if TYPE_CHECKING:
-    from pplex.insight.compare_models import Comparison, Settings
+    from pplex.quantization.compare_models import Comparison, Settings
 
 _FILE = click.Path(path_type=Path)
 
@@ -94,8 +94,8 @@ def compare(
     use_fast_blas()
     from pplex.checkpoint.hub import resolve
     from pplex.files import write_text
-    from pplex.insight.compare_models import compare_models
-    from pplex.insight.compare_plot import plot as draw
+    from pplex.quantization.compare_models import compare_models
+    from pplex.quantization.compare_plot import plot as draw
 
     models = [resolve(name, offline=offline) for name in (a, b)]
     found = compare_models(*models, recordings, _settings(options))
@@ -108,8 +108,8 @@ def compare(
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    from pplex.insight.compare_models import Settings
     from pplex.model.sampling import SamplingConfig
+    from pplex.quantization.compare_models import Settings
 
     return Settings(
         voice=options["voice"],
@@ -179,7 +179,7 @@ def sensitivity(
 
     use_fast_blas()
     from pplex.checkpoint.hub import resolve
-    from pplex.insight.sensitivity import measure, write_costs
+    from pplex.quantization.sensitivity import measure, write_costs
 
     local = resolve(model, offline=offline)
     costs = {}

@@ -14,7 +14,7 @@ from pplex.cli.options import complete_model
 from pplex.cli.progress import size
 
 if TYPE_CHECKING:
-    from pplex.checkpoint.convert import Conversion
+    from pplex.quantization.convert import Conversion
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -90,8 +90,8 @@ def convert(
     from pplex.backend import use_fast_blas
 
     use_fast_blas()
-    from pplex.checkpoint.convert import convert as run
     from pplex.checkpoint.hub import resolve
+    from pplex.quantization.convert import convert as run
 
     local = resolve(source, offline=offline, progress=not quiet)
     with tqdm(unit="B", unit_scale=True, disable=quiet or None, leave=False) as bar:
@@ -107,10 +107,10 @@ def convert(
 
 def _conversion(options: dict[str, Any]) -> Conversion:
     """What the options ask for."""
-    from pplex.checkpoint.convert import Conversion
     from pplex.checkpoint.layouts import Quantization
-    from pplex.checkpoint.recipe import from_file, uniform
-    from pplex.checkpoint.sensitivity import mixed_recipe, read_costs
+    from pplex.quantization.convert import Conversion
+    from pplex.quantization.costs import mixed_recipe, read_costs
+    from pplex.quantization.recipe import from_file, uniform
 
     recipe, max_size = options["recipe"], options["max_size"]
     costs_file, refine = options["sensitivity"], options["refine"]

@@ -17,8 +17,8 @@ from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 from pplex.errors import PplexError
 
 if TYPE_CHECKING:
-    from pplex.jobs.checking import Wish
-    from pplex.jobs.settings import Settings
+    from pplex.evaluation.checking import Wish
+    from pplex.respond.settings import Settings
 
 DEFAULT_SEED = 42424242
 
@@ -145,8 +145,8 @@ def check_option(command: Command) -> Command:
 
 def wish_from(checks: Sequence[tuple[str, Any]]) -> Wish:
     """What ``check_option`` parsed; of a check given twice, the last counts."""
-    from pplex.insight.check import Checks
-    from pplex.jobs.checking import Wish
+    from pplex.evaluation.check import Checks
+    from pplex.evaluation.checking import Wish
 
     found = {name.replace("-", "_"): value for name, value in checks}
     length_of = found.pop("length_of", False)
@@ -301,8 +301,8 @@ class ChannelType(click.ParamType):
 
 def settings_from(text: str, options: dict[str, Any]) -> Settings:
     """The job's settings: the role's text, and what ``conversation_options`` parsed."""
-    from pplex.jobs.settings import Settings
     from pplex.model.sampling import GREEDY, SamplingConfig
+    from pplex.respond.settings import Settings
 
     sampling = SamplingConfig(
         **{key: options[key] for key in ("temp", "top_k", "text_temp", "text_top_k")}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pplex.audio.files import Recording
     from pplex.audio.streams import StreamFormat
     from pplex.checkpoint.hub import LocalModel
-    from pplex.insight.check import Outcome
+    from pplex.evaluation.check import Outcome
 
 QUIET = -1
 VERBOSE = 1

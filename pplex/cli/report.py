@@ -46,8 +46,8 @@ def report(
 
     It needs no network and no other file; the sound is played from where it lies.
     """
-    from pplex.insight.recordings import find
-    from pplex.insight.report import make_entries, write_report
+    from pplex.evaluation.find import find
+    from pplex.evaluation.report import make_entries, write_report
 
     if output is None:
         folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
@@ -64,7 +64,7 @@ def report(
     title = f"pplex report: {', '.join(path.name or str(path) for path in paths[:3])}"
     write_report(output, entries, found.notes, vad, title)
     if png is not None:
-        from pplex.insight.picture import write_pictures
+        from pplex.evaluation.picture import write_pictures
 
         write_pictures(png, entries, overwrite)
     not_done = sum(entry.status != "done" for entry in entries)

@@ -22,10 +22,10 @@ from pplex.cli.options import (
 )
 from pplex.cli.progress import Progress, size
 from pplex.files import PIPE
-from pplex.jobs.stopping import Stop
+from pplex.respond.stopping import Stop
 
 if TYPE_CHECKING:
-    from pplex.insight.stats import Stats
+    from pplex.respond.stats import Stats
 
 _FILE = click.Path(path_type=Path)
 
@@ -118,8 +118,8 @@ def respond(
 
     use_fast_blas()
     from pplex.audio.streams import StreamFormat
-    from pplex.jobs import respond as job
-    from pplex.jobs.stream import respond_stream
+    from pplex.respond import run as job
+    from pplex.respond.live import respond_stream
 
     run = job.Run(
         source=input,

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from pplex.cli.options import FiniteRange
 
 if TYPE_CHECKING:
-    from pplex.insight.asr import Recogniser
-    from pplex.insight.recordings import Item
-    from pplex.insight.transcript import Word
+    from pplex.evaluation.asr import Recogniser
+    from pplex.evaluation.find import Item
+    from pplex.respond.transcript import Word
 
 _FILE = click.Path(path_type=Path)
 
@@ -109,18 +109,18 @@ def score(
     ):
         if given and asr is None:
             raise click.UsageError(f"{option} needs --asr")
-    from pplex.insight.asr import make_recogniser
-    from pplex.insight.recordings import find
-    from pplex.insight.score import Method
-    from pplex.insight.score import score as score_all
-    from pplex.insight.scoretable import as_csv, as_table
+    from pplex.evaluation.asr import make_recogniser
+    from pplex.evaluation.find import find
+    from pplex.evaluation.score import Method
+    from pplex.evaluation.score import score as score_all
+    from pplex.evaluation.scoretable import as_csv, as_table
 
     method = Method(vad, words, agent_lag, human_timing=human_timing)
     recogniser: Recogniser | None = make_recogniser(asr, asr_sentences) if asr else None
     found = find(paths)
     writer = None
     if transcripts is not None:
-        from pplex.insight.dialogue import plan_dialogues
+        from pplex.evaluation.dialogue import plan_dialogues
 
         names = [item.name for item in found.items if item.agent is not None]
         planned = plan_dialogues(transcripts, names, transcript_format, overwrite)
@@ -135,7 +135,7 @@ def score(
 
 def _writer(planned: dict[str, Path]) -> Any:
     """A function that writes an item's two sides where it was planned."""
-    from pplex.insight.dialogue import write_dialogue
+    from pplex.evaluation.dialogue import write_dialogue
 
     def write(item: Item, user: list[Word], agent: list[Word]) -> None:
         write_dialogue(planned[item.name], user, agent)

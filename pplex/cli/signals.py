@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pplex.jobs.stopping import Stop, Stopped
+from pplex.respond.stopping import Stop, Stopped
 
 CLOSED_PIPE = 128 + 13  # what a shell reports for a program ended by SIGPIPE
 

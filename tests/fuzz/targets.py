@@ -92,13 +92,13 @@ def read_weights(path: Path) -> None:
 
 
 def read_jobs_file(path: Path) -> None:
-    from pplex.jobs.jobsfile import read_jobs
+    from pplex.batch.jobsfile import read_jobs
 
     read_jobs(path)
 
 
 def read_manifest(path: Path) -> None:
-    from pplex.jobs.manifest import Manifest, manifest_name
+    from pplex.batch.manifest import Manifest, manifest_name
 
     folder = path.parent / "done"
     folder.mkdir(exist_ok=True)

@@ -1,0 +1,1 @@
+"""Many recordings in a folder that tells what was done."""

@@ -1,0 +1,152 @@
+"""``--dry-run``: look at everything a batch would need, and run no model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from pplex.batch.decoding import PROMPT_FRAMES, Size
+from pplex.batch.describe import Description
+from pplex.batch.manifest import DONE, Manifest
+from pplex.batch.prepare import Batch, check_outputs_free, choose, make_workload
+from pplex.batch.records import read_task
+from pplex.batch.tasks import Task
+from pplex.conversation.compute import choose_for, loaded_gb
+from pplex.conversation.many import MAX_ROWS_GPU, rows_on_cpu
+from pplex.errors import PplexError
+from pplex.layers.device import on_cpu
+
+_READERS = 2
+# Of a transcript, stats and tokens: a few numbers or words a frame.
+_SIDE_BYTES_PER_FRAME = {"transcript": 60, "stats": 1, "tokens": 40}
+_SIDE_BYTES = 4096
+
+
+@dataclass
+class Forecast:
+    """What a run would find; sizes in GB (1e9 bytes).
+
+    ``seconds`` follows from what this folder's manifest says of earlier answers by
+    the same model; None where it says nothing.
+    """
+
+    todo: int = 0
+    skipped: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    failed_before: int = 0
+    audio_s: float = 0.0
+    longest_s: float = 0.0
+    output_gb: float = 0.0
+    disk_free_gb: float = 0.0
+    weights_gb: float = 0.0
+    row_gb: float = 0.0
+    memory_gb: float = 0.0
+    batch_size: int = 0
+    seconds: float | None = None
+
+    def problems(self) -> list[str]:
+        """What speaks against a run, in sentences."""
+        found = []
+        if self.output_gb > self.disk_free_gb:
+            found.append(
+                f"the outputs need about {self.output_gb:.1f} GB and the disk has "
+                f"{self.disk_free_gb:.1f} GB free"
+            )
+        if self.todo and self.weights_gb + self.row_gb > self.memory_gb:
+            found.append(
+                f"the model and one recording need about "
+                f"{self.weights_gb + self.row_gb:.1f} GB of memory, and there are "
+                f"{self.memory_gb:.1f} GB"
+            )
+        return found
+
+
+def forecast(batch: Batch, progress: bool) -> Forecast:
+    """Check what ``run_batch`` would do; nothing is written."""
+    work = make_workload(batch, progress)
+    model = work.model
+    manifest = Manifest(batch.outdir, batch.shard)
+    choice = choose(batch, work, manifest)
+    check_outputs_free(choice.todo, manifest, set(), batch.overwrite)
+    found = Forecast(
+        skipped=len(choice.skipped),
+        failed=dict(choice.failed),
+        failed_before=len(choice.failed),
+    )
+    for task, seconds in _read(choice.todo, model.config.sample_rate):
+        if isinstance(seconds, PplexError):
+            found.failed[task.key] = str(seconds)
+            continue
+        found.todo += 1
+        found.audio_s += seconds
+        found.longest_s = max(found.longest_s, seconds)
+        found.output_gb += _output_bytes(task, seconds, model) / 1e9
+    outdir = batch.outdir.absolute()
+    there = next(p for p in (outdir, *outdir.parents) if p.is_dir())
+    found.disk_free_gb = shutil.disk_usage(there).free / 1e9
+    _add_memory(found, batch, model)
+    found.seconds = _estimate(found, manifest, model)
+    return found
+
+
+def _read(
+    tasks: list[Task], sample_rate: int
+) -> Iterator[tuple[Task, float | PplexError]]:
+    """Read each recording through; its seconds, or what is wrong with it."""
+
+    def look(task: Task) -> float | PplexError:
+        try:
+            return len(read_task(task, sample_rate).recording.pcm) / sample_rate
+        except PplexError as e:
+            return e
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from zip(tasks, pool.map(look, tasks), strict=True)
+
+
+def _output_bytes(task: Task, seconds: float, model: Description) -> float:
+    tracks = 1 if task.outputs.layout == "agent" else 2
+    total = seconds * model.config.sample_rate * 2 * tracks
+    frames = seconds * model.config.frame_rate
+    for what in task.outputs.files():
+        if what in _SIDE_BYTES_PER_FRAME:
+            total += _SIDE_BYTES + frames * _SIDE_BYTES_PER_FRAME[what]
+    return total
+
+
+def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
+    lm, local = model.config.lm, model.local
+    frames = min(lm.window, int(found.longest_s * model.config.frame_rate) + 1)
+    total = int(found.audio_s * model.config.frame_rate)
+    size = Size(batch.batch_size, frames, found.todo, total)
+    dense = choose_for(local, batch.compute, lm, many=size.many).dense
+    found.weights_gb = loaded_gb(local, lm, dense=dense)
+    positions = min(lm.window, frames + PROMPT_FRAMES)
+    found.row_gb = 2 * lm.num_layers * lm.dim * positions * (4 if on_cpu() else 2) / 1e9
+    info = mx.device_info(mx.default_device())
+    total = info.get("total_memory") or info.get("memory_size") or 0
+    found.memory_gb = float(total) / 1e9 or _system_memory_gb()
+    fitting = (0.85 * found.memory_gb - found.weights_gb) / max(found.row_gb, 1e-9) / 2
+    most = MAX_ROWS_GPU
+    if on_cpu():
+        most = rows_on_cpu(lm, positions, found.weights_gb * 1e9)
+    rows = batch.batch_size or max(1, min(most, int(fitting)))
+    found.batch_size = min(rows, found.todo if batch.batch_size else size.busy_rows)
+
+
+def _system_memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def _estimate(found: Forecast, manifest: Manifest, model: Description) -> float | None:
+    audio_s = spent_s = 0.0
+    for line in manifest.last.values():
+        if line["status"] == DONE and line.get("weights") == model.identity:
+            audio_s += line["audio_s"]
+            spent_s += sum(line["timings"].values())
+    return found.audio_s * spent_s / audio_s if audio_s else None

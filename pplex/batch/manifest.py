@@ -1,0 +1,168 @@
+"""``manifest.jsonl``: what was done with each recording of an output folder.
+
+A line a result, only ever appended; the last line of a recording counts. A line that
+was cut off by a kill or a full disk is passed over, and its recording is done again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pplex.batch.identity import file_print, is_unchanged
+from pplex.errors import PplexError
+
+DONE = "done"
+FAILED = "failed"
+
+Line = dict[str, Any]
+_KEYS = {"recording", "status", "input", "settings", "outputs", "time"}
+
+
+def manifest_name(shard: tuple[int, int] | None) -> str:
+    """The file's name; shards that run side by side have one each."""
+    if shard is None:
+        return "manifest.jsonl"
+    return f"manifest.{shard[0]}-of-{shard[1]}.jsonl"
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The whole lines of a manifest, in order; none where there is no file."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
+    lines = []
+    for raw in content.split(b"\n"):
+        try:
+            line = json.loads(raw) if raw else None
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and line.keys() >= _KEYS and _is_whole(line):
+            lines.append(line)
+    return lines
+
+
+def _is_whole(line: Line) -> bool:
+    """Whether the parts that are looked into have the types they were written with."""
+    outputs = line["outputs"]
+    return (
+        isinstance(line["recording"], str)
+        and isinstance(line["time"], str)
+        and isinstance(line["input"], (dict, type(None)))
+        and isinstance(outputs, dict)
+        and all(isinstance(o, dict) for o in outputs.values())
+        and all(isinstance(o.get("path"), str) for o in outputs.values())
+    )
+
+
+class Manifest:
+    """What is known of an output folder, and the file that new lines go to."""
+
+    def __init__(self, outdir: Path, shard: tuple[int, int] | None = None) -> None:
+        """Read every manifest of ``outdir``; nothing is written yet."""
+        self.outdir = outdir
+        self.path = outdir / manifest_name(shard)
+        own = manifest_name(None)
+        paths = sorted(outdir.glob("manifest.*-of-*.jsonl"))
+        self.last: dict[str, Line] = {}
+        self.outputs: set[str] = set()
+        kept: set[int] = set()
+        for path in [outdir / own, *paths]:
+            # Within a file the order counts: a clock may have been set back.
+            latest: dict[str, Line] = {}
+            for line in read_lines(path):
+                self.outputs |= {o["path"] for o in line["outputs"].values()}
+                latest[line["recording"]] = line
+            for recording, line in latest.items():
+                known = self.last.get(recording)
+                if known is None or known["time"] <= line["time"]:
+                    self.last[recording] = line
+                    if path == self.path:
+                        kept.add(id(line))
+        # An unsharded run takes over what shards did, so that one file tells all.
+        self._missing = (
+            []
+            if shard
+            else [line for line in self.last.values() if id(line) not in kept]
+        )
+        self._fd: int | None = None
+
+    def open(self) -> None:
+        """Make the file ready for new lines."""
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            size = os.fstat(self._fd).st_size
+            if size and os.pread(self._fd, 1, size - 1) != b"\n":
+                os.write(self._fd, b"\n")
+        except OSError as e:
+            raise PplexError(f"cannot write {self.path}: {e.strerror or e}") from e
+        for line in self._missing:
+            self.append(line)
+
+    def append(self, line: Line) -> None:
+        """Write a line at once; it survives the end of this process."""
+        assert self._fd is not None
+        data = _json(line) + b"\n"
+        try:
+            size = os.fstat(self._fd).st_size
+            if os.write(self._fd, data) != len(data):
+                os.ftruncate(self._fd, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            raise PplexError(f"cannot write {self.path}: {e.strerror or e}") from e
+        self.last[line["recording"]] = line
+
+    def close(self) -> None:
+        """No more lines."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def relative(self, path: Path) -> str:
+        """How the manifest writes an output's name."""
+        return Path(os.path.relpath(path, self.outdir)).as_posix()
+
+    def describe(self, outputs: Mapping[str, Path]) -> dict[str, Line]:
+        """Outputs that were just written, as the manifest has them."""
+        return {
+            what: {"path": self.relative(path), **asdict(file_print(path))}
+            for what, path in outputs.items()
+        }
+
+    def is_done(
+        self, key: str, settings: str, source: Path, outputs: Iterable[Path]
+    ) -> bool:
+        """Whether the recording was answered so, and its files are as they were."""
+        line = self.last.get(key)
+        if line is None or line["status"] != DONE or line["settings"] != settings:
+            return False
+        written = {o["path"]: o for o in line["outputs"].values()}
+        return (
+            written.keys() == {self.relative(path) for path in outputs}
+            and all(is_unchanged(self.outdir / p, o) for p, o in written.items())
+            and is_unchanged(source, line["input"])
+        )
+
+    def has_failed(self, key: str, settings: str, source: Path) -> bool:
+        """Whether the recording failed, and nothing has changed since."""
+        line = self.last.get(key)
+        if line is None or line["status"] != FAILED or line["settings"] != settings:
+            return False
+        if line["input"] is None:
+            return not source.is_file()
+        return is_unchanged(source, line["input"])
+
+
+def _json(line: Line) -> bytes:
+    try:
+        return json.dumps(line, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8
+        return json.dumps(line, ensure_ascii=True).encode()

@@ -1,0 +1,1 @@
+"""How fast models answer on a machine, and what runs there."""

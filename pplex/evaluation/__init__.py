@@ -1,0 +1,1 @@
+"""Look at answers and judge them: reports, scores, checks."""

@@ -1,0 +1,301 @@
+"""What there is to judge: recordings with both sides, found in files and folders.
+
+A folder is a batch (it has a ``manifest.jsonl``), samples of Full-Duplex-Bench, or a
+plain folder of outputs. Side files are known by what they hold, not by their names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pplex.audio.files import Channel, read_pcm
+from pplex.errors import PplexError
+from pplex.evaluation.full_duplex import Sample, read_sample
+from pplex.evaluation.sidefiles import (
+    AGENT,
+    USER,
+    SideFiles,
+    as_stats,
+    as_words,
+    locate,
+    read_json,
+    real_path,
+    side_files,
+)
+from pplex.respond.transcript import Word
+
+MANIFEST = "manifest.jsonl"
+_LOCKS = ".pplex-batch*.lock"
+SAMPLE_RATE = 24_000
+
+
+@dataclass(frozen=True)
+class Track:
+    """One side's sound: a file and the channel in it."""
+
+    path: Path
+    channel: Channel = 1
+
+    def read(self, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+        """PCM (samples,) at that rate."""
+        return read_pcm(self.path, sample_rate=sample_rate, channel=self.channel).pcm
+
+
+@dataclass(frozen=True)
+class Item:
+    """One recording, done or not; ``stats`` and ``words`` are None where not known.
+
+    ``status`` is ``done``, ``failed``, ``missing`` (said to be done, but a file is not
+    there), ``unreadable``, ``no answer`` or what a manifest says.
+    """
+
+    name: str
+    status: str = "done"
+    error: str | None = None
+    user: Track | None = None
+    agent: Track | None = None
+    audio: Path | None = None
+    stats: dict[str, Any] | None = None
+    words: list[Word] | None = None
+    chunks: Path | None = None
+    sample: Sample | None = None
+    folder: Path | None = None
+
+
+@dataclass
+class Found:
+    """Every recording, and what is to be said about the set as a whole."""
+
+    items: list[Item] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find(paths: Sequence[Path]) -> Found:
+    """All recordings of ``paths``, in order; refuses paths without a trace of one."""
+    found = Found()
+    for path in paths:
+        if path.is_dir():
+            _search(path, found)
+        elif path.exists():
+            found.items.append(_outputs_item(path, side_files([path.parent])))
+        else:
+            raise PplexError(f"{path} does not exist; check the name")
+    if not found.items and not found.notes:
+        names = ", ".join(str(path) for path in paths)
+        raise PplexError(
+            f"no recordings in {names}: a folder needs a {MANIFEST}, WAV files that "
+            "pplex wrote, or folders with input.wav and output.wav"
+        )
+    found.items = _distinct(found.items)
+    return found
+
+
+def _search(folder: Path, found: Found) -> None:
+    manifests = [folder / MANIFEST, *sorted(folder.glob("manifest.*-of-*.jsonl"))]
+    manifests = [path for path in manifests if path.is_file()]
+    if manifests:
+        _read_manifests(folder, manifests, found)
+        return
+    samples = [
+        sub
+        for sub in sorted([folder, *(p for p in folder.rglob("*") if p.is_dir())])
+        if (sub / "input.wav").is_file()
+        and ((sub / "output.wav").is_file() or read_sample(sub))
+    ]
+    if samples:
+        found.items += [_sample_item(folder, sub) for sub in samples]
+        return
+    wavs = sorted(p for p in folder.rglob("*.wav") if not p.name.startswith("."))
+    known = side_files(sorted({p.parent for p in wavs} | {folder}))
+    for path in wavs:
+        if path.name.endswith(USER) and path.with_name(_partner(path)).is_file():
+            continue  # with the agent's
+        found.items.append(_outputs_item(path, known, folder))
+
+
+def _read_manifests(folder: Path, manifests: Sequence[Path], found: Found) -> None:
+    rows: dict[str, dict[str, Any]] = {}
+    for path in manifests:
+        for row in _manifest_rows(path, found.notes):
+            key = str(row["recording"])
+            earlier = rows.get(key)
+            if not earlier or str(earlier.get("time")) <= str(row.get("time")):
+                rows[key] = row  # the latest word on a recording
+    if not rows and not found.notes:
+        found.notes.append(f"{folder}: no recording is finished yet")
+    if any(folder.glob(_LOCKS)):
+        found.notes.append(
+            f"{folder}: a batch is at work here, or was stopped; recordings that it "
+            "has not finished are not shown"
+        )
+    for name in sorted(rows):
+        found.items.append(_manifest_item(name, rows[name], folder))
+    named = {real_path(p) for row in rows.values() for p in _named(row, folder)}
+    strange = [p for p in folder.rglob("*.wav") if real_path(p) not in named]
+    if strange:
+        names = ", ".join(str(p.relative_to(folder)) for p in sorted(strange)[:3])
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        found.notes.append(
+            f"{folder}: {names}{more} is in no line of the manifest and was left out"
+        )
+
+
+def _named(row: dict[str, Any], folder: Path) -> Iterator[Path]:
+    """The input and the outputs of a manifest's line."""
+    outputs = row.get("outputs")
+    entries = list(outputs.values()) if isinstance(outputs, dict) else []
+    for entry in [*entries, row.get("input")]:
+        path = entry.get("path") if isinstance(entry, dict) else entry
+        if isinstance(path, str):
+            yield locate(folder, path)
+
+
+def _manifest_rows(manifest: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    try:
+        text = manifest.read_text(encoding="utf-8", errors="replace")
+    except OSError as e:
+        raise PplexError(f"cannot read {manifest}: {e.strerror or e}") from e
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            why = "is not JSON and was left out"
+            if number == len(lines):
+                why = "is cut off; the batch was stopped or is still running"
+            notes.append(f"{manifest}: line {number} {why}")
+            continue
+        if isinstance(row, dict) and isinstance(row.get("recording"), str):
+            yield row
+
+
+def _manifest_item(name: str, row: dict[str, Any], folder: Path) -> Item:
+    status = str(row.get("status", "unknown"))
+    error = row.get("error")
+    item = Item(name, status, str(error) if error else None, folder=folder)
+    if status != "done":
+        return item
+    paths, wrong = {}, []
+    outputs = row.get("outputs")
+    for what, entry in (outputs if isinstance(outputs, dict) else {}).items():
+        entry = entry if isinstance(entry, dict) else {"path": entry}
+        path = paths[what] = locate(folder, str(entry.get("path")))
+        if not path.is_file():
+            wrong.append(f"{path} is not there any more")
+        elif entry.get("size") not in (None, path.stat().st_size):
+            wrong.append(f"{path} was changed after the batch wrote it")
+    audio = paths.get("audio") or paths.get("agent")
+    if wrong or audio is None:
+        error = "; ".join(wrong) or "the manifest names no sound"
+        item = replace(item, status="missing", error=error)
+    if audio is None or not audio.is_file():
+        return item
+    content = read_json(paths["stats"]) if "stats" in paths else None
+    stats = as_stats(content)
+    words = None
+    if "transcript" in paths:
+        words = as_words(read_json(paths["transcript"]))
+    entry = row.get("input")
+    source = entry.get("path") if isinstance(entry, dict) else entry
+    known = SideFiles()
+    if stats is not None:
+        known.stats[real_path(audio)] = stats
+    spoken = locate(folder, source) if isinstance(source, str) else None
+    done = _outputs_item(audio, known, folder, spoken, paths.get("user"))
+    if spoken is not None and spoken.name == "input.wav":
+        done = _as_sample(done, spoken.parent)
+    return replace(
+        done,
+        name=name,
+        status=item.status if done.status == "done" else done.status,
+        error=item.error or done.error,
+        stats=stats,
+        words=words,
+    )
+
+
+def _sample_item(root: Path, folder: Path) -> Item:
+    """A sample with its answer beside it, in mono or, as pplex has it, in stereo."""
+    output = folder / "output.wav"
+    name = str(folder.relative_to(root.parent) if folder != root else folder.name)
+    item = Item(name, "no answer", f"{output} is not there", folder=folder)
+    if output.is_file():
+        source = folder / "input.wav"
+        item = _outputs_item(output, side_files([folder]), None, source)
+    return _as_sample(replace(item, name=name), folder)
+
+
+def _as_sample(item: Item, folder: Path) -> Item:
+    """The item with what Full-Duplex-Bench says of the sample in ``folder``."""
+    sample = read_sample(folder)
+    if sample is None:
+        return item
+    chunks = None
+    if item.agent is not None:
+        chunks = item.agent.path.with_name("output.json")
+    return replace(
+        item,
+        sample=sample,
+        folder=folder,
+        chunks=chunks if chunks and chunks.is_file() else None,
+    )
+
+
+def _outputs_item(
+    path: Path,
+    known: SideFiles,
+    folder: Path | None = None,
+    source: Path | None = None,
+    user_file: Path | None = None,
+) -> Item:
+    """A WAV that pplex wrote: stereo, one of a pair, or the agent alone."""
+    stats, words = known.of(path)
+    name = str(path.relative_to(folder)) if folder in path.parents else path.name
+    item = Item(name, stats=stats, words=words, folder=path.parent)
+    if path.name.endswith(USER):
+        path = path.with_name(_partner(path))
+    if path.name.endswith(AGENT):
+        user_file = user_file or path.with_name(_partner(path))
+        stem = name.removesuffix(USER).removesuffix(AGENT)
+        item = replace(item, name=stem + ".wav")
+    try:
+        channels = read_pcm(path, sample_rate=SAMPLE_RATE).source_channels
+    except PplexError as e:
+        return replace(item, status="unreadable", error=str(e))
+    if channels == 2:
+        return replace(item, user=Track(path, 1), agent=Track(path, 2), audio=path)
+    channel: Channel = 1
+    if user_file is None or not user_file.is_file():
+        user_file = source or _source_of(stats, path.parent)
+        said = (stats or {}).get("channel", 1)
+        channel = said if said == "mix" or isinstance(said, int) else 1
+    user = Track(user_file, channel) if user_file and user_file.is_file() else None
+    return replace(item, user=user, agent=Track(path), audio=path)
+
+
+def _source_of(stats: dict[str, Any] | None, folder: Path) -> Path | None:
+    source = (stats or {}).get("input")
+    return locate(folder, source) if isinstance(source, str) else None
+
+
+def _partner(path: Path) -> str:
+    ours, other = (USER, AGENT) if path.name.endswith(USER) else (AGENT, USER)
+    return path.name.removesuffix(ours) + other
+
+
+def _distinct(items: list[Item]) -> list[Item]:
+    """Each recording once, though it may be named twice."""
+    seen: set[object] = set()
+    kept = []
+    for item in items:
+        key = (real_path(item.agent.path), item.agent.channel) if item.agent else item
+        if id(key) not in seen and (not item.agent or key not in seen):
+            seen.add(key if item.agent else id(key))
+            kept.append(item)
+    return kept

@@ -1,0 +1,195 @@
+"""Full-Duplex-Bench v1.0: its folders and its definitions.
+
+Follows ``v1_v1.5/evaluation/eval_*.py`` of DanielLin94144/Full-Duplex-Bench at commit
+d7336bd. What differs is said in ``NOTES``, which goes into every score.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pplex.errors import PplexError
+from pplex.evaluation.segments import Segment
+from pplex.evaluation.sidefiles import real_path
+from pplex.respond.transcript import Word
+
+ANNOTATIONS = {
+    "pause.json": "pause_handling",
+    "turn_taking.json": "smooth_turn_taking",
+    "interrupt.json": "user_interruption",
+}
+BACKCHANNEL = "backchannel"
+HUMAN_TIMING = "icc_gt_distribution.json"
+
+NOTES = (
+    "Definitions of Full-Duplex-Bench v1.0, evaluation scripts at commit d7336bd.",
+    "The transcriber changes these figures: compare them only with figures whose "
+    "words come from the same source.",
+    "Interruption: the scripts transcribe the sound after the interruption's end; "
+    "with other words, those that end after it count, from its end on.",
+    "Backchannel takeover: 'takeover' is what the script computes, where the last "
+    "segment up to 3 s decides; 'takeover_any' is 1 if any segment is one.",
+    "Backchannel: times are true seconds; the script hands 24 kHz sound to a "
+    "detector that is told 16 kHz.",
+)
+
+TURN_S = 1.0
+TURN_WORDS = 3
+LONG_S = 3.0
+WINDOW_S = 0.2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample's folder: its task and, for two tasks, the reference time."""
+
+    task: str
+    reference_s: float | None
+
+
+def read_sample(folder: Path) -> Sample | None:
+    """What the folder's annotation says; None if it is no folder of the benchmark."""
+    for name, task in ANNOTATIONS.items():
+        path = folder / name
+        if path.is_file():
+            return Sample(task, _reference_s(path, task))
+    parent = real_path(folder).parent
+    if BACKCHANNEL in parent.name and (folder / "input.wav").is_file():
+        return Sample(BACKCHANNEL, None)
+    return None
+
+
+def read_chunks(path: Path) -> list[Word]:
+    """Words of the benchmark's own transcript; a missing end is the start."""
+    found = []
+    try:
+        for chunk in json.loads(path.read_text(encoding="utf-8"))["chunks"]:
+            start, end = chunk["timestamp"]
+            if start is None:
+                continue
+            end = start if end is None else end
+            found.append(Word(chunk["text"].strip(), float(start), float(end), 0))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise PplexError(
+            f"{path} is not a transcript of Full-Duplex-Bench ({e}); run its "
+            "get_transcript/asr.py again, or give --words own"
+        ) from e
+    return found
+
+
+def takeover(words: Sequence[Word]) -> int:
+    """0 if nothing is said, or under 1 s with at most 3 words; else 1."""
+    if not words:
+        return 0
+    duration_s = words[-1].end_s - words[0].start_s
+    return 0 if duration_s < TURN_S and len(words) <= TURN_WORDS else 1
+
+
+def latency_s(words: Sequence[Word], reference_s: float) -> float:
+    """First word's start after the reference time, not below 0."""
+    return max(0.0, words[0].start_s - reference_s)
+
+
+def after(words: Sequence[Word], reference_s: float) -> list[Word]:
+    """What is heard from a time on, as if the sound began there."""
+    return [
+        Word(w.text, max(w.start_s, reference_s), w.end_s, w.frame)
+        for w in words
+        if w.end_s > reference_s
+    ]
+
+
+def backchannel(
+    segments: Sequence[Segment],
+    words: Sequence[Word],
+    duration_s: float,
+    human: Sequence[float] | None,
+) -> dict[str, object]:
+    """Takeover, backchannels a second, and their timing's distance to people's."""
+    verdict = verdict_any = 0
+    predicted: list[Segment] = []
+    for segment in segments:
+        if segment.duration_s > LONG_S:
+            verdict = verdict_any = 1
+            break
+        verdict = _segment_takeover(segment, words)
+        verdict_any |= verdict
+        predicted.append(segment)
+    distance = None
+    if human is not None:
+        distance = timing_distance(predicted, duration_s, human)
+    return {
+        "takeover": verdict,
+        "takeover_any": verdict_any,
+        "backchannels": len(predicted),
+        "frequency_hz": len(predicted) / duration_s,
+        "timing_distance": distance,
+    }
+
+
+def timing_distance(
+    predicted: Sequence[Segment], duration_s: float, human: Sequence[float]
+) -> float:
+    """Jensen-Shannon distance (natural logarithms) over bins of 0.2 s; 1 for none."""
+    if not predicted:
+        return 1.0
+    counts = np.zeros(int(duration_s / WINDOW_S) + 1)
+    for segment in predicted:
+        first, last = int(segment.start_s / WINDOW_S), int(segment.end_s / WINDOW_S)
+        counts[first : last + 1] += 1
+    ours = counts + 1e-10
+    ends = np.linspace(0, 1, len(human))
+    theirs = np.interp(np.linspace(0, 1, len(ours)), ends, human)
+    return jensen_shannon(ours, theirs)
+
+
+def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
+    """The square root of the divergence of two histograms, as SciPy has it."""
+    p, q = p / p.sum(), q / q.sum()
+    middle = (p + q) / 2
+
+    def divergence(a: np.ndarray) -> float:
+        some = a > 0
+        return float((a[some] * np.log(a[some] / middle[some])).sum())
+
+    return float(np.sqrt(max(0.0, divergence(p) + divergence(q)) / 2))
+
+
+def read_human_timing(path: Path) -> Mapping[str, Sequence[float]]:
+    """The benchmark's ``icc_gt_distribution.json``: a histogram for each sample."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(k): [float(x) for x in v] for k, v in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise PplexError(
+            f"{path} does not hold people's backchannel timing ({e}); give the "
+            f"benchmark's {HUMAN_TIMING}"
+        ) from e
+
+
+def _segment_takeover(segment: Segment, words: Sequence[Word]) -> int:
+    inside = [
+        w
+        for w in words
+        if (w.start_s >= segment.start_s and w.end_s <= segment.end_s)
+        or (w.start_s <= segment.end_s and w.end_s > segment.end_s)
+        or (w.start_s <= segment.start_s and w.end_s > segment.start_s)
+    ]
+    return 0 if len(inside) <= 2 and segment.duration_s < 1 else 1
+
+
+def _reference_s(path: Path, task: str) -> float | None:
+    try:
+        first = json.loads(path.read_text(encoding="utf-8"))[0]
+        start, end = (float(t) for t in first["timestamp"])
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
+        raise PplexError(
+            f"{path} is not an annotation of Full-Duplex-Bench ({e}); copy its "
+            "data set again"
+        ) from e
+    return {"smooth_turn_taking": start, "user_interruption": end}.get(task)

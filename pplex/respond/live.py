@@ -1,0 +1,185 @@
+"""A live conversation: frames from stdin, each answered before the next is read."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from time import perf_counter
+
+import numpy as np
+
+from pplex.audio.streams import Feed, LiveFrame, UserStream, read_header
+from pplex.checkpoint.hub import resolve
+from pplex.conversation.compute import load_as
+from pplex.conversation.session import Conversation, Model, Reply
+from pplex.errors import PplexError
+from pplex.evaluation.checking import check_answer
+from pplex.respond.captions import Captions
+from pplex.respond.figures import make_stats
+from pplex.respond.histogram import Histogram
+from pplex.respond.run import (
+    Clock,
+    Report,
+    Run,
+    Source,
+    about_run,
+    check_outputs,
+    start,
+    write_tokens,
+    write_words,
+)
+from pplex.respond.sink import open_sink
+from pplex.respond.stats import Latency, Stats
+from pplex.respond.stopping import Stop
+from pplex.respond.transcript import words
+
+STDIN = 0
+LATE_S = 0.08
+# A source this much ahead of real time is no live one: its frames cannot be late.
+MAX_LIVE_PACE = 1.05
+
+_NO_STEPS = Latency(0.0, 0.0, 0.0, 0.0, 0.0, 0)
+
+
+class Talk:
+    """What a conversation leaves behind, in memory that hardly grows."""
+
+    def __init__(self, keeps_text: bool, keeps_tokens: bool) -> None:
+        self._keeps_text = keeps_text or keeps_tokens
+        self._keeps_tokens = keeps_tokens
+        self._text, self._codes = bytearray(), bytearray()
+        self.steps, self.latency = Histogram(), Histogram()
+        self.num_samples = self.start_up_frames = 0
+
+    def add(self, reply: Reply, frame: LiveFrame, step_s: float, now: float) -> None:
+        """Count a frame that was answered ``now``."""
+        self.num_samples += frame.num_samples
+        self.steps.add(step_s)
+        if self._keeps_text:
+            self._text += reply.text.astype(np.int32).tobytes()
+        if self._keeps_tokens:
+            codes = np.concatenate([reply.user, reply.agent])
+            self._codes += codes.astype(np.int32).tobytes()
+        if frame.arrived is None:
+            return
+        latency_s = now - frame.arrived
+        if not self.latency.count and latency_s > LATE_S:
+            self.start_up_frames += 1  # it came while the model was loaded
+        else:
+            self.latency.add(latency_s)
+
+    def text(self) -> np.ndarray:
+        """Text ids (frames,)."""
+        return np.frombuffer(bytes(self._text), np.int32)
+
+    def codes(self) -> np.ndarray:
+        """Codes of user and agent, one above the other (2 codebooks, frames)."""
+        flat = np.frombuffer(bytes(self._codes), np.int32)
+        return flat.reshape(len(self.text()), -1).T
+
+
+def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
+    """Answer what comes on stdin, frame by frame, until it ends or we are stopped."""
+    stop = stop or Stop()
+    clock = Clock()
+    check_outputs(run.source, run.outputs, run.overwrite)
+    feed = Feed(STDIN)
+    user = UserStream(feed, run.raw or read_header(feed), run.settings.channel)
+    report.listening(user.format)
+    clock.lap("read")
+    local = resolve(run.model_name, offline=run.offline, progress=report.shows_bars)
+    report.loading(local)
+    model, choice = load_as(local, run.compute, many=False)
+    report.computing(str(choice))
+    clock.lap("load")
+    role, conversation = start(run, model, clock)
+    outputs, rate = run.outputs, model.config.sample_rate
+    keeps_text = outputs.transcript is not None or run.wish.checks.says is not None
+    talk = Talk(keeps_text, outputs.tokens is not None)
+    closed: BrokenPipeError | None = None
+    waited_s = feed.waited_s
+    with stop.deferred(feed.stop):
+        files = outputs.files()
+        with open_sink(outputs.layout, files, rate, replace=run.overwrite) as write:
+            replies = converse(model, conversation, user, run.settings.tail_s)
+            report.answering(None)
+            captions = Captions(model.tokenizer.piece, model.config.frame_rate)
+            try:
+                for reply, frame in replies:
+                    count = frame.num_samples
+                    write(frame.pcm[:count], reply.pcm[:count])
+                    step_s = conversation.timings.steps.pop()
+                    talk.add(reply, frame, step_s, perf_counter())
+                    report.said(captions.add(int(reply.text[0])))
+                    report.advance(1 / model.config.frame_rate)
+            except BrokenPipeError as e:
+                closed = e
+            report.said(captions.end())
+            if not talk.num_samples:  # nothing was answered: no file
+                stop.check()
+                if closed is not None:
+                    raise closed
+            # Another program may have written there in the meantime.
+            check_outputs(run.source, outputs, run.overwrite)
+        clock.lap("answer")
+        if outputs.transcript is not None:
+            duration_s = talk.num_samples / rate
+            said = role.voice, role.text, run.settings.seed
+            write_words(model, outputs.transcript, talk.text(), duration_s, *said)
+        if outputs.tokens is not None:
+            codes = np.split(talk.codes(), 2)
+            write_tokens(outputs.tokens, codes[0], codes[1], talk.text())
+        clock.lap("write")
+        waited_s = feed.waited_s - waited_s
+        clock.parts["read"] += waited_s
+        step_ms, frames = talk.steps.latency() or _NO_STEPS, talk.steps.count
+        spent = clock.parts | {
+            # A frame is waited for when its codes are asked for.
+            "encode": conversation.timings.encode_s - waited_s,
+            "steps": step_ms.mean * frames / 1000.0,
+            "decode": conversation.timings.decode_s,
+        }
+        source = Source(talk.num_samples / rate, user.format.rate, user.format.channels)
+        about = about_run(run, model, role, source)
+        pace = user.pace
+        stats = replace(
+            make_stats(about, spent, step_ms, frames, total_s=clock.total()),
+            latency_ms=talk.latency.latency() if pace <= MAX_LIVE_PACE else None,
+            start_up_frames=talk.start_up_frames,
+            source_pace=pace if math.isfinite(pace) else None,
+        )
+        if outputs.stats is not None:
+            stats.write(outputs.stats)
+    if run.wish.any():
+        config, piece = model.config, model.tokenizer.piece
+        spoken = words(talk.text(), piece, config.frame_rate)
+        report.checked(check_answer(run.wish, run.source, files, stats, spoken))
+    if closed is not None:
+        raise closed
+    fault = user.fault
+    if user.missing_bytes:
+        fault = (
+            f"the input stream ended {user.missing_bytes} bytes before the length its "
+            "header names"
+        )
+    if fault:
+        raise PplexError(f"{fault}; what came before was answered and written")
+    return stats
+
+
+def converse(
+    model: Model, conversation: Conversation, user: UserStream, tail_s: float
+) -> Iterator[tuple[Reply, LiveFrame]]:
+    """Yield each frame of the user with the reply to it, before the next is read."""
+    under_way: deque[LiveFrame] = deque()
+
+    def chunks() -> Iterator[np.ndarray]:
+        config = model.config
+        for frame in user.frames(config.sample_rate, config.frame_size, tail_s):
+            under_way.append(frame)
+            yield frame.pcm[None]
+
+    for reply in conversation.run(chunks(), ahead=False, decode_frames=1):
+        yield reply, under_way.popleft()
