@@ -17,7 +17,7 @@ from pplex.conversation.prompt import make_prompt, prefill
 from pplex.conversation.session import Conversation, make_role
 from pplex.model.sampling import GREEDY
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 REFERENCE = DATA / "reference"
 FRAME = 1920
 RUNS = ["a_pt_voice_text", "b_wav_voice_no_text", "c_pt_voice_tagged_text"]

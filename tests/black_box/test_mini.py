@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from pplex.cli.main import cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "samples"
 
 # What samples/mini/domain.toml has each role answer.
