@@ -18,13 +18,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from pplex.checkpoint.codec_layout import published_shapes
+from pplex.checkpoint.config import load_config
 from pplex.checkpoint.layouts import (
     SPLIT_FILES,
     Matrix,
     published_matrices,
     sliced_matrices,
 )
-from pplex.config import LmConfig, MimiConfig, ModelConfig, load_config
+from pplex.model.config import LmConfig, MimiConfig, ModelConfig
 
 Arrays = dict[str, mx.array]
 

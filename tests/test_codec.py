@@ -17,7 +17,7 @@ from pplex.codec import native
 from pplex.codec.codec import MlxCodec, make_codec
 from pplex.codec.fused import FusedSeanet
 from pplex.codec.mimi import Mimi
-from pplex.config import (
+from pplex.model.config import (
     CodecTransformerConfig,
     MimiConfig,
     QuantizerConfig,

@@ -17,7 +17,6 @@ from pplex.batch.prepare import Batch
 from pplex.batch.tasks import Wanted
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.needed import MIMI_PATTERNS
-from pplex.config import LmConfig
 from pplex.conversation import compute as job
 from pplex.conversation.compute import (
     FACTS,
@@ -27,6 +26,7 @@ from pplex.conversation.compute import (
     load_as,
     loaded_gb,
 )
+from pplex.model.config import LmConfig
 from pplex.model.sampling import GREEDY
 from pplex.respond.settings import Settings
 

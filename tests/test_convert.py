@@ -15,11 +15,11 @@ from random_checkpoint import write_checkpoint
 from small import SMALL, converse, speech
 from test_layouts import as_sliced
 
+from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.layouts import Quantization, published_matrices
 from pplex.checkpoint.source import Source
 from pplex.checkpoint.tensor_file import TensorSpec, read_specs, write_tensors
-from pplex.config import load_config
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import load, make_role
 from pplex.errors import PplexError

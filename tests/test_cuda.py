@@ -9,11 +9,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from pplex.codec.seanet import make_decoder, make_encoder
-from pplex.config import LmConfig, SeanetConfig
 from pplex.conversation.generate import make_frame
 from pplex.layers.cache import KvCache, SlotCache
 from pplex.layers.cuda.cache import SharedCache
 from pplex.layers.cuda.rows import add_norm_rows, choose_text, swiglu_rows
+from pplex.model.config import LmConfig, SeanetConfig
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.frame_kernel import FrameCache, FrameKernel
 from pplex.model.frame_rows import serves

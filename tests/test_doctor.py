@@ -11,7 +11,7 @@ import pytest
 from pplex.bench import doctor as job
 from pplex.checkpoint.hub_cache import ModelEntry
 from pplex.checkpoint.online import Online
-from pplex.config import LmConfig
+from pplex.model.config import LmConfig
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from small import converse, speech
 import pplex.conversation.many as many
 from pplex.checkpoint.weights import load_mimi
 from pplex.codec.codec import MlxCodec
-from pplex.config import LmConfig
 from pplex.conversation.many import (
     Item,
     auto_batch_size,
@@ -24,6 +23,7 @@ from pplex.conversation.session import make_role
 from pplex.layers.cache import GROWTH, KvCache, SlotCache, scaled_attention
 from pplex.layers.cuda.cache import SharedCache
 from pplex.layers.rotary import rotate
+from pplex.model.config import LmConfig
 from pplex.model.sampling import GREEDY, SamplingConfig
 
 LENGTHS = [40, 3, 1, 75, 20, 33, 2, 120, 9]

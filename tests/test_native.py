@@ -16,11 +16,11 @@ import pytest
 from small import SMALL
 
 from pplex.bench.random_model import SIZES, random_model, random_prompt
-from pplex.config import LmConfig
 from pplex.conversation.generate import make_sampler
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import Conversation
 from pplex.layers.cache import KvCache
+from pplex.model.config import LmConfig
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.lm import Lm
 from pplex.model.native import NativeCache, NativeLm, load_library

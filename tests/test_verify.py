@@ -19,7 +19,7 @@ from pplex.checkpoint.voices import (
     read_voice_file,
     write_voice_file,
 )
-from pplex.config import LmConfig
+from pplex.model.config import LmConfig
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,9 @@ def test_a_voice_of_another_model_draws_a_warning(model):
 
 
 def test_the_first_vector_is_that_of_the_voices(tiny, whole):
+    from pplex.checkpoint.config import load_config
     from pplex.checkpoint.source import Source
     from pplex.checkpoint.voices import find_voices
-    from pplex.config import load_config
 
     lm = load_config(tiny / "config.json").lm
     voice = read_voice_file(find_voices(tiny)["NATF0"])

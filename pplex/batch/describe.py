@@ -8,11 +8,12 @@ from pathlib import Path
 from pplex.batch.identity import digest_of, file_print, model_identity
 from pplex.batch.tasks import Task
 from pplex.checkpoint import voices
+from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
-from pplex.config import ModelConfig, load_config
 from pplex.conversation.session import TOKENIZER_PATTERN, choose_voice
 from pplex.errors import PplexError
+from pplex.model.config import ModelConfig
 
 
 @dataclass(frozen=True)

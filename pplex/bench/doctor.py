@@ -12,17 +12,18 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel, list_models, resolve
 from pplex.checkpoint.hub_cache import ModelEntry
 from pplex.checkpoint.online import Online
 from pplex.checkpoint.verify import verify_quickly
 from pplex.checkpoint.voices import find_voices
-from pplex.config import LmConfig, load_config
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import Conversation, load, make_role, warm_up
 from pplex.errors import PplexError
 from pplex.layers.device import on_cpu
 from pplex.layers.memory import memory_gb
+from pplex.model.config import LmConfig
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.figures import device_name
 

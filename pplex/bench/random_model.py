@@ -20,7 +20,12 @@ from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.codec.codec import make_codec
 from pplex.codec.mimi import Mimi
-from pplex.config import (
+from pplex.conversation.prompt import Prompt, make_prompt
+from pplex.conversation.session import Model
+from pplex.errors import PplexError
+from pplex.layers.device import on_cpu
+from pplex.layers.memory import memory_gb
+from pplex.model.config import (
     CodecTransformerConfig,
     LmConfig,
     MimiConfig,
@@ -28,11 +33,6 @@ from pplex.config import (
     QuantizerConfig,
     SeanetConfig,
 )
-from pplex.conversation.prompt import Prompt, make_prompt
-from pplex.conversation.session import Model
-from pplex.errors import PplexError
-from pplex.layers.device import on_cpu
-from pplex.layers.memory import memory_gb
 from pplex.model.lm import Lm
 
 TINY = ModelConfig(

@@ -11,8 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from pplex.checkpoint.layouts import Arrays, check_floating, missing, wrong_shape
-from pplex.config import MimiConfig
 from pplex.errors import PplexError
+from pplex.model.config import MimiConfig
 
 # A code's table row is its sum over how often it was used, at least this often.
 USAGE_FLOOR = 1e-5

@@ -6,13 +6,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.layouts import form_name
 from pplex.checkpoint.needed import MIMI_PATTERNS
 from pplex.checkpoint.source import Source
 from pplex.checkpoint.tensor_file import read_specs
 from pplex.checkpoint.voices import find_voices
-from pplex.config import ModelConfig, load_config
+from pplex.model.config import ModelConfig
 
 KV_ITEM_BYTES = 2  # keys and values in 16 bits, as on a GPU
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from pplex.config import LmConfig
 from pplex.errors import PplexError
+from pplex.model.config import LmConfig
 
 SPLIT_FILES = ("temporal", "depformer", "embeddings")
 PARTS = ("weight", "scales", "biases")

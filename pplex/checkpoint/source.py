@@ -22,8 +22,8 @@ from pplex.checkpoint.layouts import (
 )
 from pplex.checkpoint.tensor_file import TensorSpec, read_specs
 from pplex.checkpoint.weights import find_lm_file, read_tensors
-from pplex.config import LmConfig
 from pplex.errors import PplexError
+from pplex.model.config import LmConfig
 
 
 @dataclass(frozen=True)

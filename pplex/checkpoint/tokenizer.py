@@ -4,8 +4,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from pplex.config import TEXT_EPAD, TEXT_PAD
 from pplex.errors import PplexError
+from pplex.model.config import TEXT_EPAD, TEXT_PAD
 
 _TAG = "<system>"
 _WORD_MARK = "\u2581"

@@ -13,6 +13,7 @@ import numpy as np
 
 from pplex.checkpoint import hashes
 from pplex.checkpoint.codec_layout import sanitize_codec
+from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.hub_cache import names_in
 from pplex.checkpoint.needed import (
@@ -33,8 +34,8 @@ from pplex.checkpoint.voices import (
     read_voice_file,
 )
 from pplex.checkpoint.weights import read_tensors
-from pplex.config import TEXT_PAD, ModelConfig, load_config
 from pplex.errors import PplexError
+from pplex.model.config import TEXT_PAD, ModelConfig
 from pplex.model.streams import TEXT_ROW, agent_rows, user_rows
 
 Level = Literal["ok", "note", "warning", "fault"]

@@ -23,8 +23,8 @@ from pplex.checkpoint.layouts import (
 )
 from pplex.checkpoint.tensor_file import read_specs
 from pplex.codec.mimi import Mimi
-from pplex.config import LmConfig, MimiConfig
 from pplex.errors import PplexError
+from pplex.model.config import LmConfig, MimiConfig
 from pplex.model.lm import Lm
 
 

@@ -128,6 +128,7 @@ def show(voice: str, model_name: str, offline: bool, as_json: bool) -> None:
 
 
 def _describe(voice: str, local: LocalModel) -> dict[str, Any]:
+    from pplex.checkpoint.config import load_config
     from pplex.checkpoint.source import Source
     from pplex.checkpoint.verify import first_vector, voice_doubts
     from pplex.checkpoint.voices import (
@@ -136,7 +137,6 @@ def _describe(voice: str, local: LocalModel) -> dict[str, Any]:
         folder_of,
         read_voice_file,
     )
-    from pplex.config import load_config
 
     path = find_voices(local.path).get(voice, Path(voice))
     read = read_voice_file(path)

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 
 from pplex.codec import native
 from pplex.codec.mimi import CodecState, Mimi
-from pplex.config import MimiConfig
 from pplex.layers.device import on_cpu
+from pplex.model.config import MimiConfig
 
 
 class Codec(Protocol):

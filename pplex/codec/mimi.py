@@ -14,10 +14,10 @@ import mlx.nn as nn
 
 from pplex.codec.quantizer import SplitQuantizer
 from pplex.codec.seanet import make_decoder, make_encoder
-from pplex.config import CodecTransformerConfig, MimiConfig
 from pplex.layers.cache import KvCache
 from pplex.layers.conv import DepthwiseUpsample, StreamConv
 from pplex.layers.transformer import CodecLayer, run_layers
+from pplex.model.config import CodecTransformerConfig, MimiConfig
 
 
 @dataclass

@@ -23,9 +23,9 @@ from pplex.backend import find_extension
 from pplex.codec.mimi import CodecTransformer, Mimi
 from pplex.codec.quantizer import SplitQuantizer
 from pplex.codec.seanet import Elu, ResidualBlock, Seanet
-from pplex.config import MimiConfig
 from pplex.layers.conv import StreamConv, StreamConvTranspose
 from pplex.layers.rotary import frequencies
+from pplex.model.config import MimiConfig
 
 # These are the C file's, and so are the structures below.
 PANEL = 16

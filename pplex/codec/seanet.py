@@ -12,10 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pplex.codec.fused import FusedSeanet
-from pplex.config import SeanetConfig
 from pplex.layers.activation import elu
 from pplex.layers.conv import StreamConv, StreamConvTranspose
 from pplex.layers.cuda.compiler import use_cuda
+from pplex.model.config import SeanetConfig
 
 
 class ResidualBlock(nn.Module):

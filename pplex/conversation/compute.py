@@ -14,14 +14,15 @@ from typing import Literal
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.needed import MIMI_PATTERNS, needed_files
 from pplex.checkpoint.tensor_file import read_specs
-from pplex.config import LmConfig, load_config
 from pplex.conversation.session import Model, load
 from pplex.errors import PplexError
 from pplex.layers.device import on_cpu
 from pplex.layers.memory import memory_gb
+from pplex.model.config import LmConfig
 from pplex.model.lm import Lm
 from pplex.model.native import load_library
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pplex.config import LmConfig
 from pplex.conversation.prompt import LmState
 from pplex.layers.cache import RowCaches
 from pplex.layers.device import on_cpu
+from pplex.model.config import LmConfig
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.frame_kernel import FrameCache, frame_kernel
 from pplex.model.frame_rows import choose_column, serves

@@ -18,7 +18,6 @@ import numpy as np
 
 from pplex.audio.files import frames_of
 from pplex.codec.codec import MlxCodec
-from pplex.config import LmConfig
 from pplex.conversation.generate import Step, generate, make_sampler
 from pplex.conversation.grouped import GroupedRow, decode_group, encode_group
 from pplex.conversation.prompt import LmState
@@ -28,6 +27,7 @@ from pplex.conversation.worker import codec_worker
 from pplex.layers.cache import KvCache, RowCaches, SlotCache
 from pplex.layers.cuda.cache import SharedCache
 from pplex.layers.device import device_info, on_cpu
+from pplex.model.config import LmConfig
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.native import NativeCache, native_lm
 from pplex.model.sampling import Sampler, SamplingConfig

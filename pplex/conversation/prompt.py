@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pplex.config import TEXT_PAD, LmConfig, ModelConfig
 from pplex.errors import PplexError
 from pplex.layers.cache import Cache, KvCache
 from pplex.layers.device import on_cpu
+from pplex.model.config import TEXT_PAD, LmConfig, ModelConfig
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.frame_kernel import FrameCache, frame_kernel
 from pplex.model.lm import Lm

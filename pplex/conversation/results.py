@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pplex.config import LmConfig
 from pplex.conversation.prompt import LmState, Prefilled
 from pplex.conversation.session import Timings
+from pplex.model.config import LmConfig
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,17 @@ import numpy as np
 from pplex.audio.files import Channel, frames_of, read_pcm
 from pplex.audio.loudness import normalize_loudness, trim_silence
 from pplex.checkpoint import voice_codes, voices
+from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.weights import load_lm, load_mimi
 from pplex.codec.codec import Codec, make_codec
-from pplex.config import ModelConfig, load_config
 from pplex.conversation.generate import Step, generate, make_sampler
 from pplex.conversation.prompt import Prefilled, Prompt, make_prompt
 from pplex.conversation.worker import codec_worker, one_ahead
 from pplex.errors import PplexError
 from pplex.layers.device import on_cpu
+from pplex.model.config import ModelConfig
 from pplex.model.lm import Lm
 from pplex.model.native import NativeCache
 from pplex.model.sampling import SamplingConfig

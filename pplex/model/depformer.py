@@ -11,9 +11,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from pplex.config import LmConfig
 from pplex.layers.embedding import embed
 from pplex.layers.transformer import Gating, RmsNorm, add_norm
+from pplex.model.config import LmConfig
 
 NOT_FORCED = -2
 

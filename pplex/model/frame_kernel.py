@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from pplex.config import LmConfig
 from pplex.layers.cache import GROWTH, KvCache
 from pplex.layers.cuda.compiler import (
     Kernel,
@@ -26,6 +25,7 @@ from pplex.layers.cuda.compiler import (
 )
 from pplex.layers.cuda.weights import form_of, stack
 from pplex.layers.rotary import frequencies
+from pplex.model.config import LmConfig
 from pplex.model.depformer import NOT_FORCED, DepformerLayer
 from pplex.model.lm import Lm
 from pplex.model.sampling import Sampler

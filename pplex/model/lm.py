@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
-from pplex.config import LmConfig
 from pplex.layers.cache import KvCache
 from pplex.layers.cuda.compiler import use_cuda
 from pplex.layers.cuda.rows import embed_column
@@ -23,6 +22,7 @@ from pplex.layers.transformer import (
     joints,
     run_layers,
 )
+from pplex.model.config import LmConfig
 from pplex.model.depformer import Depformer
 
 if TYPE_CHECKING:

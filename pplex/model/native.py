@@ -19,12 +19,12 @@ import mlx.nn as nn
 import numpy as np
 
 from pplex.backend import find_extension
-from pplex.config import LmConfig
 from pplex.layers.cache import GROWTH
 from pplex.layers.device import on_cpu
 from pplex.layers.pages import Pool, zeros
 from pplex.layers.rotary import angles
 from pplex.layers.transformer import Gating, RmsNorm
+from pplex.model.config import LmConfig
 from pplex.model.lm import Lm
 from pplex.model.sampling import Sampler
 

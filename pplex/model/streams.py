@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pplex.config import LmConfig
+from pplex.model.config import LmConfig
 
 TEXT_ROW = 0
 

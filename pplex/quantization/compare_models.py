@@ -13,9 +13,9 @@ import numpy as np
 from pplex.audio.files import read_pcm
 from pplex.checkpoint.describe import describe
 from pplex.checkpoint.hub import LocalModel
-from pplex.config import ModelConfig
 from pplex.conversation.session import Model, load, make_role
 from pplex.errors import PplexError
+from pplex.model.config import ModelConfig
 from pplex.model.sampling import GREEDY, SamplingConfig
 from pplex.quantization.compare import (
     Kept,

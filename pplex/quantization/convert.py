@@ -19,7 +19,7 @@ import numpy as np
 
 from pplex.checkpoint import hashes
 from pplex.checkpoint.blocks import Rounder, open_rounder
-from pplex.checkpoint.config_file import split_config
+from pplex.checkpoint.config import load_config, split_config
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.layouts import (
     SPLIT_FILES,
@@ -31,7 +31,6 @@ from pplex.checkpoint.needed import MIMI_PATTERNS, TOKENIZER_PATTERN
 from pplex.checkpoint.source import Source
 from pplex.checkpoint.tensor_file import TensorSpec, write_tensors
 from pplex.checkpoint.voices import find_voices, read_voice_file, write_voice_file
-from pplex.config import load_config
 from pplex.errors import PplexError
 from pplex.quantization.card import Card, card_text
 from pplex.quantization.quantize import quantize

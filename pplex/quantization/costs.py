@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pplex.checkpoint.layouts import Matrix
-from pplex.config import LmConfig
 from pplex.errors import PplexError
+from pplex.model.config import LmConfig
 from pplex.quantization.recipe import (
     Form,
     Recipe,

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
+from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.verify import Finding
 from pplex.checkpoint.voices import folder_of
 from pplex.checkpoint.weights import load_lm
-from pplex.config import TEXT_PAD, LmConfig, load_config
 from pplex.layers.device import on_cpu
+from pplex.model.config import TEXT_PAD, LmConfig
 from pplex.model.lm import Lm
 
 FIRST_INPUTS = (0.042, -0.012, 0.018, -0.011, -0.048)

@@ -15,7 +15,6 @@ from pplex.audio.files import Recording, frames_of, read_pcm, write_wav
 from pplex.audio.streams import StreamFormat
 from pplex.checkpoint.hub import LocalModel, resolve
 from pplex.checkpoint.tokenizer import TextTokenizer
-from pplex.config import MimiConfig, ModelConfig
 from pplex.conversation.compute import Compute, load_as
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import (
@@ -31,6 +30,7 @@ from pplex.errors import PplexError
 from pplex.evaluation.check import Outcome
 from pplex.evaluation.checking import Wish, check_answer
 from pplex.files import PIPE, atomic_write, is_pipe, write_text
+from pplex.model.config import MimiConfig, ModelConfig
 from pplex.respond.captions import Captions
 from pplex.respond.figures import About, facts_of, make_stats
 from pplex.respond.settings import Settings

@@ -79,7 +79,7 @@ def read_voices_archive(path: Path) -> None:
 
 
 def read_config(path: Path) -> None:
-    from pplex.config import load_config
+    from pplex.checkpoint.config import load_config
 
     load_config(path)
 

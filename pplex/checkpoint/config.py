@@ -1,4 +1,4 @@
-"""Sizes of a model, read from its ``config.json``; the published 7B where it has none.
+"""``config.json``: read into a model's sizes, and written for a split folder.
 
 Key names follow the constructor arguments of NVIDIA's PersonaPlex (nested under
 ``lm`` and ``mimi``) and the schema of the ``aufklarer/PersonaPlex-7B-MLX`` folders
@@ -9,163 +9,24 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pplex.errors import PplexError
+from pplex.model.config import (
+    TEXT_PAD,
+    CodecTransformerConfig,
+    LmConfig,
+    MimiConfig,
+    ModelConfig,
+    QuantizerConfig,
+    SeanetConfig,
+    gated_hidden_dim,
+)
 
+BASE_MODEL = "nvidia/personaplex-7b-v1"
 MAX_CONFIG_BYTES = 1 << 20
-
-# Prompt constants of the published codec: eight codes of a silent agent frame and of a
-# user frame that holds a sine tone.
-SILENCE_CODES = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
-SINE_CODES = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
-
-TEXT_EPAD = 0
-TEXT_PAD = 3
-
-
-def gated_hidden_dim(feed_forward: int) -> int:
-    """Width of a SwiGLU layer whose nominal feed-forward width is ``feed_forward``."""
-    return 2 * feed_forward // 3
-
-
-@dataclass(frozen=True)
-class LmConfig:
-    """Sizes of the language model: temporal transformer, depformer, token streams."""
-
-    dim: int = 4096
-    num_heads: int = 32
-    num_layers: int = 32
-    hidden_dim: int = 11264
-    context: int = 3000
-    max_period: float = 10000.0
-    text_card: int = 32000
-    card: int = 2048
-    n_q: int = 16
-    dep_q: int = 16
-    delays: tuple[int, ...] = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
-    depformer_dim: int = 1024
-    depformer_num_heads: int = 16
-    depformer_num_layers: int = 6
-    depformer_hidden_dim: int = 2816
-
-    @property
-    def num_codebooks(self) -> int:
-        """Codebooks of one audio stream (agent or user)."""
-        return self.n_q // 2
-
-    @property
-    def num_streams(self) -> int:
-        """Rows of the token grid: text, agent codebooks, user codebooks."""
-        return self.n_q + 1
-
-    @property
-    def num_agent_streams(self) -> int:
-        """Rows that the model writes in a conversation: text and agent codebooks."""
-        return 1 + self.num_codebooks
-
-    @property
-    def text_initial(self) -> int:
-        """Text id before the first frame."""
-        return self.text_card
-
-    @property
-    def audio_initial(self) -> int:
-        """Audio id before the first frame."""
-        return self.card
-
-    @property
-    def window(self) -> int:
-        """Keys a position sees, itself included: the reference hides one slot."""
-        return self.context - 1
-
-
-@dataclass(frozen=True)
-class SeanetConfig:
-    """Sizes of the convolutional encoder and decoder of the codec."""
-
-    n_filters: int = 64
-    dimension: int = 512
-    ratios: tuple[int, ...] = (8, 6, 5, 4)
-    kernel_size: int = 7
-    residual_kernel_size: int = 3
-    last_kernel_size: int = 3
-    compress: int = 2
-
-
-@dataclass(frozen=True)
-class CodecTransformerConfig:
-    """Sizes of the transformers on both sides of the codec's quantizer."""
-
-    d_model: int = 512
-    num_heads: int = 8
-    num_layers: int = 8
-    dim_feedforward: int = 2048
-    context: int = 250
-    max_period: float = 10000.0
-
-    @property
-    def window(self) -> int:
-        """Keys visible to the last latent of a frame: the reference hides one slot."""
-        return self.context - 1
-
-
-@dataclass(frozen=True)
-class QuantizerConfig:
-    """Sizes of the split residual vector quantizer."""
-
-    dimension: int = 256
-    n_q: int = 32
-    bins: int = 2048
-
-
-@dataclass(frozen=True)
-class MimiConfig:
-    """Sizes of the codec."""
-
-    sample_rate: int = 24000
-    frame_rate: float = 12.5
-    num_codebooks: int = 8
-    seanet: SeanetConfig = field(default_factory=SeanetConfig)
-    transformer: CodecTransformerConfig = field(default_factory=CodecTransformerConfig)
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-
-    @property
-    def frame_size(self) -> int:
-        """Samples in a frame."""
-        return round(self.sample_rate / self.frame_rate)
-
-    @property
-    def latents_per_frame(self) -> int:
-        """Latents the transformers see in a frame: the stride of the resamplers."""
-        return self.frame_size // math.prod(self.seanet.ratios)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything ``config.json`` decides."""
-
-    lm: LmConfig = field(default_factory=LmConfig)
-    mimi: MimiConfig = field(default_factory=MimiConfig)
-    silence_codes: tuple[int, ...] = SILENCE_CODES
-    sine_codes: tuple[int, ...] = SINE_CODES
-
-    @property
-    def sample_rate(self) -> int:
-        """Samples per second of the model's audio."""
-        return self.mimi.sample_rate
-
-    @property
-    def frame_rate(self) -> float:
-        """Frames per second."""
-        return self.mimi.frame_rate
-
-    @property
-    def frame_size(self) -> int:
-        """Samples in a frame."""
-        return self.mimi.frame_size
 
 
 def load_config(path: Path) -> ModelConfig:
@@ -186,6 +47,53 @@ def load_config(path: Path) -> ModelConfig:
     except _ConfigError as e:
         raise PplexError(f"{path}: {e}") from e
     return config
+
+
+def split_config(
+    config: ModelConfig, steps: int, quantization: dict[str, Any], voices: list[str]
+) -> dict[str, Any]:
+    """The keys of the published folders; ``explicit`` has every size that is used.
+
+    ``steps`` is how many depformer steps the files hold.
+    """
+    lm = config.lm
+    return {
+        "model_type": "personaplex",
+        "version": "pplex",
+        "base_model": BASE_MODEL,
+        "temporal": {
+            "dim": lm.dim,
+            "num_layers": lm.num_layers,
+            "num_heads": lm.num_heads,
+            "hidden_scale": 1.5 * lm.hidden_dim / lm.dim,
+            "n_q": lm.num_codebooks,  # of one side, as published
+            "card": lm.card,
+            "text_card": lm.text_card,
+            "context": lm.context,
+            "max_period": lm.max_period,
+        },
+        "depformer": {
+            "dim": lm.depformer_dim,
+            "num_layers": lm.depformer_num_layers,
+            "num_heads": lm.depformer_num_heads,
+            "dim_feedforward": lm.depformer_hidden_dim,
+            "num_steps": steps,
+            "context": lm.num_codebooks,
+            "weights_per_step": True,
+            "multi_linear": True,
+        },
+        "mimi": {
+            "sample_rate": config.sample_rate,
+            "frame_rate": config.frame_rate,
+            "num_codebooks": lm.n_q,  # of both sides, as published
+        },
+        "delays": list(lm.delays),
+        "quantization": quantization,
+        "voices": voices,
+        "silence_codes": list(config.silence_codes),
+        "sine_codes": list(config.sine_codes),
+        "explicit": {"lm": _explicit_lm(lm), "mimi": asdict(config.mimi)},
+    }
 
 
 class _ConfigError(ValueError):
@@ -464,3 +372,20 @@ def _check(config: ModelConfig) -> None:
     for message, wrong in problems.items():
         if wrong:
             raise _ConfigError(message)
+
+
+def _explicit_lm(lm: LmConfig) -> dict[str, Any]:
+    sizes = asdict(lm)
+    hidden = sizes.pop("hidden_dim"), sizes.pop("depformer_hidden_dim")
+    sizes["dim_feedforward"] = _nominal(hidden[0], lm.dim)
+    sizes["depformer_dim_feedforward"] = _nominal(hidden[1], lm.depformer_dim)
+    return sizes
+
+
+def _nominal(hidden: int, dim: int) -> int:
+    """The feed-forward width that stands for the gated width ``hidden``."""
+    nominal = (3 * hidden + 1) // 2
+    if nominal == 4 * dim:  # the reference has another rule for this one
+        nominal += 1
+    assert gated_hidden_dim(nominal) == hidden
+    return nominal

@@ -1,0 +1,177 @@
+"""Sizes of a model; the defaults are the published 7B's.
+
+``checkpoint.config`` reads them from a model's ``config.json``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+# Prompt constants of the published codec: eight codes of a silent agent frame and of a
+# user frame that holds a sine tone.
+SILENCE_CODES = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
+SINE_CODES = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
+
+TEXT_EPAD = 0
+TEXT_PAD = 3
+
+
+def gated_hidden_dim(feed_forward: int) -> int:
+    """Width of a SwiGLU layer whose nominal feed-forward width is ``feed_forward``."""
+    return 2 * feed_forward // 3
+
+
+@dataclass(frozen=True)
+class LmConfig:
+    """Sizes of the language model: temporal transformer, depformer, token streams."""
+
+    dim: int = 4096
+    num_heads: int = 32
+    num_layers: int = 32
+    hidden_dim: int = 11264
+    context: int = 3000
+    max_period: float = 10000.0
+    text_card: int = 32000
+    card: int = 2048
+    n_q: int = 16
+    dep_q: int = 16
+    delays: tuple[int, ...] = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
+    depformer_dim: int = 1024
+    depformer_num_heads: int = 16
+    depformer_num_layers: int = 6
+    depformer_hidden_dim: int = 2816
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codebooks of one audio stream (agent or user)."""
+        return self.n_q // 2
+
+    @property
+    def num_streams(self) -> int:
+        """Rows of the token grid: text, agent codebooks, user codebooks."""
+        return self.n_q + 1
+
+    @property
+    def num_agent_streams(self) -> int:
+        """Rows that the model writes in a conversation: text and agent codebooks."""
+        return 1 + self.num_codebooks
+
+    @property
+    def text_initial(self) -> int:
+        """Text id before the first frame."""
+        return self.text_card
+
+    @property
+    def audio_initial(self) -> int:
+        """Audio id before the first frame."""
+        return self.card
+
+    @property
+    def window(self) -> int:
+        """Keys a position sees, itself included: the reference hides one slot."""
+        return self.context - 1
+
+    def kv_bytes(self, positions: int, item_bytes: int) -> int:
+        """Bytes of a row's keys and values once it has been given ``positions``.
+
+        ``item_bytes`` is the size of a number; what has left the window takes nothing.
+        """
+        values = 2 * self.num_layers * self.dim
+        return min(positions, self.window) * values * item_bytes
+
+
+@dataclass(frozen=True)
+class SeanetConfig:
+    """Sizes of the convolutional encoder and decoder of the codec."""
+
+    n_filters: int = 64
+    dimension: int = 512
+    ratios: tuple[int, ...] = (8, 6, 5, 4)
+    kernel_size: int = 7
+    residual_kernel_size: int = 3
+    last_kernel_size: int = 3
+    compress: int = 2
+
+
+@dataclass(frozen=True)
+class CodecTransformerConfig:
+    """Sizes of the transformers on both sides of the codec's quantizer."""
+
+    d_model: int = 512
+    num_heads: int = 8
+    num_layers: int = 8
+    dim_feedforward: int = 2048
+    context: int = 250
+    max_period: float = 10000.0
+
+    @property
+    def window(self) -> int:
+        """Keys visible to the last latent of a frame: the reference hides one slot."""
+        return self.context - 1
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """Sizes of the split residual vector quantizer."""
+
+    dimension: int = 256
+    n_q: int = 32
+    bins: int = 2048
+
+
+@dataclass(frozen=True)
+class MimiConfig:
+    """Sizes of the codec."""
+
+    sample_rate: int = 24000
+    frame_rate: float = 12.5
+    num_codebooks: int = 8
+    seanet: SeanetConfig = field(default_factory=SeanetConfig)
+    transformer: CodecTransformerConfig = field(default_factory=CodecTransformerConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds that a frame lasts."""
+        return 1 / self.frame_rate
+
+    @property
+    def frame_size(self) -> int:
+        """Samples in a frame."""
+        return round(self.sample_rate / self.frame_rate)
+
+    @property
+    def latents_per_frame(self) -> int:
+        """Latents the transformers see in a frame: the stride of the resamplers."""
+        return self.frame_size // math.prod(self.seanet.ratios)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything ``config.json`` decides."""
+
+    lm: LmConfig = field(default_factory=LmConfig)
+    mimi: MimiConfig = field(default_factory=MimiConfig)
+    silence_codes: tuple[int, ...] = SILENCE_CODES
+    sine_codes: tuple[int, ...] = SINE_CODES
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of the model's audio."""
+        return self.mimi.sample_rate
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.mimi.frame_rate
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds that a frame lasts."""
+        return self.mimi.frame_s
+
+    @property
+    def frame_size(self) -> int:
+        """Samples in a frame."""
+        return self.mimi.frame_size
