@@ -14,6 +14,7 @@ from pplex.cli.batch import batch
 from pplex.cli.bench import bench
 from pplex.cli.check import check
 from pplex.cli.doctor import doctor
+from pplex.cli.help import help_
 from pplex.cli.models import models
 from pplex.cli.report import report
 from pplex.cli.respond import respond
@@ -97,3 +98,4 @@ cli.add_command(report)
 cli.add_command(check)
 cli.add_command(doctor)
 cli.add_command(bench)
+cli.add_command(help_)

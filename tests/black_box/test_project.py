@@ -14,6 +14,10 @@ from pplex.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOPICS = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "pplex" / "help").glob("*.md"))
+}
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 # Whose options are not pplex's.
@@ -74,18 +78,19 @@ def test_the_readme_names_no_option_that_does_not_exist():
     assert set(OPTION.findall(ours)) - options() == set()
 
 
-def test_the_readme_names_every_option():
-    assert options() - set(OPTION.findall(README)) == set()
+def test_the_readme_or_a_topic_names_every_option():
+    pages = "\n".join([README, *TOPICS.values()])
+    assert options() - set(OPTION.findall(pages)) == set()
 
 
-def test_the_readme_explains_every_key_of_the_stats():
+def test_a_topic_explains_every_key_of_the_stats():
     from pplex.respond.stats import Latency, Stats
 
     table = set(re.findall(r"`(\w+)`", section("Stats")))
     assert {f.name for f in (*fields(Stats), *fields(Latency))} - table == set()
 
 
-def test_the_readme_explains_no_key_that_the_stats_lack():
+def test_a_topic_explains_no_key_that_the_stats_lack():
     from pplex.respond.stats import Latency, Stats
 
     rows = re.findall(r"^\| (`.*?) \|", section("Stats"), re.MULTILINE)
@@ -94,7 +99,8 @@ def test_the_readme_explains_no_key_that_the_stats_lack():
 
 
 def section(title: str) -> str:
-    match = re.search(rf"^#+ {title}\n(.*?)(?=^#)", README, re.MULTILINE | re.DOTALL)
+    pages = "\n".join([README, *TOPICS.values()])
+    match = re.search(rf"^#+ {title}\n(.*?)(?=^#)", pages, re.MULTILINE | re.DOTALL)
     assert match, title
     return match[1]
 
@@ -125,8 +131,9 @@ def test_packages_hold_nothing_but_a_docstring():
         assert len(lines) == 1 and lines[0].startswith('"""'), path
 
 
-def test_the_readmes_library_example_runs(data, tiny, capsys):
-    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def test_the_library_example_runs(data, tiny, capsys):
+    page = TOPICS["library"]
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert '"mini"' in example and '"call.wav"' in example
     call = data / "respond" / "user_c.wav"
     example = example.replace('"mini"', repr(str(tiny)))
