@@ -11,8 +11,8 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import are_progress_bars_disabled
 
 from pplex.checkpoint import hub
+from pplex.checkpoint.folder import IncompleteError, needed_files
 from pplex.checkpoint.hub import KNOWN_MODELS, list_models, resolve
-from pplex.checkpoint.needed import IncompleteError, needed_files
 from pplex.errors import PplexError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

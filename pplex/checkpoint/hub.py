@@ -13,18 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pplex.checkpoint.folder import CheckpointFolder, IncompleteError, needed_files
 from pplex.checkpoint.hub_cache import (
     ModelEntry,
     bad_name,
     cache_folder,
     cached_models,
     cached_snapshot,
-    is_complete,
-    names_in,
     remove_from_cache,
 )
 from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
-from pplex.checkpoint.needed import IncompleteError, needed_files
 from pplex.errors import PplexError
 
 _REPO_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
@@ -43,6 +41,11 @@ class LocalModel:
     path: Path
     repo: str | None
     revision: str | None
+
+    @property
+    def folder(self) -> CheckpointFolder:
+        """Which file is what."""
+        return CheckpointFolder(self.path)
 
 
 def resolve(
@@ -146,10 +149,8 @@ def _built_in(name: str) -> LocalModel:
 
 def _local(name: str, path: Path) -> LocalModel:
     if path.is_dir():
-        try:
-            needed_files(names_in(path))
-        except IncompleteError as e:
-            raise PplexError(f"the model folder {path} is incomplete: {e}") from e
+        if fault := CheckpointFolder(path).fault:
+            raise PplexError(f"the model folder {path} is incomplete: {fault}")
     elif path.suffix != ".safetensors":
         raise PplexError(
             f"{path} is not a model: give its folder or a .safetensors file"
@@ -190,7 +191,7 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
                 revision=revision,
                 allow_patterns=[glob.escape(file) for file in needed],
             )
-        if not is_complete(names_in(Path(folder))):  # the network went half way
+        if CheckpointFolder(Path(folder)).fault:  # the network went half way
             raise IncompleteError("the download is not whole; run it again to resume")
         return Path(folder)
     except IncompleteError as e:
