@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from pplex.checkpoint.download import Online
 from pplex.checkpoint.hub import LocalModel, list_models, resolve
 from pplex.checkpoint.hub_cache import ModelEntry
-from pplex.checkpoint.online import Online
 from pplex.checkpoint.verify import verify_quickly
 from pplex.checkpoint.voices import find_voices
 from pplex.conversation.prompt import prefill

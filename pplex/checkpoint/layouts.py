@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,12 +69,12 @@ def published_matrices(config: LmConfig, steps: int, kept: int) -> Iterator[Matr
         yield Matrix(f"emb.{i}.weight", (c.card + 1, c.dim), (f"audio_emb[{i}]",))
     yield Matrix("text_linear.weight", (c.text_card, c.dim), ("text_linear",))
     for i in range(c.num_layers):
-        theirs, ours = f"transformer.layers.{i}", f"layers.{i}"
-        yield from _attention(theirs, c.dim, 1, [ours + ".self_attn"])
+        theirs, layer = f"transformer.layers.{i}", f"layers.{i}"
+        yield from _attention(theirs, c.dim, 1, [f"{layer}.self_attn"])
         for norm in ("norm1", "norm2"):
-            yield Matrix(f"{theirs}.{norm}.alpha", (c.dim,), (f"{ours}.{norm}",))
+            yield Matrix(f"{theirs}.{norm}.alpha", (c.dim,), (f"{layer}.{norm}",))
         yield from _gating(
-            f"{theirs}.gating", c.dim, c.hidden_dim, f"{ours}.gating", True
+            f"{theirs}.gating", c.dim, c.hidden_dim, f"{layer}.gating", True
         )
     yield Matrix("out_norm.alpha", (c.dim,), ("out_norm",))
     d = c.depformer_dim
@@ -150,7 +150,7 @@ def sliced_matrices(config: LmConfig, steps: int, kept: int) -> Iterator[Matrix]
 
 
 def _attention(
-    theirs: str, dim: int, steps: int, ours: list[str] | list[str | None]
+    theirs: str, dim: int, steps: int, ours: Sequence[str | None]
 ) -> Iterator[Matrix]:
     for name, rows, target in (
         ("in_proj_weight", 3 * dim, "in_proj"),

@@ -50,7 +50,7 @@ _ITEM_BYTES = {
     "U64": 8,
 }
 # What ``read_arrays`` reads, and as what; NumPy has no bfloat16.
-_SMALL = {
+_SMALL: dict[str, tuple[str, np.dtype[Any]]] = {
     "BF16": ("bfloat16", np.dtype("<u2")),
     "F16": ("float16", np.dtype("<f2")),
     "F32": ("float32", np.dtype("<f4")),
@@ -255,11 +255,13 @@ def _type_of(array: mx.array | np.ndarray) -> str:
 
 
 def _bytes_of(array: mx.array | np.ndarray) -> memoryview:
-    if _type_of(array) == "bfloat16":  # NumPy has none
+    if not isinstance(array, np.ndarray):
         import mlx.core as mx
 
-        array = array.view(mx.uint16)
-    return memoryview(np.ascontiguousarray(np.array(array, copy=False))).cast("B")
+        if array.dtype == mx.bfloat16:  # NumPy has none
+            array = array.view(mx.uint16)
+    whole = np.ascontiguousarray(np.array(array, copy=False))
+    return whole.reshape(-1).view(np.uint8).data
 
 
 def _broken(path: Path, why: str) -> PplexError:

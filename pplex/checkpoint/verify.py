@@ -14,6 +14,7 @@ import numpy as np
 from pplex.checkpoint import hashes
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.safetensors import TensorSpec
 from pplex.checkpoint.source import Source
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.voices import (
@@ -112,7 +113,7 @@ def _tensors(source: Source, advance: Callable[[int], None]) -> Iterator[Finding
 
 
 def _not_finite(
-    source: Source, specs: dict, target: str, path: Path
+    source: Source, specs: dict[str, TensorSpec], target: str, path: Path
 ) -> Iterator[tuple[Path, str]]:
     arrays = source.whole(target)
     for part, spec in specs.items():

@@ -195,4 +195,5 @@ def _check_cache(path: Path, cache: np.ndarray) -> np.ndarray:
     values = cache[0].astype(np.float64)
     if not (np.abs(values) < 1 << 31).all() or (values != np.rint(values)).any():
         raise PplexError(f"{path} is damaged: its cache has values that are no ids")
-    return values.astype(np.int32)
+    ring: np.ndarray = values.astype(np.int32)
+    return ring

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.quantized import quantize
 
 from pplex.checkpoint.codec_layout import sanitize_codec
 from pplex.checkpoint.folder import CheckpointFolder
@@ -133,20 +134,20 @@ def load_lm(
         tensors = tensors.write_out()
     lm = Lm(config, config.num_codebooks if num_steps is None else num_steps)
 
-    def form(name: str, _: nn.Module) -> bool | dict[str, int]:
+    def form(name: str, _: Module) -> bool | dict[str, int]:
         found = tensors.forms.get(name)
         return asdict(found) if found else False
 
-    nn.quantize(lm, class_predicate=form)
+    quantize(lm, class_predicate=form)
     _assign(lm, tensors.cast(dtype).weights, path)
     return LoadedLm(lm, tensors.layout, tensors.bits)
 
 
-def _assign(module: nn.Module, weights: Arrays, path: Path) -> None:
+def _assign(module: Module, weights: Arrays, path: Path) -> None:
     """Put ``weights``, whose shapes are checked, into ``module`` and read them."""
     module.load_weights(list(weights.items()), strict=True)
     try:
-        mx.eval(module.parameters())
+        mx.eval(list(weights.values()))
     except RuntimeError as e:  # the file ends before its tensors do
         reason = str(e).splitlines()[0]
         raise PplexError(f"{path}: cannot be read whole ({reason})") from e
