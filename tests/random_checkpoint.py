@@ -19,8 +19,8 @@ import mlx.core as mx
 
 from pplex.checkpoint.codec_layout import published_shapes
 from pplex.checkpoint.config import load_config
+from pplex.checkpoint.folder import SPLIT_PARTS
 from pplex.checkpoint.layouts import (
-    SPLIT_FILES,
     Matrix,
     published_matrices,
     sliced_matrices,
@@ -172,7 +172,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     lm = config.lm
     files = lm_arrays(lm, layout, bits=bits, group_size=group_size, steps=steps)
-    assert set(files) in ({"model"}, set(SPLIT_FILES))
+    assert set(files) in ({"model"}, set(SPLIT_PARTS))
     for name, arrays in files.items():
         mx.save_safetensors(str(folder / f"{name}.safetensors"), arrays)
     split = layout == "mlx-split"

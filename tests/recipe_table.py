@@ -101,7 +101,7 @@ def words(model: Model, users: list[np.ndarray], text: str) -> list[np.ndarray]:
 def write_plain(local: LocalModel, base: Path, to: Path) -> None:
     """The model with its weights as float32 numbers, and the other files of base."""
     config = load(local).config
-    source = Source(local.path, config.lm)
+    source = Source(local.folder, config.lm)
     arrays = {}
     for matrix in published_matrices(config.lm, source.steps, source.steps):
         targets = [t for t in matrix.targets if t][

@@ -16,7 +16,6 @@ from pplex.batch.plan import Selection
 from pplex.batch.prepare import Batch
 from pplex.batch.tasks import Wanted
 from pplex.checkpoint.hub import resolve
-from pplex.checkpoint.needed import MIMI_PATTERNS
 from pplex.conversation import compute as job
 from pplex.conversation.compute import (
     FACTS,
@@ -91,10 +90,9 @@ def test_what_a_model_takes_is_known_before_it_is_loaded(
     steps = SMALL.lm.num_codebooks  # those that are loaded
     write_checkpoint(tmp_path / "m", SMALL, layout, bits=bits, steps=steps)
     local = resolve(str(tmp_path / "m"), offline=True)
-    (codec,) = (f for p in MIMI_PATTERNS for f in (tmp_path / "m").glob(p))
     model, choice = load_as(local, form, many=False)
     arrays = [array for _, array in tree_flatten(model.lm.parameters())]
-    arrays += mx.load(str(codec)).values()
+    arrays += mx.load(str(local.folder.codec)).values()
     found = loaded_gb(local, SMALL.lm, dense=choice.dense)
     assert found == pytest.approx(sum(a.nbytes for a in arrays) / 1e9, rel=0.01)
 

@@ -16,10 +16,11 @@ from small import SMALL, converse, speech
 from test_layouts import as_sliced
 
 from pplex.checkpoint.config import load_config
+from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.layouts import Quantization, published_matrices
+from pplex.checkpoint.safetensors import TensorSpec, read_specs, write_tensors
 from pplex.checkpoint.source import Source
-from pplex.checkpoint.tensor_file import TensorSpec, read_specs, write_tensors
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import load, make_role
 from pplex.errors import PplexError
@@ -96,8 +97,8 @@ def test_a_converted_model_says_what_one_quantized_in_memory_says(
 
 def test_sixteen_bits_keep_every_weight(sources, tmp_path):
     to(sources / "pytorch", tmp_path / "out", None)
-    before = Source(sources / "pytorch", SMALL.lm)
-    after = Source(tmp_path / "out", SMALL.lm)
+    before = Source(CheckpointFolder(sources / "pytorch"), SMALL.lm)
+    after = Source(CheckpointFolder(tmp_path / "out"), SMALL.lm)
     for stored in before.matrices:
         for target in stored.matrix.targets:
             old = before.dense(target).astype(mx.float32)
@@ -115,8 +116,8 @@ def test_norms_that_differ_between_slices_are_refused(tmp_path):
 def test_what_has_the_form_already_is_not_quantized_again(tmp_path):
     write_checkpoint(tmp_path / "q", SMALL, "pytorch", bits=4, group_size=32)
     to(tmp_path / "q", tmp_path / "out", Quantization(4, 32))
-    before = Source(tmp_path / "q", SMALL.lm)
-    after = Source(tmp_path / "out", SMALL.lm)
+    before = Source(CheckpointFolder(tmp_path / "q"), SMALL.lm)
+    after = Source(CheckpointFolder(tmp_path / "out"), SMALL.lm)
     for target in ("layers.1.gating.linear_out", "depformer.steps.9.layers.0.in_proj"):
         old, new = before.parts(target), after.parts(target)
         for part in ("weight", "scales", "biases"):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pplex.bench import doctor as job
+from pplex.checkpoint.download import Online
 from pplex.checkpoint.hub_cache import ModelEntry
-from pplex.checkpoint.online import Online
 from pplex.model.config import LmConfig
 
 
@@ -47,7 +47,7 @@ def test_doctor_goes_online_only_when_asked(run, small_machine, monkeypatch):
         asked.append(1)
         return Online(False, None, "no route")
 
-    monkeypatch.setattr("pplex.checkpoint.online.look_online", look)
+    monkeypatch.setattr("pplex.checkpoint.download.look_online", look)
     run("doctor")
     assert not asked
     assert "not reachable, no login (no route)" in run("doctor", "--network").stdout

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from pplex.checkpoint import hub
+from pplex.checkpoint import download, hub
+from pplex.checkpoint.folder import IncompleteError, needed_files
 from pplex.checkpoint.hub import KNOWN_MODELS, list_models, resolve
-from pplex.checkpoint.needed import IncompleteError, needed_files
 from pplex.errors import PplexError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -358,7 +358,7 @@ def test_a_repository_without_a_model_is_refused(online):
 def test_a_full_disk_is_known_before_the_first_byte(online, cache, monkeypatch):
     fake = online("o/n", {**SPLIT, "temporal.safetensors": 7_000_000_000})
     usage = types.SimpleNamespace(free=5_000_000_000)
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
     message = refusal("o/n")
     assert "7.0 GB" in message
     assert "5.0 GB free" in message

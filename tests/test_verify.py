@@ -11,6 +11,7 @@ import pytest
 from test_convert import to
 
 from pplex.checkpoint.describe import describe
+from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel, locate, resolve
 from pplex.checkpoint.layouts import Quantization
 from pplex.checkpoint.verify import first_vector, verify
@@ -120,11 +121,13 @@ def test_the_first_vector_is_that_of_the_voices(tiny, whole):
 
     lm = load_config(tiny / "config.json").lm
     voice = read_voice_file(find_voices(tiny)["NATF0"])
-    first = first_vector(Source(tiny, lm))
+    first = first_vector(Source(CheckpointFolder(tiny), lm))
     # The tiny reference ran in float32, a published voice is rounded after each sum.
     assert fits_first(voice, first)
     np.testing.assert_allclose(first, voice.embeddings[0], atol=0.03)
-    np.testing.assert_array_equal(first_vector(Source(whole, lm)), first)
+    np.testing.assert_array_equal(
+        first_vector(Source(CheckpointFolder(whole), lm)), first
+    )
 
 
 def test_a_list_from_elsewhere_can_be_checked_against(model, tmp_path):
@@ -172,7 +175,7 @@ def test_the_figures_of_the_7b_are_those_of_the_specification(tmp_path):
 def write_headers(folder, config, bits):
     """Files of the right header and length, with holes for values."""
     from pplex.checkpoint.layouts import published_matrices
-    from pplex.checkpoint.tensor_file import TensorSpec
+    from pplex.checkpoint.safetensors import TensorSpec
 
     files: dict[str, list[TensorSpec]] = {}
     for matrix in published_matrices(config, 16, 16):

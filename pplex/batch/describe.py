@@ -8,10 +8,9 @@ from pathlib import Path
 from pplex.batch.identity import digest_of, file_print, model_identity
 from pplex.batch.tasks import Task
 from pplex.checkpoint import voices
-from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
-from pplex.conversation.session import TOKENIZER_PATTERN, choose_voice
+from pplex.conversation.session import choose_voice
 from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
 
@@ -73,14 +72,11 @@ class Description:
 
 def describe(local: LocalModel) -> Description:
     """Read what can be known of a model without its weights."""
-    folder = local.path if local.path.is_dir() else local.path.parent
-    tokenizers = sorted(folder.glob(TOKENIZER_PATTERN))
-    if not tokenizers:
-        raise PplexError(f"{folder}: {TOKENIZER_PATTERN} is missing")
+    folder = local.folder
     return Description(
         local=local,
-        config=load_config(folder / "config.json"),
-        tokenizer=TextTokenizer.load(tokenizers[0]),
-        voices=voices.find_voices(folder),
+        config=folder.read_config(),
+        tokenizer=TextTokenizer.load(folder.tokenizer),
+        voices=voices.find_voices(local.path),
         identity=model_identity(local),
     )

@@ -8,11 +8,9 @@ import os
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pplex.checkpoint.hub import LocalModel
-from pplex.checkpoint.needed import MIMI_PATTERNS, TOKENIZER_PATTERN, needed_files
 
 _BLOCK = 1 << 20
 # A file of weights up to this size is hashed whole, a larger one in samples.
@@ -82,19 +80,12 @@ def model_identity(local: LocalModel) -> str:
     """What tells a model from another: its commit, or else its files' contents."""
     if local.repo is not None:
         return f"{local.repo}@{local.revision}"
-    folder = local.path if local.path.is_dir() else local.path.parent
-    names = [path.name for path in folder.iterdir() if path.is_file()]
-    if local.path.is_dir():
-        own = {name for name in needed_files(names) if name in names}
-    else:
-        own = {local.path.name} | {
-            name
-            for name in names
-            for pattern in ("config.json", TOKENIZER_PATTERN, *MIMI_PATTERNS)
-            if fnmatchcase(name, pattern)
-        }
-    own.discard("voices.tgz")  # a voice counts where it is used
-    return f"files:{digest_of({name: _sampled(folder / name) for name in own})}"
+    folder = local.folder
+    # Without voices: one counts where it is used.
+    own = [*folder.lm_files, folder.codec, folder.tokenizer]
+    if folder.config_file.is_file():
+        own.append(folder.config_file)
+    return f"files:{digest_of({path.name: _sampled(path) for path in own})}"
 
 
 def _sampled(path: Path) -> list[object]:

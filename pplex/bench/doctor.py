@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pplex.checkpoint.config import load_config
+from pplex.checkpoint.download import Online
 from pplex.checkpoint.hub import LocalModel, list_models, resolve
 from pplex.checkpoint.hub_cache import ModelEntry
-from pplex.checkpoint.online import Online
 from pplex.checkpoint.verify import verify_quickly
 from pplex.checkpoint.voices import find_voices
 from pplex.conversation.prompt import prefill
@@ -197,9 +196,8 @@ def look_at_model(entry: ModelEntry, machine: Machine, factor: float | None) -> 
         local = LocalModel(entry.name, entry.path, entry.repo, entry.revision)
         found = list(verify_quickly(local)) if entry.complete else []
         faults = [f"{f.what}: {f.text}" for f in found if f.level == "fault"]
-        folder = entry.path if entry.path.is_dir() else entry.path.parent
         try:
-            lm = load_config(folder / "config.json").lm
+            lm = local.folder.read_config().lm
             num_voices = len(find_voices(entry.path))
         except PplexError:
             pass  # one of the faults

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from pplex.checkpoint.layouts import Arrays, check_floating, missing, wrong_shape
+from pplex.checkpoint.layouts import check_floating, missing, wrong_shape
 from pplex.errors import PplexError
 from pplex.model.config import MimiConfig
+
+Arrays = dict[str, mx.array]
 
 # A code's table row is its sum over how often it was used, at least this often.
 USAGE_FLOOR = 1e-5

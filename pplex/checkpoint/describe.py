@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from pplex.checkpoint.config import load_config
+from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.layouts import form_name
-from pplex.checkpoint.needed import MIMI_PATTERNS
+from pplex.checkpoint.safetensors import read_specs
 from pplex.checkpoint.source import Source
-from pplex.checkpoint.tensor_file import read_specs
 from pplex.checkpoint.voices import find_voices
+from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
 
 KV_ITEM_BYTES = 2  # keys and values in 16 bits, as on a GPU
@@ -76,9 +75,9 @@ class ModelInfo:
 
 def describe(local: LocalModel) -> ModelInfo:
     """Read the headers of a model's files."""
-    folder = local.path if local.path.is_dir() else local.path.parent
-    config = load_config(folder / "config.json")
-    source = Source(local.path, config.lm)
+    folder = local.folder
+    config = folder.read_config()
+    source = Source(local.folder, config.lm)
     lm = config.lm
     codec, codec_frame = _codec_bytes(folder, config)
     return ModelInfo(
@@ -93,7 +92,7 @@ def describe(local: LocalModel) -> ModelInfo:
         codec_bytes=codec,
         bytes_per_frame=bytes_per_frame(source),
         codec_bytes_per_frame=codec_frame,
-        kv_bytes_per_frame=2 * lm.num_layers * lm.dim * KV_ITEM_BYTES,
+        kv_bytes_per_frame=lm.kv_bytes(1, KV_ITEM_BYTES),
         context=lm.context,
         frame_rate=config.frame_rate,
         parts=_parts(source),
@@ -145,13 +144,14 @@ def _parts(source: Source) -> list[PartInfo]:
     return [PartInfo(*key, *sums) for key, sums in groups.items()]
 
 
-def _codec_bytes(folder: Path, config: ModelConfig) -> tuple[int, int]:
+def _codec_bytes(folder: CheckpointFolder, config: ModelConfig) -> tuple[int, int]:
     """Bytes of the codec's file, and of what a frame reads of it."""
-    found = [f for p in MIMI_PATTERNS for f in sorted(folder.glob(p))]
-    if not found:
+    try:
+        path = folder.codec
+    except PplexError:  # a file of weights alone can be looked at too
         return 0, 0
     total = used = 0
-    for name, spec in read_specs(found[0]).items():
+    for name, spec in read_specs(path).items():
         total += spec.num_bytes
         match = re.match(r"quantizer\.rvq_(first|rest)\.vq\.layers\.(\d+)\.", name)
         if match and int(match[2]) >= config.mimi.num_codebooks - 1:

@@ -1,34 +1,24 @@
-"""Names of models to local files: the only module that goes online.
+"""Names of models to local files.
 
 A name is an alias, a local folder or file, or `owner/name[@revision]` on Hugging Face.
 """
 
-import errno
-import glob
 import re
-import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pplex.checkpoint.download import at, download
+from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub_cache import (
     ModelEntry,
-    bad_name,
-    cache_folder,
     cached_models,
     cached_snapshot,
-    is_complete,
-    names_in,
     remove_from_cache,
 )
 from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
-from pplex.checkpoint.needed import IncompleteError, needed_files
 from pplex.errors import PplexError
 
 _REPO_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-_SPARE_BYTES = 100_000_000  # left free on the disk after a download
 
 
 @dataclass(frozen=True)
@@ -43,6 +33,11 @@ class LocalModel:
     path: Path
     repo: str | None
     revision: str | None
+
+    @property
+    def folder(self) -> CheckpointFolder:
+        """Which file is what."""
+        return CheckpointFolder(self.path)
 
 
 def resolve(
@@ -146,10 +141,8 @@ def _built_in(name: str) -> LocalModel:
 
 def _local(name: str, path: Path) -> LocalModel:
     if path.is_dir():
-        try:
-            needed_files(names_in(path))
-        except IncompleteError as e:
-            raise PplexError(f"the model folder {path} is incomplete: {e}") from e
+        if fault := CheckpointFolder(path).fault:
+            raise PplexError(f"the model folder {path} is incomplete: {fault}")
     elif path.suffix != ".safetensors":
         raise PplexError(
             f"{path} is not a model: give its folder or a .safetensors file"
@@ -164,152 +157,10 @@ def _from_hub(
         snapshot = cached_snapshot(repo, revision)
         if snapshot is None:
             raise PplexError(
-                f"{_at(repo, revision)} is not on this machine, or not all of it, and "
+                f"{at(repo, revision)} is not on this machine, or not all of it, and "
                 "nothing is downloaded with --offline or by a command that only looks; "
                 f"get it with `pplex models pull {name}`"
             )
     else:
-        snapshot = _download(repo, revision, progress)
+        snapshot = download(repo, revision, progress)
     return LocalModel(name, snapshot, repo, snapshot.name)
-
-
-def _download(repo: str, revision: str | None, progress: bool) -> Path:
-    """Bring the needed files of a repository into the cache; return their folder."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub import errors as hub_errors
-
-    where = _at(repo, revision)
-    try:
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        needed = needed_files(list(sizes))
-        _check_space(repo, info.sha, {file: sizes[file] for file in needed})
-        with _progress_bars(progress):
-            folder = snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=[glob.escape(file) for file in needed],
-            )
-        if not is_complete(names_in(Path(folder))):  # the network went half way
-            raise IncompleteError("the download is not whole; run it again to resume")
-        return Path(folder)
-    except IncompleteError as e:
-        raise PplexError(f"{where} cannot be used: {e}") from e
-    except hub_errors.GatedRepoError as e:
-        raise PplexError(
-            f"{repo} is gated: accept the licence at https://huggingface.co/{repo} "
-            "and run `hf auth login`"
-        ) from e
-    except hub_errors.RepositoryNotFoundError as e:
-        raise PplexError(
-            f"there is no repository {repo} on Hugging Face, or it is private; check "
-            "the name, or run `hf auth login`"
-        ) from e
-    except hub_errors.RevisionNotFoundError as e:
-        raise PplexError(
-            f"{repo} has no revision {revision!r}; check it at "
-            f"https://huggingface.co/{repo}/commits/main"
-        ) from e
-    except hub_errors.HFValidationError as e:
-        raise bad_name(repo) from e
-    except _connection_errors() as e:
-        if _says_disk_full(e):
-            raise _disk_full(where) from e
-        return _without_network(repo, revision, e)
-    except hub_errors.HfHubHTTPError as e:
-        status = getattr(getattr(e, "response", None), "status_code", None)
-        raise PplexError(
-            f"Hugging Face refused to give {where} (HTTP status {status or 'unknown'})"
-            "; try again later"
-        ) from e
-    except (OSError, RuntimeError) as e:  # RuntimeError: hf_xet, the Rust downloader
-        if _says_disk_full(e):
-            raise _disk_full(where) from e
-        reason = getattr(e, "strerror", None) or e
-        raise PplexError(f"{where} cannot be downloaded: {reason}") from e
-
-
-def _says_disk_full(error: BaseException) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or "No space left" in str(error)
-
-
-def _disk_full(where: str) -> PplexError:
-    return PplexError(
-        f"the disk is full: {where} does not fit in {cache_folder()}; free some "
-        "space or set HF_HUB_CACHE to a folder on a larger disk"
-    )
-
-
-def _without_network(repo: str, revision: str | None, error: Exception) -> Path:
-    """Fall back on the very same files in the cache, if all are there."""
-    snapshot = cached_snapshot(repo, revision)
-    if snapshot is None:
-        raise PplexError(
-            f"Hugging Face cannot be reached to download {_at(repo, revision)}; check "
-            "the network, or try `--model mini`, which works at once without a download"
-        ) from error
-    return snapshot
-
-
-def _connection_errors() -> tuple[type[BaseException], ...]:
-    """What a missing network raises, in each huggingface_hub's own HTTP library."""
-    from huggingface_hub import errors as hub_errors
-
-    classes: list[type[BaseException]] = [ConnectionError, TimeoutError]
-    for name in ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "XetDownloadError"):
-        if hasattr(hub_errors, name):
-            classes.append(getattr(hub_errors, name))
-    for library, name in (
-        ("httpx2", "TransportError"),
-        ("httpx", "TransportError"),
-        ("requests.exceptions", "ConnectionError"),
-        ("requests.exceptions", "Timeout"),
-    ):
-        module = sys.modules.get(library)
-        if hasattr(module, name):
-            classes.append(getattr(module, name))
-    return tuple(classes)
-
-
-def _check_space(repo: str, sha: str | None, sizes: dict[str, int]) -> None:
-    """Refuse a download that cannot fit, before its first byte."""
-    from huggingface_hub import try_to_load_from_cache
-
-    missing = sum(
-        size
-        for file, size in sizes.items()
-        if not isinstance(try_to_load_from_cache(repo, file, revision=sha), str)
-    )
-    folder = cache_folder()
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if missing and missing + _SPARE_BYTES > free:
-        raise PplexError(
-            f"{repo} needs {missing / 1e9:.1f} GB more and {existing} has "
-            f"{free / 1e9:.1f} GB free; free some space or set HF_HUB_CACHE to a "
-            "folder on a larger disk"
-        )
-
-
-@contextmanager
-def _progress_bars(wanted: bool) -> Iterator[None]:
-    """Silence huggingface_hub's bars for a while, unless they are wanted."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if wanted or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-def _at(repo: str, revision: str | None) -> str:
-    return f"{repo}@{revision}" if revision else repo

@@ -4,18 +4,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pplex.checkpoint.folder import (
+    CONFIG_FILE,
+    SINGLE_FILES,
+    SPLIT_FILES,
+    CheckpointFolder,
+)
 from pplex.checkpoint.known import KNOWN_MODELS
-from pplex.checkpoint.needed import IncompleteError, needed_files
 from pplex.errors import PplexError
 
 _MAIN = "main"
 # One of these is in every snapshot of a model, and tells where the snapshot is.
 _LANDMARKS = (
-    "config.json",
-    "temporal.safetensors",
-    "model.safetensors",
-    "model.q8.safetensors",
-    "model.q4.safetensors",
+    CONFIG_FILE,
+    *SPLIT_FILES[:1],
+    *SINGLE_FILES,
     "tokenizer_spm_32k_3.model",
 )
 
@@ -51,7 +54,7 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
             raise bad_name(repo) from e
         if isinstance(found, str):
             snapshot = Path(found).parent
-            return snapshot if is_complete(names_in(snapshot)) else None
+            return None if CheckpointFolder(snapshot).fault else snapshot
     return None
 
 
@@ -70,7 +73,7 @@ def cached_models() -> Iterator[ModelEntry]:
         newest = max(
             repo.revisions, key=lambda r: (_MAIN in r.refs, r.last_modified or 0)
         )
-        complete = is_complete(names_in(newest.snapshot_path))
+        complete = CheckpointFolder(newest.snapshot_path).fault is None
         known = any(model.repo == repo.repo_id for model in KNOWN_MODELS.values())
         if not (known or complete):
             continue
@@ -106,27 +109,6 @@ def remove_from_cache(repo: str) -> int:
             f"{repo} cannot be removed from {cache_folder()}: {e.strerror or e}"
         ) from e
     return strategy.expected_freed_size
-
-
-def is_complete(names: list[str]) -> bool:
-    """Whether these files are all that a model needs."""
-    try:
-        needed_files(names)
-    except IncompleteError:
-        return False
-    return True
-
-
-def names_in(folder: Path) -> list[str]:
-    """Names of a model folder's files: at the top and in `voices`; no dead links."""
-    places = [(folder, ""), (folder / "voices", "voices/")]
-    return [
-        prefix + path.name
-        for place, prefix in places
-        if place.is_dir()
-        for path in sorted(place.iterdir())
-        if path.is_file()
-    ]
 
 
 def cache_folder() -> Path:

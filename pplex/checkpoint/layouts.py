@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,6 @@ import mlx.core as mx
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig
 
-SPLIT_FILES = ("temporal", "depformer", "embeddings")
 PARTS = ("weight", "scales", "biases")
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -70,12 +69,12 @@ def published_matrices(config: LmConfig, steps: int, kept: int) -> Iterator[Matr
         yield Matrix(f"emb.{i}.weight", (c.card + 1, c.dim), (f"audio_emb[{i}]",))
     yield Matrix("text_linear.weight", (c.text_card, c.dim), ("text_linear",))
     for i in range(c.num_layers):
-        theirs, ours = f"transformer.layers.{i}", f"layers.{i}"
-        yield from _attention(theirs, c.dim, 1, [ours + ".self_attn"])
+        theirs, layer = f"transformer.layers.{i}", f"layers.{i}"
+        yield from _attention(theirs, c.dim, 1, [f"{layer}.self_attn"])
         for norm in ("norm1", "norm2"):
-            yield Matrix(f"{theirs}.{norm}.alpha", (c.dim,), (f"{ours}.{norm}",))
+            yield Matrix(f"{theirs}.{norm}.alpha", (c.dim,), (f"{layer}.{norm}",))
         yield from _gating(
-            f"{theirs}.gating", c.dim, c.hidden_dim, f"{ours}.gating", True
+            f"{theirs}.gating", c.dim, c.hidden_dim, f"{layer}.gating", True
         )
     yield Matrix("out_norm.alpha", (c.dim,), ("out_norm",))
     d = c.depformer_dim
@@ -151,7 +150,7 @@ def sliced_matrices(config: LmConfig, steps: int, kept: int) -> Iterator[Matrix]
 
 
 def _attention(
-    theirs: str, dim: int, steps: int, ours: list[str] | list[str | None]
+    theirs: str, dim: int, steps: int, ours: Sequence[str | None]
 ) -> Iterator[Matrix]:
     for name, rows, target in (
         ("in_proj_weight", 3 * dim, "in_proj"),
@@ -183,61 +182,6 @@ class Quantization:
 def form_name(form: Quantization | None) -> str:
     """A form as text: ``4/64``, or ``16``."""
     return "16" if form is None else f"{form.bits}/{form.group_size}"
-
-
-Arrays = dict[str, mx.array]
-
-
-def read_matrices(
-    arrays: Arrays, matrices: list[Matrix], path: Path
-) -> tuple[Arrays, dict[str, Quantization]]:
-    """Check ``arrays`` of the file ``path`` against a layout and give them our names.
-
-    Returns our weights and, for each quantized module of ours, how it is stored. A
-    tensor that is missing, extra or of another shape raises with its name.
-    """
-    left = dict(arrays)
-    shares: dict[str, dict[str, mx.array]] = {}
-    stored: dict[str, Quantization] = {}
-    for matrix in matrices:
-        parts, quantization = _take(left, matrix, path)
-        for idx, target in enumerate(matrix.targets):
-            if target is None:
-                continue
-            if quantization:
-                stored[target] = quantization
-            num = 1 if len(matrix.shape) == 1 else len(matrix.targets)
-            at = idx if num > 1 else 0
-            for part, array in parts.items():
-                rows = array.shape[0] // num
-                share = array if num == 1 else array[at * rows : (at + 1) * rows]
-                shares.setdefault(target, {})[part] = share
-    if left:
-        raise PplexError(
-            f"{path}: has the tensor `{sorted(left)[0]}`, which this layout and these "
-            f"sizes do not have{_and_more(len(left))}; is config.json the one for it?"
-        )
-    return _join(shares, stored, path)
-
-
-def _take(
-    left: Arrays, matrix: Matrix, path: Path
-) -> tuple[dict[str, mx.array], Quantization | None]:
-    weight = _pop(
-        left, matrix.part("weight") if _is_linear(matrix) else matrix.name, path
-    )
-    if len(matrix.shape) == 1:
-        stored_form(matrix, {"weight": tuple(weight.shape)}, False, path)
-        check_floating(path, matrix.name, weight)
-        return {"weight": weight.reshape(-1)}, None
-    parts = {"weight": weight}
-    if matrix.part("scales") in left:
-        parts["scales"] = _pop(left, matrix.part("scales"), path)
-        parts["biases"] = _pop(left, matrix.part("biases"), path)
-    else:
-        check_floating(path, matrix.name, weight)
-    shapes = {part: tuple(array.shape) for part, array in parts.items()}
-    return parts, stored_form(matrix, shapes, weight.dtype == mx.uint32, path)
 
 
 def stored_form(
@@ -281,16 +225,6 @@ def stored_form(
     return quantization
 
 
-def _is_linear(matrix: Matrix) -> bool:
-    return len(matrix.shape) == 2
-
-
-def _pop(left: Arrays, name: str, path: Path) -> mx.array:
-    if name not in left:
-        raise missing(path, name)
-    return left.pop(name)
-
-
 def missing(path: Path, name: str) -> PplexError:
     """The error for a tensor that a file lacks."""
     return PplexError(f"{path}: the tensor `{name}` is missing; get the file again")
@@ -311,38 +245,3 @@ def wrong_shape(
         f"{path}: the tensor `{name}` has shape {list(found)}, expected "
         f"{list(expected)} or its quantized form; is config.json the one for it?"
     )
-
-
-def _and_more(count: int) -> str:
-    return f" (and {count - 1} more)" if count > 1 else ""
-
-
-def _join(
-    shares: dict[str, dict[str, mx.array]],
-    stored: dict[str, Quantization],
-    path: Path,
-) -> tuple[Arrays, dict[str, Quantization]]:
-    """Join ``name[0]``, ``name[1]``, ... into one module ``name``, rows in order."""
-    groups: dict[str, list[str]] = {}
-    for target in shares:
-        groups.setdefault(target.split("[")[0], []).append(target)
-    weights: Arrays = {}
-    quantized: dict[str, Quantization] = {}
-    for name, targets in groups.items():
-        kinds = {stored.get(target) for target in targets}
-        if len(kinds) > 1:
-            raise PplexError(
-                f"{path}: the parts of `{name}` are quantized in different ways, which "
-                "is not supported"
-            )
-        kind = kinds.pop()
-        if kind:
-            quantized[name] = kind
-        targets.sort(
-            key=lambda t: int(re.findall(r"\[(\d+)\]", t)[0]) if "[" in t else 0
-        )
-        for part in shares[targets[0]]:
-            parts = [shares[target][part] for target in targets]
-            whole = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-            weights[f"{name}.{part}"] = whole
-    return weights, quantized

@@ -1,84 +1,178 @@
-"""A few small arrays in the safetensors format, read with every size checked first.
+"""Safetensors files: headers checked before anything is believed, values, writing.
 
-For voice prompts: NumPy has no bfloat16, and a file from a stranger must not decide
-how much memory is taken. Model weights are read by MLX.
+A file from a stranger must not decide how much memory is taken: voices have limits of
+their own, and MLX, which reads the weights, believes what a header says of sizes.
 """
 
+from __future__ import annotations
+
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pplex.errors import PplexError
 from pplex.files import atomic_write
 
-MAX_HEADER_BYTES = 1 << 20
-MAX_ARRAY_BYTES = 1 << 28  # 65 536 voice frames of width 1024; voices take under 1 MB
+if TYPE_CHECKING:
+    import mlx.core as mx
 
-DTYPES = {
+MAX_HEADER_BYTES = 1 << 25
+MAX_SMALL_HEADER_BYTES = 1 << 20
+MAX_ARRAY_BYTES = 1 << 28  # 65 536 voice frames of width 1024; voices take under 1 MB
+MAX_DIMS = 8
+MAX_WAITING = 4  # arrays that are done and not written yet
+
+_PIECE_BYTES = 1 << 22
+_ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "BF16": 2,
+    "F16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
+# What ``read_arrays`` reads, and as what; NumPy has no bfloat16.
+_SMALL: dict[str, tuple[str, np.dtype[Any]]] = {
     "BF16": ("bfloat16", np.dtype("<u2")),
     "F16": ("float16", np.dtype("<f2")),
     "F32": ("float32", np.dtype("<f4")),
     "I32": ("int32", np.dtype("<i4")),
     "I64": ("int64", np.dtype("<i8")),
 }
+# What ``write_tensors`` writes: names of array types; uint16 has bfloat16's bits.
+_WRITTEN = {
+    "bfloat16": "BF16",
+    "uint16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "uint32": "U32",
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a file; ``dtype`` as safetensors spells it.
+
+    ``begin`` is where its values start in a file that was read.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int = field(default=0, compare=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+def read_specs(path: Path) -> dict[str, TensorSpec]:
+    """The tensors of a file by name, from its header alone.
+
+    The file must be exactly as long as the header says; values are not read.
+    """
+    return _read_header(path, MAX_HEADER_BYTES)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words that a small file's header holds besides its tensors."""
+    return _read_header(path, MAX_SMALL_HEADER_BYTES)[1]
 
 
 def read_arrays(
     path: Path, names: tuple[str, ...]
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """Read named arrays as (dtype name, array); bfloat16 comes back as float32."""
+    """Read named arrays of a small file, every size checked first.
+
+    As (dtype name, array); bfloat16 comes back as float32.
+    """
+    specs, _ = _read_header(path, MAX_SMALL_HEADER_BYTES)
+    return {name: _read_array(path, specs[name]) for name in names if name in specs}
+
+
+def load_tensors(path: Path) -> dict[str, mx.array]:
+    """The tensors of a file of weights, read when they are first used."""
+    import mlx.core as mx
+
+    read_specs(path)
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header, start = _read_header(path, file, size)
-            return {
-                name: _read_array(path, file, header[name], start, size)
-                for name in names
-                if name in header
-            }
-    except OSError as e:
-        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
+        arrays = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError) as e:
+        raise _broken(path, str(e).splitlines()[0]) from e
+    assert isinstance(arrays, dict)
+    return arrays
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The words that a file's header holds besides its tensors."""
-    try:
-        with path.open("rb") as file:
-            header, _ = _read_header(path, file, os.fstat(file.fileno()).st_size)
-    except OSError as e:
-        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
-    found = header.get("__metadata__")
-    words = found.items() if isinstance(found, dict) else ()
-    return {key: value for key, value in words if isinstance(value, str)}
-
-
-def write_arrays(
+def write_tensors(
     path: Path,
-    arrays: dict[str, tuple[str, np.ndarray]],
+    specs: Iterable[TensorSpec],
+    arrays: Iterable[mx.array | np.ndarray],
     metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write arrays given as (safetensors dtype, array of that storage), atomically."""
+) -> str:
+    """Write ``arrays`` in the order of ``specs``, while the next ones are made.
+
+    The file appears whole or not at all; its SHA-256 is returned. An array that is not
+    what its spec says is a mistake of the caller.
+    """
+    digest = hashlib.sha256()
+    specs = list(specs)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name, (dtype, array) in arrays.items():
-        end = offset + array.nbytes
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(array.shape),
+    for spec in specs:
+        end = offset + spec.num_bytes
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
             "data_offsets": [offset, end],
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, array in arrays.values():
-            file.write(np.ascontiguousarray(array).tobytes())
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+        ThreadPoolExecutor(1) as thread,
+    ):
+
+        def put(content: bytes | memoryview) -> None:
+            for start in range(0, len(content), _PIECE_BYTES):
+                piece = content[start : start + _PIECE_BYTES]
+                digest.update(piece)
+                file.write(piece)
+
+        put(len(text).to_bytes(8, "little") + text)
+        waiting: deque[Future[None]] = deque()
+        for spec, array in zip(specs, arrays, strict=True):
+            dtype = _WRITTEN.get(_type_of(array))
+            if dtype != spec.dtype or tuple(array.shape) != spec.shape:
+                raise ValueError(
+                    f"{spec} was announced, {array.dtype} {array.shape} came"
+                )
+            waiting.append(thread.submit(put, _bytes_of(array)))
+            if len(waiting) > MAX_WAITING:
+                waiting.popleft().result()
+        for last in waiting:
+            last.result()
+    return digest.hexdigest()
 
 
 def widen_bfloat16(raw: np.ndarray) -> np.ndarray:
@@ -92,49 +186,82 @@ def narrow_bfloat16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict, int]:
-    """Return the header and the position at which the data starts."""
-    length = int.from_bytes(file.read(8), "little")
-    if size < 10 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-        raise _broken(path, "its header does not fit in the file")
+def _read_header(
+    path: Path, max_bytes: int
+) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """A file's tensors by name, and its metadata."""
     try:
-        header = json.loads(file.read(length).decode("utf-8"))
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 10 or not 2 <= length <= min(size - 8, max_bytes):
+                raise _broken(path, "its header does not fit in the file")
+            header = json.loads(file.read(length).decode("utf-8"))
+    except OSError as e:
+        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
     except (ValueError, RecursionError) as e:
         raise _broken(path, "its header is not JSON") from e
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a table of tensors")
-    return header, 8 + length
+    words = header.pop("__metadata__", None)
+    specs, end = {}, 0
+    for name, entry in header.items():
+        specs[name], last = _spec(path, name, entry, 8 + length)
+        end = max(end, last)
+    if size != 8 + length + end:
+        raise _broken(
+            path, f"it has {size} bytes, its header speaks of {8 + length + end}"
+        )
+    pairs = words.items() if isinstance(words, dict) else ()
+    return specs, {key: value for key, value in pairs if isinstance(value, str)}
 
 
-def _read_array(
-    path: Path, file: BinaryIO, entry: object, start: int, size: int
-) -> tuple[str, np.ndarray]:
-    entry = entry if isinstance(entry, dict) else {}
-    shape = entry.get("shape")
-    offsets = entry.get("data_offsets")
-    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
-        raise _broken(path, "a tensor has no proper shape or offsets")
-    if str(entry.get("dtype")) not in DTYPES:
-        raise _broken(path, f"dtype {entry.get('dtype')} is not one a voice has")
-    name, dtype = DTYPES[str(entry["dtype"])]
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if not 0 < num_bytes <= MAX_ARRAY_BYTES:
-        raise _broken(path, f"a tensor of {num_bytes} bytes is none of a voice")
-    begin, end = offsets
-    if end - begin != num_bytes or start + end > size:
-        raise _broken(path, "a tensor's offsets do not fit its shape or the file")
-    file.seek(start + begin)
-    array = np.frombuffer(file.read(num_bytes), dtype).reshape(shape)
+def _spec(path: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, int]:
+    """A tensor of a header, and where it ends; ``start`` is where all values do."""
+    try:
+        begin, end = entry["data_offsets"]
+        spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]), start + begin)
+        sizes = (begin, end, *spec.shape)
+        are_sizes = len(spec.shape) <= MAX_DIMS and all(
+            type(n) is int and 0 <= n < 1 << 48 for n in sizes
+        )
+        fits = are_sizes and end - begin == spec.num_bytes
+    except (KeyError, TypeError, ValueError) as e:
+        raise _broken(path, f"the entry of `{name}` in its header is none") from e
+    if not fits:
+        raise _broken(path, f"the offsets of `{name}` do not fit its shape")
+    return spec, end
+
+
+def _read_array(path: Path, spec: TensorSpec) -> tuple[str, np.ndarray]:
+    if spec.dtype not in _SMALL:
+        raise _broken(path, f"dtype {spec.dtype} is not one a voice has")
+    if not 0 < spec.num_bytes <= MAX_ARRAY_BYTES:
+        raise _broken(path, f"a tensor of {spec.num_bytes} bytes is none of a voice")
+    name, dtype = _SMALL[spec.dtype]
+    try:
+        count = math.prod(spec.shape)
+        array = np.fromfile(path, dtype, count, offset=spec.begin)
+    except OSError as e:
+        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
+    if array.size != count:
+        raise _broken(path, "it has become shorter")
+    array = array.reshape(spec.shape)
     return name, widen_bfloat16(array) if name == "bfloat16" else array
 
 
-def _are_sizes(values: object) -> bool:
-    """Whether a header value is a short list of integers from 0."""
-    return (
-        isinstance(values, list)
-        and len(values) <= 8
-        and all(type(v) is int and 0 <= v < 1 << 48 for v in values)
-    )
+def _type_of(array: mx.array | np.ndarray) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
+
+
+def _bytes_of(array: mx.array | np.ndarray) -> memoryview:
+    if not isinstance(array, np.ndarray):
+        import mlx.core as mx
+
+        if array.dtype == mx.bfloat16:  # NumPy has none
+            array = array.view(mx.uint16)
+    whole = np.ascontiguousarray(np.array(array, copy=False))
+    return whole.reshape(-1).view(np.uint8).data
 
 
 def _broken(path: Path, why: str) -> PplexError:

@@ -11,8 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from pplex.checkpoint.blocks import Stretch
+from pplex.checkpoint.folder import SPLIT_PARTS, CheckpointFolder
 from pplex.checkpoint.layouts import (
-    SPLIT_FILES,
     Matrix,
     Quantization,
     missing,
@@ -20,8 +20,7 @@ from pplex.checkpoint.layouts import (
     sliced_matrices,
     stored_form,
 )
-from pplex.checkpoint.tensor_file import TensorSpec, read_specs
-from pplex.checkpoint.weights import find_lm_file, read_tensors
+from pplex.checkpoint.safetensors import TensorSpec, load_tensors, read_specs
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig
 
@@ -57,27 +56,56 @@ class Source:
     ``matrices`` what it holds in the order of its table.
     """
 
-    def __init__(self, path: Path, config: LmConfig) -> None:
-        """Read the headers of the folder or file ``path`` and check every tensor."""
+    def __init__(self, folder: CheckpointFolder, config: LmConfig) -> None:
+        """Read the headers of the language model and check every tensor."""
         self.config = config
-        self.files = _files(path)
+        self.files = folder.lm_files
         specs = {file: read_specs(file) for file in self.files}
         self.layout, self.steps = _layout(self.files, specs)
-        split = self.layout == "mlx-split"
-        table = sliced_matrices if self.layout == "mlx" else published_matrices
-        self.matrices: list[Stored] = []
-        for matrix in table(config, self.steps, self.steps):
-            file = self.files[SPLIT_FILES.index(matrix.split_file) if split else 0]
-            named = matrix.in_split_file() if split else matrix
-            self.matrices.append(_stored(named, file, specs[file]))
+        self.check_steps(config.num_codebooks)
+        self.matrices = [
+            _stored(matrix, file, specs[file])
+            for file, matrix in self._table(self.steps)
+        ]
         for file, left in specs.items():
             if left:
+                more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
                 raise PplexError(
                     f"{file}: has the tensor `{min(left)}`, which this layout and "
-                    "these sizes do not have; is config.json the one for it?"
+                    f"these sizes do not have{more}; is config.json the one for it?"
                 )
         self._places = dict(_places(self.matrices))
         self._read: dict[Path, dict[str, mx.array]] = {}
+
+    def check_steps(self, least: int) -> None:
+        """Refuse a depformer of fewer steps, or of more than there are streams."""
+        if not least <= self.steps <= self.config.n_q:
+            raise PplexError(
+                f"{self.files[0]}: the depformer has {self.steps} steps, {least} to "
+                f"{self.config.n_q} are expected"
+            )
+
+    def _table(self, kept: int) -> Iterator[tuple[Path, Matrix]]:
+        """The layout's matrices and their files; ``kept`` steps have targets."""
+        table = sliced_matrices if self.layout == "mlx" else published_matrices
+        for matrix in table(self.config, self.steps, kept):
+            if self.layout == "mlx-split":
+                file = self.files[SPLIT_PARTS.index(matrix.split_file)]
+                yield file, matrix.in_split_file()
+            else:
+                yield self.files[0], matrix
+
+    def modules(self, num_steps: int) -> dict[str, list[str]]:
+        """Our modules for ``num_steps`` depformer steps: targets, in order of rows."""
+        self.check_steps(num_steps)
+        found: dict[str, list[str]] = {}
+        for _, matrix in self._table(num_steps):
+            for target in matrix.targets:
+                if target is not None:
+                    found.setdefault(target.split("[")[0], []).append(target)
+        for targets in found.values():
+            targets.sort(key=lambda t: int(re.findall(r"\[(\d+)\]|$", t)[0] or 0))
+        return found
 
     @property
     def num_bytes(self) -> int:
@@ -98,7 +126,7 @@ class Source:
         stored = self._places[target][0]
         arrays = self._read.get(stored.path, {})
         if any(spec.name not in arrays for spec in stored.specs.values()):
-            arrays = self._read[stored.path] = read_tensors(stored.path)
+            arrays = self._read[stored.path] = load_tensors(stored.path)
         return {part: arrays[spec.name] for part, spec in stored.specs.items()}
 
     def parts(self, target: str) -> dict[str, mx.array]:
@@ -124,13 +152,7 @@ class Source:
         parts, form = self.parts(target), self.form(target)
         if form is None:
             return parts["weight"]
-        return mx.dequantize(
-            parts["weight"],
-            parts["scales"].astype(mx.float32),
-            parts["biases"].astype(mx.float32),
-            group_size=form.group_size,
-            bits=form.bits,
-        )
+        return dequantize(parts, form)
 
     def release(self, target: str) -> int:
         """Let go of what ``target``'s matrix holds; bytes of it that were read.
@@ -146,28 +168,37 @@ class Source:
         )
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir() and (path / "temporal.safetensors").is_file():
-        return [path / f"{name}.safetensors" for name in SPLIT_FILES]
-    return [find_lm_file(path) if path.is_dir() else path]
+def dequantize(parts: dict[str, mx.array], form: Quantization) -> mx.array:
+    """A quantized matrix as the values it stands for.
+
+    In float32: a product of 16-bit numbers would be rounded to 16 bits.
+    """
+    return mx.dequantize(
+        parts["weight"],
+        parts["scales"].astype(mx.float32),
+        parts["biases"].astype(mx.float32),
+        group_size=form.group_size,
+        bits=form.bits,
+    )
 
 
 def _layout(
     files: list[Path], specs: dict[Path, dict[str, TensorSpec]]
 ) -> tuple[str, int]:
+    """The layout's name; the depformer's steps: one more than the last named."""
     names = [name for file in files for name in specs[file]]
+    layout, pattern = "pytorch", r"(?:linears|depformer_in)\.(\d+)\."
     if len(files) > 1:
-        layout, pattern = "mlx-split", r"linears\.\d+\.weight"
-    elif "transformer.layers.0.self_attn.in_proj_weight" in names:
-        layout, pattern = "pytorch", r"linears\.\d+\.weight"
+        layout = "mlx-split"
     elif "transformer.layers.0.self_attn.in_proj.weight" in names:
-        layout, pattern = "mlx", r"depformer\.slices\.\d+\.linear_in\.weight"
-    else:
+        layout, pattern = "mlx", r"depformer\.slices\.(\d+)\."
+    elif "transformer.layers.0.self_attn.in_proj_weight" not in names:
         raise PplexError(
             f"{files[0]}: not a PersonaPlex or Moshi language model: it has no "
             "`transformer.layers.0.self_attn.in_proj` weight"
         )
-    return layout, sum(re.fullmatch(pattern, name) is not None for name in names)
+    found = (re.match(pattern, name) for name in names)
+    return layout, max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def _stored(matrix: Matrix, path: Path, left: dict[str, TensorSpec]) -> Stored:

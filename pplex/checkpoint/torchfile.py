@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -26,7 +26,7 @@ MAX_STORAGE_BYTES = 1 << 28
 _MAX_MEMO = 10_000
 _MAX_ENTRIES = 1_000
 
-_STORAGES = {
+_STORAGES: dict[str, tuple[str, np.dtype[Any]]] = {
     "BFloat16Storage": ("bfloat16", np.dtype("<u2")),
     "HalfStorage": ("float16", np.dtype("<f2")),
     "FloatStorage": ("float32", np.dtype("<f4")),
@@ -85,6 +85,7 @@ class _StorageType:
     """Stands for a `torch.*Storage` class; can be passed about, and nothing else."""
 
     __slots__ = ("kind",)
+    kind: str
 
     def __init__(self, kind: str) -> None:
         object.__setattr__(self, "kind", kind)
@@ -98,7 +99,7 @@ class _MakeDict:
 
     __slots__ = ()
 
-    def __call__(self) -> dict:
+    def __call__(self) -> dict[object, object]:
         return {}
 
 
@@ -117,7 +118,7 @@ class _MakeTensor:
     ) -> _Tensor:
         if not (
             isinstance(storage, _Storage)
-            and _are_sizes((offset,))
+            and _is_size(offset)
             and _are_sizes(size)
             and _are_sizes(stride)
             and len(size) == len(stride) <= 8
@@ -142,9 +143,7 @@ class _SafeUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError("a storage is not described properly")
         _, kind, key, _location, numel = pid
         if not (
-            isinstance(kind, _StorageType)
-            and isinstance(key, str)
-            and _are_sizes((numel,))
+            isinstance(kind, _StorageType) and isinstance(key, str) and _is_size(numel)
         ):
             raise pickle.UnpicklingError("a storage is not described properly")
         return _Storage(kind.kind, key, numel)
@@ -154,11 +153,11 @@ class _ForbiddenGlobal(Exception):
     """Names a global that a voice file has no business to mention."""
 
 
-def _unpickle(path: Path, content: bytes) -> dict:
+def _unpickle(path: Path, content: bytes) -> dict[object, object]:
     try:
         for opcode, argument, _ in pickletools.genops(content):
             # An index far beyond what is stored would make the memo take gigabytes.
-            if opcode.name.endswith("PUT") and int(argument) > _MAX_MEMO:
+            if opcode.name.endswith("PUT") and int(argument or 0) > _MAX_MEMO:
                 raise _broken(path, "its pickle asks for too much memory")
         saved = _SafeUnpickler(BytesIO(content)).load()
     except _ForbiddenGlobal as e:
@@ -256,10 +255,12 @@ def _materialise(
     return name, widen_bfloat16(array) if name == "bfloat16" else array
 
 
-def _are_sizes(values: object) -> bool:
-    return isinstance(values, tuple) and all(
-        type(v) is int and 0 <= v < 1 << 48 for v in values
-    )
+def _are_sizes(values: object) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(values, tuple) and all(map(_is_size, values))
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 1 << 48
 
 
 def _broken(path: Path, why: str) -> PplexError:

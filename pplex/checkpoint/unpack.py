@@ -1,14 +1,13 @@
 """Unpack a checkpoint's `voices.tgz` into the user's cache, trusting nothing in it."""
 
 import gzip
-import hashlib
 import shutil
 import tarfile
 import tempfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
+from pplex.checkpoint.hashes import sha256
 from pplex.errors import PplexError
 from pplex.files import cache_folder
 
@@ -28,7 +27,7 @@ def unpack_voices(archive: Path) -> Path:
     device stops everything. The folder appears whole or not at all.
     """
     try:
-        folder = cache_folder() / "voices" / _sha256(archive)
+        folder = cache_folder() / "voices" / sha256(archive)
         if folder.is_dir():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +52,7 @@ def unpack_voices(archive: Path) -> Path:
 class _LimitedReader:
     """Passes on what a stream gives, until it has given too much."""
 
-    def __init__(self, archive: Path, stream: BinaryIO) -> None:
+    def __init__(self, archive: Path, stream: gzip.GzipFile) -> None:
         self._archive = archive
         self._stream = stream
         self._left = MAX_UNPACKED_BYTES
@@ -121,11 +120,3 @@ def _move(temporary: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

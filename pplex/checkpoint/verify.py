@@ -12,18 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from pplex.checkpoint import hashes
-from pplex.checkpoint.codec_layout import sanitize_codec
-from pplex.checkpoint.config import load_config
+from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
-from pplex.checkpoint.hub_cache import names_in
-from pplex.checkpoint.needed import (
-    MIMI_PATTERNS,
-    TOKENIZER_PATTERN,
-    IncompleteError,
-    needed_files,
-)
+from pplex.checkpoint.safetensors import TensorSpec
 from pplex.checkpoint.source import Source
-from pplex.checkpoint.tensor_file import read_specs
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.voices import (
     RING_LENGTH,
@@ -33,7 +25,7 @@ from pplex.checkpoint.voices import (
     fits_first,
     read_voice_file,
 )
-from pplex.checkpoint.weights import read_tensors
+from pplex.checkpoint.weights import codec_tensors
 from pplex.errors import PplexError
 from pplex.model.config import TEXT_PAD, ModelConfig
 from pplex.model.streams import TEXT_ROW, agent_rows, user_rows
@@ -59,7 +51,7 @@ def verify(
     ``advance`` is told of bytes of the language model that are checked.
     """
     yield from _verify(local, lambda source: _tensors(source, advance))
-    yield from _hashes(_folder(local), sums)
+    yield from _hashes(local.folder, sums)
 
 
 def verify_quickly(local: LocalModel) -> Iterator[Finding]:
@@ -70,30 +62,23 @@ def verify_quickly(local: LocalModel) -> Iterator[Finding]:
     yield from _verify(local, _headers)
 
 
-def _folder(local: LocalModel) -> Path:
-    return local.path if local.path.is_dir() else local.path.parent
-
-
 def _verify(
     local: LocalModel, tensors: Callable[[Source], Iterator[Finding]]
 ) -> Iterator[Finding]:
-    folder = _folder(local)
+    folder = local.folder
+    if folder.fault:
+        yield Finding("fault", str(folder.path), folder.fault)
+    what = folder.config_file.name
     try:
-        needed_files(names_in(folder))
-    except IncompleteError as e:
-        yield Finding("fault", str(folder), str(e))
-    try:
-        config = load_config(folder / "config.json")
+        config = folder.read_config()
     except PplexError as e:
-        yield Finding("fault", "config.json", str(e))
+        yield Finding("fault", what, str(e))
         return
-    where = (
-        "its sizes" if (folder / "config.json").is_file() else "none: 7B sizes taken"
-    )
-    yield Finding("ok", "config.json", where)
+    there = folder.config_file.is_file()
+    yield Finding("ok", what, "its sizes" if there else "none: 7B sizes taken")
     source = None
     try:
-        source = Source(local.path, config.lm)
+        source = Source(local.folder, config.lm)
     except PplexError as e:
         yield Finding("fault", "language model", str(e))
     if source is not None:
@@ -128,7 +113,7 @@ def _tensors(source: Source, advance: Callable[[int], None]) -> Iterator[Finding
 
 
 def _not_finite(
-    source: Source, specs: dict, target: str, path: Path
+    source: Source, specs: dict[str, TensorSpec], target: str, path: Path
 ) -> Iterator[tuple[Path, str]]:
     arrays = source.whole(target)
     for part, spec in specs.items():
@@ -137,13 +122,13 @@ def _not_finite(
             yield path, spec.name
 
 
-def _codec(folder: Path, config: ModelConfig) -> Iterator[Finding]:
-    path = next((f for p in MIMI_PATTERNS for f in sorted(folder.glob(p))), None)
-    if path is None:
+def _codec(folder: CheckpointFolder, config: ModelConfig) -> Iterator[Finding]:
+    try:
+        path = folder.codec
+    except PplexError:
         return  # said already
     try:
-        read_specs(path)
-        weights = sanitize_codec(read_tensors(path), config.mimi, path)
+        weights = codec_tensors(folder, config.mimi)
     except PplexError as e:
         yield Finding("fault", path.name, str(e))
         return
@@ -154,10 +139,11 @@ def _codec(folder: Path, config: ModelConfig) -> Iterator[Finding]:
     yield Finding("ok", path.name, f"the codec: {len(weights)} arrays")
 
 
-def _tokenizer(folder: Path, config: ModelConfig) -> Iterator[Finding]:
-    path = next(iter(sorted(folder.glob(TOKENIZER_PATTERN))), None)
-    if path is None:
-        return
+def _tokenizer(folder: CheckpointFolder, config: ModelConfig) -> Iterator[Finding]:
+    try:
+        path = folder.tokenizer
+    except PplexError:
+        return  # said already
     try:
         pieces = TextTokenizer.load(path).num_pieces
     except PplexError as e:
@@ -170,10 +156,10 @@ def _tokenizer(folder: Path, config: ModelConfig) -> Iterator[Finding]:
 
 
 def _voices(
-    folder: Path, config: ModelConfig, source: Source | None
+    folder: CheckpointFolder, config: ModelConfig, source: Source | None
 ) -> Iterator[Finding]:
     try:
-        found = find_voices(folder)
+        found = find_voices(folder.path)
     except PplexError as e:
         yield Finding("fault", "voices", str(e))
         return
@@ -200,9 +186,9 @@ def _voices(
             yield Finding("ok", path.name, f"{len(voice.embeddings) + 1} frames")
 
 
-def _promised_voices(folder: Path) -> list[str]:
+def _promised_voices(folder: CheckpointFolder) -> list[str]:
     try:
-        names = json.loads((folder / "config.json").read_text()).get("voices", [])
+        names = json.loads(folder.config_file.read_text()).get("voices", [])
     except (OSError, ValueError, AttributeError):
         return []  # reported as what it is: a fault of config.json
     return [name for name in names if isinstance(name, str)]
@@ -242,8 +228,8 @@ def voice_doubts(
         yield "its first vector is not this model's: made for another model?"
 
 
-def _hashes(folder: Path, given: Path | None) -> Iterator[Finding]:
-    path = given or folder / hashes.SUMS_FILE
+def _hashes(folder: CheckpointFolder, given: Path | None) -> Iterator[Finding]:
+    path = given or folder.path / hashes.SUMS_FILE
     if given is None and not path.is_file():
         yield from _cache_hashes(folder)
         return
@@ -254,7 +240,7 @@ def _hashes(folder: Path, given: Path | None) -> Iterator[Finding]:
         return
     bad = 0
     for name, expected in sums.items():
-        file = folder / name
+        file = folder.path / name
         if not file.is_file():
             yield Finding("fault", name, f"missing, though {path.name} lists it")
         elif hashes.sha256(file) != expected:
@@ -267,10 +253,10 @@ def _hashes(folder: Path, given: Path | None) -> Iterator[Finding]:
         yield Finding("ok", path.name, f"{len(sums)} files have the content it lists")
 
 
-def _cache_hashes(folder: Path) -> Iterator[Finding]:
+def _cache_hashes(folder: CheckpointFolder) -> Iterator[Finding]:
     checked = 0
-    for name in names_in(folder):
-        pair = hashes.cached_name(folder / name)
+    for name in folder.names:
+        pair = hashes.cached_name(folder.path / name)
         if pair is None:
             continue
         checked += 1

@@ -23,9 +23,10 @@ def key(pcm: np.ndarray, codec: Path, device: str) -> str:
 def read(name: str) -> np.ndarray | None:
     """The codes (codebooks, frames) kept under a key, None where there are none."""
     try:
-        return np.load(_path(name), allow_pickle=False)
+        codes: np.ndarray = np.load(_path(name), allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
+    return codes
 
 
 def write(name: str, codes: np.ndarray) -> None:

@@ -12,12 +12,18 @@ from typing import Literal
 import numpy as np
 
 from pplex.checkpoint import safetensors, torchfile
+from pplex.checkpoint.folder import (
+    VOICE_SUFFIXES,
+    VOICES_ARCHIVE,
+    VOICES_FOLDER,
+    CheckpointFolder,
+)
+from pplex.checkpoint.safetensors import TensorSpec
 from pplex.checkpoint.unpack import unpack_voices
 from pplex.errors import PplexError
 
 NUM_STREAM_ROWS = 17
 RING_LENGTH = 4
-VOICE_SUFFIXES = (".safetensors", ".pt")
 MADE_FOR = "pplex_model"
 
 # How far a voice's first vector may lie from the model's, relative to its length:
@@ -121,17 +127,12 @@ def find_voices(model_path: Path) -> dict[str, Path]:
     `voices/*.safetensors` and `voices/*.pt` count, the former first where a name has
     both; without any, `voices.tgz` is unpacked once into the user's cache.
     """
-    folder = folder_of(model_path)
-    voices = _voices_in(folder / "voices")
-    archive = folder / "voices.tgz"
+    folder = CheckpointFolder(model_path).path
+    voices = _voices_in(folder / VOICES_FOLDER)
+    archive = folder / VOICES_ARCHIVE
     if not voices and archive.is_file():
         voices = _voices_in(unpack_voices(archive))
     return voices
-
-
-def folder_of(model_path: Path) -> Path:
-    """The folder of a checkpoint that is given as a folder or as its weights' file."""
-    return model_path if model_path.is_dir() else model_path.parent
 
 
 def write_voice_file(
@@ -148,12 +149,15 @@ def write_voice_file(
     """
     frames, dim = embeddings.shape
     stored = np.asarray(embeddings, "<f4").reshape(frames, 1, 1, dim)
-    entry = ("F32", stored)
+    kind = "F32"
     if dtype == "bfloat16":
-        entry = ("BF16", safetensors.narrow_bfloat16(stored))
+        kind, stored = "BF16", safetensors.narrow_bfloat16(stored)
     ring = np.asarray(cache, "<f4").reshape(1, NUM_STREAM_ROWS, RING_LENGTH)
-    arrays = {"cache": ("F32", ring), "embeddings": entry}
-    safetensors.write_arrays(Path(path), arrays, notes)
+    specs = [
+        TensorSpec("cache", "F32", ring.shape),
+        TensorSpec("embeddings", kind, stored.shape),
+    ]
+    safetensors.write_tensors(Path(path), specs, [ring, stored], notes)
 
 
 def _voices_in(folder: Path) -> dict[str, Path]:
@@ -191,4 +195,5 @@ def _check_cache(path: Path, cache: np.ndarray) -> np.ndarray:
     values = cache[0].astype(np.float64)
     if not (np.abs(values) < 1 << 31).all() or (values != np.rint(values)).any():
         raise PplexError(f"{path} is damaged: its cache has values that are no ids")
-    return values.astype(np.int32)
+    ring: np.ndarray = values.astype(np.int32)
+    return ring

@@ -1,31 +1,111 @@
-"""Load a checkpoint: tell its layout, check every tensor, build the model.
+"""Load a checkpoint: every tensor by our names, and the networks made of them.
 
 Quantized matrices stay quantized; everything else is cast to the compute type once.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
+from mlx.nn.layers.quantized import quantize
 
 from pplex.checkpoint.codec_layout import sanitize_codec
-from pplex.checkpoint.layouts import (
-    SPLIT_FILES,
-    Arrays,
-    Quantization,
-    published_matrices,
-    read_matrices,
-    sliced_matrices,
-)
-from pplex.checkpoint.tensor_file import read_specs
+from pplex.checkpoint.folder import CheckpointFolder
+from pplex.checkpoint.layouts import PARTS, Quantization
+from pplex.checkpoint.safetensors import load_tensors
+from pplex.checkpoint.source import Source, dequantize
 from pplex.codec.mimi import Mimi
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig, MimiConfig
 from pplex.model.lm import Lm
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class LmTensors:
+    """A language model's tensors, read from its files when they are evaluated.
+
+    ``weights`` have the names of ``Lm``'s parameters: a module named in ``forms`` is
+    quantized, its ``weight`` are packed codes uint32, with ``scales`` and ``biases``
+    beside it. ``bits`` are those of the transformers' matrices.
+    """
+
+    weights: Arrays
+    forms: dict[str, Quantization]
+    layout: str
+    bits: tuple[int, ...]
+
+    def write_out(self) -> LmTensors:
+        """The same with every quantized matrix as the values it stands for."""
+        weights = dict(self.weights)
+        for name, form in self.forms.items():
+            parts = {part: weights.pop(f"{name}.{part}") for part in PARTS}
+            weights[f"{name}.weight"] = dequantize(parts, form)
+        return replace(self, weights=weights, forms={})
+
+    def cast(self, dtype: mx.Dtype) -> LmTensors:
+        """The same with every floating tensor in ``dtype``, norms in float32."""
+        weights = {
+            name: w
+            if w.dtype == mx.uint32
+            else w.astype(mx.float32 if "norm" in name else dtype)
+            for name, w in self.weights.items()
+        }
+        return replace(self, weights=weights)
+
+
+def lm_tensors(
+    folder: CheckpointFolder, config: LmConfig, num_steps: int | None = None
+) -> LmTensors:
+    """The language model's tensors, checked against the sizes of ``config``.
+
+    Only the depformer steps of the agent's codebooks are kept unless ``num_steps``
+    asks for more.
+    """
+    source = Source(folder, config)
+    weights: Arrays = {}
+    forms: dict[str, Quantization] = {}
+    bits = set()
+    steps = config.num_codebooks if num_steps is None else num_steps
+    for name, targets in source.modules(steps).items():
+        form, *others = {source.form(target) for target in targets}
+        if others:
+            raise PplexError(
+                f"{source.files[0]}: the parts of `{name}` are quantized in different "
+                "ways, which is not supported"
+            )
+        shares = [source.parts(target) for target in targets]
+        for part, array in shares[0].items():
+            whole = [share[part] for share in shares]
+            joined = array if len(whole) == 1 else mx.concatenate(whole)
+            weights[f"{name}.{part}"] = joined
+        if form is not None:
+            forms[name] = form
+        weight = weights[f"{name}.weight"]
+        if "layers." in name and weight.ndim == 2:
+            # Not quantized: what the file holds.
+            bits.add(form.bits if form else 8 * weight.dtype.size)
+    return LmTensors(weights, forms, source.layout, tuple(sorted(bits)))
+
+
+def codec_tensors(folder: CheckpointFolder, config: MimiConfig) -> Arrays:
+    """The codec's tensors, with the names of ``Mimi``'s parameters, in float32."""
+    return _codec_tensors(folder.codec, config)
+
+
+def _codec_tensors(path: Path, config: MimiConfig) -> Arrays:
+    return sanitize_codec(load_tensors(path), config, path)
+
+
+def load_mimi(path: Path, config: MimiConfig) -> Mimi:
+    """The codec of a safetensors file, in float32."""
+    mimi = Mimi(config)
+    _assign(mimi, _codec_tensors(path, config), path)
+    return mimi
 
 
 @dataclass(frozen=True)
@@ -35,140 +115,6 @@ class LoadedLm:
     lm: Lm
     layout: str
     bits: tuple[int, ...]
-
-
-def read_tensors(path: Path) -> Arrays:
-    """The tensors of a safetensors file, read when they are first used."""
-    if not path.is_file():
-        raise PplexError(f"{path}: this file of the checkpoint is missing")
-    read_specs(path)  # MLX believes what a header says of sizes
-    try:
-        arrays = mx.load(str(path), format="safetensors")
-    except (RuntimeError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise PplexError(f"{path}: not a whole safetensors file ({reason})") from e
-    assert isinstance(arrays, dict)
-    return arrays
-
-
-def read_lm(
-    path: Path, config: LmConfig, num_steps: int
-) -> tuple[Arrays, dict[str, Quantization], str]:
-    """Our weights of the language model in the folder or file ``path``.
-
-    ``num_steps`` depformer steps are kept. Returns the weights, how the quantized
-    modules are stored, and the name of the layout.
-    """
-    if path.is_dir() and (path / "temporal.safetensors").is_file():
-        return _read_split(path, config, num_steps)
-    if path.is_dir():
-        path = find_lm_file(path)
-    arrays = read_tensors(path)
-    if "transformer.layers.0.self_attn.in_proj_weight" in arrays:
-        layout, table = "pytorch", published_matrices
-        steps = _count(arrays, _STEPS)
-    elif "transformer.layers.0.self_attn.in_proj.weight" in arrays:
-        layout, table = "mlx", sliced_matrices
-        steps = _count(arrays, _SLICES)
-    else:
-        raise PplexError(
-            f"{path}: not a PersonaPlex or Moshi language model: it has no "
-            "`transformer.layers.0.self_attn.in_proj` weight"
-        )
-    kept = _kept(path, steps, num_steps, config)
-    weights, quantized = read_matrices(arrays, list(table(config, steps, kept)), path)
-    return weights, quantized, layout
-
-
-def find_lm_file(folder: Path) -> Path:
-    """The single file of a folder that holds the language model."""
-    for pattern in (
-        "model.safetensors",
-        "model.q8.safetensors",
-        "model.q4.safetensors",
-    ):
-        if (folder / pattern).is_file():
-            return folder / pattern
-    raise PplexError(
-        f"{folder}: no model here: expected temporal.safetensors, model.safetensors, "
-        "model.q8.safetensors or model.q4.safetensors"
-    )
-
-
-def _read_split(
-    folder: Path, config: LmConfig, num_steps: int
-) -> tuple[Arrays, dict[str, Quantization], str]:
-    files = {name: read_tensors(folder / f"{name}.safetensors") for name in SPLIT_FILES}
-    steps = max(_count(arrays, _STEPS) for arrays in files.values())
-    kept = _kept(folder, steps, num_steps, config)
-    matrices = list(published_matrices(config, steps, kept))
-    weights: Arrays = {}
-    quantized: dict[str, Quantization] = {}
-    for name, arrays in files.items():
-        own = [m.in_split_file() for m in matrices if m.split_file == name]
-        part, kinds = read_matrices(arrays, own, folder / f"{name}.safetensors")
-        weights |= part
-        quantized |= kinds
-    return weights, quantized, "mlx-split"
-
-
-_STEPS = r"(?:linears|depformer_in)\.(\d+)\."
-_SLICES = r"depformer\.slices\.(\d+)\."
-
-
-def _count(arrays: Arrays, pattern: str) -> int:
-    """How many depformer steps a file has: one more than the last it names."""
-    found = (re.match(pattern, name) for name in arrays)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
-
-
-def _kept(path: Path, steps: int, wanted: int, config: LmConfig) -> int:
-    if not wanted <= steps <= config.n_q:
-        raise PplexError(
-            f"{path}: the depformer has {steps} steps, {wanted} to {config.n_q} are "
-            "expected"
-        )
-    return wanted
-
-
-def load_mimi(path: Path, config: MimiConfig) -> Mimi:
-    """The codec of a safetensors file, in float32."""
-    mimi = Mimi(config)
-    weights = sanitize_codec(read_tensors(path), config, path)
-    assign(mimi, weights, path)
-    return mimi
-
-
-def assign(module: nn.Module, weights: Arrays, path: Path) -> None:
-    """Put ``weights``, whose shapes are checked, into ``module`` and read them."""
-    module.load_weights(list(weights.items()), strict=True)
-    try:
-        mx.eval(module.parameters())
-    except RuntimeError as e:  # the file ends before its tensors do
-        reason = str(e).splitlines()[0]
-        raise PplexError(f"{path}: cannot be read whole ({reason})") from e
-
-
-def quantize_as_stored(module: nn.Module, stored: dict[str, Quantization]) -> None:
-    """Replace the modules named in ``stored`` by quantized ones of that form."""
-
-    def form(name: str, _: nn.Module) -> bool | dict[str, int]:
-        kind = stored.get(name)
-        if kind is None:
-            return False
-        return {"bits": kind.bits, "group_size": kind.group_size}
-
-    nn.quantize(module, class_predicate=form)
-
-
-def cast(weights: Arrays, dtype: mx.Dtype) -> Arrays:
-    """``weights`` with every floating tensor in ``dtype``, norms in float32."""
-    return {
-        name: w
-        if w.dtype == mx.uint32
-        else w.astype(mx.float32 if "norm" in name else dtype)
-        for name, w in weights.items()
-    }
 
 
 def load_lm(
@@ -181,37 +127,27 @@ def load_lm(
 ) -> LoadedLm:
     """The language model in the folder or file ``path``, computing in ``dtype``.
 
-    Only the depformer steps of the agent's codebooks are kept unless ``num_steps``
-    asks for more. With ``dense``, quantized matrices are written out in ``dtype``.
+    With ``dense``, quantized matrices are written out in ``dtype``.
     """
-    steps = config.num_codebooks if num_steps is None else num_steps
-    weights, stored, layout = read_lm(path, config, steps)
-    bits = {
-        stored[module].bits
-        if (module := name.removesuffix(".weight")) in stored
-        # Not quantized: what the file holds.
-        else 8 * weight.dtype.size
-        for name, weight in weights.items()
-        if "layers." in name and name.endswith(".weight") and weight.ndim == 2
-    }
+    tensors = lm_tensors(CheckpointFolder(path), config, num_steps)
     if dense:
-        weights, stored = write_out(weights, stored), {}
-    lm = Lm(config, steps)
-    quantize_as_stored(lm, stored)
-    assign(lm, cast(weights, dtype), path)
-    return LoadedLm(lm, layout, tuple(sorted(bits)))
+        tensors = tensors.write_out()
+    lm = Lm(config, config.num_codebooks if num_steps is None else num_steps)
+
+    def form(name: str, _: Module) -> bool | dict[str, int]:
+        found = tensors.forms.get(name)
+        return asdict(found) if found else False
+
+    quantize(lm, class_predicate=form)
+    _assign(lm, tensors.cast(dtype).weights, path)
+    return LoadedLm(lm, tensors.layout, tensors.bits)
 
 
-def write_out(weights: Arrays, stored: dict[str, Quantization]) -> Arrays:
-    """``weights`` with every quantized matrix as the values it stands for."""
-    whole = dict(weights)
-    for name, kind in stored.items():
-        packed, scales, biases = (
-            whole.pop(f"{name}.{part}") for part in ("weight", "scales", "biases")
-        )
-        # In float32: a product of 16-bit numbers would be rounded to 16 bits.
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        whole[f"{name}.weight"] = mx.dequantize(
-            packed, scales, biases, kind.group_size, kind.bits
-        )
-    return whole
+def _assign(module: Module, weights: Arrays, path: Path) -> None:
+    """Put ``weights``, whose shapes are checked, into ``module`` and read them."""
+    module.load_weights(list(weights.items()), strict=True)
+    try:
+        mx.eval(list(weights.values()))
+    except RuntimeError as e:  # the file ends before its tensors do
+        reason = str(e).splitlines()[0]
+        raise PplexError(f"{path}: cannot be read whole ({reason})") from e

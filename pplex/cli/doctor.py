@@ -32,7 +32,7 @@ def doctor(ctx: click.Context, as_json: bool, network: bool) -> None:
     from dataclasses import asdict
 
     from pplex.bench.doctor import diagnose
-    from pplex.checkpoint.online import look_online
+    from pplex.checkpoint.download import look_online
 
     found = diagnose(blas, look_online if network else None)
     if as_json:

@@ -128,23 +128,21 @@ def show(voice: str, model_name: str, offline: bool, as_json: bool) -> None:
 
 
 def _describe(voice: str, local: LocalModel) -> dict[str, Any]:
-    from pplex.checkpoint.config import load_config
     from pplex.checkpoint.source import Source
     from pplex.checkpoint.verify import first_vector, voice_doubts
     from pplex.checkpoint.voices import (
         check_voice,
         find_voices,
-        folder_of,
         read_voice_file,
     )
 
     path = find_voices(local.path).get(voice, Path(voice))
     read = read_voice_file(path)
-    config = load_config(folder_of(local.path) / "config.json")
+    config = local.folder.read_config()
     lm = config.lm
     try:
         check_voice(read, lm.dim, text_card=lm.text_card, card=lm.card)
-        first = first_vector(Source(local.path, lm))
+        first = first_vector(Source(local.folder, lm))
         doubts = list(voice_doubts(read, config, first))
     except PplexError as e:
         doubts = [str(e)]

@@ -14,10 +14,8 @@ from typing import Literal
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel
-from pplex.checkpoint.needed import MIMI_PATTERNS, needed_files
-from pplex.checkpoint.tensor_file import read_specs
+from pplex.checkpoint.safetensors import read_specs
 from pplex.conversation.session import Model, load
 from pplex.errors import PplexError
 from pplex.layers.device import on_cpu
@@ -105,19 +103,14 @@ def loaded_gb(local: LocalModel, lm: LmConfig, *, dense: bool) -> float:
 
     With ``dense``, those of the language model are written out. The codec is float32.
     """
-    folder = local.path if local.path.is_dir() else local.path.parent
-    codec = [file for p in MIMI_PATTERNS for file in sorted(folder.glob(p))][:1]
-    codec_gb = sum(_loaded_bytes(file, 4) for file in codec) / 1e9
+    folder = local.folder
+    codec_gb = _loaded_bytes(folder.codec, 4) / 1e9
     # The compiled step packs its own copy; of 16-bit weights both are 16 bits wide.
     copies = 2 if backend() == "compiled" and is_quantized(local) else 1
     if dense:
         return codec_gb + copies * dense_gb(lm)
-    files = [local.path]
-    if local.path.is_dir():
-        names = needed_files(file.name for file in folder.iterdir() if file.is_file())
-        files = [folder / name for name in names if name.endswith(".safetensors")]
     float_bytes = 4 if on_cpu() else 2
-    lm_bytes = sum(_loaded_bytes(f, float_bytes) for f in files if f not in codec)
+    lm_bytes = sum(_loaded_bytes(f, float_bytes) for f in folder.lm_files)
     return codec_gb + copies * lm_bytes / 1e9
 
 
@@ -137,8 +130,7 @@ def dense_gb(lm: LmConfig) -> float:
 
 def is_quantized(local: LocalModel) -> bool:
     """Whether any weights of a model on this machine are stored quantized."""
-    path = local.path
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = local.folder.lm_files
     return any(name.endswith(".scales") for file in files for name in _names(file))
 
 
@@ -152,7 +144,6 @@ def _names(path: Path) -> list[str]:
 
 def load_as(local: LocalModel, wanted: Compute, *, many: bool) -> tuple[Model, Choice]:
     """Load a model in the form that was asked for, or that is faster here."""
-    folder = local.path if local.path.is_dir() else local.path.parent
-    config = load_config(folder / "config.json")
+    config = local.folder.read_config()
     choice = choose_for(local, wanted, config.lm, many=many)
     return load(local, dense=choice.dense), choice

@@ -6,7 +6,7 @@ This is the library's front door; it prints nothing and knows no command line.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,6 @@ import numpy as np
 from pplex.audio.files import Channel, frames_of, read_pcm
 from pplex.audio.loudness import normalize_loudness, trim_silence
 from pplex.checkpoint import voice_codes, voices
-from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.weights import load_lm, load_mimi
@@ -35,8 +34,6 @@ from pplex.model.sampling import SamplingConfig
 from pplex.model.streams import TEXT_ROW, shift, unshift, user_rows
 
 DEFAULT_VOICE = "NATF2"
-MIMI_PATTERNS = ("mimi.safetensors", "tokenizer-*-checkpoint*.safetensors")
-TOKENIZER_PATTERN = "tokenizer_spm_*.model"
 
 
 @dataclass
@@ -68,16 +65,16 @@ def load(local: LocalModel, *, dense: bool = False) -> Model:
     faster where many rows go through them at once.
     """
     start = time.perf_counter()
-    folder = local.path if local.path.is_dir() else local.path.parent
-    config = load_config(folder / "config.json")
-    tokenizer = TextTokenizer.load(_one_file(folder, (TOKENIZER_PATTERN,)))
+    folder = local.folder
+    config = folder.read_config()
+    tokenizer = TextTokenizer.load(folder.tokenizer)
     if tokenizer.num_pieces != config.lm.text_card:
         raise PplexError(
-            f"{folder}: the tokenizer has {tokenizer.num_pieces} pieces, the model "
-            f"{config.lm.text_card}; they belong to different models"
+            f"{folder.path}: the tokenizer has {tokenizer.num_pieces} pieces, the "
+            f"model {config.lm.text_card}; they belong to different models"
         )
     dtype = mx.float32 if on_cpu() else mx.bfloat16
-    mimi = load_mimi(_one_file(folder, MIMI_PATTERNS), config.mimi)
+    mimi = load_mimi(folder.codec, config.mimi)
     codec = make_codec(mimi, config.mimi)
     loaded = load_lm(local.path, config.lm, dtype, dense=dense)
     if not on_cpu():
@@ -88,21 +85,11 @@ def load(local: LocalModel, *, dense: bool = False) -> Model:
         lm=loaded.lm,
         codec=codec,
         tokenizer=tokenizer,
-        voices=voices.find_voices(folder),
+        voices=voices.find_voices(local.path),
         layout=loaded.layout,
         bits=loaded.bits,
         dtype=str(dtype).removeprefix("mlx.core."),
         load_s=time.perf_counter() - start,
-    )
-
-
-def _one_file(folder: Path, patterns: Sequence[str]) -> Path:
-    for pattern in patterns:
-        found = sorted(folder.glob(pattern))
-        if found:
-            return found[0]
-    raise PplexError(
-        f"{folder}: {' or '.join(patterns)} is missing; every checkpoint needs it"
     )
 
 
@@ -175,9 +162,8 @@ def encode_voice(
         pcm = normalize_loudness(trim_silence(pcm, rate) if trim else pcm, rate)
     except PplexError as e:
         raise PplexError(f"voice {path}: {e}") from e
-    folder = voices.folder_of(model.local.path)
     device = "cpu" if on_cpu() else "gpu"
-    key = voice_codes.key(pcm, _one_file(folder, MIMI_PATTERNS), device)
+    key = voice_codes.key(pcm, model.local.folder.codec, device)
     codes = voice_codes.read(key)
     if codes is None:
         codes = encode_frames(model, pcm)

@@ -19,17 +19,16 @@ import numpy as np
 
 from pplex.checkpoint import hashes
 from pplex.checkpoint.blocks import Rounder, open_rounder
-from pplex.checkpoint.config import load_config, split_config
+from pplex.checkpoint.config import split_config
+from pplex.checkpoint.folder import SPLIT_CODEC, SPLIT_PARTS, CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.layouts import (
-    SPLIT_FILES,
     Matrix,
     Quantization,
     published_matrices,
 )
-from pplex.checkpoint.needed import MIMI_PATTERNS, TOKENIZER_PATTERN
+from pplex.checkpoint.safetensors import TensorSpec, write_tensors
 from pplex.checkpoint.source import Source
-from pplex.checkpoint.tensor_file import TensorSpec, write_tensors
 from pplex.checkpoint.voices import find_voices, read_voice_file, write_voice_file
 from pplex.errors import PplexError
 from pplex.quantization.card import Card, card_text
@@ -73,9 +72,9 @@ def convert(
     ``start`` is told how many bytes of the source will be gone through, ``advance``
     how many more are done.
     """
-    folder = local.path if local.path.is_dir() else local.path.parent
-    config = load_config(folder / "config.json")
-    source = Source(local.path, config.lm)
+    folder = local.folder
+    config = folder.read_config()
+    source = Source(local.folder, config.lm)
     matrices = list(published_matrices(config.lm, source.steps, source.steps))
     recipe = conversion.make_recipe(source, matrices)
     num_bytes = recipe_bytes(matrices, recipe)
@@ -85,7 +84,7 @@ def convert(
     with _new_folder(target) as new, _little_cache(), open_rounder() as rounder:
         rounder = None if conversion.refine else rounder
         sums = {}
-        for file in SPLIT_FILES:
+        for file in SPLIT_PARTS:
             own = [m for m in matrices if m.split_file == file]
             path = new / f"{file}.safetensors"
             specs = [s for m in own for s in _specs(source, m, recipe[m.name])]
@@ -93,7 +92,7 @@ def convert(
             sums[path.name] = write_tensors(path, specs, arrays, {"format": "mlx"})
         for name, path in others.items():
             sums[name] = hashes.copy(path, new / name)
-        voices = _copy_voices(find_voices(folder), new / "voices")
+        voices = _copy_voices(find_voices(local.path), new / "voices")
         sums |= voices
         names = sorted(Path(name).stem for name in voices)
         raw = split_config(config, source.steps, _quantization(recipe), names)
@@ -234,19 +233,12 @@ def _quantization(recipe: Recipe) -> dict[str, object]:
     }
 
 
-def _other_files(folder: Path) -> dict[str, Path]:
+def _other_files(folder: CheckpointFolder) -> dict[str, Path]:
     """Files to be copied, by their new names."""
-    files = {}
-    for patterns, name in (
-        (MIMI_PATTERNS, "mimi.safetensors"),
-        ((TOKENIZER_PATTERN,), None),
-        (("LICENSE*", "NOTICE*"), None),
-    ):
-        found = [path for p in patterns for path in sorted(folder.glob(p))]
-        if name:
-            files[name] = found[0]
-        else:
-            files |= {path.name: path for path in found}
+    files = {SPLIT_CODEC: folder.codec, folder.tokenizer.name: folder.tokenizer}
+    for name in folder.names:
+        if name.startswith(("LICENSE", "NOTICE")):
+            files[name] = folder.path / name
     return files
 
 

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from pplex.checkpoint.config import load_config
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.verify import Finding
-from pplex.checkpoint.voices import folder_of
 from pplex.checkpoint.weights import load_lm
 from pplex.layers.device import on_cpu
 from pplex.model.config import TEXT_PAD, LmConfig
@@ -41,7 +39,7 @@ TOLERANCE = 0.02  # of the deviation; the published figures are of one quantizat
 
 def check_numbers(local: LocalModel) -> Iterator[Finding]:
     """Say of each published value whether the model agrees."""
-    config = load_config(folder_of(local.path) / "config.json")
+    config = local.folder.read_config()
     if config.lm != LmConfig():
         text = "the published values are for the 7B's sizes and do not apply"
         yield Finding("note", "numbers", text)

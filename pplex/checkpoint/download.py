@@ -1,0 +1,188 @@
+"""Bring a model's files from Hugging Face: the only module that goes online."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pplex.checkpoint.folder import CheckpointFolder, IncompleteError, needed_files
+from pplex.checkpoint.hub_cache import bad_name, cache_folder, cached_snapshot
+from pplex.errors import PplexError
+
+_SPARE_BYTES = 100_000_000  # left free on the disk after a download
+
+
+def download(repo: str, revision: str | None, progress: bool) -> Path:
+    """Bring the needed files of a repository into the cache; return their folder."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import errors as hub_errors
+
+    where = at(repo, revision)
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        needed = needed_files(list(sizes))
+        _check_space(repo, info.sha, {file: sizes[file] for file in needed})
+        with _progress_bars(progress):
+            folder = snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=[glob.escape(file) for file in needed],
+            )
+        if CheckpointFolder(Path(folder)).fault:  # the network went half way
+            raise IncompleteError("the download is not whole; run it again to resume")
+        return Path(folder)
+    except IncompleteError as e:
+        raise PplexError(f"{where} cannot be used: {e}") from e
+    except hub_errors.GatedRepoError as e:
+        raise PplexError(
+            f"{repo} is gated: accept the licence at https://huggingface.co/{repo} "
+            "and run `hf auth login`"
+        ) from e
+    except hub_errors.RepositoryNotFoundError as e:
+        raise PplexError(
+            f"there is no repository {repo} on Hugging Face, or it is private; check "
+            "the name, or run `hf auth login`"
+        ) from e
+    except hub_errors.RevisionNotFoundError as e:
+        raise PplexError(
+            f"{repo} has no revision {revision!r}; check it at "
+            f"https://huggingface.co/{repo}/commits/main"
+        ) from e
+    except hub_errors.HFValidationError as e:
+        raise bad_name(repo) from e
+    except _connection_errors() as e:
+        if _says_disk_full(e):
+            raise _disk_full(where) from e
+        return _without_network(repo, revision, e)
+    except hub_errors.HfHubHTTPError as e:
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        raise PplexError(
+            f"Hugging Face refused to give {where} (HTTP status {status or 'unknown'})"
+            "; try again later"
+        ) from e
+    except (OSError, RuntimeError) as e:  # RuntimeError: hf_xet, the Rust downloader
+        if _says_disk_full(e):
+            raise _disk_full(where) from e
+        reason = getattr(e, "strerror", None) or e
+        raise PplexError(f"{where} cannot be downloaded: {reason}") from e
+
+
+def _says_disk_full(error: BaseException) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or "No space left" in str(error)
+
+
+def _disk_full(where: str) -> PplexError:
+    return PplexError(
+        f"the disk is full: {where} does not fit in {cache_folder()}; free some "
+        "space or set HF_HUB_CACHE to a folder on a larger disk"
+    )
+
+
+def _without_network(repo: str, revision: str | None, error: BaseException) -> Path:
+    """Fall back on the very same files in the cache, if all are there."""
+    snapshot = cached_snapshot(repo, revision)
+    if snapshot is None:
+        raise PplexError(
+            f"Hugging Face cannot be reached to download {at(repo, revision)}; check "
+            "the network, or try `--model mini`, which works at once without a download"
+        ) from error
+    return snapshot
+
+
+def _connection_errors() -> tuple[type[BaseException], ...]:
+    """What a missing network raises, in each huggingface_hub's own HTTP library."""
+    from huggingface_hub import errors as hub_errors
+
+    classes: list[type[BaseException]] = [ConnectionError, TimeoutError]
+    for name in ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "XetDownloadError"):
+        if hasattr(hub_errors, name):
+            classes.append(getattr(hub_errors, name))
+    for library, name in (
+        ("httpx2", "TransportError"),
+        ("httpx", "TransportError"),
+        ("requests.exceptions", "ConnectionError"),
+        ("requests.exceptions", "Timeout"),
+    ):
+        module = sys.modules.get(library)
+        if hasattr(module, name):
+            classes.append(getattr(module, name))
+    return tuple(classes)
+
+
+def _check_space(repo: str, sha: str | None, sizes: dict[str, int]) -> None:
+    """Refuse a download that cannot fit, before its first byte."""
+    from huggingface_hub import try_to_load_from_cache
+
+    missing = sum(
+        size
+        for file, size in sizes.items()
+        if not isinstance(try_to_load_from_cache(repo, file, revision=sha), str)
+    )
+    folder = cache_folder()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if missing and missing + _SPARE_BYTES > free:
+        raise PplexError(
+            f"{repo} needs {missing / 1e9:.1f} GB more and {existing} has "
+            f"{free / 1e9:.1f} GB free; free some space or set HF_HUB_CACHE to a "
+            "folder on a larger disk"
+        )
+
+
+@contextmanager
+def _progress_bars(wanted: bool) -> Iterator[None]:
+    """Silence huggingface_hub's bars for a while, unless they are wanted."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if wanted or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def at(repo: str, revision: str | None) -> str:
+    """How a repository, or a commit of it, is named."""
+    return f"{repo}@{revision}" if revision else repo
+
+
+@dataclass(frozen=True)
+class Online:
+    """``user`` is None without a login; ``reason`` says what failed."""
+
+    reachable: bool
+    user: str | None
+    reason: str | None
+
+
+def look_online() -> Online:
+    """Ask Hugging Face who we are: one request, or two without a login."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = huggingface_hub.HfApi()
+    try:
+        if huggingface_hub.get_token() is None:
+            api.model_info("nvidia/personaplex-7b-v1", timeout=10)
+            return Online(True, None, None)
+        return Online(True, str(api.whoami()["name"]), None)
+    except HfHubHTTPError as e:
+        status = getattr(e.response, "status_code", None)
+        return Online(True, None, f"Hugging Face answered {status}")
+    except Exception as e:  # every kind of network fault, of any HTTP library
+        return Online(False, None, str(e).splitlines()[0][:200] or type(e).__name__)
