@@ -12,7 +12,7 @@ from test_score import transcript
 
 from pplex.audio.files import write_wav
 from pplex.errors import PplexError
-from pplex.evaluation.check import Checks, passed, run_checks
+from pplex.evaluation.checks import Checks, passed, run_checks
 from pplex.evaluation.levels import measure_levels
 
 RATE = 16_000

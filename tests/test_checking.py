@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pplex.cli.options import wish_from
+from pplex.cli.options import checks_from
 
 
 @pytest.fixture
@@ -97,10 +97,11 @@ def test_what_goes_to_stdout_cannot_be_checked(run, tiny, call):
 
 
 def test_names_and_values_become_checks():
-    wish = wish_from((("max-rtf", 0.5), ("not-silent", True), ("length-of", True)))
-    assert wish.length_of and wish.checks.max_rtf == 0.5 and wish.checks.not_silent
-    assert wish.checks.length_of is None and not wish.checks.no_clipping
-    assert wish.any() and not wish_from(()).any()
+    given = (("max-rtf", 0.5), ("not-silent", True), ("length-of", True))
+    checks = checks_from(given)
+    assert checks.input_length and checks.max_rtf == 0.5 and checks.not_silent
+    assert checks.length_of is None and not checks.no_clipping
+    assert checks_from(()) is None
 
 
 def test_a_batch_counts_what_fails_and_keeps_its_results(run, tiny, data, tmp_path):

@@ -19,9 +19,9 @@ from pplex.errors import PplexError
 from pplex.model.sampling import GREEDY, SamplingConfig
 from pplex.quantization.compare import Tally, compare_lms, keep_logits, mean_kl
 from pplex.quantization.compare_models import Settings, compare_models
-from pplex.quantization.compare_plot import plot
 from pplex.quantization.costs import mixed_recipe, read_costs
 from pplex.quantization.forced import Logits, write_script
+from pplex.quantization.plot import plot_divergence
 from pplex.quantization.recipe import recipe_bytes, uniform
 from pplex.quantization.sensitivity import measure, module_parts, write_costs
 
@@ -108,7 +108,7 @@ def test_the_figures_are_those_of_the_definitions():
         assert figures.perplexity_b == pytest.approx(math.exp(nll), rel=1e-4)
 
 
-def test_two_folders_are_compared_with_size_and_speed(tiny, made, data):
+def test_two_folders_are_compared_with_size_and_speed(tiny, made, data, tmp_path):
     models = [resolve(str(path), offline=True) for path in (tiny, made / "4")]
     found = compare_models(*models, [data / "respond" / "user_c.wav"], SETTINGS)
     assert found.b.lm_bytes < found.a.lm_bytes
@@ -118,9 +118,13 @@ def test_two_folders_are_compared_with_size_and_speed(tiny, made, data):
     assert [s.stream for s in found.streams] == ["text"] + [
         f"agent {idx}" for idx in range(1, 9)
     ]
-    drawn = ElementTree.fromstring(plot(found))
-    bars = [rect for rect in drawn.iter() if rect.tag.endswith("title")]
+    plot_divergence(tmp_path / "kl.svg", found)
+    drawn = list(ElementTree.parse(tmp_path / "kl.svg").iter())
+    bars = [one for one in drawn if one.get("id") in {s.stream for s in found.streams}]
     assert len(bars) == 9
+    said = {one.text for one in drawn if one.tag.endswith("}text")}
+    assert {"stream", "KL divergence (nats a frame)", "text", "8"} <= said
+    assert f"{found.streams[0].kl:.2g}" in said
 
 
 def test_without_recordings_the_user_is_silent(tiny, made):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pplex.checkpoint.hub import LocalModel
-from pplex.evaluation.check import Outcome
+from pplex.respond.stats import Outcome
 
 
 class Report(Protocol):

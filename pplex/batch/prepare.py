@@ -18,8 +18,8 @@ from pplex.batch.tasks import Task, Wanted, in_shard
 from pplex.checkpoint.hub import resolve
 from pplex.conversation.compute import Compute
 from pplex.errors import PplexError
-from pplex.evaluation.checking import Wish
 from pplex.respond.settings import Settings
+from pplex.respond.stats import Check
 
 _LEFTOVER = re.compile(r"\.(.{0,48})\.pplex-[0-9a-f]{8}\.tmp", re.DOTALL)
 _PROBES = 4  # at a time
@@ -46,7 +46,7 @@ class Batch:
     shard: tuple[int, int] | None = None
     ray: str | None = None
     compute: Compute = "auto"
-    wish: Wish = Wish()
+    check: Check | None = None
 
 
 @dataclass(frozen=True)

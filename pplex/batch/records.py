@@ -15,11 +15,9 @@ from pplex.batch.identity import FilePrint, file_print
 from pplex.batch.manifest import DONE, FAILED, Line
 from pplex.batch.tasks import Task
 from pplex.errors import PplexError
-from pplex.evaluation.check import Outcome
-from pplex.evaluation.checking import Wish, check_answer
 from pplex.respond.figures import About, make_stats
 from pplex.respond.run import Answer, read_user, write_outputs
-from pplex.respond.stats import Stats, latency
+from pplex.respond.stats import Check, Outcome, Stats, latency
 from pplex.respond.transcript import words
 
 
@@ -55,7 +53,11 @@ def read_task(task: Task, sample_rate: int) -> Read:
 
 
 def write_task(
-    model: Description, task: Task, read: Read, done: Answered, wish: Wish
+    model: Description,
+    task: Task,
+    read: Read,
+    done: Answered,
+    check: Check | None,
 ) -> tuple[dict[str, float], list[Outcome]]:
     """Write the outputs of ``task`` and check them.
 
@@ -94,10 +96,10 @@ def write_task(
     if task.outputs.stats is not None:
         stats.write(task.outputs.stats)
     outcomes: list[Outcome] = []
-    if wish.any():
+    if check is not None:
         spoken = words(result.text, model.tokenizer.piece, model.config.frame_rate)
         files = task.outputs.files()
-        outcomes = check_answer(wish, task.source, files, stats, spoken)
+        outcomes = check(task.source, files, stats, spoken)
     return {f"{part}_s": round(s, 4) for part, s in seconds.items()}, outcomes
 
 

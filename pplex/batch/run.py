@@ -39,7 +39,7 @@ from pplex.batch.records import Read, done_line, failed_line, read_task, write_t
 from pplex.batch.tasks import Task
 from pplex.conversation.worker import num_cores
 from pplex.errors import PplexError
-from pplex.evaluation.check import Outcome, passed
+from pplex.respond.stats import Outcome
 
 # On a large machine a batch starts with a hundred recordings at once.
 _READERS = min(8, max(2, num_cores() // 2))
@@ -220,8 +220,8 @@ class _Run:
     def _write(
         self, task: Task, read: Read, outcome: Answered
     ) -> tuple[dict[str, float], list[Outcome], dict[str, Line]]:
-        wish = self._batch.wish
-        seconds, checks = write_task(self._model, task, read, outcome, wish)
+        check = self._batch.check
+        seconds, checks = write_task(self._model, task, read, outcome, check)
         return seconds, checks, self._manifest.describe(task.outputs.files())
 
     def _written(self, task: Task, read: Read, future: Future) -> None:
@@ -240,7 +240,7 @@ class _Run:
         self._report.finished(task.key, self._seconds[task.key])
         if checks:
             self._summary.checked += 1
-            self._summary.checks_failed += not passed(checks)
+            self._summary.checks_failed += not all(check.passed for check in checks)
             self._report.checked(checks, task.key)
 
     def _fail(self, task: Task, error: str) -> None:

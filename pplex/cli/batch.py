@@ -16,6 +16,7 @@ from pplex.cli.batch_report import (
 )
 from pplex.cli.options import (
     check_option,
+    checks_from,
     compute_option,
     conversation_options,
     layout_option,
@@ -23,7 +24,6 @@ from pplex.cli.options import (
     role_text,
     settings_from,
     verbosity_options,
-    wish_from,
 )
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def batch_from(options: dict[str, Any]) -> Batch:
         **take("outdir", "model_name", "offline", "batch_size", "overwrite"),
         **take("retry_failed", "fail_fast", "shard", "ray", "compute"),
         settings=settings_from(text, options),
-        wish=wish_from(options["checks"]),
+        check=checks_from(options["checks"]),
     )
 
 

@@ -94,7 +94,7 @@ class Lengths(click.ParamType):
     "--plot",
     metavar="FILE",
     type=_FILE,
-    help="Draw each frame's time over the recording: .svg or .png.",
+    help="Draw each frame's time over the recording: .png, .svg or .pdf.",
 )
 @click.option(
     "--compare",
@@ -128,9 +128,10 @@ def bench(
     from dataclasses import asdict
 
     from pplex.bench.compare import changes, differences, read_bench
-    from pplex.bench.latency_plot import Line, check_plot_path, write_plot
+    from pplex.bench.plot import plot_frames
     from pplex.bench.run import SCHEMA, Plan
     from pplex.bench.run import bench as measure
+    from pplex.plots import check_plot_path
 
     before = None if compare is None else read_bench(compare, SCHEMA)
     if plot is not None:
@@ -143,11 +144,11 @@ def bench(
     elif json_file is not None:
         write_text(json_file, text + "\n")
     if plot is not None:
-        lines = [
-            Line(f"{run.batch_size} at a time", run.frame_ms_series or [])
+        runs = {
+            f"{run.batch_size} at a time": run.frame_ms_series or []
             for run in found.runs
-        ]
-        write_plot(plot, f"{found.model} on {found.device}", lines, found.frame_rate)
+        }
+        plot_frames(plot, f"{found.model} on {found.device}", runs, found.frame_rate)
     if json_file != PIPE:
         report(found)
         if before is not None:

@@ -72,7 +72,7 @@ def check(
         raise click.UsageError(f"--says {says!r} is no regular expression: {e}") from e
     from dataclasses import asdict
 
-    from pplex.evaluation.check import Checks, passed, run_checks
+    from pplex.evaluation.checks import Checks, passed, run_checks
 
     checks = Checks(not_silent, no_clipping, max_rtf, max_late_frames, length_of, says)
     outcomes = run_checks(output, checks, stats)

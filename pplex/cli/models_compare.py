@@ -66,7 +66,7 @@ def _conversation(command: Any) -> Any:
 @click.argument("b", shell_complete=complete_model)
 @click.argument("recordings", nargs=-1, type=_FILE)
 @_conversation
-@click.option("--plot", metavar="FILE", type=_FILE, help="Write bars as SVG.")
+@click.option("--plot", metavar="FILE", type=_FILE, help="Draw bars: .png, .svg, .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(
     a: str,
@@ -93,14 +93,16 @@ def compare(
 
     use_fast_blas()
     from pplex.checkpoint.hub import resolve
-    from pplex.files import write_text
+    from pplex.plots import check_plot_path
     from pplex.quantization.compare_models import compare_models
-    from pplex.quantization.compare_plot import plot as draw
+    from pplex.quantization.plot import plot_divergence
 
+    if plot is not None:
+        check_plot_path(plot)
     models = [resolve(name, offline=offline) for name in (a, b)]
     found = compare_models(*models, recordings, _settings(options))
     if plot is not None:
-        write_text(plot, draw(found))
+        plot_divergence(plot, found)
     if as_json:
         echo_json(asdict(found))
     else:

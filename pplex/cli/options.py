@@ -17,7 +17,7 @@ from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 from pplex.errors import PplexError
 
 if TYPE_CHECKING:
-    from pplex.evaluation.checking import Wish
+    from pplex.evaluation.checks import Checks
     from pplex.respond.settings import Settings
 
 DEFAULT_SEED = 42424242
@@ -143,14 +143,15 @@ def check_option(command: Command) -> Command:
     )(command)
 
 
-def wish_from(checks: Sequence[tuple[str, Any]]) -> Wish:
+def checks_from(checks: Sequence[tuple[str, Any]]) -> Checks | None:
     """What ``check_option`` parsed; of a check given twice, the last counts."""
-    from pplex.evaluation.check import Checks
-    from pplex.evaluation.checking import Wish
+    if not checks:
+        return None
+    from pplex.evaluation.checks import Checks
 
     found = {name.replace("-", "_"): value for name, value in checks}
-    length_of = found.pop("length_of", False)
-    return Wish(Checks(**found), length_of)
+    input_length = found.pop("length_of", False)
+    return Checks(**found, input_length=input_length)
 
 
 def layout_option(command: Command) -> Command:

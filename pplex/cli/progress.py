@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pplex.audio.files import Recording
     from pplex.audio.streams import StreamFormat
     from pplex.checkpoint.hub import LocalModel
-    from pplex.evaluation.check import Outcome
+    from pplex.respond.stats import Outcome
 
 QUIET = -1
 VERBOSE = 1

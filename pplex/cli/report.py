@@ -48,7 +48,10 @@ def report(
     """
     from pplex.evaluation.find import find
     from pplex.evaluation.report import make_entries, write_report
+    from pplex.plots import check_plot_path
 
+    if png is not None:
+        check_plot_path(png / "NAME.png")
     if output is None:
         folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
         output = folder / "report.html"
@@ -64,7 +67,7 @@ def report(
     title = f"pplex report: {', '.join(path.name or str(path) for path in paths[:3])}"
     write_report(output, entries, found.notes, vad, title)
     if png is not None:
-        from pplex.evaluation.picture import write_pictures
+        from pplex.evaluation.pictures import write_pictures
 
         write_pictures(png, entries, overwrite)
     not_done = sum(entry.status != "done" for entry in entries)

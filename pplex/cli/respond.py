@@ -11,6 +11,7 @@ import click
 
 from pplex.cli.options import (
     check_option,
+    checks_from,
     compute_option,
     conversation_options,
     layout_option,
@@ -18,7 +19,6 @@ from pplex.cli.options import (
     role_text,
     settings_from,
     verbosity_options,
-    wish_from,
 )
 from pplex.cli.progress import Progress, size
 from pplex.files import PIPE
@@ -129,7 +129,7 @@ def respond(
         offline=offline,
         overwrite=overwrite,
         compute=options["compute"],
-        wish=wish_from(options["checks"]),
+        check=checks_from(options["checks"]),
         raw=StreamFormat(raw, rate, channels=1) if raw and rate else None,
     )
     stop = ctx.ensure_object(Stop)

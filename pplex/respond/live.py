@@ -15,7 +15,6 @@ from pplex.checkpoint.hub import resolve
 from pplex.conversation.compute import load_as
 from pplex.conversation.session import Conversation, Model, Reply
 from pplex.errors import PplexError
-from pplex.evaluation.checking import check_answer
 from pplex.respond.captions import Captions
 from pplex.respond.figures import make_stats
 from pplex.respond.histogram import Histogram
@@ -96,7 +95,7 @@ def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
     clock.lap("load")
     role, conversation = start(run, model, clock)
     outputs, rate = run.outputs, model.config.sample_rate
-    keeps_text = outputs.transcript is not None or run.wish.checks.says is not None
+    keeps_text = outputs.transcript is not None or run.check is not None
     talk = Talk(keeps_text, outputs.tokens is not None)
     closed: BrokenPipeError | None = None
     waited_s = feed.waited_s
@@ -152,10 +151,10 @@ def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
         )
         if outputs.stats is not None:
             stats.write(outputs.stats)
-    if run.wish.any():
+    if run.check is not None:
         config, piece = model.config, model.tokenizer.piece
         spoken = words(talk.text(), piece, config.frame_rate)
-        report.checked(check_answer(run.wish, run.source, files, stats, spoken))
+        report.checked(run.check(run.source, files, stats, spoken))
     if closed is not None:
         raise closed
     fault = user.fault

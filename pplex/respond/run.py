@@ -27,15 +27,13 @@ from pplex.conversation.session import (
     warm_up,
 )
 from pplex.errors import PplexError
-from pplex.evaluation.check import Outcome
-from pplex.evaluation.checking import Wish, check_answer
 from pplex.files import PIPE, atomic_write, is_pipe, write_text
 from pplex.model.config import MimiConfig, ModelConfig
 from pplex.respond.captions import Captions
 from pplex.respond.figures import About, facts_of, make_stats
 from pplex.respond.settings import Settings
 from pplex.respond.sink import Layout, Write, open_sink
-from pplex.respond.stats import Stats, latency
+from pplex.respond.stats import Check, Outcome, Stats, latency
 from pplex.respond.stopping import Stop
 from pplex.respond.transcript import check_transcript_path, words, write_transcript
 
@@ -167,7 +165,7 @@ class Run:
     overwrite: bool
     raw: StreamFormat | None = None
     compute: Compute = "auto"
-    wish: Wish = Wish()
+    check: Check | None = None
 
 
 class Report(Protocol):
@@ -397,10 +395,10 @@ def respond(run: Run, report: Report, stop: Stop | None = None) -> Stats:
         )
         if run.outputs.stats is not None:
             stats.write(run.outputs.stats)
-    if run.wish.any():
+    if run.check is not None:
         spoken = words(result.text, model.tokenizer.piece, model.config.frame_rate)
         files = run.outputs.files()
-        report.checked(check_answer(run.wish, run.source, files, stats, spoken))
+        report.checked(run.check(run.source, files, stats, spoken))
     return stats
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pplex.files import write_text
+from pplex.respond.transcript import Word
 
 FRAME_BUDGET_MS = 80.0
 
@@ -103,3 +104,17 @@ class Stats:
     def write(self, path: Path) -> None:
         """Write the figures as JSON, whole or not at all."""
         write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A check of an answer: its name, whether it passed, and what was found."""
+
+    check: str
+    passed: bool
+    detail: str
+
+
+# Checks what was written for a recording: its path, the files by what they are, the
+# figures, and what the agent said.
+Check = Callable[[Path, dict[str, Path], Stats, Sequence[Word]], list[Outcome]]

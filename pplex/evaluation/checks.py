@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pplex.errors import PplexError
 from pplex.evaluation.find import SAMPLE_RATE, Item, Track, find
 from pplex.evaluation.levels import SILENT_DB, decibels, measure_levels
 from pplex.evaluation.sidefiles import read_stats
+from pplex.respond.stats import Outcome, Stats
 from pplex.respond.transcript import Word
 
 # A speaking agent is at least this loud in its loudest tenth of a second.
@@ -24,7 +25,8 @@ class Checks:
     """What to check; what is None or False is not asked about.
 
     ``max_late_frames`` is a percentage of the frames; ``length_of`` and ``says`` are
-    a recording and a regular expression.
+    a recording and a regular expression. ``input_length`` asks that an answer is as
+    long as the recording it answers.
     """
 
     not_silent: bool = False
@@ -33,19 +35,19 @@ class Checks:
     max_late_frames: float | None = None
     length_of: Path | None = None
     says: str | None = None
+    input_length: bool = False
 
-    def any(self) -> bool:
-        """Whether anything is asked."""
-        return self != Checks()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One check: its name, whether it passed, and what was found."""
-
-    check: str
-    passed: bool
-    detail: str
+    def __call__(
+        self,
+        source: Path,
+        files: dict[str, Path],
+        stats: Stats,
+        words: Sequence[Word],
+    ) -> list[Outcome]:
+        """Check the answer to ``source`` that was just written to ``files``."""
+        checks = replace(self, length_of=source) if self.input_length else self
+        audio = files.get("agent") or files["audio"]
+        return run_checks(audio, checks, asdict(stats), words)
 
 
 def run_checks(

@@ -1,0 +1,55 @@
+"""How long each frame of a recording took, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pplex.plots import LINES, RED, plain_numbers, plot, shortened
+from pplex.respond.stats import FRAME_BUDGET_MS
+
+_MAX_POINTS = 1500
+
+
+def plot_frames(
+    path: Path, title: str, runs: dict[str, Sequence[float]], frame_rate: float
+) -> None:
+    """Draw the milliseconds of each frame over seconds of audio, a line a run.
+
+    The scale is logarithmic, with a line at the 80 ms that a frame lasts.
+    """
+    with plot(path, 9, 4.5) as figure:
+        axes = figure.add_subplot()
+        axes.set_title(shortened(title))
+        axes.set_xlabel("audio (s)")
+        axes.set_ylabel("time a frame took (ms)")
+        axes.set_yscale("log")
+        for idx, (name, frame_ms) in enumerate(runs.items()):
+            times, slowest = thinned(frame_ms)
+            colour = LINES[idx % len(LINES)]
+            width = 1.5 if len(times) < 300 else 0.8
+            (line,) = axes.plot(
+                times / frame_rate, slowest, color=colour, lw=width, label=name
+            )
+            line.set_gid(name)
+        limit = f"{FRAME_BUDGET_MS:.0f} ms, a frame's length"
+        axes.axhline(
+            FRAME_BUDGET_MS, color=RED, ls="--", label=limit, gid="limit", zorder=3
+        )
+        axes.set_xlim(0, max(map(len, runs.values())) / frame_rate)
+        values = np.maximum(np.concatenate(list(runs.values())), 1e-3)
+        # The last frame of a run may have nothing left to wait for: it is cut off.
+        low = min(float(np.percentile(values, 1)), FRAME_BUDGET_MS)
+        axes.set_ylim(low / 1.5, max(float(values.max()), FRAME_BUDGET_MS) * 1.5)
+        plain_numbers(axes)
+        figure.legend(loc="outside lower center", ncols=min(4, len(runs) + 1))
+
+
+def thinned(frame_ms: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and their milliseconds; of long runs the slowest of each few frames."""
+    values = np.asarray(frame_ms, float)
+    size = -(-len(values) // _MAX_POINTS) or 1
+    starts = np.arange(0, len(values), size)
+    return starts, np.maximum.reduceat(values, starts)
