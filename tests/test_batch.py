@@ -18,7 +18,6 @@ import pytest
 import soundfile
 
 from pplex.batch import decoding
-from pplex.batch.manifest import read_lines
 from pplex.batch.outcome import Summary
 from pplex.batch.plan import Selection
 from pplex.batch.prepare import Batch
@@ -26,6 +25,7 @@ from pplex.batch.run import run_batch
 from pplex.batch.tasks import Wanted
 from pplex.errors import PplexError
 from pplex.model.sampling import SamplingConfig
+from pplex.respond.manifest import read_lines
 from pplex.respond.settings import Settings
 
 RATE = 24000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pplex.batch.identity import digest_of, file_print, model_identity
+from pplex.batch.identity import digest_of, model_identity
 from pplex.batch.tasks import Task
 from pplex.checkpoint import voices
 from pplex.checkpoint.hub import LocalModel
@@ -13,6 +13,7 @@ from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.config import ModelConfig, load_config
 from pplex.conversation.session import TOKENIZER_PATTERN, choose_voice
 from pplex.errors import PplexError
+from pplex.respond.manifest import file_print
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from pplex.batch.decoding import PROMPT_FRAMES, Size
 from pplex.batch.describe import Description
-from pplex.batch.manifest import DONE, Manifest
 from pplex.batch.prepare import Batch, check_outputs_free, choose, make_workload
 from pplex.batch.records import read_task
 from pplex.batch.tasks import Task
@@ -20,6 +19,7 @@ from pplex.conversation.compute import choose_for, loaded_gb
 from pplex.conversation.many import MAX_ROWS_GPU, rows_on_cpu
 from pplex.errors import PplexError
 from pplex.layers.device import on_cpu
+from pplex.respond.manifest import DONE, Manifest
 
 _READERS = 2
 # Of a transcript, stats and tokens: a few numbers or words a frame.

@@ -4,56 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.needed import MIMI_PATTERNS, TOKENIZER_PATTERN, needed_files
+from pplex.respond.manifest import file_print
 
 _BLOCK = 1 << 20
 # A file of weights up to this size is hashed whole, a larger one in samples.
 _WHOLE_BYTES = 256 << 20
 _NUM_SAMPLES = 64
-
-
-@dataclass(frozen=True)
-class FilePrint:
-    """A file's size, modification time and SHA-256."""
-
-    size: int
-    mtime_ns: int
-    sha256: str
-
-
-def file_print(path: Path) -> FilePrint:
-    """Read the whole file at ``path``."""
-    with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        digest = hashlib.sha256()
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return FilePrint(status.st_size, status.st_mtime_ns, digest.hexdigest())
-
-
-def is_unchanged(path: Path, known: Mapping[str, object]) -> bool:
-    """Whether ``path`` still is what ``known`` (a ``FilePrint`` as JSON) says.
-
-    Size and time as before are taken for the same bytes; with another time the bytes
-    are compared.
-    """
-    try:
-        status = path.stat()
-        if status.st_size != known.get("size"):
-            return False
-        if status.st_mtime_ns == known.get("mtime_ns"):
-            return True
-        return file_print(path).sha256 == known.get("sha256")
-    except OSError:
-        return False
 
 
 def digest_of(value: object) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from pplex.audio.probe import probe
 from pplex.batch.describe import Description, describe
-from pplex.batch.manifest import Manifest
 from pplex.batch.plan import Selection, make_plan
 from pplex.batch.records import check_name
 from pplex.batch.tasks import Task, Wanted, in_shard
 from pplex.checkpoint.hub import resolve
 from pplex.conversation.compute import Compute
 from pplex.errors import PplexError
+from pplex.respond.manifest import Manifest
 from pplex.respond.settings import Settings
 from pplex.respond.stats import Check
 

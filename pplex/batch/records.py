@@ -11,11 +11,10 @@ from typing import Any
 from pplex.audio.files import Recording
 from pplex.batch.decoding import Answered
 from pplex.batch.describe import Description
-from pplex.batch.identity import FilePrint, file_print
-from pplex.batch.manifest import DONE, FAILED, Line
 from pplex.batch.tasks import Task
 from pplex.errors import PplexError
 from pplex.respond.figures import About, make_stats
+from pplex.respond.manifest import DONE, FAILED, FilePrint, Line, file_print
 from pplex.respond.run import Answer, read_user, write_outputs
 from pplex.respond.stats import Check, Outcome, Stats, latency
 from pplex.respond.transcript import words

@@ -25,7 +25,6 @@ from pplex.batch.decoding import (
 )
 from pplex.batch.describe import Description
 from pplex.batch.lock import FolderLock
-from pplex.batch.manifest import Line, Manifest
 from pplex.batch.outcome import Report, Summary
 from pplex.batch.prepare import (
     Batch,
@@ -39,6 +38,7 @@ from pplex.batch.records import Read, done_line, failed_line, read_task, write_t
 from pplex.batch.tasks import Task
 from pplex.conversation.worker import num_cores
 from pplex.errors import PplexError
+from pplex.respond.manifest import Line, Manifest
 from pplex.respond.stats import Outcome
 
 # On a large machine a batch starts with a hundred recordings at once.
