@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pplex.batch.identity import digest_of, model_identity
-from pplex.batch.tasks import Task
+from pplex.batch.plan import digest_of
 from pplex.checkpoint import voices
 from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.needed import MIMI_PATTERNS, TOKENIZER_PATTERN, needed_files
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.config import ModelConfig, load_config
-from pplex.conversation.session import TOKENIZER_PATTERN, choose_voice
+from pplex.conversation.session import choose_voice
 from pplex.errors import PplexError
 from pplex.respond.manifest import file_print
+from pplex.respond.request import Request
+
+_BLOCK = 1 << 20
+# A file of weights up to this size is hashed whole, a larger one in samples.
+_WHOLE_BYTES = 256 << 20
+_NUM_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,9 @@ class Description:
     identity: str
     _digests: dict[Path, str] = field(default_factory=dict)
 
-    def voice_of(self, task: Task) -> str:
-        """The voice that ``task`` is answered in: a name of this model, or a file."""
-        return choose_voice(self, task.settings.voice)
+    def voice_of(self, request: Request) -> str:
+        """The voice of ``request``: a name of this model, or a file."""
+        return choose_voice(self, request.settings.voice)
 
     def voice_file(self, voice: str) -> Path:
         """The file of a voice."""
@@ -41,14 +49,14 @@ class Description:
             )
         return path
 
-    def settings_digest(self, task: Task) -> str:
-        """A hash of all that decides the outputs of ``task``, but its recording."""
-        settings, outputs = task.settings, task.outputs
+    def settings_digest(self, request: Request) -> str:
+        """A hash of all that decides the outputs of ``request``, but its recording."""
+        settings, outputs = request.settings, request.outputs
         transcript = outputs.transcript
         return digest_of(
             {
                 "model": self.identity,
-                "voice": [self.voice_of(task), self._voice_digest(task)],
+                "voice": [self.voice_of(request), self._voice_digest(request)],
                 "prompt": settings.text,
                 "sampling": asdict(settings.sampling),
                 "seed": settings.seed,
@@ -61,8 +69,8 @@ class Description:
             }
         )
 
-    def _voice_digest(self, task: Task) -> str:
-        path = self.voice_file(self.voice_of(task))
+    def _voice_digest(self, request: Request) -> str:
+        path = self.voice_file(self.voice_of(request))
         if path not in self._digests:
             try:
                 self._digests[path] = file_print(path).sha256
@@ -84,3 +92,35 @@ def describe(local: LocalModel) -> Description:
         voices=voices.find_voices(folder),
         identity=model_identity(local),
     )
+
+
+def model_identity(local: LocalModel) -> str:
+    """What tells a model from another: its commit, or else its files' contents."""
+    if local.repo is not None:
+        return f"{local.repo}@{local.revision}"
+    folder = local.path if local.path.is_dir() else local.path.parent
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    if local.path.is_dir():
+        own = {name for name in needed_files(names) if name in names}
+    else:
+        own = {local.path.name} | {
+            name
+            for name in names
+            for pattern in ("config.json", TOKENIZER_PATTERN, *MIMI_PATTERNS)
+            if fnmatchcase(name, pattern)
+        }
+    own.discard("voices.tgz")  # a voice counts where it is used
+    return f"files:{digest_of({name: _sampled(folder / name) for name in own})}"
+
+
+def _sampled(path: Path) -> list[object]:
+    """Size and hash of a file; of a large one, hash of evenly spaced samples."""
+    size = path.stat().st_size
+    if size <= _WHOLE_BYTES:
+        return [size, file_print(path).sha256]
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for idx in range(_NUM_SAMPLES):
+            file.seek(idx * (size - _BLOCK) // (_NUM_SAMPLES - 1))
+            digest.update(file.read(_BLOCK))
+    return [size, digest.hexdigest()]
