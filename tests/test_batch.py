@@ -18,15 +18,13 @@ import pytest
 import soundfile
 
 from pplex.batch import decoding
-from pplex.batch.manifest import read_lines
-from pplex.batch.outcome import Summary
-from pplex.batch.plan import Selection
+from pplex.batch.plan import OutputOptions, Selection
 from pplex.batch.prepare import Batch
-from pplex.batch.run import run_batch
-from pplex.batch.tasks import Wanted
+from pplex.batch.run import Summary, run_batch
 from pplex.errors import PplexError
 from pplex.model.sampling import SamplingConfig
-from pplex.respond.settings import Settings
+from pplex.respond.manifest import read_lines
+from pplex.respond.request import Settings
 
 RATE = 24000
 SAMPLING = SamplingConfig(top_k=30, text_top_k=10)
@@ -82,7 +80,7 @@ def batch(tmp_path, tiny):
     return Batch(
         selection=Selection((tmp_path / "in",), recursive=True),
         outdir=tmp_path / "out",
-        wanted=Wanted(transcript="json", tokens=True),
+        outputs=OutputOptions(transcript="json", tokens=True),
         settings=SETTINGS,
         model_name=str(tiny),
         offline=True,
@@ -112,7 +110,7 @@ def last_lines(outdir: Path) -> dict[str, dict]:
 
 
 def test_every_recording_gets_its_outputs_and_its_line(calls, batch):
-    summary, notes = go(batch, wanted=replace(batch.wanted, stats=True))
+    summary, notes = go(batch, outputs=replace(batch.outputs, stats=True))
     assert (summary.done, summary.skipped, summary.failed) == (5, 0, {})
     assert summary.audio_s == pytest.approx(27621 / RATE, abs=0.01)
     lines = last_lines(batch.outdir)
@@ -200,9 +198,9 @@ def test_results_may_lie_beside_the_recordings(calls, batch):
         record(calls / "bench" / folder / "input.wav", 2000)
     tree = calls / "bench"
     selection = Selection((tree,), True, glob="input.wav")
-    wanted = Wanted(layout="agent", name="output.wav", transcript="json")
+    wanted = OutputOptions(layout="agent", name="output.wav", transcript="json")
     for expected in ((2, 0), (0, 2)):
-        done, _ = go(batch, selection=selection, outdir=tree, wanted=wanted)
+        done, _ = go(batch, selection=selection, outdir=tree, outputs=wanted)
         assert (done.done, done.skipped) == expected
     names = {p.name for p in (tree / "1").iterdir()}
     assert names == {"input.wav", "output.wav", "output.transcript.json"}
@@ -358,8 +356,8 @@ def test_a_lost_or_damaged_output_is_made_again(calls, batch):
         {"settings": replace(SETTINGS, voice="NATM0")},
         {"settings": replace(SETTINGS, tail_s=0.1)},
         {"settings": replace(SETTINGS, sampling=SamplingConfig(top_k=3))},
-        {"wanted": Wanted(transcript="srt", tokens=True)},
-        {"wanted": Wanted(layout="agent", transcript="json", tokens=True)},
+        {"outputs": OutputOptions(transcript="srt", tokens=True)},
+        {"outputs": OutputOptions(layout="agent", transcript="json", tokens=True)},
         {"overwrite": True},
     ],
     ids=lambda change: next(iter(change)),

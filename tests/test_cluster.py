@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 from test_batch import SETTINGS, Notes, contents, last_lines, record
 
-from pplex.batch.plan import Selection
+from pplex.batch.plan import OutputOptions, Selection
 from pplex.batch.prepare import Batch
 from pplex.batch.run import run_batch
-from pplex.batch.tasks import Wanted
 from pplex.errors import PplexError
 
 pytestmark = [
@@ -62,7 +61,7 @@ def batch(tmp_path, tiny, data):
     return Batch(
         selection=Selection((tmp_path / "in",)),
         outdir=tmp_path / "out",
-        wanted=Wanted(transcript="json", tokens=True),
+        outputs=OutputOptions(transcript="json", tokens=True),
         settings=replace(SETTINGS, voice=str(voice)),
         model_name=str(tiny),
         offline=True,

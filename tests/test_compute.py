@@ -12,9 +12,8 @@ from random_checkpoint import write_checkpoint
 from small import SMALL
 
 from pplex.batch.forecast import forecast
-from pplex.batch.plan import Selection
+from pplex.batch.plan import OutputOptions, Selection
 from pplex.batch.prepare import Batch
-from pplex.batch.tasks import Wanted
 from pplex.checkpoint.hub import resolve
 from pplex.conversation import compute as job
 from pplex.conversation.compute import (
@@ -27,7 +26,7 @@ from pplex.conversation.compute import (
 )
 from pplex.model.config import LmConfig
 from pplex.model.sampling import GREEDY
-from pplex.respond.settings import Settings
+from pplex.respond.request import Settings
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,7 @@ def test_a_dry_run_counts_the_weights_in_the_form_asked_for(packed, data, tmp_pa
     batch = Batch(
         selection=Selection((data / "respond" / "user_c.wav",)),
         outdir=tmp_path / "out",
-        wanted=Wanted(),
+        outputs=OutputOptions(),
         settings=Settings(None, "Hi.", GREEDY, seed=0),
         model_name=str(packed),
         offline=True,

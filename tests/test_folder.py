@@ -10,7 +10,7 @@ from random_checkpoint import lm_arrays, write_checkpoint
 from small import SMALL
 
 from pplex.batch.describe import describe as describe_for_batch
-from pplex.batch.identity import model_identity
+from pplex.batch.describe import model_identity
 from pplex.checkpoint.describe import describe
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.verify import verify

@@ -9,10 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from dialogues import write_dialogue
+from test_score import ENERGY
 
 from pplex.batch.lock import LOCK_NAME, FolderLock
-from pplex.batch.manifest import Manifest, manifest_name, read_lines
 from pplex.errors import PplexError
+from pplex.evaluation.find import find
+from pplex.evaluation.report import make_entries
+from pplex.evaluation.score import score
+from pplex.respond.manifest import Manifest, manifest_name, read_lines
 
 
 def line(recording: str = "a.wav", status: str = "done", **more: object) -> dict:
@@ -101,6 +106,36 @@ def test_an_unsharded_run_takes_over_what_shards_did(tmp_path):
     known = {x["recording"]: x["settings"] for x in lines}
     assert known == {"a.wav": "new", "b.wav": "s"}
     assert len(lines) == 3
+
+
+def test_batch_report_and_score_go_by_order_and_not_by_clock(tmp_path):
+    """What was done last counts for all, though the clock was set back before it."""
+    write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    audio = {"audio": {"path": "a.wav"}}
+    first = line(status="failed", time="2026-01-02") | {"error": "no space"}
+    manifest = written(tmp_path, first, line(outputs=audio, time="2026-01-01"))
+    found = find([tmp_path])
+    (entry,) = make_entries(found, "energy")
+    (row,) = score(found, ENERGY)["recordings"]
+    known = manifest.last["a.wav"]["status"], entry.status, row["status"]
+    assert known == ("done", "done", "done")
+
+
+def test_a_shards_last_line_counts_for_all_if_it_is_the_latest(tmp_path):
+    written(tmp_path, line(status="failed", time="2026-01-02"))
+    shard = [line(status="done", time="2026-01-04"), line(time="2026-01-01")]
+    shard[1]["status"] = "failed"
+    manifest = written(tmp_path, *shard, shard=(1, 2))
+    assert manifest.last["a.wav"]["time"] == "2026-01-02"
+    (item,) = find([tmp_path]).items
+    assert item.status == manifest.last["a.wav"]["status"]
+
+
+def test_a_line_of_another_kind_is_passed_over_by_all(tmp_path):
+    manifest = written(tmp_path, line(), '{"recording": "b.wav", "status": "failed"}')
+    found = find([tmp_path])
+    assert set(manifest.last) == {item.name for item in found.items} == {"a.wav"}
+    assert any("line 2 is none of pplex batch" in note for note in found.notes)
 
 
 # What is done

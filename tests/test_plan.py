@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pplex.batch.identity import seed_for
-from pplex.batch.plan import Selection, make_plan
-from pplex.batch.tasks import Task, Wanted, in_shard
+from pplex.batch.plan import OutputOptions, Selection, in_shard, make_plan, seed_for
 from pplex.conversation.roles import ROLES
 from pplex.errors import PplexError
 from pplex.model.sampling import SamplingConfig
-from pplex.respond.settings import Settings
+from pplex.respond.request import Request, Settings
 
 SETTINGS = Settings(voice=None, text="Hello.", sampling=SamplingConfig(), seed=7)
 
@@ -34,7 +32,11 @@ def tree(tmp_path):
 
 @pytest.fixture
 def plan(tmp_path):
-    def make(*inputs: Path, wanted: Wanted = Wanted(), **options) -> list[Task]:  # noqa: B008
+    def make(
+        *inputs: Path,
+        wanted: OutputOptions = OutputOptions(),  # noqa: B008
+        **options,
+    ) -> list[Request]:
         outdir = options.pop("outdir", tmp_path / "out")
         return make_plan(Selection(inputs, **options), outdir, wanted, SETTINGS)
 
@@ -45,7 +47,7 @@ def plan(tmp_path):
 def jobs(tmp_path, plan):
     """Plan a jobs file of these rows."""
 
-    def make(*rows: object, name: str = "jobs.jsonl", **options) -> list[Task]:
+    def make(*rows: object, name: str = "jobs.jsonl", **options) -> list[Request]:
         path = tmp_path / name
         text = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows)
         path.write_text(text + "\n", encoding="utf-8")
@@ -54,7 +56,7 @@ def jobs(tmp_path, plan):
     return make
 
 
-def outputs(tasks: list[Task], outdir: Path) -> dict[str, str]:
+def outputs(tasks: list[Request], outdir: Path) -> dict[str, str]:
     return {t.key: t.outputs.audio.relative_to(outdir).as_posix() for t in tasks}
 
 
@@ -85,7 +87,7 @@ def test_a_pattern_picks_files_by_name_or_path(tree, plan):
 
 
 def test_equal_names_of_other_formats_do_not_collide(tree, plan, tmp_path):
-    tasks = plan(tree("a.wav", "a.flac", "a.mp3"), wanted=Wanted(tokens=True))
+    tasks = plan(tree("a.wav", "a.flac", "a.mp3"), wanted=OutputOptions(tokens=True))
     files = [p for t in tasks for p in t.outputs.files().values()]
     assert len(set(files)) == 6
     assert outputs(tasks, tmp_path / "out")["a.flac"] == "a.flac.wav"
@@ -96,7 +98,7 @@ def test_equal_names_of_other_formats_do_not_collide(tree, plan, tmp_path):
     [("a.flac", "a.flac.wav"), ("a.wav", "A.WAV"), ("a.wav", "a.user.wav")],
 )
 def test_what_would_still_collide_is_told_apart(tree, plan, names):
-    tasks = plan(tree(*names), wanted=Wanted(layout="separate"))
+    tasks = plan(tree(*names), wanted=OutputOptions(layout="separate"))
     files = [str(p).casefold() for t in tasks for p in t.outputs.files().values()]
     assert len(set(files)) == 4
 
@@ -146,7 +148,9 @@ def test_a_loop_of_links_ends(tree, plan):
 
 def test_results_lie_beside_the_recordings_under_a_name_of_their_own(tree, plan):
     folder = tree("1/input.wav", "1/output.wav", "2/input.wav", "2/pause.json")
-    wanted = Wanted(name="output.wav", transcript="json", stats=True, tokens=True)
+    wanted = OutputOptions(
+        name="output.wav", transcript="json", stats=True, tokens=True
+    )
     tasks = plan(folder, recursive=True, outdir=folder, wanted=wanted)
     assert [t.key for t in tasks] == ["1/input.wav", "2/input.wav"]
     assert tasks[0].outputs.audio == folder / "1/output.wav"
@@ -158,7 +162,7 @@ def test_results_lie_beside_the_recordings_under_a_name_of_their_own(tree, plan)
 def test_two_recordings_under_one_name_are_refused(tree, plan):
     folder = tree("1/input.wav", "1/clean_input.wav")
     with pytest.raises(PplexError, match="--glob"):
-        plan(folder, recursive=True, wanted=Wanted(name="output.wav"))
+        plan(folder, recursive=True, wanted=OutputOptions(name="output.wav"))
 
 
 # Identity

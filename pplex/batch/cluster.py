@@ -1,42 +1,60 @@
-"""A batch on many machines: a Ray cluster of actors with a model each.
+"""A batch on many machines: a Ray cluster of workers with a model each.
 
-The driver reads recordings, hands them out, and writes results and manifest; actors
-only compute, so the machines need no common disk. An actor gets a new recording when
-one of its own is done. What a lost actor had is done again by another.
+The driver reads recordings, hands them out, and writes results and manifest; workers
+only compute, so the machines need no common disk. A worker gets a new recording when
+one of its own is done. Ray starts a worker that was lost again while its machine is
+there. What it was busy with is done by whoever is free: Ray's own retries of a task
+would wait for the same worker, whose machine may be gone.
+
+Nothing here may import MLX at the top: a worker chooses its BLAS first.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
+import os
+import queue
 import re
 import socket
+import tempfile
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pplex.batch.decoding import Answered, Failure, Job, Size
-from pplex.batch.describe import Description
-from pplex.batch.worker import Worker
-from pplex.conversation.compute import Compute
 from pplex.errors import PplexError
-from pplex.model.sampling import SamplingConfig
 
-_AHEAD = 4  # recordings an actor has beyond its batch
-_MAX_STARTS = 3  # of actors on one machine that were lost
-_MAX_TRIES = 3  # of a recording whose actor was lost
+if TYPE_CHECKING:
+    from pplex.batch.decoding import Answered, Decoder, Failure, Job, Size
+    from pplex.batch.describe import Description
+    from pplex.conversation.compute import Compute
+    from pplex.model.sampling import SamplingConfig
+
+_AHEAD = 4  # recordings a worker has beyond its batch
+_MAX_TRIES = 3  # of a recording whose worker was lost
 _CONNECT_S = 10.0
-_LOOK_S = 2.0  # between looks for machines without an actor
+_LOOK_S = 2.0  # between looks for machines without a worker
+# A batch waits so long for another recording to join it.
+_PATIENCE_S = 0.3
+_LAST_WORDS_S = 1.0  # from a worker's fault to its end: the driver hears of it
+
+# A voice's file: its suffix and content.
+Voice = tuple[str, bytes]
 
 
 @dataclass
-class _Hand:
-    """The driver's side of an actor: what it is busy with."""
+class _Remote:
+    """A worker as the driver sees it.
+
+    ``room`` is how many recordings it may have, 0 while it starts; ``busy`` are those
+    it has.
+    """
 
     actor: Any
-    node: str
     host: str
     starting: Any
     room: int = 0
@@ -44,7 +62,7 @@ class _Hand:
 
 
 class Cluster:
-    """Answers jobs on a Ray cluster: an actor a GPU or, without GPUs, a machine."""
+    """Answers jobs on a Ray cluster: a worker a GPU or, without GPUs, a machine."""
 
     def __init__(
         self,
@@ -78,8 +96,8 @@ class Cluster:
             "compute": compute,
         }
         self.batch_size: int | None = None
-        self._hands: list[_Hand] = []
-        self._starts: Counter[str] = Counter()
+        self._workers: list[_Remote] = []
+        self._hired: Counter[str] = Counter()
         self._tries: Counter[str] = Counter()
         self._voices: dict[str, Any] = {}
         self._looked = 0.0
@@ -91,59 +109,57 @@ class Cluster:
         more = True
         try:
             while True:
-                self._hire()
-                while hand := self._freest():
+                self._start_workers()
+                while worker := self._freest():
                     job = again.popleft() if again else next(jobs, None)
                     if job is None:
                         more = False
                         break
-                    self._send(hand, job)
-                if not (more or again or any(hand.busy for hand in self._hands)):
+                    self._send(worker, job)
+                if not (more or again or any(w.busy for w in self._workers)):
                     return
-                if not self._hands:
+                if not self._workers:
                     raise PplexError(
                         f"no machine of the Ray cluster can work: {self._last_error}"
                     )
-                for ref, hand in self._ready():
-                    yield from self._take(ref, hand, again)
+                for ref, worker in self._ready():
+                    yield from self._take(ref, worker, again)
         finally:
-            self._dismiss()
+            self._shut_down()
 
-    def _hire(self) -> None:
-        """Start an actor for each GPU or machine that has none."""
-        if time.monotonic() < self._looked + _LOOK_S and self._hands:
+    def _start_workers(self) -> None:
+        """Start a worker for each GPU or machine that never had one."""
+        if time.monotonic() < self._looked + _LOOK_S and self._workers:
             return
         self._looked = time.monotonic()
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         has_gpus = any(node["Resources"].get("GPU") for node in nodes)
-        hired = Counter(hand.node for hand in self._hands)
         for node in nodes:
             resources, idx = node["Resources"], node["NodeID"]
             # A machine whose owner gave it no CPUs is not to compute.
             places = int(resources.get("CPU", 0) >= 1)
             if has_gpus:
                 places = int(resources.get("GPU", 0))
-            for _ in range(places - hired[idx]):
-                if self._starts[idx] >= _MAX_STARTS + places - 1:
-                    break
-                self._starts[idx] += 1
+            for _ in range(places - self._hired[idx]):
+                self._hired[idx] += 1
                 options = {
                     "num_cpus": 1,
                     "num_gpus": int(has_gpus),
                     "max_concurrency": 10_000,
+                    "max_restarts": _MAX_TRIES,
                     "scheduling_strategy": NodeAffinitySchedulingStrategy(idx, False),
                 }
                 actor = self._ray.remote(Worker).options(**options).remote(self._spec)
                 host = node["NodeManagerHostname"]
-                self._hands.append(_Hand(actor, idx, host, actor.start.remote()))
+                self._workers.append(_Remote(actor, host, _start(actor)))
 
-    def _freest(self) -> _Hand | None:
-        free = [hand for hand in self._hands if len(hand.busy) < hand.room]
-        return min(free, key=lambda hand: len(hand.busy) / hand.room, default=None)
+    def _freest(self) -> _Remote | None:
+        free = [worker for worker in self._workers if len(worker.busy) < worker.room]
+        return min(free, key=lambda w: len(w.busy) / w.room, default=None)
 
-    def _send(self, hand: _Hand, job: Job) -> None:
+    def _send(self, worker: _Remote, job: Job) -> None:
         voice = None
         if job.voice not in self._model.voices:
             if job.voice not in self._voices:
@@ -151,12 +167,12 @@ class Cluster:
                 content = (path.suffix, path.read_bytes())
                 self._voices[job.voice] = self._ray.put(content)
             voice = self._voices[job.voice]
-        hand.busy[hand.actor.answer.remote(job, voice)] = job
+        worker.busy[worker.actor.answer.remote(job, voice)] = job
 
-    def _ready(self) -> list[tuple[Any, _Hand]]:
+    def _ready(self) -> list[tuple[Any, _Remote]]:
         """What has come in, or nothing after a while."""
-        owners = {ref: hand for hand in self._hands for ref in hand.busy}
-        owners |= {hand.starting: hand for hand in self._hands if not hand.room}
+        owners = {ref: worker for worker in self._workers for ref in worker.busy}
+        owners |= {w.starting: w for w in self._workers if not w.room}
         refs, _ = self._ray.wait(
             list(owners), num_returns=1, timeout=_LOOK_S, fetch_local=True
         )
@@ -164,38 +180,43 @@ class Cluster:
         return [(ref, owners[ref]) for ref in dict.fromkeys([*refs, *more])]
 
     def _take(
-        self, ref: Any, hand: _Hand, again: deque[Job]
+        self, ref: Any, worker: _Remote, again: deque[Job]
     ) -> Iterator[Answered | Failure]:
-        if hand not in self._hands:  # lost since
+        is_start = ref == worker.starting
+        if not is_start and ref not in worker.busy:  # lost since
             return
         try:
             value = self._ray.get(ref)
         except self._ray.exceptions.RayError as e:
-            yield from self._lose(hand, e, again)
+            reason = getattr(e, "cause", None) or e
+            self._last_error = f"{worker.host}: {str(reason).strip().splitlines()[0]}"
+            if is_start:
+                self._note(f"no worker on {self._last_error}")
+                self._workers.remove(worker)
+                self._ray.kill(worker.actor)
+            else:
+                yield from self._lose(worker, again)
             return
-        if ref == hand.starting:
-            hand.room = value + _AHEAD
+        if is_start:
+            worker.room = value + _AHEAD
             self.batch_size = max(value, self.batch_size or 0)
             return
         outcome, notes = value
-        del hand.busy[ref]
+        del worker.busy[ref]
         for note in notes:
-            self._note(f"{hand.host}: {note}")
+            self._note(f"{worker.host}: {note}")
         yield outcome
 
-    def _lose(
-        self, hand: _Hand, error: Exception, again: deque[Job]
-    ) -> Iterator[Failure]:
-        self._hands.remove(hand)
-        self._ray.kill(hand.actor)
-        reason = getattr(error, "cause", None) or error
-        self._last_error = f"{hand.host}: {str(reason).strip().splitlines()[0]}"
-        if hand.room:
-            again_s = f"; {len(hand.busy)} recordings are done again"
-            self._note(f"lost a worker on {self._last_error}{again_s}")
-        else:
-            self._note(f"no worker on {self._last_error}")
-        for job in hand.busy.values():
+    def _lose(self, worker: _Remote, again: deque[Job]) -> Iterator[Failure]:
+        """Take back what a lost worker had, and wait until Ray has started it again."""
+        from pplex.batch.decoding import Failure
+
+        lost = list(worker.busy.values())
+        worker.busy.clear()
+        worker.room, worker.starting = 0, _start(worker.actor)
+        count = f"{len(lost)} recordings are done again"
+        self._note(f"lost a worker on {self._last_error}; {count}")
+        for job in lost:
             self._tries[job.key] += 1
             if self._tries[job.key] < _MAX_TRIES:
                 again.append(job)
@@ -205,12 +226,17 @@ class Cluster:
                     f"its worker was lost {_MAX_TRIES} times ({self._last_error})",
                 )
 
-    def _dismiss(self) -> None:
-        for hand in self._hands:
-            self._ray.kill(hand.actor)
-        self._hands.clear()
+    def _shut_down(self) -> None:
+        for worker in self._workers:
+            self._ray.kill(worker.actor)
+        self._workers.clear()
         if self._own_cluster:
             self._ray.shutdown()
+
+
+def _start(actor: Any) -> Any:
+    """Let a worker load its model, again if it is lost over that."""
+    return actor.start.options(max_task_retries=_MAX_TRIES - 1).remote()
 
 
 def _import_ray() -> Any:
@@ -237,3 +263,112 @@ def _connect(ray: Any, address: str) -> None:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
         reason = str(e).strip().splitlines()[0]
         raise PplexError(f"there is no Ray cluster at {address}: {reason}") from e
+
+
+class Worker:
+    """An actor; its methods are called from the driver, over the network."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        """``spec`` holds plain values only, see ``Cluster``."""
+        self._spec = spec
+        self._jobs: queue.Queue[Job] = queue.Queue()
+        self._waiting: dict[str, asyncio.Future] = {}
+        self._notes: list[str] = []
+        self._voices = tempfile.TemporaryDirectory(prefix="pplex-voices-")
+        self._is_ending = False
+
+    async def start(self) -> int:
+        """Load the model; how many recordings it answers at a time."""
+        if self._is_ending:  # Ray asks again where it starts the next one
+            await asyncio.Event().wait()
+        self._loop = asyncio.get_running_loop()
+        self._started: asyncio.Future[int] = self._loop.create_future()
+        threading.Thread(target=self._serve, daemon=True).start()
+        return await self._started
+
+    async def answer(
+        self, job: Job, voice: Voice | None
+    ) -> tuple[Answered | Failure, list[str]]:
+        """The answer to one recording, and what is worth a line since the last."""
+        if voice is not None:
+            job = replace(job, voice=self._voice_file(job.voice, voice))
+        self._waiting[job.key] = future = self._loop.create_future()
+        self._jobs.put(job)
+        outcome = await future
+        notes, self._notes = self._notes, []
+        return outcome, notes
+
+    def _voice_file(self, name: str, voice: Voice) -> str:
+        from pplex.batch.plan import digest_of
+
+        suffix, content = voice
+        path = Path(self._voices.name) / f"{digest_of(name)}{suffix}"
+        if not path.exists():
+            path.write_bytes(content)
+        return str(path)
+
+    def _serve(self) -> None:
+        try:
+            decoder = self._load()
+            from pplex.batch.decoding import Failure
+
+            self._tell(self._started.set_result, decoder.batch_size)
+            while True:
+                for outcome in decoder.run(self._batch_of_jobs()):
+                    key = (
+                        outcome.key
+                        if isinstance(outcome, Failure)
+                        else str(outcome.result.key)
+                    )
+                    self._tell(self._waiting.pop(key).set_result, outcome)
+        except BaseException as e:  # whatever it is, those who wait must hear of it
+            error = e if isinstance(e, Exception) else RuntimeError(repr(e))
+            self._tell(self._fail, error)
+
+    def _fail(self, error: Exception) -> None:
+        """Tell those who wait; a worker that had begun ends, for Ray to start anew."""
+        if self._started.done():
+            self._is_ending = True
+            self._loop.call_later(_LAST_WORDS_S, os._exit, 1)
+        else:
+            self._started.set_exception(error)
+        for future in self._waiting.values():
+            future.set_exception(error)
+
+    def _tell(self, call: Callable[..., object], *args: object) -> None:
+        self._loop.call_soon_threadsafe(call, *args)
+
+    def _batch_of_jobs(self) -> Iterator[Job]:
+        """Recordings as they come; ends when none does, so that no row waits long."""
+        yield self._jobs.get()
+        while True:
+            try:
+                yield self._jobs.get(timeout=_PATIENCE_S)
+            except queue.Empty:
+                return
+
+    def _load(self) -> Decoder:
+        from pplex.backend import use_fast_blas
+
+        use_fast_blas()
+        from pplex.batch.decoding import Decoder, Size, load_for
+        from pplex.batch.describe import model_identity
+        from pplex.checkpoint.hub import resolve
+        from pplex.model.sampling import SamplingConfig
+
+        spec = self._spec
+        version = importlib.metadata.version("pplex")
+        if version != spec["pplex"]:
+            raise PplexError(
+                f"it has pplex {version}, this machine has {spec['pplex']}; install "
+                "the same"
+            )
+        local = resolve(spec["model"], offline=spec["offline"], progress=False)
+        if model_identity(local) != spec["identity"]:
+            raise PplexError(f"its model {spec['model']} is another one than here")
+        size = Size(**spec["size"])
+        model, _ = load_for(local, size, spec["compute"])
+        sampling = SamplingConfig(**spec["sampling"])
+        decoder = Decoder(model, sampling, size, self._notes.append)
+        decoder.choose_batch_size()
+        return decoder

@@ -21,7 +21,7 @@ from pplex.conversation.prompt import Prefilled, prefill
 from pplex.conversation.session import Model, make_role
 from pplex.errors import PplexError
 from pplex.model.sampling import SamplingConfig
-from pplex.respond.figures import Facts, facts_of
+from pplex.respond.stats import ModelInfo, model_info
 
 # Prefilled states that are kept; each is tens of MB for the 7B models.
 KEPT_ROLES = 4
@@ -46,7 +46,7 @@ class Answered:
 
     result: Result
     prompt_frames: int
-    facts: Facts
+    info: ModelInfo
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Decoder:
             batch_size=batch_size,
         ):
             _, prompt_frames = stream.under_way.pop(str(result.key))
-            yield Answered(result, prompt_frames, facts_of(self._model))
+            yield Answered(result, prompt_frames, model_info(self._model))
             yield from stream.take_failures()
 
     def _items(self, stream: _Stream) -> Iterator[Item]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pplex.batch.identity import digest_of, file_print, model_identity
-from pplex.batch.tasks import Task
+from pplex.batch.plan import digest_of
 from pplex.checkpoint import voices
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.conversation.session import choose_voice
 from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
+from pplex.respond.manifest import file_print
+from pplex.respond.request import Request
+
+_BLOCK = 1 << 20
+# A file of weights up to this size is hashed whole, a larger one in samples.
+_WHOLE_BYTES = 256 << 20
+_NUM_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,9 @@ class Description:
     identity: str
     _digests: dict[Path, str] = field(default_factory=dict)
 
-    def voice_of(self, task: Task) -> str:
-        """The voice that ``task`` is answered in: a name of this model, or a file."""
-        return choose_voice(self, task.settings.voice)
+    def voice_of(self, request: Request) -> str:
+        """The voice of ``request``: a name of this model, or a file."""
+        return choose_voice(self, request.settings.voice)
 
     def voice_file(self, voice: str) -> Path:
         """The file of a voice."""
@@ -40,14 +47,14 @@ class Description:
             )
         return path
 
-    def settings_digest(self, task: Task) -> str:
-        """A hash of all that decides the outputs of ``task``, but its recording."""
-        settings, outputs = task.settings, task.outputs
+    def settings_digest(self, request: Request) -> str:
+        """A hash of all that decides the outputs of ``request``, but its recording."""
+        settings, outputs = request.settings, request.outputs
         transcript = outputs.transcript
         return digest_of(
             {
                 "model": self.identity,
-                "voice": [self.voice_of(task), self._voice_digest(task)],
+                "voice": [self.voice_of(request), self._voice_digest(request)],
                 "prompt": settings.text,
                 "sampling": asdict(settings.sampling),
                 "seed": settings.seed,
@@ -60,8 +67,8 @@ class Description:
             }
         )
 
-    def _voice_digest(self, task: Task) -> str:
-        path = self.voice_file(self.voice_of(task))
+    def _voice_digest(self, request: Request) -> str:
+        path = self.voice_file(self.voice_of(request))
         if path not in self._digests:
             try:
                 self._digests[path] = file_print(path).sha256
@@ -80,3 +87,28 @@ def describe(local: LocalModel) -> Description:
         voices=voices.find_voices(local.path),
         identity=model_identity(local),
     )
+
+
+def model_identity(local: LocalModel) -> str:
+    """What tells a model from another: its commit, or else its files' contents."""
+    if local.repo is not None:
+        return f"{local.repo}@{local.revision}"
+    folder = local.folder
+    # Without voices: one counts where it is used.
+    own = [*folder.lm_files, folder.codec, folder.tokenizer]
+    if folder.config_file.is_file():
+        own.append(folder.config_file)
+    return f"files:{digest_of({path.name: _sampled(path) for path in own})}"
+
+
+def _sampled(path: Path) -> list[object]:
+    """Size and hash of a file; of a large one, hash of evenly spaced samples."""
+    size = path.stat().st_size
+    if size <= _WHOLE_BYTES:
+        return [size, file_print(path).sha256]
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for idx in range(_NUM_SAMPLES):
+            file.seek(idx * (size - _BLOCK) // (_NUM_SAMPLES - 1))
+            digest.update(file.read(_BLOCK))
+    return [size, digest.hexdigest()]

@@ -12,14 +12,14 @@ import mlx.core as mx
 
 from pplex.batch.decoding import PROMPT_FRAMES, Size
 from pplex.batch.describe import Description
-from pplex.batch.manifest import DONE, Manifest
-from pplex.batch.prepare import Batch, check_outputs_free, choose, make_workload
-from pplex.batch.records import read_task
-from pplex.batch.tasks import Task
+from pplex.batch.prepare import Batch, check_outputs_free, make_workload, remaining
+from pplex.batch.records import read_request
 from pplex.conversation.compute import choose_for, loaded_gb
 from pplex.conversation.many import MAX_ROWS_GPU, rows_on_cpu
 from pplex.errors import PplexError
 from pplex.layers.device import on_cpu
+from pplex.respond.manifest import DONE, Manifest
+from pplex.respond.request import Request
 
 _READERS = 2
 # Of a transcript, stats and tokens: a few numbers or words a frame.
@@ -71,21 +71,21 @@ def forecast(batch: Batch, progress: bool) -> Forecast:
     work = make_workload(batch, progress)
     model = work.model
     manifest = Manifest(batch.outdir, batch.shard)
-    choice = choose(batch, work, manifest)
-    check_outputs_free(choice.todo, manifest, set(), batch.overwrite)
+    left = remaining(batch, work, manifest)
+    check_outputs_free(left.todo, manifest, set(), batch.overwrite)
     found = Forecast(
-        skipped=len(choice.skipped),
-        failed=dict(choice.failed),
-        failed_before=len(choice.failed),
+        skipped=len(left.skipped),
+        failed=dict(left.failed),
+        failed_before=len(left.failed),
     )
-    for task, seconds in _read(choice.todo, model.config.sample_rate):
+    for request, seconds in _read(left.todo, model.config.sample_rate):
         if isinstance(seconds, PplexError):
-            found.failed[task.key] = str(seconds)
+            found.failed[request.key] = str(seconds)
             continue
         found.todo += 1
         found.audio_s += seconds
         found.longest_s = max(found.longest_s, seconds)
-        found.output_gb += _output_bytes(task, seconds, model) / 1e9
+        found.output_gb += _output_bytes(request, seconds, model) / 1e9
     outdir = batch.outdir.absolute()
     there = next(p for p in (outdir, *outdir.parents) if p.is_dir())
     found.disk_free_gb = shutil.disk_usage(there).free / 1e9
@@ -95,25 +95,25 @@ def forecast(batch: Batch, progress: bool) -> Forecast:
 
 
 def _read(
-    tasks: list[Task], sample_rate: int
-) -> Iterator[tuple[Task, float | PplexError]]:
+    requests: list[Request], sample_rate: int
+) -> Iterator[tuple[Request, float | PplexError]]:
     """Read each recording through; its seconds, or what is wrong with it."""
 
-    def look(task: Task) -> float | PplexError:
+    def look(request: Request) -> float | PplexError:
         try:
-            return len(read_task(task, sample_rate).recording.pcm) / sample_rate
+            return len(read_request(request, sample_rate).recording.pcm) / sample_rate
         except PplexError as e:
             return e
 
     with ThreadPoolExecutor(_READERS) as pool:
-        yield from zip(tasks, pool.map(look, tasks), strict=True)
+        yield from zip(requests, pool.map(look, requests), strict=True)
 
 
-def _output_bytes(task: Task, seconds: float, model: Description) -> float:
-    tracks = 1 if task.outputs.layout == "agent" else 2
+def _output_bytes(request: Request, seconds: float, model: Description) -> float:
+    tracks = 1 if request.outputs.layout == "agent" else 2
     total = seconds * model.config.sample_rate * 2 * tracks
     frames = seconds * model.config.frame_rate
-    for what in task.outputs.files():
+    for what in request.outputs.files():
         if what in _SIDE_BYTES_PER_FRAME:
             total += _SIDE_BYTES + frames * _SIDE_BYTES_PER_FRAME[what]
     return total

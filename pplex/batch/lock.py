@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pplex.errors import PplexError
+from pplex.respond.manifest import LOCK_PATTERN
 
 LOCK_NAME = ".pplex-batch.lock"
-LOCK_PATTERN = ".pplex-batch*.lock"
 
 
 class FolderLock:

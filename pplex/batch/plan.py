@@ -2,12 +2,16 @@
 
 Everything here follows from the command line, the file names and the jobs file; no
 recording is opened. A recording's seed follows from its own name, never from what is
-answered beside it.
+answered beside it. No two recordings are written to the same file, on any file system,
+and none over another.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,18 +19,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pplex.batch.identity import seed_for
 from pplex.batch.jobsfile import Row, read_jobs
-from pplex.batch.tasks import (
-    Task,
-    Wanted,
-    outputs_apart,
-    outputs_of,
-    spare_inputs,
-    with_hash,
-)
 from pplex.errors import PplexError
-from pplex.respond.settings import Settings
+from pplex.respond.request import Layout, Outputs, Request, Settings
 
 SUFFIXES = frozenset(
     ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .w64 .rf64 .au .snd "
@@ -42,6 +37,20 @@ class Selection:
     recursive: bool = False
     glob: str | None = None
     jobs: Path | None = None
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written for each recording.
+
+    ``transcript`` is a format such as ``"srt"``; ``name`` replaces the file name.
+    """
+
+    layout: Layout = "stereo"
+    transcript: str | None = None
+    stats: bool = False
+    tokens: bool = False
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,17 +71,45 @@ class _Found:
 
 
 def make_plan(
-    selection: Selection, outdir: Path, wanted: Wanted, settings: Settings
-) -> list[Task]:
-    """The tasks of a batch, sorted by name."""
+    selection: Selection, outdir: Path, options: OutputOptions, settings: Settings
+) -> list[Request]:
+    """The requests of a batch, sorted by key."""
     if selection.jobs is not None:
         found = _from_jobs(selection.jobs, settings)
     else:
-        found = _from_inputs(selection, outdir, wanted, settings)
-    tasks = [_task(one, outdir, wanted) for one in _named_apart(found)]
-    tasks = outputs_apart(tasks, wanted)
-    spare_inputs(tasks)
-    return sorted(tasks, key=lambda task: task.key)
+        found = _from_inputs(selection, outdir, options, settings)
+    requests = [_request(one, outdir, options) for one in _named_apart(found)]
+    requests = _outputs_apart(requests, options)
+    _spare_inputs(requests)
+    return sorted(requests, key=lambda request: request.key)
+
+
+def in_shard(key: str, shard: tuple[int, int]) -> bool:
+    """Whether a recording belongs to part ``shard[0]`` (from 1) of ``shard[1]``."""
+    number, count = shard
+    return _number_of("shard", key) % count == number - 1
+
+
+def digest_of(value: object) -> str:
+    """A short hash of anything that JSON can hold, the same on every machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _number_of(*parts: object) -> int:
+    """A number below 2**32 that follows from ``parts`` alone.
+
+    Small enough that no JSON reader rounds it. Names are taken in one Unicode form, so
+    that they count the same on every file system.
+    """
+    text = unicodedata.normalize("NFC", "\0".join(str(part) for part in parts))
+    data = text.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "big")
+
+
+def seed_for(seed: int, identity: str) -> int:
+    """The seed of the recording ``identity`` in a run that was given ``seed``."""
+    return _number_of("seed", seed, identity)
 
 
 def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
@@ -123,7 +160,7 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
 
 
 def _from_inputs(
-    selection: Selection, outdir: Path, wanted: Wanted, settings: Settings
+    selection: Selection, outdir: Path, options: OutputOptions, settings: Settings
 ) -> list[_Found]:
     bases = {p if p.is_dir() else p.parent for p in map(_absolute, selection.inputs)}
     top = Path(os.path.commonpath(bases)) if bases else Path()
@@ -131,7 +168,7 @@ def _from_inputs(
     for given in selection.inputs:
         path = _absolute(given)
         if path.is_dir():
-            base, names = path, list(_names_in(path, selection, outdir, wanted))
+            base, names = path, list(_names_in(path, selection, outdir, options))
             if not names:
                 raise PplexError(_nothing_in(given, selection))
         else:
@@ -175,12 +212,12 @@ def _absolute(path: Path) -> Path:
 
 
 def _names_in(
-    folder: Path, selection: Selection, outdir: Path, wanted: Wanted
+    folder: Path, selection: Selection, outdir: Path, options: OutputOptions
 ) -> Iterator[str]:
     """Recordings of a folder as relative names with slashes; hidden ones are left."""
     results = _absolute(outdir)
     spared = {results} if results != folder else set()
-    own_names = _own_names(wanted) if results == folder else set()
+    own_names = _own_names(options) if results == folder else set()
     visited = set()
     for current, folders, files in os.walk(folder, followlinks=True):
         here = Path(current)
@@ -199,11 +236,11 @@ def _names_in(
                     yield name
 
 
-def _own_names(wanted: Wanted) -> set[str]:
+def _own_names(options: OutputOptions) -> set[str]:
     """Names of our outputs where they lie beside the inputs."""
-    if wanted.name is None:
+    if options.name is None:
         return set()
-    outputs = outputs_of(Path(wanted.name), wanted)
+    outputs = _outputs_of(Path(options.name), options)
     return {path.name for path in outputs.files().values()}
 
 
@@ -230,18 +267,84 @@ def _named_apart(found: list[_Found]) -> list[_Found]:
         if len(group) > 1 and any(one.chosen for one in group):
             raise PplexError(f"two recordings have the output {name}; rename one")
         for one in group:
-            new = with_hash(name, one.details) if len(group) > 1 else name
+            new = _with_hash(name, one.details) if len(group) > 1 else name
             apart.append(replace(one, name=new))
     return apart
 
 
-def _task(found: _Found, outdir: Path, wanted: Wanted) -> Task:
+def _request(found: _Found, outdir: Path, options: OutputOptions) -> Request:
     name = PurePosixPath(found.name)
-    if wanted.name is not None and not found.chosen:
-        target = name.with_name(wanted.name)
+    if options.name is not None and not found.chosen:
+        target = name.with_name(options.name)
     elif name.suffix.lower() == ".wav":
         target = name.with_suffix(".wav")
     else:  # beside a.wav there may be an a.flac
         target = name.with_name(f"{name.name}.wav")
-    outputs = outputs_of(outdir / target, wanted)
-    return Task(found.name, found.source, outputs, found.settings, found.extra)
+    outputs = _outputs_of(outdir / target, options)
+    return Request(found.source, outputs, found.settings, found.name, found.extra)
+
+
+def _outputs_of(audio: Path, options: OutputOptions) -> Outputs:
+    """No name ends in ``output.json``: Full-Duplex-Bench writes one of its own."""
+    stem = audio.with_suffix("")
+    kind = options.transcript
+    suffix = ".transcript.json" if kind == "json" else f".{kind}"
+    return Outputs(
+        audio=audio,
+        layout=options.layout,
+        transcript=stem.with_name(stem.name + suffix) if kind else None,
+        stats=stem.with_name(f"{stem.name}.stats.json") if options.stats else None,
+        tokens=stem.with_name(f"{stem.name}.npz") if options.tokens else None,
+    )
+
+
+def _outputs_apart(requests: list[Request], options: OutputOptions) -> list[Request]:
+    """Requests of the same output file get names with a hash."""
+    shared = _sharing(requests)
+    if shared and options.name is not None:
+        one, other = next(iter(shared.values()))[:2]
+        raise PplexError(
+            f"{one.source} and {other.source} would both be written to "
+            f"{one.outputs.audio}; pick one of them with --glob"
+        )
+    colliding = {request.key for group in shared.values() for request in group}
+    apart = []
+    for request in requests:
+        if request.key in colliding:
+            audio = request.outputs.audio
+            name = audio.with_name(_with_hash(audio.name, request.key))
+            request = replace(request, outputs=_outputs_of(name, options))
+        apart.append(request)
+    if colliding and (still := _sharing(apart)):
+        one, other = next(iter(still.values()))[:2]
+        raise PplexError(
+            f"{one.source} and {other.source} would both be written to "
+            f"{one.outputs.audio}; rename one of them"
+        )
+    return apart
+
+
+def _sharing(requests: list[Request]) -> dict[str, list[Request]]:
+    """Files that more than one request would write, on any file system."""
+    writers: dict[str, list[Request]] = defaultdict(list)
+    for request in requests:
+        for path in request.outputs.files().values():
+            writers[str(path).casefold()].append(request)
+    return {path: group for path, group in writers.items() if len(group) > 1}
+
+
+def _spare_inputs(requests: list[Request]) -> None:
+    """Refuse outputs that would replace a recording."""
+    sources = {os.path.realpath(request.source) for request in requests}
+    for request in requests:
+        for path in request.outputs.files().values():
+            if os.path.realpath(path) in sources:
+                raise PplexError(
+                    f"{path} is a recording of this batch and would be overwritten; "
+                    "choose another output folder, or other names with --output-name"
+                )
+
+
+def _with_hash(name: str, details: str) -> str:
+    path = PurePosixPath(name)
+    return str(path.with_name(f"{path.stem}-{digest_of(details)[:8]}{path.suffix}"))

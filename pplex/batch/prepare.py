@@ -11,14 +11,13 @@ from pathlib import Path
 
 from pplex.audio.probe import probe
 from pplex.batch.describe import Description, describe
-from pplex.batch.manifest import Manifest
-from pplex.batch.plan import Selection, make_plan
+from pplex.batch.plan import OutputOptions, Selection, in_shard, make_plan
 from pplex.batch.records import check_name
-from pplex.batch.tasks import Task, Wanted, in_shard
 from pplex.checkpoint.hub import resolve
 from pplex.conversation.compute import Compute
 from pplex.errors import PplexError
-from pplex.respond.settings import Settings
+from pplex.respond.manifest import Manifest
+from pplex.respond.request import Request, Settings
 from pplex.respond.stats import Check
 
 _LEFTOVER = re.compile(r"\.(.{0,48})\.pplex-[0-9a-f]{8}\.tmp", re.DOTALL)
@@ -35,7 +34,7 @@ class Batch:
 
     selection: Selection
     outdir: Path
-    wanted: Wanted
+    outputs: OutputOptions
     settings: Settings
     model_name: str
     offline: bool = False
@@ -51,63 +50,64 @@ class Batch:
 
 @dataclass(frozen=True)
 class Workload:
-    """All tasks of a run and of its siblings, and the model they are for."""
+    """All requests of a run and of its sibling shards, and the model they are for."""
 
-    tasks: list[Task]
-    others: list[Task]
+    requests: list[Request]
+    others: list[Request]
     model: Description
 
 
 @dataclass
-class Choice:
-    """What to do with each task; ``failed`` has those that failed before, and why."""
+class Remaining:
+    """What is to be done with each request of a run.
 
-    todo: list[Task] = field(default_factory=list)
-    skipped: list[Task] = field(default_factory=list)
+    ``failed`` has those that failed before, and why.
+    """
+
+    todo: list[Request] = field(default_factory=list)
+    skipped: list[Request] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
 def make_workload(batch: Batch, progress: bool) -> Workload:
     """Find the recordings and the model's files, and check the settings of all."""
-    planned = make_plan(batch.selection, batch.outdir, batch.wanted, batch.settings)
+    planned = make_plan(batch.selection, batch.outdir, batch.outputs, batch.settings)
     shard = batch.shard
-    tasks = [t for t in planned if shard is None or in_shard(t.key, shard)]
-    own = {task.key for task in tasks}
-    others = [task for task in planned if task.key not in own]
+    own = [r for r in planned if shard is None or in_shard(r.key, shard)]
+    others = [r for r in planned if shard is not None and not in_shard(r.key, shard)]
     model = describe(
         resolve(batch.model_name, offline=batch.offline, progress=progress)
     )
-    for one in {task.settings.voice: task for task in tasks}.values():
+    for one in {request.settings.voice: request for request in own}.values():
         model.voice_file(model.voice_of(one))
-    return Workload(tasks, others, model)
+    return Workload(own, others, model)
 
 
-def choose(batch: Batch, work: Workload, manifest: Manifest) -> Choice:
+def remaining(batch: Batch, work: Workload, manifest: Manifest) -> Remaining:
     """Tell what is left to do from what the manifest says."""
-    choice = Choice()
-    for task in work.tasks:
-        digest = work.model.settings_digest(task)
-        files = task.outputs.files().values()
+    left = Remaining()
+    for request in work.requests:
+        key, source = request.key, request.source
+        digest = work.model.settings_digest(request)
+        files = request.outputs.files().values()
         if batch.overwrite:
-            choice.todo.append(task)
-        elif manifest.is_done(task.key, digest, task.source, files):
-            choice.skipped.append(task)
-        elif not batch.retry_failed and manifest.has_failed(
-            task.key, digest, task.source
-        ):
-            choice.failed[task.key] = manifest.last[task.key]["error"]
+            left.todo.append(request)
+        elif manifest.is_done(key, digest, source, files):
+            left.skipped.append(request)
+        elif not batch.retry_failed and manifest.has_failed(key, digest, source):
+            left.failed[key] = manifest.last[key]["error"]
         else:
-            choice.todo.append(task)
-    return choice
+            left.todo.append(request)
+    return left
 
 
 def check_outputs_free(
-    tasks: Iterable[Task], manifest: Manifest, begun: set[str], overwrite: bool
+    requests: Iterable[Request], manifest: Manifest, begun: set[str], overwrite: bool
 ) -> None:
     """Refuse to replace files that no run of pplex batch has written."""
     foreign = []
-    for task in tasks:
-        for path in task.outputs.files().values():
+    for request in requests:
+        for path in request.outputs.files().values():
             if os.path.isdir(path):  # no error for a name too long: it fails alone
                 raise PplexError(f"cannot write {path}: it is a folder")
             if overwrite or not os.path.lexists(path):
@@ -128,8 +128,8 @@ def remove_leftovers(work: Workload, outdir: Path, alone: bool) -> int:
 
     Where other shards may be at work (not ``alone``), theirs are left.
     """
-    own = {part(p) for t in work.tasks for p in t.outputs.files().values()}
-    theirs = {part(p) for t in work.others for p in t.outputs.files().values()}
+    own = {_kept_part(p) for r in work.requests for p in r.outputs.files().values()}
+    theirs = {_kept_part(p) for r in work.others for p in r.outputs.files().values()}
     removed = 0
     for folder in {outdir, *(folder for folder, _ in own)}:
         if not folder.is_dir():
@@ -143,21 +143,23 @@ def remove_leftovers(work: Workload, outdir: Path, alone: bool) -> int:
     return removed
 
 
-def part(path: Path) -> tuple[Path, str]:
+def _kept_part(path: Path) -> tuple[Path, str]:
     """The folder and the part of a name that ``atomic_write`` keeps."""
     return path.parent, path.name[:48]
 
 
-def durations(tasks: list[Task]) -> dict[str, float | None | PplexError]:
+def durations(requests: list[Request]) -> dict[str, float | None | PplexError]:
     """Seconds of each recording with its tail, None if unknown, or why it is bad."""
 
-    def look(task: Task) -> float | None | PplexError:
+    def probed(request: Request) -> float | None | PplexError:
         try:
-            check_name(task)
-            seconds = probe(task.source, task.settings.channel).duration_s
+            check_name(request)
+            seconds = probe(request.source, request.settings.channel).duration_s
         except PplexError as e:
             return e
-        return None if seconds is None else seconds + task.settings.tail_s
+        return None if seconds is None else seconds + request.settings.tail_s
 
     with ThreadPoolExecutor(_PROBES) as pool:
-        return dict(zip((t.key for t in tasks), pool.map(look, tasks), strict=True))
+        return dict(
+            zip((r.key for r in requests), pool.map(probed, requests), strict=True)
+        )

@@ -11,14 +11,13 @@ from typing import Any
 from pplex.audio.files import Recording
 from pplex.batch.decoding import Answered
 from pplex.batch.describe import Description
-from pplex.batch.identity import FilePrint, file_print
-from pplex.batch.manifest import DONE, FAILED, Line
-from pplex.batch.tasks import Task
+from pplex.conversation.session import Reply
 from pplex.errors import PplexError
-from pplex.respond.figures import About, make_stats
-from pplex.respond.run import Answer, read_user, write_outputs
-from pplex.respond.stats import Check, Outcome, Stats, latency
-from pplex.respond.transcript import words
+from pplex.respond.manifest import DONE, FAILED, FilePrint, Line, file_print
+from pplex.respond.outputs import spoken_words, write_outputs
+from pplex.respond.request import Request
+from pplex.respond.run import read_user
+from pplex.respond.stats import Check, Outcome, Source, latency, make_stats
 
 
 @dataclass(frozen=True)
@@ -30,61 +29,51 @@ class Read:
     seconds: float
 
 
-def check_name(task: Task) -> None:
+def check_name(request: Request) -> None:
     """Refuse a file name that can be written neither to stats nor on a screen."""
     try:
-        str(task.source).encode()
+        str(request.source).encode()
     except UnicodeEncodeError:
         raise PplexError(
-            f"the name {str(task.source)!r} is not UTF-8 text; rename the file"
+            f"the name {str(request.source)!r} is not UTF-8 text; rename the file"
         ) from None
 
 
-def read_task(task: Task, sample_rate: int) -> Read:
-    """Read the recording of ``task``, its tail included."""
+def read_request(request: Request, sample_rate: int) -> Read:
+    """Read the recording of ``request``, its tail included."""
     start = time.perf_counter()
-    check_name(task)
-    recording = read_user(task.source, task.settings, sample_rate)
+    check_name(request)
+    recording = read_user(request.source, request.settings, sample_rate)
     try:
-        print_ = file_print(task.source)
+        print_ = file_print(request.source)
     except OSError as e:
-        raise PplexError(f"{task.source}: {e.strerror or e}") from e
+        raise PplexError(f"{request.source}: {e.strerror or e}") from e
     return Read(recording, print_, time.perf_counter() - start)
 
 
-def write_task(
+def write_answer(
     model: Description,
-    task: Task,
+    request: Request,
     read: Read,
-    done: Answered,
+    answered: Answered,
     check: Check | None,
 ) -> tuple[dict[str, float], list[Outcome]]:
-    """Write the outputs of ``task`` and check them.
+    """Write the outputs of ``request`` and check them.
 
-    Returns the seconds spent on it, by part, and how the checks went.
+    Returns the recording's share of the work, seconds by part, and how the checks
+    went. Loading the model and its prompts is nobody's share.
     """
     start = time.perf_counter()
-    result, timings = done.result, done.result.timings
-    voice = model.voice_of(task)
-    folder = task.outputs.audio.parent
+    result, timings = answered.result, answered.result.timings
+    recording, outputs = read.recording, request.outputs
+    voice = model.voice_of(request)
+    folder = outputs.audio.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
-    write_outputs(
-        model,
-        task.outputs,
-        Answer(
-            user_pcm=read.recording.pcm,
-            agent_pcm=result.agent_pcm,
-            text=result.text,
-            agent=result.agent,
-            user=result.user,
-        ),
-        voice,
-        task.settings.text,
-        task.settings.seed,
-    )
+    reply = Reply(result.agent_pcm, result.text, result.agent, result.user)
+    write_outputs(model, request, recording.pcm, reply, voice)
     seconds = {
         "read": read.seconds,
         "encode": timings.encode_s,
@@ -92,79 +81,62 @@ def write_task(
         "decode": timings.decode_s,
         "write": time.perf_counter() - start,
     }
-    stats = stats_of(model, task, read, done, seconds)
-    if task.outputs.stats is not None:
-        stats.write(task.outputs.stats)
+    audio_s = len(recording.pcm) / model.config.sample_rate
+    stats = make_stats(
+        request,
+        Source(audio_s, recording.source_rate, recording.source_channels),
+        model.local,
+        answered.info,
+        latency(timings.steps),
+        len(timings.steps),
+        seconds,
+        voice=voice,
+        prompt_frames=answered.prompt_frames,
+    )
+    if outputs.stats is not None:
+        stats.write(outputs.stats)
     outcomes: list[Outcome] = []
     if check is not None:
-        spoken = words(result.text, model.tokenizer.piece, model.config.frame_rate)
-        files = task.outputs.files()
-        outcomes = check(task.source, files, stats, spoken)
+        spoken = spoken_words(model, reply.text)
+        outcomes = check(request.source, outputs.files(), stats, spoken)
     return {f"{part}_s": round(s, 4) for part, s in seconds.items()}, outcomes
-
-
-def stats_of(
-    model: Description,
-    task: Task,
-    read: Read,
-    done: Answered,
-    seconds: dict[str, float],
-) -> Stats:
-    """The figures of one recording of a batch: its share of the work, by part.
-
-    Loading the model and its prompts is nobody's share.
-    """
-    about = About(
-        source=task.source,
-        outputs=task.outputs.files(),
-        audio_s=len(read.recording.pcm) / model.config.sample_rate,
-        rate=read.recording.source_rate,
-        channels=read.recording.source_channels,
-        settings=task.settings,
-        voice=model.voice_of(task),
-        prompt_frames=done.prompt_frames,
-        local=model.local,
-        facts=done.facts,
-    )
-    steps = done.result.timings.steps
-    return make_stats(about, seconds, latency(steps), len(steps))
 
 
 def done_line(
     model: Description,
-    task: Task,
+    request: Request,
     read: Read,
     outputs: dict[str, Line],
     seconds: dict[str, float],
 ) -> Line:
     """The manifest's line of a recording that was answered."""
     audio_s = len(read.recording.pcm) / model.config.sample_rate
-    return _line(model, task, DONE, asdict(read.print)) | {
+    return _line(model, request, DONE, asdict(read.print)) | {
         "outputs": outputs,
         "audio_s": round(audio_s, 3),
         "timings": seconds,
     }
 
 
-def failed_line(model: Description, task: Task, error: str) -> Line:
+def failed_line(model: Description, request: Request, error: str) -> Line:
     """The manifest's line of a recording that cannot be answered."""
     try:
-        known: Any = asdict(file_print(task.source))
+        known: Any = asdict(file_print(request.source))
     except OSError:
         known = None
-    return _line(model, task, FAILED, known) | {"error": error}
+    return _line(model, request, FAILED, known) | {"error": error}
 
 
-def _line(model: Description, task: Task, status: str, known: Any) -> Line:
-    settings = task.settings
+def _line(model: Description, request: Request, status: str, known: Any) -> Line:
+    settings = request.settings
     return {
-        "recording": task.key,
+        "recording": request.key,
         "status": status,
         "error": None,
-        "input": None if known is None else {"path": str(task.source), **known},
-        "settings": model.settings_digest(task),
+        "input": None if known is None else {"path": str(request.source), **known},
+        "settings": model.settings_digest(request),
         "outputs": {},
-        "voice": model.voice_of(task),
+        "voice": model.voice_of(request),
         "prompt": settings.text,
         "seed": settings.seed,
         "tail_s": settings.tail_s,
@@ -173,5 +145,5 @@ def _line(model: Description, task: Task, status: str, known: Any) -> Line:
         "weights": model.identity,
         "pplex": importlib.metadata.version("pplex"),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-        "extra": task.extra,
+        "extra": request.extra,
     }

@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pplex.batch.decoding import (
@@ -25,20 +26,26 @@ from pplex.batch.decoding import (
 )
 from pplex.batch.describe import Description
 from pplex.batch.lock import FolderLock
-from pplex.batch.manifest import Line, Manifest
-from pplex.batch.outcome import Report, Summary
 from pplex.batch.prepare import (
     Batch,
     check_outputs_free,
-    choose,
     durations,
     make_workload,
+    remaining,
     remove_leftovers,
 )
-from pplex.batch.records import Read, done_line, failed_line, read_task, write_task
-from pplex.batch.tasks import Task
+from pplex.batch.records import (
+    Read,
+    done_line,
+    failed_line,
+    read_request,
+    write_answer,
+)
+from pplex.checkpoint.hub import LocalModel
 from pplex.conversation.worker import num_cores
 from pplex.errors import PplexError
+from pplex.respond.manifest import Line, Manifest
+from pplex.respond.request import Request
 from pplex.respond.stats import Outcome
 
 # On a large machine a batch starts with a hundred recordings at once.
@@ -49,7 +56,58 @@ _WRITE_BEHIND = 8
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-class Engine(Protocol):
+class Report(Protocol):
+    """Who is told how a batch gets on."""
+
+    shows_bars: bool
+
+    def note(self, message: str) -> None:
+        """Something worth a line happened."""
+
+    def loading(self, local: LocalModel) -> None:
+        """The model's files are there and will be loaded."""
+
+    def computing(self, how: str) -> None:
+        """The model is loaded and computes in this form, for this reason."""
+
+    def starting(self, count: int, audio_s: float) -> None:
+        """So many recordings, of so many seconds in all, will be answered."""
+
+    def finished(self, key: str, audio_s: float) -> None:
+        """A recording's outputs are written."""
+
+    def checked(self, outcomes: Sequence[Outcome], key: str) -> None:
+        """A recording's outputs were checked."""
+
+    def failed(self, key: str, error: str, audio_s: float) -> None:
+        """A recording cannot be answered."""
+
+
+@dataclass
+class Summary:
+    """How a batch went; ``failed`` says why, ``failed_before`` counts earlier ones.
+
+    ``checks_failed`` of the recordings that were ``checked`` did not pass.
+
+    ``audio_s`` is what was answered now, in ``run_s`` seconds after loading.
+    """
+
+    done: int = 0
+    skipped: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    failed_before: int = 0
+    not_run: int = 0
+    checked: int = 0
+    checks_failed: int = 0
+    audio_s: float = 0.0
+    load_s: float = 0.0
+    run_s: float = 0.0
+    total_s: float = 0.0
+    batch_size: int | None = None
+    peak_memory_gb: float = 0.0
+
+
+class Workers(Protocol):
     """What answers jobs: a model here, or many on a cluster."""
 
     batch_size: int | None
@@ -73,21 +131,21 @@ def run_batch(batch: Batch, report: Report) -> Summary:
     lock = FolderLock(batch.outdir, batch.shard)
     manifest = Manifest(batch.outdir, batch.shard)
     try:
-        choice = choose(batch, work, manifest)
-        check_outputs_free(choice.todo, manifest, lock.begun, batch.overwrite)
+        left = remaining(batch, work, manifest)
+        check_outputs_free(left.todo, manifest, lock.begun, batch.overwrite)
         if removed := remove_leftovers(work, batch.outdir, batch.shard is None):
             report.note(f"removed {removed} temporary files of a run that was killed")
         manifest.open()
         summary = Summary(
-            skipped=len(choice.skipped),
-            failed=dict(choice.failed),
-            failed_before=len(choice.failed),
+            skipped=len(left.skipped),
+            failed=dict(left.failed),
+            failed_before=len(left.failed),
         )
         run = _Run(batch, work.model, manifest, lock, report, summary)
         try:
-            run.all(choice.todo)
+            run.all(left.todo)
         except _Stop:
-            summary.not_run = len(choice.todo) - summary.done - len(run.failed)
+            summary.not_run = len(left.todo) - summary.done - len(run.failed)
         summary.total_s = time.perf_counter() - start
         lock.release(ended=True)
         return summary
@@ -97,7 +155,7 @@ def run_batch(batch: Batch, report: Report) -> Summary:
 
 
 class _Run:
-    """The work on the tasks that are left."""
+    """The work on the requests that are left."""
 
     def __init__(
         self,
@@ -118,52 +176,52 @@ class _Run:
         self._reads: dict[str, Read] = {}
         self.failed: set[str] = set()
 
-    def all(self, tasks: list[Task]) -> None:
-        """Answer ``tasks``, the longest first: short ones fill the rows at the end."""
-        known = durations(tasks)
-        good = [t for t in tasks if not isinstance(known[t.key], PplexError)]
+    def all(self, requests: list[Request]) -> None:
+        """Answer them, the longest first: short ones fill the rows at the end."""
+        known = durations(requests)
+        good = [r for r in requests if not isinstance(known[r.key], PplexError)]
         self._seconds = {
-            t.key: seconds if isinstance(seconds := known[t.key], float) else 0.0
-            for t in tasks
+            r.key: seconds if isinstance(seconds := known[r.key], float) else 0.0
+            for r in requests
         }
-        if tasks:
-            self._report.starting(len(tasks), sum(self._seconds.values()))
-        for task in tasks:
-            if isinstance(error := known[task.key], PplexError):
-                self._fail(task, str(error))
+        if requests:
+            self._report.starting(len(requests), sum(self._seconds.values()))
+        for request in requests:
+            if isinstance(error := known[request.key], PplexError):
+                self._fail(request, str(error))
         if not good:
             return
         rate = self._model.config.frame_rate
-        longest = max(self._seconds[t.key] for t in good)
-        unknown = any(known[t.key] is None for t in good)
+        longest = max(self._seconds[r.key] for r in good)
+        unknown = any(known[r.key] is None for r in good)
         window = self._model.config.lm.window
         frames = window if unknown else int(longest * rate) + 1
-        total = sum(int(self._seconds[t.key] * rate) + 1 for t in good)
+        total = sum(int(self._seconds[r.key] * rate) + 1 for r in good)
         total = len(good) * frames if unknown else total
         size = Size(self._batch.batch_size, frames, len(good), total)
         start = time.perf_counter()
-        engine = self._engine(size)
+        workers = self._workers(size)
         self._summary.load_s = time.perf_counter() - start
         start = time.perf_counter()
         try:
-            self._answer(engine, self._ordered(good))
+            self._answer(workers, self._ordered(good))
         finally:
             self._summary.run_s = time.perf_counter() - start
-            self._summary.batch_size = engine.batch_size
+            self._summary.batch_size = workers.batch_size
 
-    def _ordered(self, tasks: list[Task]) -> list[Task]:
-        roles = {(t.settings.voice, t.settings.text): 0 for t in tasks}
+    def _ordered(self, requests: list[Request]) -> list[Request]:
+        roles = {(r.settings.voice, r.settings.text): 0 for r in requests}
         if len(roles) > KEPT_ROLES:  # else all prompts stay computed
             roles = {role: idx for idx, role in enumerate(roles)}
         return sorted(
-            tasks,
-            key=lambda t: (
-                roles[t.settings.voice, t.settings.text],
-                -self._seconds[t.key],
+            requests,
+            key=lambda r: (
+                roles[r.settings.voice, r.settings.text],
+                -self._seconds[r.key],
             ),
         )
 
-    def _engine(self, size: Size) -> Engine:
+    def _workers(self, size: Size) -> Workers:
         sampling = self._batch.settings.sampling
         if self._batch.ray is not None:
             from pplex.batch.cluster import Cluster
@@ -178,14 +236,14 @@ class _Run:
                 self._report.note,
             )
         self._report.loading(self._model.local)
-        model, choice = load_for(self._model.local, size, self._batch.compute)
-        self._report.computing(str(choice))
+        model, form = load_for(self._model.local, size, self._batch.compute)
+        self._report.computing(str(form))
         return Decoder(model, sampling, size, self._report.note)
 
-    def _answer(self, engine: Engine, tasks: list[Task]) -> None:
-        by_key = {task.key: task for task in tasks}
-        writes: deque[tuple[Task, Read, Future]] = deque()
-        outcomes = engine.run(self._jobs(tasks))
+    def _answer(self, workers: Workers, requests: list[Request]) -> None:
+        by_key = {request.key: request for request in requests}
+        writes: deque[tuple[Request, Read, Future]] = deque()
+        outcomes = workers.run(self._jobs(requests))
         with ThreadPoolExecutor(_WRITERS) as pool:
             try:
                 for outcome in outcomes:
@@ -193,19 +251,19 @@ class _Run:
                         self._reads.pop(outcome.key, None)
                         self._fail(by_key[outcome.key], outcome.error)
                         continue
-                    task = by_key[str(outcome.result.key)]
-                    read = self._reads.pop(task.key)
-                    files = task.outputs.files().values()
+                    request = by_key[str(outcome.result.key)]
+                    read = self._reads.pop(request.key)
+                    files = request.outputs.files().values()
                     self._lock.begin(self._manifest.relative(p) for p in files)
                     peak = self._summary.peak_memory_gb
                     self._summary.peak_memory_gb = max(
-                        peak, outcome.facts.peak_memory_gb
+                        peak, outcome.info.peak_memory_gb
                     )
                     writes.append(
                         (
-                            task,
+                            request,
                             read,
-                            pool.submit(self._write, task, read, outcome),
+                            pool.submit(self._write, request, read, outcome),
                         )
                     )
                     while writes and (
@@ -218,66 +276,66 @@ class _Run:
                     self._written(*writes.popleft())
 
     def _write(
-        self, task: Task, read: Read, outcome: Answered
+        self, request: Request, read: Read, outcome: Answered
     ) -> tuple[dict[str, float], list[Outcome], dict[str, Line]]:
         check = self._batch.check
-        seconds, checks = write_task(self._model, task, read, outcome, check)
-        return seconds, checks, self._manifest.describe(task.outputs.files())
+        seconds, checks = write_answer(self._model, request, read, outcome, check)
+        return seconds, checks, self._manifest.describe(request.outputs.files())
 
-    def _written(self, task: Task, read: Read, future: Future) -> None:
+    def _written(self, request: Request, read: Read, future: Future) -> None:
         try:
             seconds, checks, outputs = future.result()
         except PplexError as e:
             cause = e.__cause__
             if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
                 raise  # the next ones would fare no better
-            self._fail(task, str(e))
+            self._fail(request, str(e))
             return
-        line = done_line(self._model, task, read, outputs, seconds)
+        line = done_line(self._model, request, read, outputs, seconds)
         self._manifest.append(line)
         self._summary.done += 1
         self._summary.audio_s += line["audio_s"]
-        self._report.finished(task.key, self._seconds[task.key])
+        self._report.finished(request.key, self._seconds[request.key])
         if checks:
             self._summary.checked += 1
             self._summary.checks_failed += not all(check.passed for check in checks)
-            self._report.checked(checks, task.key)
+            self._report.checked(checks, request.key)
 
-    def _fail(self, task: Task, error: str) -> None:
-        self.failed.add(task.key)
-        self._summary.failed[task.key] = error
-        self._manifest.append(failed_line(self._model, task, error))
-        self._report.failed(task.key, error, self._seconds[task.key])
+    def _fail(self, request: Request, error: str) -> None:
+        self.failed.add(request.key)
+        self._summary.failed[request.key] = error
+        self._manifest.append(failed_line(self._model, request, error))
+        self._report.failed(request.key, error, self._seconds[request.key])
         if self._batch.fail_fast:
             raise _Stop
 
-    def _jobs(self, tasks: list[Task]) -> Iterator[Job]:
+    def _jobs(self, requests: list[Request]) -> Iterator[Job]:
         rate = self._model.config.sample_rate
-        for task, future in _ahead(lambda t: read_task(t, rate), tasks):
+        for request, future in _ahead(lambda r: read_request(r, rate), requests):
             try:
                 read = future.result()
             except PplexError as e:
-                self._fail(task, str(e))
+                self._fail(request, str(e))
                 continue
             except MemoryError:
-                self._fail(task, f"{task.source} is too long for this memory")
+                self._fail(request, f"{request.source} is too long for this memory")
                 continue
-            self._reads[task.key] = read
-            settings = task.settings
-            voice = self._model.voice_of(task)
+            self._reads[request.key] = read
+            settings = request.settings
+            voice = self._model.voice_of(request)
             pcm = read.recording.pcm
-            yield Job(task.key, pcm, voice, settings.text, settings.seed)
+            yield Job(request.key, pcm, voice, settings.text, settings.seed)
 
 
 def _ahead(
-    work: Callable[[Task], Read], tasks: list[Task]
-) -> Iterator[tuple[Task, Future[Read]]]:
-    """Do ``work`` on threads, a few tasks ahead of whoever asks; in order."""
-    waiting: deque[tuple[Task, Future[Read]]] = deque()
+    work: Callable[[Request], Read], requests: list[Request]
+) -> Iterator[tuple[Request, Future[Read]]]:
+    """Do ``work`` on threads, a few requests ahead of whoever asks; in order."""
+    waiting: deque[tuple[Request, Future[Read]]] = deque()
     with ThreadPoolExecutor(_READERS) as pool:
         try:
-            for task in tasks:
-                waiting.append((task, pool.submit(work, task)))
+            for request in requests:
+                waiting.append((request, pool.submit(work, request)))
                 if len(waiting) > _READ_AHEAD:
                     yield waiting.popleft()
             while waiting:

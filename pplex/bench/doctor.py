@@ -24,7 +24,7 @@ from pplex.layers.device import on_cpu
 from pplex.layers.memory import memory_gb
 from pplex.model.config import LmConfig
 from pplex.model.sampling import SamplingConfig
-from pplex.respond.figures import device_name
+from pplex.respond.stats import device_name
 
 TEST_MODEL = "mini"
 TEST_FRAMES = 25

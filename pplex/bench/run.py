@@ -40,8 +40,7 @@ from pplex.errors import PplexError
 from pplex.layers.device import on_cpu
 from pplex.layers.memory import copy_bandwidth_gb_s, peak_process_gb
 from pplex.model.sampling import SamplingConfig
-from pplex.respond.figures import device_name
-from pplex.respond.stats import Latency, latency
+from pplex.respond.stats import Latency, device_name, latency
 
 SCHEMA = 1
 SEED = 0

@@ -27,8 +27,8 @@ from pplex.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pplex.batch.outcome import Summary
     from pplex.batch.prepare import Batch
+    from pplex.batch.run import Summary
 
 _FILE = click.Path(path_type=Path)
 SOME_FAILED = 3
@@ -188,16 +188,15 @@ def batch_from(options: dict[str, Any]) -> Batch:
     from pplex.backend import use_fast_blas
 
     use_fast_blas()
-    from pplex.batch.plan import Selection
+    from pplex.batch.plan import OutputOptions, Selection
     from pplex.batch.prepare import Batch
-    from pplex.batch.tasks import Wanted
 
     def take(*names: str) -> dict[str, Any]:
         return {name: options.pop(name) for name in names}
 
     return Batch(
         selection=Selection(**take("inputs", "recursive", "glob", "jobs")),
-        wanted=Wanted(
+        outputs=OutputOptions(
             name=options.pop("output_name"),
             **take("layout", "transcript", "stats", "tokens"),
         ),

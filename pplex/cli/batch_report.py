@@ -11,7 +11,7 @@ from pplex.cli.progress import QUIET, VERBOSE, Lines, size
 
 if TYPE_CHECKING:
     from pplex.batch.forecast import Forecast
-    from pplex.batch.outcome import Summary
+    from pplex.batch.run import Summary
 
 _SHOWN_FAILURES = 20
 

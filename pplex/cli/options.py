@@ -18,7 +18,7 @@ from pplex.errors import PplexError
 
 if TYPE_CHECKING:
     from pplex.evaluation.checks import Checks
-    from pplex.respond.settings import Settings
+    from pplex.respond.request import Settings
 
 DEFAULT_SEED = 42424242
 
@@ -303,7 +303,7 @@ class ChannelType(click.ParamType):
 def settings_from(text: str, options: dict[str, Any]) -> Settings:
     """The job's settings: the role's text, and what ``conversation_options`` parsed."""
     from pplex.model.sampling import GREEDY, SamplingConfig
-    from pplex.respond.settings import Settings
+    from pplex.respond.request import Settings
 
     sampling = SamplingConfig(
         **{key: options[key] for key in ("temp", "top_k", "text_temp", "text_top_k")}

@@ -118,13 +118,13 @@ def respond(
 
     use_fast_blas()
     from pplex.audio.streams import StreamFormat
-    from pplex.respond import run as job
+    from pplex.respond import run
     from pplex.respond.live import respond_stream
+    from pplex.respond.request import Outputs, Request
 
-    run = job.Run(
-        source=input,
-        outputs=job.Outputs(output, layout, transcript, stats, tokens),
-        settings=settings_from(text, options),
+    outputs = Outputs(output, layout, transcript, stats, tokens)
+    request = Request(input, outputs, settings_from(text, options))
+    config = run.Config(
         model_name=model_name,
         offline=offline,
         overwrite=overwrite,
@@ -134,8 +134,8 @@ def respond(
     )
     stop = ctx.ensure_object(Stop)
     with Progress(verbosity, options["channel"] is not None, captions) as progress:
-        answer = respond_stream if is_stream else job.respond
-        done = answer(run, progress, stop)
+        answer = respond_stream if is_stream else run.respond
+        done = answer(request, config, progress, stop)
     if verbosity >= 0:
         click.echo(summary(done), err=True)
     stop.check()

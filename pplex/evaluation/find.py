@@ -6,7 +6,6 @@ plain folder of outputs. Side files are known by what they hold, not by their na
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,10 +27,14 @@ from pplex.evaluation.sidefiles import (
     real_path,
     side_files,
 )
+from pplex.respond.manifest import (
+    LOCK_PATTERN,
+    Manifest,
+    manifest_name,
+    manifests_in,
+)
 from pplex.respond.transcript import Word
 
-MANIFEST = "manifest.jsonl"
-_LOCKS = ".pplex-batch*.lock"
 SAMPLE_RATE = 24_000
 
 
@@ -89,18 +92,16 @@ def find(paths: Sequence[Path]) -> Found:
     if not found.items and not found.notes:
         names = ", ".join(str(path) for path in paths)
         raise PplexError(
-            f"no recordings in {names}: a folder needs a {MANIFEST}, WAV files that "
-            "pplex wrote, or folders with input.wav and output.wav"
+            f"no recordings in {names}: a folder needs a {manifest_name()}, WAV files "
+            "that pplex wrote, or folders with input.wav and output.wav"
         )
     found.items = _distinct(found.items)
     return found
 
 
 def _search(folder: Path, found: Found) -> None:
-    manifests = [folder / MANIFEST, *sorted(folder.glob("manifest.*-of-*.jsonl"))]
-    manifests = [path for path in manifests if path.is_file()]
-    if manifests:
-        _read_manifests(folder, manifests, found)
+    if manifests_in(folder):
+        _read_manifests(folder, found)
         return
     samples = [
         sub
@@ -119,17 +120,11 @@ def _search(folder: Path, found: Found) -> None:
         found.items.append(_outputs_item(path, known, folder))
 
 
-def _read_manifests(folder: Path, manifests: Sequence[Path], found: Found) -> None:
-    rows: dict[str, dict[str, Any]] = {}
-    for path in manifests:
-        for row in _manifest_rows(path, found.notes):
-            key = str(row["recording"])
-            earlier = rows.get(key)
-            if not earlier or str(earlier.get("time")) <= str(row.get("time")):
-                rows[key] = row  # the latest word on a recording
+def _read_manifests(folder: Path, found: Found) -> None:
+    rows = Manifest(folder, note=found.notes.append).last
     if not rows and not found.notes:
         found.notes.append(f"{folder}: no recording is finished yet")
-    if any(folder.glob(_LOCKS)):
+    if any(folder.glob(LOCK_PATTERN)):
         found.notes.append(
             f"{folder}: a batch is at work here, or was stopped; recordings that it "
             "has not finished are not shown"
@@ -154,25 +149,6 @@ def _named(row: dict[str, Any], folder: Path) -> Iterator[Path]:
         path = entry.get("path") if isinstance(entry, dict) else entry
         if isinstance(path, str):
             yield locate(folder, path)
-
-
-def _manifest_rows(manifest: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    try:
-        text = manifest.read_text(encoding="utf-8", errors="replace")
-    except OSError as e:
-        raise PplexError(f"cannot read {manifest}: {e.strerror or e}") from e
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            why = "is not JSON and was left out"
-            if number == len(lines):
-                why = "is cut off; the batch was stopped or is still running"
-            notes.append(f"{manifest}: line {number} {why}")
-            continue
-        if isinstance(row, dict) and isinstance(row.get("recording"), str):
-            yield row
 
 
 def _manifest_item(name: str, row: dict[str, Any], folder: Path) -> Item:

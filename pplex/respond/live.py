@@ -11,38 +11,31 @@ from time import perf_counter
 import numpy as np
 
 from pplex.audio.streams import Feed, LiveFrame, UserStream, read_header
-from pplex.checkpoint.hub import resolve
-from pplex.conversation.compute import load_as
 from pplex.conversation.session import Conversation, Model, Reply
 from pplex.errors import PplexError
-from pplex.respond.captions import Captions
-from pplex.respond.figures import make_stats
-from pplex.respond.histogram import Histogram
-from pplex.respond.run import (
-    Clock,
-    Report,
-    Run,
+from pplex.respond.outputs import open_sink, spoken_words, write_tokens, write_words
+from pplex.respond.request import Request, check_outputs
+from pplex.respond.run import Clock, Config, Report, load_model, start
+from pplex.respond.stats import (
+    FRAME_S,
+    Histogram,
+    Latency,
     Source,
-    about_run,
-    check_outputs,
-    start,
-    write_tokens,
-    write_words,
+    Stats,
+    make_stats,
+    model_info,
 )
-from pplex.respond.sink import open_sink
-from pplex.respond.stats import Latency, Stats
 from pplex.respond.stopping import Stop
-from pplex.respond.transcript import words
+from pplex.respond.transcript import Captions
 
 STDIN = 0
-LATE_S = 0.08
 # A source this much ahead of real time is no live one: its frames cannot be late.
 MAX_LIVE_PACE = 1.05
 
 _NO_STEPS = Latency(0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
-class Talk:
+class _Record:
     """What a conversation leaves behind, in memory that hardly grows."""
 
     def __init__(self, keeps_text: bool, keeps_tokens: bool) -> None:
@@ -64,7 +57,7 @@ class Talk:
         if frame.arrived is None:
             return
         latency_s = now - frame.arrived
-        if not self.latency.count and latency_s > LATE_S:
+        if not self.latency.count and latency_s > FRAME_S:
             self.start_up_frames += 1  # it came while the model was loaded
         else:
             self.latency.add(latency_s)
@@ -79,30 +72,30 @@ class Talk:
         return flat.reshape(len(self.text()), -1).T
 
 
-def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
+def respond_stream(
+    request: Request, config: Config, report: Report, stop: Stop | None = None
+) -> Stats:
     """Answer what comes on stdin, frame by frame, until it ends or we are stopped."""
     stop = stop or Stop()
     clock = Clock()
-    check_outputs(run.source, run.outputs, run.overwrite)
+    outputs, settings = request.outputs, request.settings
+    check_outputs(request, config.overwrite)
     feed = Feed(STDIN)
-    user = UserStream(feed, run.raw or read_header(feed), run.settings.channel)
+    user = UserStream(feed, config.raw or read_header(feed), settings.channel)
     report.listening(user.format)
     clock.lap("read")
-    local = resolve(run.model_name, offline=run.offline, progress=report.shows_bars)
-    report.loading(local)
-    model, choice = load_as(local, run.compute, many=False)
-    report.computing(str(choice))
+    model = load_model(config, report)
     clock.lap("load")
-    role, conversation = start(run, model, clock)
-    outputs, rate = run.outputs, model.config.sample_rate
-    keeps_text = outputs.transcript is not None or run.check is not None
-    talk = Talk(keeps_text, outputs.tokens is not None)
+    role, conversation = start(model, settings, clock)
+    rate = model.config.sample_rate
+    keeps_text = outputs.transcript is not None or config.check is not None
+    record = _Record(keeps_text, outputs.tokens is not None)
     closed: BrokenPipeError | None = None
     waited_s = feed.waited_s
     with stop.deferred(feed.stop):
         files = outputs.files()
-        with open_sink(outputs.layout, files, rate, replace=run.overwrite) as write:
-            replies = converse(model, conversation, user, run.settings.tail_s)
+        with open_sink(outputs.layout, files, rate, replace=config.overwrite) as write:
+            replies = _converse(model, conversation, user, settings.tail_s)
             report.answering(None)
             captions = Captions(model.tokenizer.piece, model.config.frame_rate)
             try:
@@ -110,51 +103,58 @@ def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
                     count = frame.num_samples
                     write(frame.pcm[:count], reply.pcm[:count])
                     step_s = conversation.timings.steps.pop()
-                    talk.add(reply, frame, step_s, perf_counter())
+                    record.add(reply, frame, step_s, perf_counter())
                     report.said(captions.add(int(reply.text[0])))
                     report.advance(1 / model.config.frame_rate)
             except BrokenPipeError as e:
                 closed = e
             report.said(captions.end())
-            if not talk.num_samples:  # nothing was answered: no file
+            if not record.num_samples:  # nothing was answered: no file
                 stop.check()
                 if closed is not None:
                     raise closed
             # Another program may have written there in the meantime.
-            check_outputs(run.source, outputs, run.overwrite)
+            check_outputs(request, config.overwrite)
         clock.lap("answer")
-        if outputs.transcript is not None:
-            duration_s = talk.num_samples / rate
-            said = role.voice, role.text, run.settings.seed
-            write_words(model, outputs.transcript, talk.text(), duration_s, *said)
+        audio_s = record.num_samples / rate
+        write_words(model, request, record.text(), audio_s, role.voice)
         if outputs.tokens is not None:
-            codes = np.split(talk.codes(), 2)
-            write_tokens(outputs.tokens, codes[0], codes[1], talk.text())
+            user_codes, agent_codes = np.split(record.codes(), 2)
+            write_tokens(outputs.tokens, user_codes, agent_codes, record.text())
         clock.lap("write")
         waited_s = feed.waited_s - waited_s
         clock.parts["read"] += waited_s
-        step_ms, frames = talk.steps.latency() or _NO_STEPS, talk.steps.count
-        spent = clock.parts | {
-            # A frame is waited for when its codes are asked for.
-            "encode": conversation.timings.encode_s - waited_s,
-            "steps": step_ms.mean * frames / 1000.0,
-            "decode": conversation.timings.decode_s,
-        }
-        source = Source(talk.num_samples / rate, user.format.rate, user.format.channels)
-        about = about_run(run, model, role, source)
+        step_ms, frames = record.steps.latency() or _NO_STEPS, record.steps.count
+        stats = make_stats(
+            request,
+            Source(audio_s, user.format.rate, user.format.channels),
+            model.local,
+            model_info(model),
+            step_ms,
+            frames,
+            clock.parts
+            | {
+                # A frame is waited for when its codes are asked for.
+                "encode": conversation.timings.encode_s - waited_s,
+                "steps": step_ms.mean * frames / 1000.0,
+                "decode": conversation.timings.decode_s,
+            },
+            voice=role.voice,
+            prompt_frames=role.prompt.num_frames,
+            total_s=clock.total(),
+        )
         pace = user.pace
         stats = replace(
-            make_stats(about, spent, step_ms, frames, total_s=clock.total()),
-            latency_ms=talk.latency.latency() if pace <= MAX_LIVE_PACE else None,
-            start_up_frames=talk.start_up_frames,
+            stats,
+            latency_ms=record.latency.latency() if pace <= MAX_LIVE_PACE else None,
+            start_up_frames=record.start_up_frames,
             source_pace=pace if math.isfinite(pace) else None,
         )
         if outputs.stats is not None:
             stats.write(outputs.stats)
-    if run.check is not None:
-        config, piece = model.config, model.tokenizer.piece
-        spoken = words(talk.text(), piece, config.frame_rate)
-        report.checked(run.check(run.source, files, stats, spoken))
+    if config.check is not None:
+        spoken = spoken_words(model, record.text())
+        report.checked(config.check(request.source, files, stats, spoken))
     if closed is not None:
         raise closed
     fault = user.fault
@@ -168,7 +168,7 @@ def respond_stream(run: Run, report: Report, stop: Stop | None = None) -> Stats:
     return stats
 
 
-def converse(
+def _converse(
     model: Model, conversation: Conversation, user: UserStream, tail_s: float
 ) -> Iterator[tuple[Reply, LiveFrame]]:
     """Yield each frame of the user with the reply to it, before the next is read."""

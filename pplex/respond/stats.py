@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pplex.files import write_text
+from pplex.files import PIPE, write_text
+from pplex.respond.request import Request
 from pplex.respond.transcript import Word
 
-FRAME_BUDGET_MS = 80.0
+if TYPE_CHECKING:
+    from pplex.checkpoint.hub import LocalModel
+    from pplex.conversation.session import Model
+
+FRAME_S = 0.08
+FRAME_BUDGET_MS = 1000.0 * FRAME_S
+
+_LOWEST_MS = 0.01
+_RATIO = 1.005  # bins so much wider than the one before: percentiles to 0.5 %
+_NUM_BINS = 4096  # up to 2 hours
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,50 @@ def latency(steps_s: Sequence[float]) -> Latency:
     p50, p95, p99 = (float(p) for p in np.percentile(ms, [50, 95, 99]))
     late = int((ms > FRAME_BUDGET_MS).sum())
     return Latency(p50, p95, p99, float(ms.max()), float(ms.mean()), late)
+
+
+class Histogram:
+    """Times of any number of frames in little memory.
+
+    Percentiles are to 0.5 %, everything else is exact.
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(_NUM_BINS, np.int64)
+        self._total_ms = self._max_ms = 0.0
+        self.late_frames = 0
+
+    def add(self, seconds: float) -> None:
+        """Count a frame."""
+        ms = max(0.0, seconds * 1000.0)
+        steps = np.log(max(ms, _LOWEST_MS) / _LOWEST_MS) / np.log(_RATIO)
+        self._counts[min(round(float(steps)), _NUM_BINS - 1)] += 1
+        self._total_ms += ms
+        self._max_ms = max(self._max_ms, ms)
+        self.late_frames += ms > FRAME_BUDGET_MS
+
+    @property
+    def count(self) -> int:
+        """How many frames there were."""
+        return int(self._counts.sum())
+
+    def latency(self) -> Latency | None:
+        """The summary; None without frames."""
+        if not self.count:
+            return None
+        return Latency(
+            p50=self._percentile(50),
+            p95=self._percentile(95),
+            p99=self._percentile(99),
+            max=self._max_ms,
+            mean=self._total_ms / self.count,
+            late_frames=self.late_frames,
+        )
+
+    def _percentile(self, percent: float) -> float:
+        wanted = percent / 100 * self.count
+        bin_idx = int(np.searchsorted(np.cumsum(self._counts), wanted))
+        return min(self._max_ms, _LOWEST_MS * _RATIO**bin_idx)
 
 
 @dataclass(frozen=True)
@@ -104,6 +160,130 @@ class Stats:
     def write(self, path: Path) -> None:
         """Write the figures as JSON, whole or not at all."""
         write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+
+_PARTS = ("load", "read", "prefill", "warm_up", "encode", "steps", "decode", "write")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the figures of a run say of a loaded model and of its machine.
+
+    ``peak_memory_gb`` is the most that MLX has held so far.
+    """
+
+    device: str
+    dtype: str
+    bits: tuple[int, ...]
+    compute: str
+    layout: str
+    peak_memory_gb: float
+
+
+def model_info(model: Model) -> ModelInfo:
+    """The facts as they are now."""
+    import mlx.core as mx
+
+    return ModelInfo(
+        device=device_name(),
+        dtype=model.dtype,
+        bits=model.bits,
+        compute=model.compute,
+        layout=model.layout,
+        peak_memory_gb=mx.get_peak_memory() / 1e9,
+    )
+
+
+def device_name() -> str:
+    """The device that MLX computes on, with its name where MLX knows one."""
+    import mlx.core as mx
+
+    from pplex.layers.device import on_cpu
+
+    name = mx.device_info(mx.default_device()).get("device_name", "")
+    kind = "cpu" if on_cpu() else "gpu"
+    return f"{kind} ({name})" if name else kind
+
+
+@dataclass(frozen=True)
+class Source:
+    """The sound that was answered: its length, tail included, and how it came."""
+
+    audio_s: float
+    rate: int
+    channels: int
+
+
+def make_stats(
+    request: Request,
+    source: Source,
+    local: LocalModel,
+    info: ModelInfo,
+    step_ms: Latency,
+    frames: int,
+    seconds: Mapping[str, float],
+    *,
+    voice: str,
+    prompt_frames: int,
+    total_s: float | None = None,
+    steps_s: Sequence[float] | None = None,
+) -> Stats:
+    """The figures of a run whose last part is done.
+
+    ``seconds`` has wall time by the parts of ``Stats``; those it lacks took none.
+    ``total_s`` is their sum unless it is given. ``steps_s`` are the seconds of each
+    step, for a list of them.
+    """
+    parts = {part: seconds.get(part, 0.0) for part in _PARTS}
+    known_s = sum(parts.values())
+    total_s = known_s if total_s is None else total_s
+    computing_s = total_s - parts["load"] - parts["warm_up"]
+    if request.source == PIPE:  # a stream is waited for while it is read
+        computing_s -= parts["read"]
+    settings, sampling = request.settings, request.settings.sampling
+    return Stats(
+        input=str(request.source),
+        outputs={k: str(path) for k, path in request.outputs.files().items()},
+        audio_s=source.audio_s,
+        tail_s=settings.tail_s,
+        frames=frames,
+        prompt_frames=prompt_frames,
+        load_s=parts["load"],
+        read_s=parts["read"],
+        prefill_s=parts["prefill"],
+        warm_up_s=parts["warm_up"],
+        encode_s=parts["encode"],
+        steps_s=parts["steps"],
+        decode_s=parts["decode"],
+        write_s=parts["write"],
+        other_s=total_s - known_s,
+        total_s=total_s,
+        step_ms=step_ms,
+        real_time_factor=computing_s / source.audio_s,
+        real_time_factor_with_load=total_s / source.audio_s,
+        peak_memory_gb=info.peak_memory_gb,
+        device=info.device,
+        dtype=info.dtype,
+        bits=info.bits,
+        compute=info.compute,
+        layout=info.layout,
+        model=local.name,
+        repo=local.repo,
+        revision=local.revision,
+        voice=voice,
+        prompt=settings.text,
+        seed=settings.seed,
+        temp=sampling.temp,
+        top_k=sampling.top_k,
+        text_temp=sampling.text_temp,
+        text_top_k=sampling.text_top_k,
+        channel=settings.channel,
+        source_rate=source.rate,
+        source_channels=source.channels,
+        pplex=importlib.metadata.version("pplex"),
+        mlx=importlib.metadata.version("mlx"),
+        step_ms_series=([round(1000.0 * s, 3) for s in steps_s] if steps_s else None),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,14 @@
-"""What the agent said and when: words of the text stream as json, srt, vtt or txt."""
+"""What the agent said and when: words of the text stream as json, srt, vtt or txt.
 
+For the eye, ``Captions`` shows them while they are said.
+"""
+
+from __future__ import annotations
+
+import codecs
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,7 +40,7 @@ class Word:
 
 
 def words(
-    text_tokens: Sequence[int], piece: Callable[[int], str], frame_rate: float
+    text_tokens: Iterable[int], piece: Callable[[int], str], frame_rate: float
 ) -> list[Word]:
     """Join the text stream, one id a frame, into words.
 
@@ -118,6 +124,38 @@ def cues(words: Sequence[Word]) -> list[Word]:
         else:
             grouped.append(word)
     return grouped
+
+
+class Captions:
+    """Turns one text id a frame into what to print; a line begins with its time."""
+
+    def __init__(self, piece: Callable[[int], str], frame_rate: float) -> None:
+        self._piece = piece
+        self._frame_rate = frame_rate
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._frame = 0
+        self._last: int | None = None
+
+    def add(self, idx: int) -> str:
+        """What to print for the next frame; empty for most."""
+        frame, self._frame = self._frame, self._frame + 1
+        if idx < _NUM_SPECIAL:
+            return ""
+        text = self._utf8.decode(_piece_bytes(self._piece(idx)))
+        text = "".join(c if c.isprintable() else " " for c in text)
+        gap = None if self._last is None else (frame - self._last) / self._frame_rate
+        if gap is not None and gap <= MAX_GAP_S:
+            self._last = frame
+            return text
+        if not text.strip():
+            return ""
+        start = "" if self._last is None else "\n"
+        self._last = frame
+        return f"{start}[{_clock(frame / self._frame_rate, '.')}] {text.lstrip()}"
+
+    def end(self) -> str:
+        """What to print after the last frame."""
+        return "" if self._last is None else "\n"
 
 
 def _belongs(cue: Word, word: Word) -> bool:

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 from piped import RATE, noise, start
 
-from pplex.batch.manifest import read_lines
+from pplex.respond.manifest import read_lines
 
 LIMIT = 60_000  # bytes that a file may have under `limited`
 

@@ -98,7 +98,7 @@ def read_jobs_file(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> None:
-    from pplex.batch.manifest import Manifest, manifest_name
+    from pplex.respond.manifest import Manifest, manifest_name
 
     folder = path.parent / "done"
     folder.mkdir(exist_ok=True)

@@ -1,38 +1,92 @@
 """``manifest.jsonl``: what was done with each recording of an output folder.
 
-A line a result, only ever appended; the last line of a recording counts. A line that
-was cut off by a kill or a full disk is passed over, and its recording is done again.
+A line a result, only ever appended; the last line of a recording counts, whatever its
+time says: a clock may have been set back. Of files that shards wrote side by side, the
+one with the latest line counts. A line that was cut off by a kill or a full disk is
+passed over, and its recording is done again.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pplex.batch.identity import file_print, is_unchanged
 from pplex.errors import PplexError
 
 DONE = "done"
 FAILED = "failed"
+# Files that are there while a batch is at work, and after one that was killed.
+LOCK_PATTERN = ".pplex-batch*.lock"
 
 Line = dict[str, Any]
 _KEYS = {"recording", "status", "input", "settings", "outputs", "time"}
 
 
-def manifest_name(shard: tuple[int, int] | None) -> str:
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FilePrint:
+    """A file's size, modification time and SHA-256."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+def file_print(path: Path) -> FilePrint:
+    """Read the whole file at ``path``."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        digest = hashlib.sha256()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return FilePrint(status.st_size, status.st_mtime_ns, digest.hexdigest())
+
+
+def is_unchanged(path: Path, known: Mapping[str, object]) -> bool:
+    """Whether ``path`` still is what ``known`` (a ``FilePrint`` as JSON) says.
+
+    Size and time as before are taken for the same bytes; with another time the bytes
+    are compared.
+    """
+    try:
+        status = path.stat()
+        if status.st_size != known.get("size"):
+            return False
+        if status.st_mtime_ns == known.get("mtime_ns"):
+            return True
+        return file_print(path).sha256 == known.get("sha256")
+    except OSError:
+        return False
+
+
+def manifest_name(shard: tuple[int, int] | None = None) -> str:
     """The file's name; shards that run side by side have one each."""
     if shard is None:
         return "manifest.jsonl"
     return f"manifest.{shard[0]}-of-{shard[1]}.jsonl"
 
 
-def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a manifest, in order; none where there is no file."""
+def manifests_in(folder: Path) -> list[Path]:
+    """The manifests of a folder: that of unsharded runs first, then the shards'."""
+    whole = folder / manifest_name()
+    return [whole] * whole.is_file() + sorted(folder.glob("manifest.*-of-*.jsonl"))
+
+
+def read_lines(
+    path: Path, note: Callable[[str], None] = lambda message: None
+) -> list[Line]:
+    """The whole lines of a manifest, in order; none where there is no file.
+
+    ``note`` is told what was passed over.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -40,13 +94,20 @@ def read_lines(path: Path) -> list[Line]:
     except OSError as e:
         raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
     lines = []
-    for raw in content.split(b"\n"):
+    rows = content.split(b"\n")
+    for number, raw in enumerate(rows, start=1):
         try:
-            line = json.loads(raw) if raw else None
+            line = json.loads(raw) if raw.strip() else None
         except (ValueError, RecursionError):
+            why = "is not JSON and was left out"
+            if number == len(rows):
+                why = "is cut off; the batch was stopped or is still running"
+            note(f"{path}: line {number} {why}")
             continue
         if isinstance(line, dict) and line.keys() >= _KEYS and _is_whole(line):
             lines.append(line)
+        elif raw.strip():
+            note(f"{path}: line {number} is none of pplex batch and was left out")
     return lines
 
 
@@ -66,19 +127,24 @@ def _is_whole(line: Line) -> bool:
 class Manifest:
     """What is known of an output folder, and the file that new lines go to."""
 
-    def __init__(self, outdir: Path, shard: tuple[int, int] | None = None) -> None:
-        """Read every manifest of ``outdir``; nothing is written yet."""
+    def __init__(
+        self,
+        outdir: Path,
+        shard: tuple[int, int] | None = None,
+        note: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Read every manifest of ``outdir``; nothing is written yet.
+
+        ``note`` is told of lines that were passed over.
+        """
         self.outdir = outdir
         self.path = outdir / manifest_name(shard)
-        own = manifest_name(None)
-        paths = sorted(outdir.glob("manifest.*-of-*.jsonl"))
         self.last: dict[str, Line] = {}
         self.outputs: set[str] = set()
         kept: set[int] = set()
-        for path in [outdir / own, *paths]:
-            # Within a file the order counts: a clock may have been set back.
+        for path in manifests_in(outdir):
             latest: dict[str, Line] = {}
-            for line in read_lines(path):
+            for line in read_lines(path, note):
                 self.outputs |= {o["path"] for o in line["outputs"].values()}
                 latest[line["recording"]] = line
             for recording, line in latest.items():

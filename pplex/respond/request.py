@@ -1,0 +1,146 @@
+"""What is asked: a recording, how it is answered, and where the results go."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pplex.audio.files import Channel
+from pplex.errors import PplexError
+from pplex.files import PIPE, is_pipe
+from pplex.respond.transcript import check_transcript_path
+
+if TYPE_CHECKING:
+    from pplex.model.sampling import SamplingConfig
+
+Layout = Literal["stereo", "agent", "separate"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the answer, apart from the model and the recording.
+
+    ``voice`` is a name or a file, None for the model's own; ``text`` the role.
+    """
+
+    voice: str | None
+    text: str
+    sampling: SamplingConfig
+    seed: int
+    channel: Channel = 1
+    tail_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the results of one recording go; None for what is not wanted.
+
+    ``-`` is stdout; transcript and stats may also be devices and pipes.
+    """
+
+    audio: Path
+    layout: Layout
+    transcript: Path | None = None
+    stats: Path | None = None
+    tokens: Path | None = None
+
+    def files(self) -> dict[str, Path]:
+        """Every file that will be written, by what it is."""
+        if self.layout == "separate":
+            stem = self.audio.with_suffix("")
+            audio = {
+                side: stem.with_name(f"{stem.name}.{side}.wav")
+                for side in ("user", "agent")
+            }
+        else:
+            audio = {"audio": self.audio}
+        side_files = {
+            "transcript": self.transcript,
+            "stats": self.stats,
+            "tokens": self.tokens,
+        }
+        return audio | {k: v for k, v in side_files.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One recording to answer; ``source`` may be ``-``, a stream on stdin.
+
+    Of many, ``key`` is the recording's name, unique among them, and ``extra`` what is
+    kept with its results.
+    """
+
+    source: Path
+    outputs: Outputs
+    settings: Settings
+    key: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def check_outputs(request: Request, overwrite: bool) -> None:
+    """Refuse outputs that would destroy something, before any work is done."""
+    source, outputs = request.source, request.outputs
+    if outputs.audio == PIPE:
+        if outputs.layout == "separate":
+            raise PplexError("two files do not fit on stdout: choose another --layout")
+    elif outputs.audio.suffix.lower() != ".wav":
+        raise PplexError(
+            f"cannot write {outputs.audio}: the output is a WAV file; end its name "
+            "in .wav"
+        )
+    if outputs.transcript is not None and not is_pipe(outputs.transcript):
+        check_transcript_path(outputs.transcript)
+    if outputs.tokens is not None and outputs.tokens.suffix.lower() != ".npz":
+        raise PplexError(
+            f"cannot write {outputs.tokens}: tokens are a NumPy archive; end its name "
+            "in .npz"
+        )
+    files = outputs.files()
+    if sum(path == PIPE for path in files.values()) > 1:
+        raise PplexError("only one output fits on stdout: give the others file names")
+    seen = {} if source == PIPE else {os.path.realpath(source): "the input"}
+    for what, path in files.items():
+        if path == PIPE or (what in ("transcript", "stats") and is_pipe(path)):
+            continue
+        other = seen.setdefault(os.path.realpath(path), f"the {what} output")
+        if other != f"the {what} output":
+            raise PplexError(
+                f"cannot write {path}: it is also {other}; choose another name"
+            )
+        _check_name(path)
+        if path.exists() and os.path.exists(source) and path.samefile(source):
+            raise PplexError(f"cannot write {path}: it is the input by another name")
+        _check_place(path, overwrite)
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a name that is too long, and links that go round in a circle."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as e:
+        raise PplexError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def _check_place(path: Path, overwrite: bool) -> None:
+    if path.parent.exists() and not path.parent.is_dir():
+        raise PplexError(f"cannot write {path}: {path.parent} is not a folder")
+    if not path.parent.is_dir():
+        raise PplexError(
+            f"cannot write {path}: the folder {path.parent} does not exist; "
+            "create it first"
+        )
+    if path.is_dir():
+        raise PplexError(f"cannot write {path}: it is a folder; give a file name")
+    if path.exists() and not overwrite:
+        raise PplexError(
+            f"{path} exists already; choose another name or give --overwrite"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise PplexError(
+            f"cannot write {path}: no permission to write in {path.parent}; choose "
+            "another folder"
+        )
