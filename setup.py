@@ -22,7 +22,6 @@ libraries = [
     library("_blas", "_rows.h", "_each_cpu.h"),
     library("_lm", "_lm.h", "_each_cpu.h"),
     library("_codec", "_codec.h", "_each_cpu.h"),
-    library("_quantize"),
 ]
 
 setup(ext_modules=libraries if sys.platform == "linux" else [])

@@ -25,7 +25,7 @@ from pplex.conversation.prompt import prefill
 from pplex.conversation.session import load, make_role
 from pplex.errors import PplexError
 from pplex.quantization.convert import Conversion, convert
-from pplex.quantization.quantize import pack, quantize
+from pplex.quantization.quantize import pack, quantize, quantize_blocks
 from pplex.quantization.recipe import (
     from_file,
     make_parts,
@@ -36,6 +36,7 @@ from pplex.quantization.recipe import (
     uniform,
 )
 
+FORM = Quantization(4, 32)
 MATRICES = list(published_matrices(SMALL.lm, 16, 16))
 
 
@@ -184,6 +185,53 @@ def test_nothing_is_left_of_a_conversion_that_fails(sources, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 65520.0])
+def test_no_value_is_rounded_silently_to_what_it_is_not(tmp_path, bits, value):
+    write_checkpoint(tmp_path / "bad", SMALL)
+    file = tmp_path / "bad" / "model.safetensors"
+    arrays = {n: a.astype(mx.float32) for n, a in mx.load(str(file)).items()}
+    name = "transformer.layers.1.gating.linear_in.weight"
+    arrays[name][-1, 5] = value
+    mx.save_safetensors(str(file), arrays)
+    what = "is too large for 16 bits" if np.isfinite(value) else "is no number"
+    with pytest.raises(PplexError, match=rf"1\.gating\.linear_in.* {what}"):
+        to(tmp_path / "bad", tmp_path / "out", None if bits == 16 else FORM)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+@pytest.mark.parametrize("layout", ["pytorch", "mlx", "mlx-split"])
+def test_progress_is_told_in_bytes_of_the_source(sources, tmp_path, layout):
+    totals, steps = [], []
+    conversion = Conversion(lambda _, m: uniform(m, FORM), "test", "by a test")
+    local = resolve(str(sources / layout), offline=True)
+    done = convert(local, tmp_path / "out", conversion, totals.append, steps.append)
+    assert totals == [done.source_lm_bytes] == [sum(steps)]
+    assert max(steps) < done.source_lm_bytes / 4
+
+
+@pytest.mark.parametrize("layout", ["pytorch", "mlx-split"])
+def test_blocks_of_any_size_make_the_same_matrix(tmp_path, layout):
+    bits = 4 if layout == "mlx-split" else 16
+    write_checkpoint(tmp_path / "m", SMALL, layout, bits=bits, group_size=32)
+    source = Source(CheckpointFolder(tmp_path / "m"), SMALL.lm)
+    for target in ("layers.1.self_attn.in_proj", "depformer.steps.3.head", "out_norm"):
+        whole = source.dense(target)
+        for size in (1, 1000, 1 << 30):
+            blocks = list(source.blocks(target, size))
+            assert mx.array_equal(mx.concatenate(blocks), whole).item()
+            assert blocks[0].dtype == whole.dtype
+
+
+def test_a_file_that_becomes_shorter_is_named(tmp_path):
+    write_checkpoint(tmp_path / "m", SMALL)
+    source = Source(CheckpointFolder(tmp_path / "m"), SMALL.lm)
+    with (tmp_path / "m" / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(PplexError, match=r"model\.safetensors .* become shorter"):
+        list(source.blocks("layers.1.self_attn.in_proj", 1 << 30))
+
+
 def test_no_more_than_a_matrix_is_held(tmp_path):
     """The peak stays far below the model's size."""
     deep = replace(SMALL, lm=replace(SMALL.lm, num_layers=60))
@@ -210,6 +258,19 @@ def test_packed_codes_are_what_mlx_unpacks(bits, group_size):
         pack(codes, bits), scales, 0 * scales, group_size=group_size, bits=bits
     )
     np.testing.assert_array_equal(np.array(found), np.array(codes))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_a_matrix_in_blocks_is_what_mlx_makes_of_the_whole(bits, group_size):
+    weight = 0.02 * mx.random.normal((50, 256), key=mx.random.key(bits))
+    form = Quantization(bits, group_size)
+    blocks = [weight[:20], weight[20:21], weight[21:]]
+    found = quantize_blocks(iter(blocks), form, refine=False)
+    expected = mx.quantize(weight, group_size=group_size, bits=bits)
+    for ours, theirs in zip(found, expected, strict=True):
+        theirs = theirs if theirs.dtype == mx.uint32 else theirs.astype(mx.float16)
+        assert mx.array_equal(ours, theirs).item()
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

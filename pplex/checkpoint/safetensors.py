@@ -49,8 +49,8 @@ _ITEM_BYTES = {
     "I64": 8,
     "U64": 8,
 }
-# What ``read_arrays`` reads, and as what; NumPy has no bfloat16.
-_SMALL: dict[str, tuple[str, np.dtype[Any]]] = {
+# What NumPy reads, and as what: it has no bfloat16.
+_STORAGE: dict[str, tuple[str, np.dtype[Any]]] = {
     "BF16": ("bfloat16", np.dtype("<u2")),
     "F16": ("float16", np.dtype("<f2")),
     "F32": ("float32", np.dtype("<f4")),
@@ -107,6 +107,29 @@ def read_arrays(
     """
     specs, _ = _read_header(path, MAX_SMALL_HEADER_BYTES)
     return {name: _read_array(path, specs[name]) for name in names if name in specs}
+
+
+def read_values(path: Path, spec: TensorSpec) -> np.ndarray:
+    """The values of a tensor, or of a part of one, at ``spec.begin``.
+
+    bfloat16 comes as its bits in uint16.
+    """
+    count = math.prod(spec.shape)
+    try:
+        with path.open("rb") as file:
+            file.seek(spec.begin)
+            values = np.fromfile(file, _STORAGE[spec.dtype][1], count)
+            if spec.num_bytes >= _PIECE_BYTES and hasattr(os, "posix_fadvise"):
+                # Without this, a file larger than memory drives everything else out
+                # of the system's cache.
+                os.posix_fadvise(
+                    file.fileno(), spec.begin, spec.num_bytes, os.POSIX_FADV_DONTNEED
+                )
+    except OSError as e:
+        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
+    if values.size != count:
+        raise _broken(path, "it has become shorter")
+    return values.reshape(spec.shape)
 
 
 def load_tensors(path: Path) -> dict[str, mx.array]:
@@ -234,19 +257,12 @@ def _spec(path: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, in
 
 
 def _read_array(path: Path, spec: TensorSpec) -> tuple[str, np.ndarray]:
-    if spec.dtype not in _SMALL:
+    if spec.dtype not in _STORAGE:
         raise _broken(path, f"dtype {spec.dtype} is not one a voice has")
     if not 0 < spec.num_bytes <= MAX_ARRAY_BYTES:
         raise _broken(path, f"a tensor of {spec.num_bytes} bytes is none of a voice")
-    name, dtype = _SMALL[spec.dtype]
-    try:
-        count = math.prod(spec.shape)
-        array = np.fromfile(path, dtype, count, offset=spec.begin)
-    except OSError as e:
-        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
-    if array.size != count:
-        raise _broken(path, "it has become shorter")
-    array = array.reshape(spec.shape)
+    name = _STORAGE[spec.dtype][0]
+    array = read_values(path, spec)
     return name, widen_bfloat16(array) if name == "bfloat16" else array
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from pplex.checkpoint.blocks import Stretch
 from pplex.checkpoint.folder import SPLIT_PARTS, CheckpointFolder
 from pplex.checkpoint.layouts import (
     Matrix,
@@ -20,7 +19,12 @@ from pplex.checkpoint.layouts import (
     sliced_matrices,
     stored_form,
 )
-from pplex.checkpoint.safetensors import TensorSpec, load_tensors, read_specs
+from pplex.checkpoint.safetensors import (
+    TensorSpec,
+    load_tensors,
+    read_specs,
+    read_values,
+)
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig
 
@@ -140,13 +144,6 @@ class Source:
             parts = {p: a[idx * rows : (idx + 1) * rows] for p, a in parts.items()}
         return parts
 
-    def stretch(self, target: str) -> Stretch:
-        """Where the rows of our module ``target`` lie, which is not quantized."""
-        stored, idx, num = self._places[target]
-        spec, num_bytes = stored.specs["weight"], stored.num_bytes // num
-        begin = spec.begin + idx * num_bytes
-        return Stretch(stored.path, begin, stored.num_values // num, spec.dtype)
-
     def dense(self, target: str) -> mx.array:
         """The rows of our module ``target``; float32 where they were quantized."""
         parts, form = self.parts(target), self.form(target)
@@ -154,18 +151,46 @@ class Source:
             return parts["weight"]
         return dequantize(parts, form)
 
-    def release(self, target: str) -> int:
-        """Let go of what ``target``'s matrix holds; bytes of it that were read.
+    def blocks(self, target: str, num_values: int) -> Iterator[mx.array]:
+        """The rows of ``dense``, some at a time: about ``num_values``.
 
-        It can be read again.
+        What is not quantized is read from the file as it is asked for, past MLX, which
+        reads a tensor whole.
         """
+        stored, idx, num = self._places[target]
+        rows = stored.matrix.shape[0] // num
+        shape = rows, *stored.matrix.shape[1:]
+        step = max(1, num_values // math.prod(shape[1:]))
+        if stored.form is not None:
+            whole = self.dense(target)
+            yield from (whole[i : i + step] for i in range(0, rows, step))
+            return
+        spec = stored.specs["weight"]
+        begin = spec.begin + idx * (stored.num_bytes // num)
+        for i in range(0, rows, step):
+            part = replace(spec, shape=(min(step, rows - i), *shape[1:]), begin=begin)
+            values = mx.array(read_values(stored.path, part))
+            yield values.view(mx.bfloat16) if spec.dtype == "BF16" else values
+            begin += part.num_bytes
+
+    def bytes_of(self, targets: Iterable[str]) -> int:
+        """Bytes of our modules ``targets``; those that share a norm count it once."""
+        sizes = {}
+        for stored, idx, num in (self._places[target] for target in targets):
+            sizes[stored.path, stored.matrix.name, idx] = stored.num_bytes // num
+        return sum(sizes.values())
+
+    def release(self, target: str) -> None:
+        """Let go of what ``target``'s matrix holds; it can be read again."""
         stored = self._places[target][0]
-        read = self._read.get(stored.path, {})
-        return sum(
-            spec.num_bytes
-            for spec in stored.specs.values()
-            if read.pop(spec.name, None) is not None
-        )
+        for spec in stored.specs.values():
+            self._read.get(stored.path, {}).pop(spec.name, None)
+
+
+def is_finite(array: mx.array) -> bool:
+    """Whether every value is a finite number; a quarter of the work of mx.isfinite."""
+    wide = array.astype(mx.float32)
+    return math.isfinite(float(wide.min())) and math.isfinite(float(wide.max()))
 
 
 def dequantize(parts: dict[str, mx.array], form: Quantization) -> mx.array:

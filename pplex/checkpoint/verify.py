@@ -15,7 +15,7 @@ from pplex.checkpoint import hashes
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.safetensors import TensorSpec
-from pplex.checkpoint.source import Source
+from pplex.checkpoint.source import Source, is_finite
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.voices import (
     RING_LENGTH,
@@ -118,7 +118,7 @@ def _not_finite(
     arrays = source.whole(target)
     for part, spec in specs.items():
         array = arrays[part]
-        if array.dtype != mx.uint32 and not mx.isfinite(array).all().item():
+        if array.dtype != mx.uint32 and not is_finite(array):
             yield path, spec.name
 
 
@@ -133,7 +133,7 @@ def _codec(folder: CheckpointFolder, config: ModelConfig) -> Iterator[Finding]:
         yield Finding("fault", path.name, str(e))
         return
     for name, array in weights.items():
-        if not mx.isfinite(array).all().item():
+        if not is_finite(array):
             yield Finding("fault", path.name, f"`{name}` has NaN or infinite values")
             return
     yield Finding("ok", path.name, f"the codec: {len(weights)} arrays")

@@ -80,5 +80,5 @@ def _forms(
         form = recipe[matrix.name]
         key = (matrix.split_file, form_name(form))
         groups.setdefault(key, []).append(num_bytes(matrix, form))
-    for (file, form), sizes in sorted(groups.items()):
-        yield file, form, len(sizes), sum(sizes)
+    for (file, name), sizes in sorted(groups.items()):
+        yield file, name, len(sizes), sum(sizes)

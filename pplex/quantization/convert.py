@@ -9,34 +9,35 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import mlx.core as mx
-import numpy as np
 
 from pplex.checkpoint import hashes
-from pplex.checkpoint.blocks import Rounder, open_rounder
 from pplex.checkpoint.config import split_config
 from pplex.checkpoint.folder import SPLIT_CODEC, SPLIT_PARTS, CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.layouts import (
+    PARTS,
     Matrix,
     Quantization,
     published_matrices,
 )
 from pplex.checkpoint.safetensors import TensorSpec, write_tensors
-from pplex.checkpoint.source import Source
+from pplex.checkpoint.source import Source, is_finite
 from pplex.checkpoint.voices import find_voices, read_voice_file, write_voice_file
 from pplex.errors import PplexError
 from pplex.quantization.card import Card, card_text
-from pplex.quantization.quantize import quantize
+from pplex.quantization.quantize import BLOCK_VALUES, quantize_blocks
 from pplex.quantization.recipe import Form, Recipe, recipe_bytes
 
+FLOAT16_BOUND = 65520  # from here on, rounding to float16 gives infinity
 HALF = "F16"  # what the published folders hold where nothing is quantized
-CACHE_BYTES = 1 << 30
+CACHE_BYTES = 1 << 28
 _SPARE_BYTES = 1 << 26
 
 
@@ -81,14 +82,13 @@ def convert(
     others = _other_files(folder)
     _check_target(target, num_bytes + sum(f.stat().st_size for f in others.values()))
     start(source.num_bytes)
-    with _new_folder(target) as new, _little_cache(), open_rounder() as rounder:
-        rounder = None if conversion.refine else rounder
+    with _new_folder(target) as new, _little_cache():
         sums = {}
         for file in SPLIT_PARTS:
             own = [m for m in matrices if m.split_file == file]
             path = new / f"{file}.safetensors"
             specs = [s for m in own for s in _specs(source, m, recipe[m.name])]
-            arrays = _arrays(source, own, recipe, conversion.refine, rounder, advance)
+            arrays = _arrays(source, own, recipe, conversion.refine, advance)
             sums[path.name] = write_tensors(path, specs, arrays, {"format": "mlx"})
         for name, path in others.items():
             sums[name] = hashes.copy(path, new / name)
@@ -128,32 +128,35 @@ def _arrays(
     matrices: list[Matrix],
     recipe: Recipe,
     refine: bool,
-    rounder: Rounder | None,
     advance: Callable[[int], None],
-) -> Iterator[mx.array | np.ndarray]:
+) -> Iterator[mx.array]:
     """The arrays of ``_specs``, matrix after matrix."""
     for matrix in matrices:
-        targets = _targets(matrix)
-        form = recipe[matrix.name]
-        if form is not None and _same(source, matrix, form):
-            shares = [source.parts(target) for target in targets]
-            for part in ("weight", "scales", "biases"):
-                yield _join([share[part] for share in shares])
-        elif rounder and len(matrix.shape) == 2 and _is_plain(source, matrix):
-            yield from _round(source, matrix, form, rounder)
-            advance(sum(source.stretch(target).num_bytes for target in targets))
-        else:
-            if len(matrix.shape) == 1:
-                _check_one_norm(source, matrix)
-            whole = _join([source.dense(target) for target in targets])
-            half = _halved(source, matrix, whole)
-            if form is None:
-                yield half[None, None] if half.ndim == 1 else half
-            else:
-                half = None  # it showed that every value fits
-                yield from quantize(whole, form, refine)
-        whole = half = shares = None  # noqa: F841 - let go before the next one is read
-        advance(sum(source.release(target) for target in matrix.targets if target))
+        yield from _arrays_of(source, matrix, recipe[matrix.name], refine)
+        targets = [target for target in matrix.targets if target is not None]
+        for target in targets:
+            source.release(target)
+        advance(source.bytes_of(targets))
+
+
+def _arrays_of(
+    source: Source, matrix: Matrix, form: Form, refine: bool
+) -> Iterator[mx.array]:
+    if form is not None and _same(source, matrix, form):
+        shares = [source.parts(target) for target in _targets(matrix)]
+        for part in PARTS:
+            yield _join([share[part] for share in shares])
+    elif form is not None:
+        yield from quantize_blocks(_blocks(source, matrix), form, refine)
+    else:
+        if len(matrix.shape) == 1:
+            _check_one_norm(source, matrix)
+        halves = []
+        for block in _blocks(source, matrix):
+            halves.append(block.astype(mx.float16))
+            mx.eval(halves[-1])  # and let go of the block
+        half = _join(halves)
+        yield half[None, None] if half.ndim == 1 else half
 
 
 def _targets(matrix: Matrix) -> list[str]:
@@ -167,26 +170,21 @@ def _same(source: Source, matrix: Matrix, form: Quantization) -> bool:
     return {source.form(target) for target in _targets(matrix)} == {form}
 
 
-def _is_plain(source: Source, matrix: Matrix) -> bool:
-    """Whether the source has the matrix as numbers, not quantized."""
-    return all(source.form(target) is None for target in _targets(matrix))
-
-
-def _round(
-    source: Source, matrix: Matrix, form: Form, rounder: Rounder
-) -> Sequence[np.ndarray]:
-    """The arrays of a matrix that the source has as numbers."""
-    targets = _targets(matrix)
-    stretches = [source.stretch(target) for target in targets]
-    if form is None:
-        half = rounder.halve(stretches, matrix.shape)
-        found = None if half is None else (half,)
-    else:
-        found = rounder.quantize(stretches, matrix.shape, form)
-    if found is None:
-        _halved(source, matrix, _join([source.dense(target) for target in targets]))
-        raise AssertionError(f"{matrix.name} could be read before")
-    return found
+def _blocks(source: Source, matrix: Matrix) -> Iterator[mx.array]:
+    """The rows of a matrix in float32, some at a time; all must fit 16 bits."""
+    for target in _targets(matrix):
+        for block in source.blocks(target, BLOCK_VALUES):
+            wide = block.astype(mx.float32)
+            # What is no number fits no bounds.
+            low, high = float(wide.min()), float(wide.max())
+            if not (-FLOAT16_BOUND < low and high < FLOAT16_BOUND):
+                whole = is_finite(wide)
+                what = "is too large for 16 bits" if whole else "is no number"
+                raise PplexError(
+                    f"{source.files[0].parent}: a value of `{matrix.name}` {what}; run "
+                    "`pplex models verify` on it"
+                )
+            yield wide
 
 
 def _join(arrays: list[mx.array]) -> mx.array:
@@ -204,19 +202,6 @@ def _check_one_norm(source: Source, matrix: Matrix) -> None:
             f"split layout has one `{matrix.name}` for all; this model cannot be "
             "converted"
         )
-
-
-def _halved(source: Source, matrix: Matrix, values: mx.array) -> mx.array:
-    half = values.astype(mx.float16)
-    if not mx.isfinite(half).all().item():
-        what = (
-            "is too large for 16 bits" if mx.isfinite(values).all() else "is no number"
-        )
-        raise PplexError(
-            f"{source.files[0].parent}: a value of `{matrix.name}` {what}; run "
-            "`pplex models verify` on it"
-        )
-    return half
 
 
 def _quantization(recipe: Recipe) -> dict[str, object]:
@@ -252,6 +237,7 @@ def _copy_voices(found: dict[str, Path], folder: Path) -> dict[str, str]:
             sums[f"voices/{target.name}"] = hashes.copy(path, target)
             continue
         voice = read_voice_file(path)
+        kind: Literal["bfloat16", "float32"]
         kind = "bfloat16" if voice.dtype == "bfloat16" else "float32"
         write_voice_file(target, voice.embeddings, voice.cache, kind)
         sums[f"voices/{target.name}"] = hashes.sha256(target)

@@ -8,6 +8,7 @@ least squared error, which a group's outliers otherwise decide.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,7 @@ from pplex.layers.device import on_cpu
 
 STORED = mx.float16  # of scales and biases, as the published folders have them
 ROUNDS = 4
-_CHUNK_VALUES = 1 << 22
+BLOCK_VALUES = 1 << 22
 
 
 def quantize(
@@ -28,23 +29,31 @@ def quantize(
     Some rows at a time, so that no more than those are held in float32.
     """
     rows, columns = weight.shape
-    step = max(1, _CHUNK_VALUES // columns)
+    step = max(1, BLOCK_VALUES // columns)
+    blocks = (weight[i : i + step].astype(mx.float32) for i in range(0, rows, step))
+    return quantize_blocks(blocks, form, refine)
+
+
+def quantize_blocks(
+    blocks: Iterable[mx.array], form: Quantization, refine: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    """A matrix that comes in ``blocks`` of rows, in float32, like ``quantize``.
+
+    One block is computed while the next is made.
+    """
     streams = _streams()
-    chunks = []
-    for number, start in enumerate(range(0, rows, step)):
+    done = []
+    for number, block in enumerate(blocks):
         with mx.stream(streams[number % len(streams)]):
-            chunk = weight[start : start + step].astype(mx.float32)
-            parts = mx.quantize(chunk, group_size=form.group_size, bits=form.bits)
+            parts = mx.quantize(block, group_size=form.group_size, bits=form.bits)
             packed, scales, biases = parts
             parts = packed, scales.astype(STORED), biases.astype(STORED)
-            parts = _refine(chunk, form, parts) if refine else parts
-            mx.async_eval(parts)
-        chunks.append(parts)
-    if len(chunks) == 1:
-        return tuple(chunks[0])
-    whole = tuple(mx.concatenate(parts) for parts in zip(*chunks, strict=True))
-    mx.eval(whole)
-    return whole
+            parts = _refine(block, form, parts) if refine else parts
+            mx.async_eval(*parts)
+        done.append(parts)
+    packed, scales, biases = (mx.concatenate(list(p)) for p in zip(*done, strict=True))
+    mx.eval(packed, scales, biases)
+    return packed, scales, biases
 
 
 @functools.cache
@@ -74,7 +83,7 @@ def _refine(
 
     scale, bias = (part.astype(mx.float32)[..., None] for part in parts[1:])
     codes = nearest(scale, bias)
-    best = (error(codes, scale, bias), codes, scale, bias)
+    best: tuple[mx.array, ...] = (error(codes, scale, bias), codes, scale, bias)
     for _ in range(ROUNDS):
         middle = codes.mean(axis=-1, keepdims=True)
         spread = codes - middle

@@ -79,7 +79,7 @@ def from_file(path: Path, matrices: Iterable[Matrix], default: Form) -> Recipe:
     size = default.group_size if default else 64
     forms = {p: _form(path, p, value, size) for p, value in rules.items()}
     unused = set(forms)
-    recipe = {}
+    recipe: Recipe = {}
     base = uniform(matrices := list(matrices), default)
     for matrix in matrices:
         if len(matrix.shape) == 1:
