@@ -47,7 +47,7 @@ def test_doctor_goes_online_only_when_asked(run, small_machine, monkeypatch):
         asked.append(1)
         return Online(False, None, "no route")
 
-    monkeypatch.setattr("pplex.checkpoint.download.look_online", look)
+    monkeypatch.setattr("pplex.checkpoint.download.check_network", look)
     run("doctor")
     assert not asked
     assert "not reachable, no login (no route)" in run("doctor", "--network").stdout

@@ -9,14 +9,20 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from random_checkpoint import config_json, lm_arrays, write_checkpoint
 from small import SMALL, converse, speech
 
+from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import resolve
-from pplex.checkpoint.weights import load_lm, load_mimi
+from pplex.checkpoint.layouts import Quantization
+from pplex.checkpoint.weights import codec_tensors, lm_tensors, load_lm, load_mimi
+from pplex.codec.mimi import Mimi
 from pplex.conversation.prompt import prefill
 from pplex.conversation.session import load, make_role
 from pplex.errors import PplexError
+from pplex.model.config import ModelConfig
+from pplex.model.lm import Lm
 
 LAYOUTS = ["pytorch", "mlx", "mlx-split"]
 
@@ -80,6 +86,46 @@ def test_quantized_files_compute_what_their_written_out_weights_do(
         logits(tmp_path / "q"), logits(save(tmp_path / "w", whole)), strict=True
     ):
         np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("steps", [8, 16])
+def test_tensors_have_the_names_and_shapes_of_the_networks(tmp_path, layout, steps):
+    write_checkpoint(tmp_path / "m", SMALL, layout)
+    folder = CheckpointFolder(tmp_path / "m")
+    found = lm_tensors(folder, SMALL.lm, steps)
+    assert (found.forms, found.bits) == ({}, (16,))
+    networks = (
+        (found.weights, Lm(SMALL.lm, steps)),
+        (codec_tensors(folder, SMALL.mimi), Mimi(SMALL.mimi)),
+    )
+    for weights, network in networks:
+        expected = {n: a.shape for n, a in tree_flatten(network.parameters())}
+        assert {name: array.shape for name, array in weights.items()} == expected
+
+
+def test_quantized_tensors_have_a_form_until_they_are_written_out(tmp_path):
+    write_checkpoint(tmp_path / "m", SMALL, "mlx-split", bits=4, group_size=32)
+    found = lm_tensors(CheckpointFolder(tmp_path / "m"), SMALL.lm)
+    name = "layers.1.gating.linear_in"
+    assert found.forms[name] == Quantization(4, 32)
+    assert "text_linear" not in found.forms
+    half = found.cast(mx.bfloat16).weights
+    assert half[f"{name}.weight"].dtype == mx.uint32
+    assert half[f"{name}.scales"].dtype == half["text_emb.weight"].dtype == mx.bfloat16
+    assert half["layers.0.norm1.weight"].dtype == mx.float32
+    whole = found.write_out()
+    assert whole.forms == {} and whole.bits == found.bits == (4,)
+    assert f"{name}.scales" not in whole.weights
+    shape = (2 * SMALL.lm.hidden_dim, SMALL.lm.dim)
+    assert whole.weights[f"{name}.weight"].shape == shape
+
+
+def test_a_config_says_what_keys_and_values_take_and_how_long_a_frame_lasts():
+    config = ModelConfig()
+    assert config.frame_s == 0.08
+    assert config.lm.kv_bytes(100, 2) == 100 * 2 * 32 * 4096 * 2
+    assert config.lm.kv_bytes(5000, 4) == 2999 * 2 * 32 * 4096 * 4
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["f16", "bf16"])

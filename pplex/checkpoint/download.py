@@ -170,7 +170,7 @@ class Online:
     reason: str | None
 
 
-def look_online() -> Online:
+def check_network() -> Online:
     """Ask Hugging Face who we are: one request, or two without a login."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError

@@ -32,9 +32,9 @@ def doctor(ctx: click.Context, as_json: bool, network: bool) -> None:
     from dataclasses import asdict
 
     from pplex.bench.doctor import diagnose
-    from pplex.checkpoint.download import look_online
+    from pplex.checkpoint.download import check_network
 
-    found = diagnose(blas, look_online if network else None)
+    found = diagnose(blas, check_network if network else None)
     if as_json:
         content = asdict(found) | {"is_well": found.is_well}
         click.echo(json.dumps(content, indent=1, ensure_ascii=False))
