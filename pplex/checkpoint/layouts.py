@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -169,6 +169,36 @@ def _gating(
     ):
         target = f"{ours}.{name}" if stays else None
         yield Matrix(f"{theirs}.{name}.weight", shape, (target,))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A published way to name a language model's matrices.
+
+    ``mark`` is a tensor that files of this layout have and others do not; ``steps``
+    a pattern of names, with the number of a depformer step; ``matrices`` its table.
+    """
+
+    name: str
+    mark: str
+    steps: str
+    matrices: Callable[[LmConfig, int, int], Iterator[Matrix]]
+    is_split: bool = False
+
+    def num_steps(self, names: Iterable[str]) -> int:
+        """Depformer steps of a file with these names: one more than the last."""
+        found = (re.match(self.steps, name) for name in names)
+        return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+_STEPS = r"(?:linears|depformer_in)\.(\d+)\."
+_SLICES = r"depformer\.slices\.(\d+)\."
+_IN_PROJ = "layers.0.self_attn.in_proj"
+LAYOUTS = (
+    Layout("pytorch", f"transformer.{_IN_PROJ}_weight", _STEPS, published_matrices),
+    Layout("mlx", f"transformer.{_IN_PROJ}.weight", _SLICES, sliced_matrices),
+    Layout("mlx-split", f"{_IN_PROJ}_weight", _STEPS, published_matrices, True),
+)
 
 
 @dataclass(frozen=True)

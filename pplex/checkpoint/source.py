@@ -12,11 +12,11 @@ import mlx.core as mx
 
 from pplex.checkpoint.folder import SPLIT_PARTS, CheckpointFolder
 from pplex.checkpoint.layouts import (
+    LAYOUTS,
+    Layout,
     Matrix,
     Quantization,
     missing,
-    published_matrices,
-    sliced_matrices,
     stored_form,
 )
 from pplex.checkpoint.safetensors import (
@@ -56,8 +56,8 @@ class Stored:
 class Source:
     """The checked headers of a language model's files; values are read when asked for.
 
-    ``layout`` is pytorch, mlx or mlx-split, ``steps`` the depformer steps in the file,
-    ``matrices`` what it holds in the order of its table.
+    ``layout`` is the name of one of ``LAYOUTS``, ``steps`` the depformer steps in the
+    file, ``matrices`` what it holds in the order of its table.
     """
 
     def __init__(self, folder: CheckpointFolder, config: LmConfig) -> None:
@@ -65,7 +65,9 @@ class Source:
         self.config = config
         self.files = folder.lm_files
         specs = {file: read_specs(file) for file in self.files}
-        self.layout, self.steps = _layout(self.files, specs)
+        names = [name for file in self.files for name in specs[file]]
+        self._layout = _tell_layout(self.files[0], names, len(self.files) > 1)
+        self.layout, self.steps = self._layout.name, self._layout.num_steps(names)
         self.check_steps(config.num_codebooks)
         self.matrices = [
             _stored(matrix, file, specs[file])
@@ -91,9 +93,8 @@ class Source:
 
     def _table(self, kept: int) -> Iterator[tuple[Path, Matrix]]:
         """The layout's matrices and their files; ``kept`` steps have targets."""
-        table = sliced_matrices if self.layout == "mlx" else published_matrices
-        for matrix in table(self.config, self.steps, kept):
-            if self.layout == "mlx-split":
+        for matrix in self._layout.matrices(self.config, self.steps, kept):
+            if self._layout.is_split:
                 file = self.files[SPLIT_PARTS.index(matrix.split_file)]
                 yield file, matrix.in_split_file()
             else:
@@ -207,23 +208,14 @@ def dequantize(parts: dict[str, mx.array], form: Quantization) -> mx.array:
     )
 
 
-def _layout(
-    files: list[Path], specs: dict[Path, dict[str, TensorSpec]]
-) -> tuple[str, int]:
-    """The layout's name; the depformer's steps: one more than the last named."""
-    names = [name for file in files for name in specs[file]]
-    layout, pattern = "pytorch", r"(?:linears|depformer_in)\.(\d+)\."
-    if len(files) > 1:
-        layout = "mlx-split"
-    elif "transformer.layers.0.self_attn.in_proj.weight" in names:
-        layout, pattern = "mlx", r"depformer\.slices\.(\d+)\."
-    elif "transformer.layers.0.self_attn.in_proj_weight" not in names:
-        raise PplexError(
-            f"{files[0]}: not a PersonaPlex or Moshi language model: it has no "
-            "`transformer.layers.0.self_attn.in_proj` weight"
-        )
-    found = (re.match(pattern, name) for name in names)
-    return layout, max((int(match[1]) + 1 for match in found if match), default=0)
+def _tell_layout(path: Path, names: list[str], is_split: bool) -> Layout:
+    for layout in LAYOUTS:
+        if layout.is_split == is_split and layout.mark in names:
+            return layout
+    raise PplexError(
+        f"{path}: not a PersonaPlex or Moshi language model: it has no "
+        "`transformer.layers.0.self_attn.in_proj` weight"
+    )
 
 
 def _stored(matrix: Matrix, path: Path, left: dict[str, TensorSpec]) -> Stored:
