@@ -87,7 +87,7 @@ def write_answer(
         Source(audio_s, recording.source_rate, recording.source_channels),
         model.local,
         answered.info,
-        latency(timings.steps),
+        latency(timings.steps, model.config.frame_s),
         len(timings.steps),
         seconds,
         voice=voice,

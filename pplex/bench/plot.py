@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from pplex.plots import LINES, RED, plain_numbers, plot, shortened
-from pplex.respond.stats import FRAME_BUDGET_MS
 
 _MAX_POINTS = 1500
 
@@ -18,7 +17,7 @@ def plot_frames(
 ) -> None:
     """Draw the milliseconds of each frame over seconds of audio, a line a run.
 
-    The scale is logarithmic, with a line at the 80 ms that a frame lasts.
+    The scale is logarithmic, with a line at the milliseconds that a frame lasts.
     """
     with plot(path, 9, 4.5) as figure:
         axes = figure.add_subplot()
@@ -34,15 +33,14 @@ def plot_frames(
                 times / frame_rate, slowest, color=colour, lw=width, label=name
             )
             line.set_gid(name)
-        limit = f"{FRAME_BUDGET_MS:.0f} ms, a frame's length"
-        axes.axhline(
-            FRAME_BUDGET_MS, color=RED, ls="--", label=limit, gid="limit", zorder=3
-        )
+        budget_ms = 1000.0 / frame_rate
+        limit = f"{budget_ms:.0f} ms, a frame's length"
+        axes.axhline(budget_ms, color=RED, ls="--", label=limit, gid="limit", zorder=3)
         axes.set_xlim(0, max(map(len, runs.values())) / frame_rate)
         values = np.maximum(np.concatenate(list(runs.values())), 1e-3)
         # The last frame of a run may have nothing left to wait for: it is cut off.
-        low = min(float(np.percentile(values, 1)), FRAME_BUDGET_MS)
-        axes.set_ylim(low / 1.5, max(float(values.max()), FRAME_BUDGET_MS) * 1.5)
+        low = min(float(np.percentile(values, 1)), budget_ms)
+        axes.set_ylim(low / 1.5, max(float(values.max()), budget_ms) * 1.5)
         plain_numbers(axes)
         figure.legend(loc="outside lower center", ncols=min(4, len(runs) + 1))
 

@@ -271,7 +271,7 @@ def _with_frames(
     decode_s = sum(one.decode_s for one in timings)
     spent_s = (encode_s, steps_s, decode_s, run.wall_s - encode_s - steps_s - decode_s)
     frame_s = [step + (run.wall_s - steps_s) / count for step in steps]
-    frame_ms = latency(frame_s)
+    frame_ms = latency(frame_s, config.frame_s)
     position = prefilled.prompt.num_frames + (count + 1) / 2
     moved = traffic(model, prefilled, rows, position)
     return replace(

@@ -17,7 +17,6 @@ from pplex.respond.outputs import open_sink, spoken_words, write_tokens, write_w
 from pplex.respond.request import Request, check_outputs
 from pplex.respond.run import Clock, Config, Report, load_model, start
 from pplex.respond.stats import (
-    FRAME_S,
     Histogram,
     Latency,
     Source,
@@ -38,11 +37,12 @@ _NO_STEPS = Latency(0.0, 0.0, 0.0, 0.0, 0.0, 0)
 class _Record:
     """What a conversation leaves behind, in memory that hardly grows."""
 
-    def __init__(self, keeps_text: bool, keeps_tokens: bool) -> None:
+    def __init__(self, keeps_text: bool, keeps_tokens: bool, frame_s: float) -> None:
         self._keeps_text = keeps_text or keeps_tokens
         self._keeps_tokens = keeps_tokens
         self._text, self._codes = bytearray(), bytearray()
-        self.steps, self.latency = Histogram(), Histogram()
+        self.steps, self.latency = Histogram(frame_s), Histogram(frame_s)
+        self._frame_s = frame_s
         self.num_samples = self.start_up_frames = 0
 
     def add(self, reply: Reply, frame: LiveFrame, step_s: float, now: float) -> None:
@@ -57,7 +57,7 @@ class _Record:
         if frame.arrived is None:
             return
         latency_s = now - frame.arrived
-        if not self.latency.count and latency_s > FRAME_S:
+        if not self.latency.count and latency_s > self._frame_s:
             self.start_up_frames += 1  # it came while the model was loaded
         else:
             self.latency.add(latency_s)
@@ -89,7 +89,8 @@ def respond_stream(
     role, conversation = start(model, settings, clock)
     rate = model.config.sample_rate
     keeps_text = outputs.transcript is not None or config.check is not None
-    record = _Record(keeps_text, outputs.tokens is not None)
+    keeps_tokens = outputs.tokens is not None
+    record = _Record(keeps_text, keeps_tokens, model.config.frame_s)
     closed: BrokenPipeError | None = None
     waited_s = feed.waited_s
     with stop.deferred(feed.stop):
@@ -105,7 +106,7 @@ def respond_stream(
                     step_s = conversation.timings.steps.pop()
                     record.add(reply, frame, step_s, perf_counter())
                     report.said(captions.add(int(reply.text[0])))
-                    report.advance(1 / model.config.frame_rate)
+                    report.advance(model.config.frame_s)
             except BrokenPipeError as e:
                 closed = e
             report.said(captions.end())

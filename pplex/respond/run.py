@@ -152,7 +152,7 @@ def respond(
             ),
             model.local,
             model_info(model),
-            latency(timings.steps),
+            latency(timings.steps, model.config.frame_s),
             len(timings.steps),
             clock.parts
             | {

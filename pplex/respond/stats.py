@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from pplex.checkpoint.hub import LocalModel
     from pplex.conversation.session import Model
 
-FRAME_S = 0.08
-FRAME_BUDGET_MS = 1000.0 * FRAME_S
-
 _LOWEST_MS = 0.01
 _RATIO = 1.005  # bins so much wider than the one before: percentiles to 0.5 %
 _NUM_BINS = 4096  # up to 2 hours
@@ -29,7 +26,7 @@ _NUM_BINS = 4096  # up to 2 hours
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds a step took, and how many were over a frame's 80 ms."""
+    """Milliseconds a step took, and how many took longer than a frame lasts."""
 
     p50: float
     p95: float
@@ -39,11 +36,11 @@ class Latency:
     late_frames: int
 
 
-def latency(steps_s: Sequence[float]) -> Latency:
-    """Summarise the seconds of each step."""
+def latency(steps_s: Sequence[float], frame_s: float) -> Latency:
+    """Summarise the seconds of each step; a frame lasts ``frame_s``."""
     ms = np.array(steps_s) * 1000.0
     p50, p95, p99 = (float(p) for p in np.percentile(ms, [50, 95, 99]))
-    late = int((ms > FRAME_BUDGET_MS).sum())
+    late = int((ms > 1000.0 * frame_s).sum())
     return Latency(p50, p95, p99, float(ms.max()), float(ms.mean()), late)
 
 
@@ -53,7 +50,9 @@ class Histogram:
     Percentiles are to 0.5 %, everything else is exact.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, frame_s: float) -> None:
+        """``frame_s`` is how long a frame lasts: what takes longer is late."""
+        self._frame_ms = 1000.0 * frame_s
         self._counts = np.zeros(_NUM_BINS, np.int64)
         self._total_ms = self._max_ms = 0.0
         self.late_frames = 0
@@ -65,7 +64,7 @@ class Histogram:
         self._counts[min(round(float(steps)), _NUM_BINS - 1)] += 1
         self._total_ms += ms
         self._max_ms = max(self._max_ms, ms)
-        self.late_frames += ms > FRAME_BUDGET_MS
+        self.late_frames += ms > self._frame_ms
 
     @property
     def count(self) -> int:
