@@ -70,6 +70,17 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_bytes(text.encode("utf-8"))
 
 
+def real_path(path: Path) -> Path:
+    """The path with its links followed, in a circle as far as the system does.
+
+    What can be no path at all stays as it is.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):
+        return path
+
+
 def is_pipe(path: Path) -> bool:
     """Whether `path` is stdout, a device or a pipe: nothing that can be replaced."""
     if path == PIPE:

@@ -12,9 +12,14 @@ import pytest
 
 from pplex.audio.files import read_pcm, write_wav
 from pplex.errors import PplexError
-from pplex.evaluation.asr import Recogniser, make_recogniser, utterances
+from pplex.evaluation.asr import (
+    Recogniser,
+    compare,
+    make_recogniser,
+    plain,
+    utterances,
+)
 from pplex.evaluation.dialogue import dialogue_path, plan_dialogues, write_dialogue
-from pplex.evaluation.roundtrip import compare, plain
 from pplex.respond.transcript import Word
 
 DATA = Path(__file__).parent / "data" / "fdb"

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from dialogues import DATA, track, write_dialogue
 
 from pplex.audio.files import write_wav
 from pplex.evaluation.find import find
-from pplex.evaluation.score import Method, score
+from pplex.evaluation.metrics import METRICS, figure_of, single
+from pplex.evaluation.score import Method, as_csv, as_table, score
 
 FRAME_S = 0.08
 ENERGY = Method(vad="energy")
@@ -281,6 +283,28 @@ def test_the_command_prints_a_table_csv_and_json(tmp_path, run):
         run("score", tmp_path, "--vad", "energy", "--format", "json").stdout
     )
     assert result["method"]["voice_detector"]["name"] == "energy"
+
+
+def test_every_metric_is_in_json_csv_the_table_and_the_page(tmp_path, run):
+    write_dialogue(tmp_path / "call.wav", USER, AGENT, 25.0)
+    transcript(tmp_path / "call.json", ("yes", 5.0, 5.4))
+    result = score(find([tmp_path]), ENERGY)
+    (row,) = result["recordings"]
+    heading, line = csv.reader(io.StringIO(as_csv(result)))
+    cells = dict(zip(heading, line, strict=True))
+    page = run("report", tmp_path)
+    assert page.exit_code == 0
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for metric in METRICS:
+        if metric.of in ("stats", "round_trip"):  # neither is there
+            assert figure_of(metric, row) is None
+            continue
+        figure = single(figure_of(metric, row))
+        assert figure is not None
+        assert single(figure_of(metric, result["total"])) == figure
+        assert not metric.title or float(cells[metric.column]) == figure
+        assert not metric.about or escape(metric.about) in text
+        assert not (metric.title and metric.table) or metric.title in as_table(result)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path, run):

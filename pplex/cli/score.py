@@ -111,9 +111,8 @@ def score(
             raise click.UsageError(f"{option} needs --asr")
     from pplex.evaluation.asr import make_recogniser
     from pplex.evaluation.find import find
-    from pplex.evaluation.score import Method
+    from pplex.evaluation.score import Method, as_csv, as_table
     from pplex.evaluation.score import score as score_all
-    from pplex.evaluation.scoretable import as_csv, as_table
 
     method = Method(vad, words, agent_lag, human_timing=human_timing)
     recogniser: Recogniser | None = make_recogniser(asr, asr_sentences) if asr else None

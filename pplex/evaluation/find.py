@@ -6,7 +6,9 @@ plain folder of outputs. Side files are known by what they hold, not by their na
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,8 @@ import numpy as np
 
 from pplex.audio.files import Channel, read_pcm
 from pplex.errors import PplexError
-from pplex.evaluation.full_duplex import Sample, read_sample
-from pplex.evaluation.sidefiles import (
-    AGENT,
-    USER,
-    SideFiles,
-    as_stats,
-    as_words,
-    locate,
-    read_json,
-    real_path,
-    side_files,
-)
+from pplex.evaluation.full_duplex_bench import Sample, read_sample
+from pplex.files import real_path
 from pplex.respond.manifest import (
     LOCK_PATTERN,
     Manifest,
@@ -36,6 +28,8 @@ from pplex.respond.manifest import (
 from pplex.respond.transcript import Word
 
 SAMPLE_RATE = 24_000
+USER, AGENT = ".user.wav", ".agent.wav"
+_MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -232,7 +226,9 @@ def _outputs_item(
 ) -> Item:
     """A WAV that pplex wrote: stereo, one of a pair, or the agent alone."""
     stats, words = known.of(path)
-    name = str(path.relative_to(folder)) if folder in path.parents else path.name
+    name = path.name
+    if folder is not None and folder in path.parents:
+        name = str(path.relative_to(folder))
     item = Item(name, stats=stats, words=words, folder=path.parent)
     if path.name.endswith(USER):
         path = path.with_name(_partner(path))
@@ -275,3 +271,105 @@ def _distinct(items: list[Item]) -> list[Item]:
             seen.add(key if item.agent else id(key))
             kept.append(item)
     return kept
+
+
+def read_stats(path: Path) -> dict[str, Any]:
+    """The figures of a stats file."""
+    if not path.is_file():
+        raise PplexError(f"{path} does not exist; check the name")
+    stats = as_stats(read_json(path))
+    if stats is None:
+        raise PplexError(f"{path} is not a stats file that pplex wrote")
+    return stats
+
+
+@dataclass
+class SideFiles:
+    """Stats and transcripts of some folders, by the name of the audio they go with."""
+
+    stats: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    words: dict[Path, list[Word]] = field(default_factory=dict)
+
+    def of(self, audio: Path) -> tuple[dict[str, Any] | None, list[Word] | None]:
+        """The stats and the words of one audio file."""
+        stats = self.stats.get(real_path(audio))
+        words = None
+        if stats is not None:
+            name = stats["outputs"].get("transcript")
+            if isinstance(name, str):
+                beside = real_path(locate(audio.parent, name))
+                words = self.words.get(beside)
+        if words is None:
+            stem = audio.name.removesuffix(AGENT).removesuffix(USER)
+            stem = stem.removesuffix(audio.suffix)
+            for path, found in self.words.items():
+                same = path.parent == real_path(audio).parent
+                if same and path.stem.removesuffix(".transcript") == stem:
+                    words = found
+        return stats, words
+
+
+def side_files(folders: Iterable[Path]) -> SideFiles:
+    """Everything of that kind in some folders."""
+    known = SideFiles()
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            if path.name.startswith(".") or path.name.endswith("output.json"):
+                continue
+            content = read_json(path)
+            stats = as_stats(content)
+            if stats is not None:
+                for name in stats["outputs"].values():
+                    if isinstance(name, str):
+                        audio = real_path(locate(folder, name))
+                        known.stats[audio] = stats
+            words = as_words(content)
+            if words is not None:
+                known.words[real_path(path)] = words
+    return known
+
+
+def locate(folder: Path, name: str) -> Path:
+    """A path of a manifest: from here, or from beside the manifest if moved."""
+    path = Path(name)
+    for candidate in (folder / path, path, folder / path.name):
+        if os.path.exists(candidate):
+            return candidate
+    return folder / path
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file, None where it is none."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def as_stats(content: object) -> dict[str, Any] | None:
+    """The figures, if that is what a JSON file holds."""
+    if isinstance(content, dict) and "real_time_factor" in content:
+        if isinstance(content.get("outputs"), dict):
+            return content
+    return None
+
+
+def as_words(content: object) -> list[Word] | None:
+    """Words of a transcript that pplex wrote; the agent's where it has both sides."""
+    if not isinstance(content, dict) or "duration_s" not in content:
+        return None
+    try:
+        return [
+            Word(
+                str(word["text"]),
+                float(word["start_s"]),
+                float(word["end_s"]),
+                int(word.get("frame", 0)),
+            )
+            for word in content["words"]
+            if word.get("speaker", "agent") == "agent"
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None

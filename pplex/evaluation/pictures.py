@@ -10,9 +10,8 @@ import numpy as np
 
 from pplex.errors import PplexError
 from pplex.evaluation.find import Track
-from pplex.evaluation.report_table import Entry
-from pplex.evaluation.segments import Segment
-from pplex.evaluation.vad import VAD_RATE, levels_db
+from pplex.evaluation.report import Entry
+from pplex.evaluation.speech_activity import VAD_RATE, Segment, levels_db
 from pplex.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, plot, shortened
 from pplex.respond.transcript import Word
 
@@ -115,8 +114,12 @@ def write_picture(path: Path, entry: Entry) -> None:
             for axes in all_axes
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        place = "outside lower center"
-        figure.legend(named.values(), named.keys(), loc=place, ncols=len(named))
+        figure.legend(
+            list(named.values()),
+            list(named),
+            loc="outside lower center",
+            ncols=len(named),
+        )
 
 
 def _loudness(track: Track, row_s: float) -> tuple[np.ndarray, np.ndarray]:
