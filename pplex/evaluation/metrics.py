@@ -63,6 +63,11 @@ class Metric:
     limit: float = math.inf
 
     @property
+    def heading(self) -> str:
+        """What is written over it in a table."""
+        return f"{self.title} {self.unit.strip('%')}".rstrip()
+
+    @property
     def column(self) -> str:
         """Its name in a CSV file."""
         if self.total is not spread:

@@ -198,9 +198,7 @@ def as_table(result: dict[str, Any]) -> str:
         if metric.title and metric.table
         if not metric.of or any(row.get(metric.of) for row in recordings)
     ]
-    units = [f" {m.unit}" if m.unit not in ("", "%") else "" for m in shown]
-    titles = [metric.title + unit for metric, unit in zip(shown, units, strict=True)]
-    rows = [["recording", *titles]]
+    rows = [["recording", *(metric.heading for metric in shown)]]
     for row in recordings:
         cells = [metric.text(figure_of(metric, row)) for metric in shown]
         if not row["scored"]:
