@@ -9,7 +9,7 @@ import csv
 import importlib.metadata
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from pplex.errors import PplexError
 from pplex.evaluation import full_duplex_bench as bench
 from pplex.evaluation.asr import Recogniser
+from pplex.evaluation.dialogue import write_dialogue
 from pplex.evaluation.find import Found, Item
 from pplex.evaluation.measure import Measured, measure
 from pplex.evaluation.metrics import METRICS, Figure, figure_of, figures, single
@@ -27,7 +28,6 @@ from pplex.evaluation.speech_activity import (
     make_detector,
 )
 from pplex.evaluation.turns import TurnSettings
-from pplex.respond.transcript import Word
 
 _NAME_WIDTH = 36
 
@@ -48,18 +48,19 @@ def score(
     method: Method,
     recogniser: Recogniser | None = None,
     told: Callable[[Item], object] = lambda item: None,
-    both_sides: Callable[[Item, list[Word], list[Word]], None] | None = None,
+    transcripts: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Score every recording that has an answer; the rest is listed with its reason.
 
-    ``told`` hears of each item when it is done; ``both_sides`` gets the user's and the
-    agent's words where there is a recogniser.
+    ``told`` hears of each item when it is done; ``transcripts`` says by an item's name
+    where to write what both sides said, the user by the recogniser.
     """
     detector = make_detector(method.vad)
     human = _human_timing(found, method)
     rows, measured = [], []
     for item in found.items:
-        row, one = _score_item(item, method, detector, recogniser, human, both_sides)
+        path = (transcripts or {}).get(item.name)
+        row, one = _score_item(item, method, detector, recogniser, human, path)
         rows.append(row)
         measured += [one] if one is not None else []
         told(item)
@@ -99,7 +100,7 @@ def _score_item(
     detector: Detector,
     recogniser: Recogniser | None,
     human: dict[str, Any] | None,
-    both_sides: Callable[[Item, list[Word], list[Word]], None] | None,
+    transcript: Path | None,
 ) -> tuple[dict[str, Any], Measured | None]:
     """A recording's part of the result, and what was measured if it could be read."""
     row: dict[str, Any] = {
@@ -119,10 +120,10 @@ def _score_item(
             item, detector, method.words, heard, method.agent_lag_s, method.turns
         )
         sample = _bench(item, measured, human) if item.sample else None
-        if recogniser and both_sides and heard is not None:
-            said = item.words if item.words is not None else heard
+        if recogniser and transcript is not None:
+            said = item.words if item.words is not None else heard or []
             user = recogniser(item.user.read(VAD_RATE)) if item.user else []
-            both_sides(item, user, said)
+            write_dialogue(transcript, user, said)
     except PplexError as e:
         return {**row, "status": "unreadable", "error": str(e)}, None
     row |= {"scored": True, "words_from": measured.words_from, "bench": sample}
