@@ -230,6 +230,13 @@ def test_a_half_finished_batch_is_scored_as_far_as_it_goes(tmp_path):
     assert "line 5 is cut off" in notes and "late.wav is in no line" in notes
 
 
+def test_the_last_line_counts_whatever_its_time_says(tmp_path):
+    with (batch(tmp_path) / "manifest.jsonl").open("a") as file:
+        file.write("\n" + manifest_line("a.wav", "failed", error="late", time="2024"))
+    items = {item.name: item for item in find([tmp_path]).items}
+    assert (items["a.wav"].status, items["a.wav"].error) == ("failed", "late")
+
+
 def test_an_output_that_was_changed_is_told(tmp_path):
     batch(tmp_path)
     write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 9.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pplex.evaluation.full_duplex_bench import Sample, read_sample
 from pplex.files import real_path
 from pplex.respond.manifest import (
     LOCK_PATTERN,
+    Line,
     Manifest,
     manifest_name,
     manifests_in,
@@ -115,17 +116,19 @@ def _search(folder: Path, found: Found) -> None:
 
 
 def _read_manifests(folder: Path, found: Found) -> None:
-    rows = Manifest(folder, note=found.notes.append).last
-    if not rows and not found.notes:
+    lines = Manifest(folder, note=found.notes.append).last
+    if not lines and not found.notes:
         found.notes.append(f"{folder}: no recording is finished yet")
     if any(folder.glob(LOCK_PATTERN)):
         found.notes.append(
             f"{folder}: a batch is at work here, or was stopped; recordings that it "
             "has not finished are not shown"
         )
-    for name in sorted(rows):
-        found.items.append(_manifest_item(name, rows[name], folder))
-    named = {real_path(p) for row in rows.values() for p in _named(row, folder)}
+    named: set[Path] = set()
+    for _, line in sorted(lines.items()):
+        found.items.append(_manifest_item(line, folder))
+        paths = [*_outputs_of(line, folder).values(), _input_of(line, folder)]
+        named |= {real_path(path) for path in paths if path is not None}
     strange = [p for p in folder.rglob("*.wav") if real_path(p) not in named]
     if strange:
         names = ", ".join(str(p.relative_to(folder)) for p in sorted(strange)[:3])
@@ -135,30 +138,25 @@ def _read_manifests(folder: Path, found: Found) -> None:
         )
 
 
-def _named(row: dict[str, Any], folder: Path) -> Iterator[Path]:
-    """The input and the outputs of a manifest's line."""
-    outputs = row.get("outputs")
-    entries = list(outputs.values()) if isinstance(outputs, dict) else []
-    for entry in [*entries, row.get("input")]:
-        path = entry.get("path") if isinstance(entry, dict) else entry
-        if isinstance(path, str):
-            yield locate(folder, path)
+def _outputs_of(line: Line, folder: Path) -> dict[str, Path]:
+    return {what: locate(folder, o["path"]) for what, o in line["outputs"].items()}
 
 
-def _manifest_item(name: str, row: dict[str, Any], folder: Path) -> Item:
-    status = str(row.get("status", "unknown"))
-    error = row.get("error")
+def _input_of(line: Line, folder: Path) -> Path | None:
+    path = (line["input"] or {}).get("path")
+    return locate(folder, path) if isinstance(path, str) else None
+
+
+def _manifest_item(line: Line, folder: Path) -> Item:
+    name, status, error = line["recording"], str(line["status"]), line.get("error")
     item = Item(name, status, str(error) if error else None, folder=folder)
     if status != "done":
         return item
-    paths, wrong = {}, []
-    outputs = row.get("outputs")
-    for what, entry in (outputs if isinstance(outputs, dict) else {}).items():
-        entry = entry if isinstance(entry, dict) else {"path": entry}
-        path = paths[what] = locate(folder, str(entry.get("path")))
+    paths, wrong = _outputs_of(line, folder), []
+    for what, path in paths.items():
         if not path.is_file():
             wrong.append(f"{path} is not there any more")
-        elif entry.get("size") not in (None, path.stat().st_size):
+        elif line["outputs"][what].get("size") not in (None, path.stat().st_size):
             wrong.append(f"{path} was changed after the batch wrote it")
     audio = paths.get("audio") or paths.get("agent")
     if wrong or audio is None:
@@ -166,17 +164,12 @@ def _manifest_item(name: str, row: dict[str, Any], folder: Path) -> Item:
         item = replace(item, status="missing", error=error)
     if audio is None or not audio.is_file():
         return item
-    content = read_json(paths["stats"]) if "stats" in paths else None
-    stats = as_stats(content)
+    stats = as_stats(read_json(paths["stats"])) if "stats" in paths else None
     words = None
     if "transcript" in paths:
         words = as_words(read_json(paths["transcript"]))
-    entry = row.get("input")
-    source = entry.get("path") if isinstance(entry, dict) else entry
-    known = SideFiles()
-    if stats is not None:
-        known.stats[real_path(audio)] = stats
-    spoken = locate(folder, source) if isinstance(source, str) else None
+    known = SideFiles({} if stats is None else {real_path(audio): stats})
+    spoken = _input_of(line, folder)
     done = _outputs_item(audio, known, folder, spoken, paths.get("user"))
     if spoken is not None and spoken.name == "input.wav":
         done = _as_sample(done, spoken.parent)
