@@ -4,7 +4,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,6 +68,44 @@ def write_text(path: Path, text: str) -> None:
         return
     with atomic_write(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
+
+
+def plan_files(
+    folder: Path, names: Sequence[str], ending: str, overwrite: bool
+) -> dict[str, Path]:
+    """Where a file for each recording goes; the folder is made, nothing lost unasked.
+
+    Folders in a recording's name become part of its file's.
+    """
+    planned = {}
+    for name in names:
+        stem = name.removesuffix(".wav").replace("/", "-").replace("\\", "-")
+        planned[name] = folder / (stem.strip(".-") + ending)
+    if len(set(planned.values())) < len(names):
+        raise PplexError(
+            f"two recordings would have one file in {folder}; take them one by one"
+        )
+    for path in planned.values():
+        if path.exists() and not overwrite:
+            raise PplexError(
+                f"{path} exists already; choose another folder or give --overwrite"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
+    return planned
+
+
+def real_path(path: Path) -> Path:
+    """The path with its links followed, in a circle as far as the system does.
+
+    What can be no path at all stays as it is.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):
+        return path
 
 
 def is_pipe(path: Path) -> bool:

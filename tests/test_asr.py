@@ -12,9 +12,15 @@ import pytest
 
 from pplex.audio.files import read_pcm, write_wav
 from pplex.errors import PplexError
-from pplex.evaluation.asr import Recogniser, make_recogniser, utterances
-from pplex.evaluation.dialogue import dialogue_path, plan_dialogues, write_dialogue
-from pplex.evaluation.roundtrip import compare, plain
+from pplex.evaluation.asr import (
+    Recogniser,
+    compare,
+    make_recogniser,
+    plain,
+    utterances,
+)
+from pplex.evaluation.dialogue import write_dialogue
+from pplex.files import plan_files
 from pplex.respond.transcript import Word
 
 DATA = Path(__file__).parent / "data" / "fdb"
@@ -180,13 +186,13 @@ def test_what_cannot_be_had_is_named(tmp_path, monkeypatch):
 
 
 def test_transcripts_replace_nothing_unasked(tmp_path):
-    (path,) = plan_dialogues(tmp_path / "t", ["a.wav"], "srt", False).values()
+    (path,) = plan_files(tmp_path / "t", ["a.wav"], ".srt", False).values()
     path.write_text("mine")
     with pytest.raises(PplexError, match="exists already"):
-        plan_dialogues(tmp_path / "t", ["a.wav"], "srt", False)
-    assert plan_dialogues(tmp_path / "t", ["a.wav"], "srt", True) == {"a.wav": path}
+        plan_files(tmp_path / "t", ["a.wav"], ".srt", False)
+    assert plan_files(tmp_path / "t", ["a.wav"], ".srt", True) == {"a.wav": path}
     with pytest.raises(PplexError, match="two recordings would have one"):
-        plan_dialogues(tmp_path, ["a.wav", "a.wav"], "srt", True)
+        plan_files(tmp_path, ["a.wav", "a.wav"], ".srt", True)
 
 
 USER = [Word("Hello?", 0.0, 0.5, 0)]
@@ -196,7 +202,8 @@ AGENT = [Word("Hi", 0.4, 0.6, 5), Word("<there>.", 0.6, 1.0, 7)]
 def test_both_sides_stand_in_the_order_of_their_times(tmp_path):
     texts = {}
     for form in ("vtt", "srt", "txt", "json"):
-        path = dialogue_path(tmp_path, "calls/a.wav", form)
+        ending = f".dialogue.{form}"
+        (path,) = plan_files(tmp_path, ["calls/a.wav"], ending, False).values()
         assert path.name == f"calls-a.dialogue.{form}"
         write_dialogue(path, USER, AGENT)
         texts[form] = path.read_text()

@@ -13,7 +13,7 @@ from test_score import transcript
 from pplex.audio.files import write_wav
 from pplex.errors import PplexError
 from pplex.evaluation.checks import Checks, passed, run_checks
-from pplex.evaluation.levels import measure_levels
+from pplex.evaluation.measure import measure_levels
 
 RATE = 16_000
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pplex.errors import PplexError
-from pplex.evaluation import full_duplex as bench
-from pplex.evaluation.segments import Segment
+from pplex.evaluation import full_duplex_bench as bench
+from pplex.evaluation.speech_activity import Segment
 from pplex.respond.transcript import Word
 
 DATA = Path(__file__).parent / "data" / "fdb"

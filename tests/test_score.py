@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from dialogues import DATA, track, write_dialogue
 
 from pplex.audio.files import write_wav
 from pplex.evaluation.find import find
-from pplex.evaluation.score import Method, score
+from pplex.evaluation.metrics import METRICS, figure_of, single
+from pplex.evaluation.score import Method, as_csv, as_table, score
 
 FRAME_S = 0.08
 ENERGY = Method(vad="energy")
@@ -228,6 +230,13 @@ def test_a_half_finished_batch_is_scored_as_far_as_it_goes(tmp_path):
     assert "line 5 is cut off" in notes and "late.wav is in no line" in notes
 
 
+def test_the_last_line_counts_whatever_its_time_says(tmp_path):
+    with (batch(tmp_path) / "manifest.jsonl").open("a") as file:
+        file.write("\n" + manifest_line("a.wav", "failed", error="late", time="2024"))
+    items = {item.name: item for item in find([tmp_path]).items}
+    assert (items["a.wav"].status, items["a.wav"].error) == ("failed", "late")
+
+
 def test_an_output_that_was_changed_is_told(tmp_path):
     batch(tmp_path)
     write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 9.0)
@@ -281,6 +290,28 @@ def test_the_command_prints_a_table_csv_and_json(tmp_path, run):
         run("score", tmp_path, "--vad", "energy", "--format", "json").stdout
     )
     assert result["method"]["voice_detector"]["name"] == "energy"
+
+
+def test_every_metric_is_in_json_csv_the_table_and_the_page(tmp_path, run):
+    write_dialogue(tmp_path / "call.wav", USER, AGENT, 25.0)
+    transcript(tmp_path / "call.json", ("yes", 5.0, 5.4))
+    result = score(find([tmp_path]), ENERGY)
+    (row,) = result["recordings"]
+    heading, line = csv.reader(io.StringIO(as_csv(result)))
+    cells = dict(zip(heading, line, strict=True))
+    page = run("report", tmp_path)
+    assert page.exit_code == 0
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for metric in METRICS:
+        if metric.of in ("stats", "round_trip"):  # neither is there
+            assert figure_of(metric, row) is None
+            continue
+        figure = single(figure_of(metric, row))
+        assert figure is not None
+        assert single(figure_of(metric, result["total"])) == figure
+        assert not metric.title or float(cells[metric.column]) == figure
+        assert not metric.about or escape(metric.about) in text
+        assert not (metric.title and metric.table) or metric.title in as_table(result)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path, run):

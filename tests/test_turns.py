@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pplex.evaluation.segments import Segment, common, gaps, merge, total_s
+from pplex.evaluation.speech_activity import Segment, common, gaps, merge, total_s
 from pplex.evaluation.turns import Turns, analyse
 from pplex.respond.transcript import Word
 

@@ -9,7 +9,7 @@ import pytest
 from dialogues import track
 
 from pplex.errors import PplexError
-from pplex.evaluation.vad import BENCH_SETTINGS, make_detector
+from pplex.evaluation.speech_activity import BENCH_SETTINGS, make_detector
 
 TIMES = ((0.41, 1.5), (2.07, 2.4), (4.0, 6.33), (7.0, 7.95))
 FRAME_S = 0.08

@@ -47,7 +47,9 @@ def report(
     It needs no network and no other file; the sound is played from where it lies.
     """
     from pplex.evaluation.find import find
+    from pplex.evaluation.pictures import write_picture
     from pplex.evaluation.report import make_entries, write_report
+    from pplex.files import plan_files
     from pplex.plots import check_plot_path
 
     if png is not None:
@@ -62,14 +64,17 @@ def report(
             f"{output} exists already; choose another name or give --overwrite"
         )
     found = find(paths)
+    pictures = {}
+    if png is not None:
+        names = [item.name for item in found.items if item.agent is not None]
+        pictures = plan_files(png, names, ".png", overwrite)
     with tqdm(total=len(found.items), disable=None, unit="file") as bar:
         entries = make_entries(found, vad, lambda _: bar.update())
     title = f"pplex report: {', '.join(path.name or str(path) for path in paths[:3])}"
     write_report(output, entries, found.notes, vad, title)
-    if png is not None:
-        from pplex.evaluation.pictures import write_pictures
-
-        write_pictures(png, entries, overwrite)
+    for entry in entries:
+        if entry.measured is not None and entry.item.name in pictures:
+            write_picture(pictures[entry.item.name], entry)
     not_done = sum(entry.status != "done" for entry in entries)
     said = f", {not_done} of them not done" if not_done else ""
     click.echo(f"{output}: {len(entries)} recordings{said}", err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from tqdm import tqdm
@@ -13,8 +13,6 @@ from pplex.cli.options import FiniteRange
 
 if TYPE_CHECKING:
     from pplex.evaluation.asr import Recogniser
-    from pplex.evaluation.find import Item
-    from pplex.respond.transcript import Word
 
 _FILE = click.Path(path_type=Path)
 
@@ -111,33 +109,21 @@ def score(
             raise click.UsageError(f"{option} needs --asr")
     from pplex.evaluation.asr import make_recogniser
     from pplex.evaluation.find import find
-    from pplex.evaluation.score import Method
+    from pplex.evaluation.score import Method, as_csv, as_table
     from pplex.evaluation.score import score as score_all
-    from pplex.evaluation.scoretable import as_csv, as_table
+    from pplex.files import plan_files
 
     method = Method(vad, words, agent_lag, human_timing=human_timing)
     recogniser: Recogniser | None = make_recogniser(asr, asr_sentences) if asr else None
     found = find(paths)
-    writer = None
+    planned: dict[str, Path] = {}
     if transcripts is not None:
-        from pplex.evaluation.dialogue import plan_dialogues
-
         names = [item.name for item in found.items if item.agent is not None]
-        planned = plan_dialogues(transcripts, names, transcript_format, overwrite)
-        writer = _writer(planned)
+        ending = f".dialogue.{transcript_format}"
+        planned = plan_files(transcripts, names, ending, overwrite)
     with tqdm(total=len(found.items), disable=None, unit="file") as bar:
-        result = score_all(found, method, recogniser, lambda _: bar.update(), writer)
+        result = score_all(found, method, recogniser, lambda _: bar.update(), planned)
     if form == "json":
         click.echo(json.dumps(result, ensure_ascii=False, indent=1))
     else:
         click.echo(as_csv(result) if form == "csv" else as_table(result), nl=False)
-
-
-def _writer(planned: dict[str, Path]) -> Any:
-    """A function that writes an item's two sides where it was planned."""
-    from pplex.evaluation.dialogue import write_dialogue
-
-    def write(item: Item, user: list[Word], agent: list[Word]) -> None:
-        write_dialogue(planned[item.name], user, agent)
-
-    return write

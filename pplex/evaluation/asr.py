@@ -1,5 +1,7 @@
 """Recognisers that turn a track into words with times, all on this machine.
 
+What they hear is compared with the model's own text: word errors, and where they are.
+
 ``pocketsphinx`` needs nothing but its package and hears a small domain well if it is
 given the domain's sentences. ``parakeet=FOLDER`` is NVIDIA's Parakeet in MLX, the
 transcriber of Full-Duplex-Bench, from a folder that was downloaded before.
@@ -9,17 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pplex.errors import PplexError
-from pplex.evaluation.segments import Segment, merge
-from pplex.evaluation.vad import VAD_RATE, VadSettings, energy_segments
+from pplex.evaluation.speech_activity import (
+    VAD_RATE,
+    Segment,
+    VadSettings,
+    energy_segments,
+    merge,
+)
 from pplex.respond.transcript import Word
 
 if TYPE_CHECKING:
@@ -33,6 +41,7 @@ _CUT_AT_S = 0.5  # silences at which a track is cut into utterances
 _LONGEST_S = 30.0
 _MARGIN_S = 0.15
 _FRAME_RATE = 100  # pocketsphinx's
+_NOT_A_WORD = re.compile(r"[^\w' ]")
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,93 @@ def utterances(pcm: np.ndarray) -> list[Segment]:
     return found
 
 
+@dataclass(frozen=True)
+class Disagreement:
+    """Words said and heard otherwise, and when; either may be empty."""
+
+    start_s: float
+    end_s: float
+    said: str
+    heard: str
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """Word errors of one recording; the rate is None where nothing was said."""
+
+    words: int
+    heard: int
+    substitutions: int
+    deletions: int
+    insertions: int
+    word_error_rate: float | None
+    disagreements: list[Disagreement]
+
+    @property
+    def errors(self) -> int:
+        """Words that were not heard as they were meant."""
+        return self.substitutions + self.deletions + self.insertions
+
+
+def compare(said: Sequence[Word], heard: Sequence[Word]) -> RoundTrip:
+    """Align the two by words, without case and punctuation."""
+    try:
+        import jiwer
+    except ImportError as e:
+        raise PplexError("word errors need jiwer: install pplex[score]") from e
+    ours, theirs = plain(said), plain(heard)
+    if ours:
+        output = jiwer.process_words(
+            " ".join(word.text for word in ours),
+            " ".join(word.text for word in theirs),
+        )
+        chunks = output.alignments[0]
+    else:  # jiwer refuses an empty reference
+        chunks = []
+    disagreements = [
+        _disagreement(
+            ours[c.ref_start_idx : c.ref_end_idx],
+            theirs[c.hyp_start_idx : c.hyp_end_idx],
+        )
+        for c in chunks
+        if c.type != "equal"
+    ]
+    if not ours and theirs:
+        disagreements = [_disagreement([], theirs)]
+    counts = {
+        kind: sum(
+            max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx)
+            for c in chunks
+            if c.type == kind
+        )
+        for kind in ("substitute", "delete", "insert")
+    }
+    if not ours:
+        counts["insert"] = len(theirs)
+    wrong = sum(counts.values())
+    return RoundTrip(
+        words=len(ours),
+        heard=len(theirs),
+        substitutions=counts["substitute"],
+        deletions=counts["delete"],
+        insertions=counts["insert"],
+        word_error_rate=wrong / len(ours) if ours else None,
+        disagreements=disagreements,
+    )
+
+
+def plain(words: Sequence[Word]) -> list[Word]:
+    """Lower-case words without punctuation; what is none is left out."""
+    found = []
+    for word in words:
+        text = word.text.lower().replace("\u2019", "'").replace("-", " ")
+        for part in _NOT_A_WORD.sub("", text).split():
+            part = part.strip("'_")
+            if part:
+                found.append(Word(part, word.start_s, word.end_s, word.frame))
+    return found
+
+
 def _pocketsphinx(sentences: Path | None) -> Recogniser:
     try:
         from pocketsphinx import Decoder
@@ -127,9 +223,11 @@ def _pocketsphinx(sentences: Path | None) -> Recogniser:
     return Recogniser("pocketsphinx", version, hear, details)
 
 
-def _heard(segments: object, length_s: float) -> Iterator[tuple[str, float, float]]:
+def _heard(
+    segments: Iterable[Any], length_s: float
+) -> Iterator[tuple[str, float, float]]:
     """Words of a pocketsphinx result, the silence in front taken off."""
-    for segment in segments:  # type: ignore[attr-defined]
+    for segment in segments:
         text = segment.word.partition("(")[0]
         if not text or text[0] in "<[+":
             continue
@@ -171,8 +269,6 @@ def _domain_decoder(sentences: Path) -> tuple[Decoder, dict[str, object]]:
 
 
 def _plain_lines(path: Path) -> list[str]:
-    from pplex.evaluation.roundtrip import plain
-
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -212,15 +308,25 @@ def _parakeet(folder: str) -> Recogniser:
     return Recogniser("parakeet", version, hear, {"folder": str(path)})
 
 
-def _words_of(tokens: Sequence[object]) -> list[tuple[str, float, float]]:
+def _words_of(tokens: Iterable[Any]) -> list[tuple[str, float, float]]:
     """Join pieces, of which those with a space in front begin a word."""
     words: list[tuple[str, float, float]] = []
     for token in tokens:
-        text: str = token.text  # type: ignore[attr-defined]
-        start, end = token.start, token.end  # type: ignore[attr-defined]
+        text = token.text
+        start, end = token.start, token.end
         if words and not text.startswith((" ", "\u2581")):
             last, begin, _ = words[-1]
             words[-1] = (last + text, begin, end)
         elif text.strip(" \u2581"):
             words.append((text.strip(" \u2581"), start, end))
     return words
+
+
+def _disagreement(said: Sequence[Word], heard: Sequence[Word]) -> Disagreement:
+    both = [*said, *heard]
+    return Disagreement(
+        min(word.start_s for word in both),
+        max(word.end_s for word in both),
+        " ".join(word.text for word in said),
+        " ".join(word.text for word in heard),
+    )

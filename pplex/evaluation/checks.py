@@ -10,9 +10,8 @@ from typing import Any
 
 from pplex.audio.files import read_pcm, resampled_length
 from pplex.errors import PplexError
-from pplex.evaluation.find import SAMPLE_RATE, Item, Track, find
-from pplex.evaluation.levels import SILENT_DB, decibels, measure_levels
-from pplex.evaluation.sidefiles import read_stats
+from pplex.evaluation.find import SAMPLE_RATE, Item, Track, find, read_stats
+from pplex.evaluation.measure import SILENT_DB, decibels, measure_levels
 from pplex.respond.stats import Outcome, Stats
 from pplex.respond.transcript import Word
 

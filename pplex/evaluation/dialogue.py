@@ -11,35 +11,6 @@ from pplex.errors import PplexError
 from pplex.files import write_text
 from pplex.respond.transcript import Word, cues
 
-SPEAKERS = ("user", "agent")
-
-
-def dialogue_path(folder: Path, name: str, form: str) -> Path:
-    """Where an item's transcript goes; the item's folders become part of the name."""
-    stem = name.removesuffix(".wav").replace("/", "-").replace("\\", "-").strip(".-")
-    return folder / f"{stem}.dialogue.{form}"
-
-
-def plan_dialogues(
-    folder: Path, names: Sequence[str], form: str, overwrite: bool
-) -> dict[str, Path]:
-    """Where each transcript goes; the folder is made, and nothing lost unasked."""
-    planned = {name: dialogue_path(folder, name, form) for name in names}
-    if len(set(planned.values())) < len(names):
-        raise PplexError(
-            f"two recordings would have one transcript in {folder}; score them apart"
-        )
-    for path in planned.values():
-        if path.exists() and not overwrite:
-            raise PplexError(
-                f"{path} exists already; choose another folder or give --overwrite"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
-    return planned
-
 
 def write_dialogue(path: Path, user: Sequence[Word], agent: Sequence[Word]) -> None:
     """Write both sides' words in the order in which they were said, atomically.

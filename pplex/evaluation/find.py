@@ -6,7 +6,9 @@ plain folder of outputs. Side files are known by what they hold, not by their na
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,11 @@ import numpy as np
 
 from pplex.audio.files import Channel, read_pcm
 from pplex.errors import PplexError
-from pplex.evaluation.full_duplex import Sample, read_sample
-from pplex.evaluation.sidefiles import (
-    AGENT,
-    USER,
-    SideFiles,
-    as_stats,
-    as_words,
-    locate,
-    read_json,
-    real_path,
-    side_files,
-)
+from pplex.evaluation.full_duplex_bench import Sample, read_sample
+from pplex.files import real_path
 from pplex.respond.manifest import (
     LOCK_PATTERN,
+    Line,
     Manifest,
     manifest_name,
     manifests_in,
@@ -36,6 +29,8 @@ from pplex.respond.manifest import (
 from pplex.respond.transcript import Word
 
 SAMPLE_RATE = 24_000
+USER, AGENT = ".user.wav", ".agent.wav"
+_MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -121,17 +116,19 @@ def _search(folder: Path, found: Found) -> None:
 
 
 def _read_manifests(folder: Path, found: Found) -> None:
-    rows = Manifest(folder, note=found.notes.append).last
-    if not rows and not found.notes:
+    lines = Manifest(folder, note=found.notes.append).last
+    if not lines and not found.notes:
         found.notes.append(f"{folder}: no recording is finished yet")
     if any(folder.glob(LOCK_PATTERN)):
         found.notes.append(
             f"{folder}: a batch is at work here, or was stopped; recordings that it "
             "has not finished are not shown"
         )
-    for name in sorted(rows):
-        found.items.append(_manifest_item(name, rows[name], folder))
-    named = {real_path(p) for row in rows.values() for p in _named(row, folder)}
+    named: set[Path] = set()
+    for _, line in sorted(lines.items()):
+        found.items.append(_manifest_item(line, folder))
+        paths = [*_outputs_of(line, folder).values(), _input_of(line, folder)]
+        named |= {real_path(path) for path in paths if path is not None}
     strange = [p for p in folder.rglob("*.wav") if real_path(p) not in named]
     if strange:
         names = ", ".join(str(p.relative_to(folder)) for p in sorted(strange)[:3])
@@ -141,30 +138,25 @@ def _read_manifests(folder: Path, found: Found) -> None:
         )
 
 
-def _named(row: dict[str, Any], folder: Path) -> Iterator[Path]:
-    """The input and the outputs of a manifest's line."""
-    outputs = row.get("outputs")
-    entries = list(outputs.values()) if isinstance(outputs, dict) else []
-    for entry in [*entries, row.get("input")]:
-        path = entry.get("path") if isinstance(entry, dict) else entry
-        if isinstance(path, str):
-            yield locate(folder, path)
+def _outputs_of(line: Line, folder: Path) -> dict[str, Path]:
+    return {what: locate(folder, o["path"]) for what, o in line["outputs"].items()}
 
 
-def _manifest_item(name: str, row: dict[str, Any], folder: Path) -> Item:
-    status = str(row.get("status", "unknown"))
-    error = row.get("error")
+def _input_of(line: Line, folder: Path) -> Path | None:
+    path = (line["input"] or {}).get("path")
+    return locate(folder, path) if isinstance(path, str) else None
+
+
+def _manifest_item(line: Line, folder: Path) -> Item:
+    name, status, error = line["recording"], str(line["status"]), line.get("error")
     item = Item(name, status, str(error) if error else None, folder=folder)
     if status != "done":
         return item
-    paths, wrong = {}, []
-    outputs = row.get("outputs")
-    for what, entry in (outputs if isinstance(outputs, dict) else {}).items():
-        entry = entry if isinstance(entry, dict) else {"path": entry}
-        path = paths[what] = locate(folder, str(entry.get("path")))
+    paths, wrong = _outputs_of(line, folder), []
+    for what, path in paths.items():
         if not path.is_file():
             wrong.append(f"{path} is not there any more")
-        elif entry.get("size") not in (None, path.stat().st_size):
+        elif line["outputs"][what].get("size") not in (None, path.stat().st_size):
             wrong.append(f"{path} was changed after the batch wrote it")
     audio = paths.get("audio") or paths.get("agent")
     if wrong or audio is None:
@@ -172,17 +164,12 @@ def _manifest_item(name: str, row: dict[str, Any], folder: Path) -> Item:
         item = replace(item, status="missing", error=error)
     if audio is None or not audio.is_file():
         return item
-    content = read_json(paths["stats"]) if "stats" in paths else None
-    stats = as_stats(content)
+    stats = as_stats(read_json(paths["stats"])) if "stats" in paths else None
     words = None
     if "transcript" in paths:
         words = as_words(read_json(paths["transcript"]))
-    entry = row.get("input")
-    source = entry.get("path") if isinstance(entry, dict) else entry
-    known = SideFiles()
-    if stats is not None:
-        known.stats[real_path(audio)] = stats
-    spoken = locate(folder, source) if isinstance(source, str) else None
+    known = SideFiles({} if stats is None else {real_path(audio): stats})
+    spoken = _input_of(line, folder)
     done = _outputs_item(audio, known, folder, spoken, paths.get("user"))
     if spoken is not None and spoken.name == "input.wav":
         done = _as_sample(done, spoken.parent)
@@ -232,7 +219,9 @@ def _outputs_item(
 ) -> Item:
     """A WAV that pplex wrote: stereo, one of a pair, or the agent alone."""
     stats, words = known.of(path)
-    name = str(path.relative_to(folder)) if folder in path.parents else path.name
+    name = path.name
+    if folder is not None and folder in path.parents:
+        name = str(path.relative_to(folder))
     item = Item(name, stats=stats, words=words, folder=path.parent)
     if path.name.endswith(USER):
         path = path.with_name(_partner(path))
@@ -275,3 +264,105 @@ def _distinct(items: list[Item]) -> list[Item]:
             seen.add(key if item.agent else id(key))
             kept.append(item)
     return kept
+
+
+def read_stats(path: Path) -> dict[str, Any]:
+    """The figures of a stats file."""
+    if not path.is_file():
+        raise PplexError(f"{path} does not exist; check the name")
+    stats = as_stats(read_json(path))
+    if stats is None:
+        raise PplexError(f"{path} is not a stats file that pplex wrote")
+    return stats
+
+
+@dataclass
+class SideFiles:
+    """Stats and transcripts of some folders, by the name of the audio they go with."""
+
+    stats: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    words: dict[Path, list[Word]] = field(default_factory=dict)
+
+    def of(self, audio: Path) -> tuple[dict[str, Any] | None, list[Word] | None]:
+        """The stats and the words of one audio file."""
+        stats = self.stats.get(real_path(audio))
+        words = None
+        if stats is not None:
+            name = stats["outputs"].get("transcript")
+            if isinstance(name, str):
+                beside = real_path(locate(audio.parent, name))
+                words = self.words.get(beside)
+        if words is None:
+            stem = audio.name.removesuffix(AGENT).removesuffix(USER)
+            stem = stem.removesuffix(audio.suffix)
+            for path, found in self.words.items():
+                same = path.parent == real_path(audio).parent
+                if same and path.stem.removesuffix(".transcript") == stem:
+                    words = found
+        return stats, words
+
+
+def side_files(folders: Iterable[Path]) -> SideFiles:
+    """Everything of that kind in some folders."""
+    known = SideFiles()
+    for folder in folders:
+        for path in sorted(folder.glob("*.json")):
+            if path.name.startswith(".") or path.name.endswith("output.json"):
+                continue
+            content = read_json(path)
+            stats = as_stats(content)
+            if stats is not None:
+                for name in stats["outputs"].values():
+                    if isinstance(name, str):
+                        audio = real_path(locate(folder, name))
+                        known.stats[audio] = stats
+            words = as_words(content)
+            if words is not None:
+                known.words[real_path(path)] = words
+    return known
+
+
+def locate(folder: Path, name: str) -> Path:
+    """A path of a manifest: from here, or from beside the manifest if moved."""
+    path = Path(name)
+    for candidate in (folder / path, path, folder / path.name):
+        if os.path.exists(candidate):
+            return candidate
+    return folder / path
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file, None where it is none."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def as_stats(content: object) -> dict[str, Any] | None:
+    """The figures, if that is what a JSON file holds."""
+    if isinstance(content, dict) and "real_time_factor" in content:
+        if isinstance(content.get("outputs"), dict):
+            return content
+    return None
+
+
+def as_words(content: object) -> list[Word] | None:
+    """Words of a transcript that pplex wrote; the agent's where it has both sides."""
+    if not isinstance(content, dict) or "duration_s" not in content:
+        return None
+    try:
+        return [
+            Word(
+                str(word["text"]),
+                float(word["start_s"]),
+                float(word["end_s"]),
+                int(word.get("frame", 0)),
+            )
+            for word in content["words"]
+            if word.get("speaker", "agent") == "agent"
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None

@@ -1,16 +1,40 @@
-"""One recording measured: both sides' speech, and what happened between them."""
+"""One recording measured: both sides' speech, what happened between them, levels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pplex.evaluation.find import Item
-from pplex.evaluation.full_duplex import read_chunks
-from pplex.evaluation.segments import Segment
+import numpy as np
+
+from pplex.evaluation.asr import RoundTrip, compare
+from pplex.evaluation.find import SAMPLE_RATE, Item
+from pplex.evaluation.full_duplex_bench import read_chunks
+from pplex.evaluation.speech_activity import VAD_RATE, Detector, Segment
 from pplex.evaluation.turns import Turns, TurnSettings, analyse
-from pplex.evaluation.vad import VAD_RATE, Detector
 from pplex.respond.transcript import Word
+
+# Samples in a row at full scale that make a clip; single ones are peaks.
+CLIP_RUN = 3
+SILENT_DB = -60.0
+_FULL = 32766 / 32768
+_QUIETEST = 1e-6
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Peak and speech level in dB relative to full scale; clipped stretches.
+
+    ``speech_db`` is the RMS of what was given as speech, None without any;
+    ``clips`` counts runs of ``CLIP_RUN`` samples or more at full scale and
+    ``first_clip_s`` says where the first one is.
+    """
+
+    peak_db: float
+    speech_db: float | None
+    clips: int
+    first_clip_s: float | None
 
 
 @dataclass(frozen=True)
@@ -18,7 +42,8 @@ class Measured:
     """Segments are in the recording's clock; ``user`` is None for an agent alone.
 
     ``words_from`` says whose the words are: the model's own text, Full-Duplex-Bench's
-    transcript, a recogniser, or none's.
+    transcript, a recogniser, or none's. ``levels`` are the agent's, ``round_trip``
+    compares its own text with a recogniser's, ``stats`` are the run's.
     """
 
     duration_s: float
@@ -27,6 +52,9 @@ class Measured:
     words: list[Word] | None
     words_from: str
     turns: Turns | None
+    levels: Levels
+    round_trip: RoundTrip | None
+    stats: dict[str, Any] | None
 
 
 def measure(
@@ -46,7 +74,9 @@ def measure(
     assert item.agent is not None
     pcm = item.agent.read(VAD_RATE)
     duration_s = len(pcm) / VAD_RATE
-    agent = _earlier(detector(pcm), agent_lag_s)
+    speech = detector(pcm)
+    levels = measure_levels(item.agent.read(), SAMPLE_RATE, speech)
+    agent = _earlier(speech, agent_lag_s)
     words, source = _words(item, words_from, heard, agent_lag_s)
     user = turns = None
     if item.user is not None:
@@ -54,7 +84,40 @@ def measure(
         duration_s = max(duration_s, len(user_pcm) / VAD_RATE)
         user = detector(user_pcm)
         turns = analyse(user, agent, words, duration_s, settings)
-    return Measured(duration_s, user, agent, words, source, turns)
+    trip = None
+    if heard is not None and item.words is not None:
+        trip = compare(item.words, heard)
+    return Measured(
+        duration_s, user, agent, words, source, turns, levels, trip, item.stats
+    )
+
+
+def measure_levels(
+    pcm: np.ndarray, sample_rate: int, speech: Sequence[Segment] = ()
+) -> Levels:
+    """Measure PCM (samples,) whose speech is at these times."""
+    peak = float(np.abs(pcm).max(initial=0.0))
+    parts = [
+        pcm[round(s.start_s * sample_rate) : round(s.end_s * sample_rate)]
+        for s in speech
+    ]
+    spoken = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    rms = float(np.sqrt((spoken.astype(np.float64) ** 2).mean())) if len(spoken) else 0
+    full = np.concatenate([[0], (np.abs(pcm) >= _FULL).astype(np.int8), [0]])
+    edges = np.flatnonzero(np.diff(full))
+    starts, ends = edges[::2], edges[1::2]
+    clips = starts[ends - starts >= CLIP_RUN]
+    return Levels(
+        peak_db=decibels(peak),
+        speech_db=decibels(rms) if len(spoken) else None,
+        clips=len(clips),
+        first_clip_s=float(clips[0] / sample_rate) if len(clips) else None,
+    )
+
+
+def decibels(value: float) -> float:
+    """A linear level in dB relative to full scale; -120 for silence."""
+    return float(20 * np.log10(max(value, _QUIETEST)))
 
 
 def _words(

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pplex.errors import PplexError
 from pplex.evaluation.find import Track
-from pplex.evaluation.report_table import Entry
-from pplex.evaluation.segments import Segment
-from pplex.evaluation.vad import VAD_RATE, levels_db
+from pplex.evaluation.report import Entry
+from pplex.evaluation.speech_activity import VAD_RATE, Segment, levels_db
 from pplex.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, plot, shortened
 from pplex.respond.transcript import Word
 
@@ -49,30 +47,6 @@ class _Side(NamedTuple):
     times: np.ndarray
     levels: np.ndarray
     speech: Sequence[Segment]
-
-
-def write_pictures(
-    folder: Path, entries: Sequence[Entry], overwrite: bool = False
-) -> list[Path]:
-    """Write ``NAME.png`` for each entry that has sound; overwrite nothing unasked."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
-    planned: dict[Path, Entry] = {}
-    for entry in entries:
-        if entry.measured is None:
-            continue
-        name = entry.item.name.replace("/", "-").replace("\\", "-").lstrip(".-")
-        path = folder / f"{name.removesuffix('.wav')}.png"
-        if path in planned or (path.exists() and not overwrite):
-            raise PplexError(
-                f"{path} exists already; choose another folder or give --overwrite"
-            )
-        planned[path] = entry
-    for path, entry in planned.items():
-        write_picture(path, entry)
-    return list(planned)
 
 
 def write_picture(path: Path, entry: Entry) -> None:
@@ -115,8 +89,12 @@ def write_picture(path: Path, entry: Entry) -> None:
             for axes in all_axes
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        place = "outside lower center"
-        figure.legend(named.values(), named.keys(), loc=place, ncols=len(named))
+        figure.legend(
+            list(named.values()),
+            list(named),
+            loc="outside lower center",
+            ncols=len(named),
+        )
 
 
 def _loudness(track: Track, row_s: float) -> tuple[np.ndarray, np.ndarray]:

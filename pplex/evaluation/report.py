@@ -12,7 +12,9 @@ import importlib.resources
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,27 +24,34 @@ import numpy as np
 
 from pplex.errors import PplexError
 from pplex.evaluation.find import SAMPLE_RATE, Found, Item
-from pplex.evaluation.levels import measure_levels
-from pplex.evaluation.measure import measure
-from pplex.evaluation.report_table import (
-    Entry,
-    banner,
-    table_head,
-    table_row,
-    tiles,
-)
-from pplex.evaluation.segments import Segment
-from pplex.evaluation.sidefiles import real_path
-from pplex.evaluation.vad import make_detector
-from pplex.files import write_text
+from pplex.evaluation.measure import Measured, measure
+from pplex.evaluation.metrics import METRICS, Metric, single
+from pplex.evaluation.speech_activity import Segment, make_detector
+from pplex.files import real_path, write_text
 
 _COLUMNS_PER_S = 20
 _MIN_COLUMNS, _MAX_COLUMNS = 300, 1500
 _MAX_STEPS = 1500
+COLUMNS = tuple(metric for metric in METRICS if metric.about)
+
+
+@dataclass
+class Entry:
+    """A recording as the page shows it; ``measured`` is None where there is no sound.
+
+    Peaks are 0 to 1, a value per column of the picture.
+    """
+
+    item: Item
+    status: str
+    error: str | None
+    measured: Measured | None = None
+    user_peaks: np.ndarray | None = None
+    agent_peaks: np.ndarray | None = None
 
 
 def make_entries(
-    found: Found, vad: str, told: Callable[[Item], None] = lambda item: None
+    found: Found, vad: str, told: Callable[[Item], object] = lambda item: None
 ) -> list[Entry]:
     """Measure every recording; an entry says so where one cannot be read."""
     detector = make_detector(vad)
@@ -53,7 +62,6 @@ def make_entries(
             try:
                 entry.measured = measure(item, detector)
                 pcm = item.agent.read()
-                entry.levels = measure_levels(pcm, SAMPLE_RATE, entry.measured.agent)
                 entry.agent_peaks = peaks(pcm, entry.measured.duration_s)
                 if item.user is not None:
                     user = item.user.read()
@@ -100,6 +108,87 @@ def write_report(
         # Safe: no part holds a marker, as every name in it is escaped.
         text = text.replace(f"<!--{name}-->", part)
     write_text(path, text)
+
+
+def table_head() -> str:
+    """The headings, as cells."""
+    cells = [_heading("Recording", "", "text"), _heading("Status", "", "text")]
+    cells.append('<th scope="col" class="strip">Who spoke when</th>')
+    cells += [_heading(heading(one), one.about, "number") for one in COLUMNS]
+    return "".join(cells)
+
+
+def heading(metric: Metric) -> str:
+    """What is written over a metric's column."""
+    return metric.title[:1].upper() + metric.title[1:]
+
+
+def _heading(said: str, tip: str, kind: str) -> str:
+    title = f' title="{escape(tip)}"' if tip else ""
+    return (
+        f'<th scope="col" aria-sort="none"><button type="button" data-kind="{kind}"'
+        f"{title}>{escape(said)}</button></th>"
+    )
+
+
+def table_row(index: int, entry: Entry) -> str:
+    """A recording's row; the script finds its data by ``index``."""
+    measured = [entry.measured] if entry.measured else []
+    cells = [_cell(metric, measured) for metric in COLUMNS]
+    name, status = escape(entry.item.name), escape(entry.status)
+    good = "good" if entry.status == "done" else "bad"
+    return (
+        f'<tr data-i="{index}"><th scope="row" data-v="{name}">'
+        f'<button type="button" class="open" aria-expanded="false">{name}</button>'
+        f'</th><td data-v="{status}"><span class="status {good}">{status}</span></td>'
+        f'<td class="strip"></td>{"".join(cells)}</tr>'
+    )
+
+
+def _cell(metric: Metric, measured: Sequence[Measured]) -> str:
+    figure = metric.of_all(measured)
+    value = single(figure)
+    if value is None:
+        return '<td data-v="">\u2013</td>'
+    mark = ' class="over"' if value > metric.limit else ""
+    return f'<td data-v="{value:.6g}"{mark}>{metric.text(figure)}</td>'
+
+
+def banner(entries: Sequence[Entry], notes: Sequence[str]) -> str:
+    """What is not done, and why; nothing if all is well."""
+    counts = Counter(entry.status for entry in entries if entry.status != "done")
+    lines = [f"{number} {status}" for status, number in sorted(counts.items())]
+    said = ""
+    if lines:
+        said = (
+            f"<p><strong>{sum(counts.values())} of {len(entries)} recordings are not "
+            f"done:</strong> {escape(', '.join(lines))}. The figures are about the "
+            "others.</p>"
+        )
+    said += "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return f'<div class="banner" role="note">{said}</div>' if said else ""
+
+
+def tiles(entries: Sequence[Entry]) -> str:
+    """All recordings together: the table's figures, as far as there are any."""
+    measured = [entry.measured for entry in entries if entry.measured]
+    done = sum(entry.status == "done" for entry in entries)
+    shown = [("Recordings done", f"{done} of {len(entries)}", "")]
+    for metric in COLUMNS:
+        figure = metric.of_all(measured)
+        value = single(figure)
+        if value is not None:
+            said = f"{metric.text(figure)} {metric.unit.strip('%')}".rstrip()
+            if metric.unit == "s" and value >= 60:
+                said = (
+                    f"{value / 60:.1f} min" if value < 3600 else f"{value / 3600:.1f} h"
+                )
+            shown.append((heading(metric), said, metric.about))
+    return "".join(
+        f'<div title="{escape(about)}"><dt>{escape(name)}</dt>'
+        f"<dd>{escape(value)}</dd></div>"
+        for name, value, about in shown
+    )
 
 
 def _data(entry: Entry, folder: Path) -> dict[str, Any]:

@@ -1,30 +1,35 @@
-"""Turn-taking of recordings, one by one and all together, with how it was measured."""
+"""Turn-taking of recordings, one by one and all together, with how it was measured.
+
+The result is JSON; a table for people and comma-separated values are made of it.
+"""
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
 from pplex.errors import PplexError
-from pplex.evaluation import full_duplex
+from pplex.evaluation import full_duplex_bench as bench
 from pplex.evaluation.asr import Recogniser
+from pplex.evaluation.dialogue import write_dialogue
 from pplex.evaluation.find import Found, Item
 from pplex.evaluation.measure import Measured, measure
-from pplex.evaluation.roundtrip import compare, summarise
-from pplex.evaluation.segments import Segment
-from pplex.evaluation.turns import Turns, TurnSettings
-from pplex.evaluation.vad import (
+from pplex.evaluation.metrics import METRICS, Figure, figure_of, figures, single
+from pplex.evaluation.speech_activity import (
     BENCH_SETTINGS,
     VAD_RATE,
     Detector,
     make_detector,
 )
-from pplex.respond.transcript import Word
+from pplex.evaluation.turns import TurnSettings
+
+_NAME_WIDTH = 36
 
 
 @dataclass(frozen=True)
@@ -42,57 +47,40 @@ def score(
     found: Found,
     method: Method,
     recogniser: Recogniser | None = None,
-    told: Callable[[Item], None] = lambda item: None,
-    both_sides: Callable[[Item, list[Word], list[Word]], None] | None = None,
+    told: Callable[[Item], object] = lambda item: None,
+    transcripts: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Score every recording that has an answer; the rest is listed with its reason.
 
-    ``told`` hears of each item when it is done; ``both_sides`` gets the user's and the
-    agent's words where there is a recogniser.
+    ``told`` hears of each item when it is done; ``transcripts`` says by an item's name
+    where to write what both sides said, the user by the recogniser.
     """
     detector = make_detector(method.vad)
     human = _human_timing(found, method)
-    rows = []
+    rows, measured = [], []
     for item in found.items:
-        rows.append(_score_item(item, method, detector, recogniser, human, both_sides))
+        path = (transcripts or {}).get(item.name)
+        row, one = _score_item(item, method, detector, recogniser, human, path)
+        rows.append(row)
+        measured += [one] if one is not None else []
         told(item)
-    scored = [row for row in rows if row["scored"]]
+    total = figures(measured)
     result = {
         "method": _describe(method, detector, recogniser, rows),
         "notes": found.notes,
         "recordings": rows,
         "total": {
             "recordings": len(rows),
-            "scored": len(scored),
-            "not_scored": len(rows) - len(scored),
-            **_total([row["turns"] for row in scored if row["turns"]]),
+            "scored": len(measured),
+            "not_scored": len(rows) - len(measured),
+            **rounded(total.pop("") | total.pop("turns")),
+            **{of: rounded(part) for of, part in total.items() if _known(part)},
         },
     }
-    bench = _bench_totals([row["bench"] for row in scored if row["bench"]])
-    if bench:
-        result["full_duplex_bench"] = bench
-    if recogniser is not None:
-        result["total"]["round_trip"] = summarise(
-            [row["round_trip"] for row in scored if row["round_trip"]]
-        )
+    tasks = bench.task_figures([row["bench"] for row in rows if row["bench"]])
+    if tasks:
+        result["full_duplex_bench"] = rounded(tasks)
     return result
-
-
-def turn_figures(turns: Turns) -> dict[str, Any]:
-    """A recording's figures and events, with rates; None where nothing was judged."""
-    figures = asdict(turns)
-    events = figures.pop("events")
-    minutes = turns.duration_s / 60
-    return {
-        **figures,
-        "takeover_rate": _rate(turns.takeovers, turns.judged_turns),
-        "reply_delay_s": _spread(turns.reply_delays_s),
-        "pauses_respected_rate": _rate(turns.pauses_respected, turns.pauses),
-        "backchannels_per_minute": turns.backchannels / minutes if minutes else None,
-        "yield_s": _spread(turns.yields_s),
-        "yielded_rate": _rate(len(turns.yields_s), turns.user_interruptions),
-        "events": events,
-    }
 
 
 def rounded(value: Any) -> Any:
@@ -112,8 +100,9 @@ def _score_item(
     detector: Detector,
     recogniser: Recogniser | None,
     human: dict[str, Any] | None,
-    both_sides: Callable[[Item, list[Word], list[Word]], None] | None,
-) -> dict[str, Any]:
+    transcript: Path | None,
+) -> tuple[dict[str, Any], Measured | None]:
+    """A recording's part of the result, and what was measured if it could be read."""
     row: dict[str, Any] = {
         "name": item.name,
         "status": item.status,
@@ -124,136 +113,58 @@ def _score_item(
         "round_trip": None,
     }
     if item.agent is None:
-        return row
+        return row, None
     try:
         heard = recogniser(item.agent.read(VAD_RATE)) if recogniser else None
         measured = measure(
-            item,
-            detector,
-            method.words,
-            heard,
-            method.agent_lag_s,
-            method.turns,
+            item, detector, method.words, heard, method.agent_lag_s, method.turns
         )
-        if measured.turns:
-            row["turns"] = rounded(turn_figures(measured.turns))
-        if item.sample:
-            row["bench"] = rounded(_bench(item, measured, human))
-        if heard is not None and item.words is not None:
-            row["round_trip"] = rounded(asdict(compare(item.words, heard)))
-        if recogniser and both_sides and heard is not None:
-            said = item.words if item.words is not None else heard
+        sample = _bench(item, measured, human) if item.sample else None
+        if recogniser and transcript is not None:
+            said = item.words if item.words is not None else heard or []
             user = recogniser(item.user.read(VAD_RATE)) if item.user else []
-            both_sides(item, user, said)
+            write_dialogue(transcript, user, said)
     except PplexError as e:
-        return {**row, "status": "unreadable", "error": str(e)}
-    row["scored"] = True
-    row["duration_s"] = rounded(measured.duration_s)
-    row["words_from"] = measured.words_from
-    return row
+        return {**row, "status": "unreadable", "error": str(e)}, None
+    row |= {"scored": True, "words_from": measured.words_from, "bench": sample}
+    for of, found in figures([measured]).items():
+        part = getattr(measured, of) if of else None
+        if not of:
+            row |= found
+        elif part is not None:
+            row[of] = found | ({} if isinstance(part, dict) else asdict(part))
+    return rounded(row), measured
+
+
+def _known(found: dict[str, Figure]) -> bool:
+    return any(figure is not None for figure in found.values())
 
 
 def _bench(
     item: Item, measured: Measured, human: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The benchmark's figures for one sample."""
-    sample = item.sample
-    assert sample is not None and item.agent is not None
-    words = sorted(
-        measured.words
-        if measured.words is not None
-        else [Word("", s.start_s, s.end_s, 0) for s in measured.agent],
-        key=lambda word: word.start_s,
-    )
-    row: dict[str, Any] = {"task": sample.task, "words_from": measured.words_from}
-    if sample.task == full_duplex.BACKCHANNEL:
-        pcm = item.agent.read(VAD_RATE)
-        segments: Sequence[Segment] = make_detector("silero", BENCH_SETTINGS)(pcm)
-        folder = item.folder.name if item.folder else ""
-        return row | full_duplex.backchannel(
-            segments,
-            words if measured.words is not None else [],
-            len(pcm) / VAD_RATE,
-            (human or {}).get(folder),
-        )
-    if sample.task == "user_interruption":
-        assert sample.reference_s is not None
-        words = full_duplex.after(words, sample.reference_s)
-    row["takeover"] = full_duplex.takeover(words)
-    if sample.reference_s is not None:
-        row["latency_s"] = (
-            full_duplex.latency_s(words, sample.reference_s)
-            if row["takeover"]
-            else None
-        )
-    return row
-
-
-def _bench_totals(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    by_task: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_task.setdefault(row["task"], []).append(row)
-    totals: dict[str, Any] = {}
-    for task, found in sorted(by_task.items()):
-        total: dict[str, Any] = {"samples": len(found)}
-        for key, name in (
-            ("takeover", "takeover_rate"),
-            ("takeover_any", "takeover_any_rate"),
-            ("latency_s", "latency_s"),
-            ("frequency_hz", "frequency_hz"),
-            ("timing_distance", "timing_distance"),
-        ):
-            values = [row[key] for row in found if row.get(key) is not None]
-            if any(key in row for row in found):
-                total[name] = rounded(mean(values)) if values else None
-        total["words_from"] = sorted({row["words_from"] for row in found})
-        totals[task] = total
-    return totals
-
-
-def _total(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts added up and lists put together, so that long recordings weigh more."""
-    names = (
-        "duration_s",
-        "user_speech_s",
-        "agent_speech_s",
-        "overlap_s",
-        "talk_over_s",
-        "silence_s",
-        "user_turns",
-        "judged_turns",
-        "takeovers",
-        "pauses",
-        "pauses_respected",
-        "backchannels",
-        "agent_interruptions",
-        "user_interruptions",
-    )
-    total: dict[str, Any] = {name: sum(row[name] for row in rows) for name in names}
-    delays = [delay for row in rows for delay in row["reply_delays_s"]]
-    yields = [seconds for row in rows for seconds in row["yields_s"]]
-    minutes = total["duration_s"] / 60
-    total["takeover_rate"] = _rate(total["takeovers"], total["judged_turns"])
-    total["reply_delay_s"] = _spread(delays)
-    total["pauses_respected_rate"] = _rate(total["pauses_respected"], total["pauses"])
-    total["backchannels_per_minute"] = (
-        total["backchannels"] / minutes if minutes else None
-    )
-    total["yield_s"] = _spread(yields)
-    total["yielded_rate"] = _rate(len(yields), total["user_interruptions"])
-    return rounded(total)
+    assert item.sample is not None and item.agent is not None
+    row = {"task": item.sample.task, "words_from": measured.words_from}
+    if item.sample.task != bench.BACKCHANNEL:
+        return row | bench.turn_taking(item.sample, measured.words, measured.agent)
+    pcm = item.agent.read(VAD_RATE)
+    speech = make_detector("silero", BENCH_SETTINGS)(pcm)
+    timing = (human or {}).get(item.folder.name if item.folder else "")
+    duration_s = len(pcm) / VAD_RATE
+    return row | bench.backchannel(speech, measured.words or [], duration_s, timing)
 
 
 def _human_timing(found: Found, method: Method) -> dict[str, Any] | None:
     """People's backchannel timing: the file given, or one beside the samples."""
     path = method.human_timing
     for item in found.items:
-        if path is None and item.sample and item.sample.task == full_duplex.BACKCHANNEL:
+        if path is None and item.sample and item.sample.task == bench.BACKCHANNEL:
             assert item.folder is not None
             for folder in (item.folder.parent, item.folder.parent.parent):
-                if (folder / full_duplex.HUMAN_TIMING).is_file():
-                    path = folder / full_duplex.HUMAN_TIMING
-    return dict(full_duplex.read_human_timing(path)) if path else None
+                if (folder / bench.HUMAN_TIMING).is_file():
+                    path = folder / bench.HUMAN_TIMING
+    return dict(bench.read_human_timing(path)) if path else None
 
 
 def _describe(
@@ -272,27 +183,126 @@ def _describe(
     }
     tasks = {row["bench"]["task"] for row in rows if row["bench"]}
     if tasks:
-        described["full_duplex_bench"] = list(full_duplex.NOTES)
-        if full_duplex.BACKCHANNEL in tasks:
-            bench = make_detector("silero", BENCH_SETTINGS)
-            described["backchannel_detector"] = bench.describe()
+        described["full_duplex_bench"] = list(bench.NOTES)
+        if bench.BACKCHANNEL in tasks:
+            theirs = make_detector("silero", BENCH_SETTINGS)
+            described["backchannel_detector"] = theirs.describe()
     return described
 
 
-def _rate(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+def as_table(result: dict[str, Any]) -> str:
+    """Recordings, totals, the benchmark's figures, disagreements, and the method."""
+    recordings, total = result["recordings"], result["total"]
+    shown = [
+        metric
+        for metric in METRICS
+        if metric.title and metric.table
+        if not metric.of or any(row.get(metric.of) for row in recordings)
+    ]
+    rows = [["recording", *(metric.heading for metric in shown)]]
+    for row in recordings:
+        cells = [metric.text(figure_of(metric, row)) for metric in shown]
+        if not row["scored"]:
+            cells[0] = row["status"]
+        alone = " (agent only)" if row["scored"] and not row["turns"] else ""
+        rows.append([_shorten(row["name"]) + alone, *cells])
+    if total["scored"]:
+        cells = [metric.text(figure_of(metric, total)) for metric in shown]
+        rows.append([f"all {total['scored']}", *cells])
+    parts = [_aligned(rows)]
+    parts += [_bench_table(result.get("full_duplex_bench", {}))]
+    parts += [_disagreements(recordings)]
+    parts += [_unscored(result)]
+    parts += [_method(result["method"])]
+    return "\n".join(part for part in parts if part)
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | int] | None:
-    if not values:
-        return None
-    ordered = sorted(values)
-    high = ordered[min(len(ordered) - 1, math.ceil(0.9 * len(ordered)) - 1)]
-    return {
-        "n": len(values),
-        "mean": mean(values),
-        "median": median(values),
-        "p90": high,
-        "min": ordered[0],
-        "max": ordered[-1],
-    }
+def as_csv(result: dict[str, Any]) -> str:
+    """One line a recording; empty where nothing was measured."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    shown = [metric for metric in METRICS if metric.title]
+    sample = ("task", *(key for key, _, _ in bench.FIGURES))
+    first = ("name", "status", "error", "words_from")
+    columns = [*first, *(metric.column for metric in shown)]
+    writer.writerow([*columns, *(f"bench_{key}" for key in sample)])
+    for row in result["recordings"]:
+        writer.writerow(
+            [row.get(key) for key in first]
+            + [single(figure_of(metric, row)) for metric in shown]
+            + [(row["bench"] or {}).get(key) for key in sample]
+        )
+    return out.getvalue()
+
+
+def _bench_table(totals: dict[str, Any]) -> str:
+    if not totals:
+        return ""
+    headings = ["samples", *(heading for _, _, heading in bench.FIGURES), "words from"]
+    rows = [["Full-Duplex-Bench v1.0", *headings]]
+    for task, total in totals.items():
+        values = [total.get(name) for _, name, _ in bench.FIGURES]
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        samples, sources = str(total["samples"]), ", ".join(total["words_from"])
+        rows.append([task, samples, *cells, sources])
+    return _aligned(rows)
+
+
+def _disagreements(recordings: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in recordings:
+        for d in (row["round_trip"] or {}).get("disagreements", []):
+            lines.append(
+                f"  {row['name']} {d['start_s']:.2f} s: "
+                f'said "{d["said"]}", heard "{d["heard"]}"'
+            )
+    return "Heard otherwise than said:\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _unscored(result: dict[str, Any]) -> str:
+    lines = [f"  {note}" for note in result["notes"]]
+    lines += [
+        f"  {row['name']}: {row['status']}"
+        + (f" ({row['error']})" if row["error"] else "")
+        for row in result["recordings"]
+        if not row["scored"] or row["error"]
+    ]
+    if not lines:
+        return ""
+    total = result["total"]
+    head = f"Not scored: {total['not_scored']} of {total['recordings']}"
+    return head + "\n" + "\n".join(lines) + "\n"
+
+
+def _method(method: dict[str, Any]) -> str:
+    detector, recogniser = method["voice_detector"], method["recogniser"]
+    turns = method["turns"]
+    said = (
+        f"Method: speech by {detector['name']} ({detector['version']}); a turn holds "
+        f"silences up to {turns['max_pause_s']:g} s; a backchannel is under "
+        f"{turns['backchannel_s']:g} s with at most {turns['backchannel_words']} words "
+        f"inside a turn; words: {method['words']}"
+    )
+    if method["agent_lag_s"]:
+        said += f"; {method['agent_lag_s']:g} s taken off the agent's times"
+    if recogniser:
+        said += f"; heard by {recogniser['name']} {recogniser['version']}"
+        unknown = recogniser.get("words_not_in_dictionary")
+        if unknown:
+            said += f", which does not know {', '.join(unknown[:5])}"
+            said += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    return said + ". --format json has all parameters.\n"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first = row[0].ljust(widths[0])
+        rest = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([first, *rest]).rstrip() + "\n")
+    return "".join(lines)
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _NAME_WIDTH else "..." + name[3 - _NAME_WIDTH :]

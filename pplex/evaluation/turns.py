@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pplex.evaluation.segments import (
+from pplex.evaluation.speech_activity import (
     TOLERANCE_S,
     Segment,
     common,

@@ -7,15 +7,17 @@ d7336bd. What differs is said in ``NOTES``, which goes into every score.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import numpy as np
 
 from pplex.errors import PplexError
-from pplex.evaluation.segments import Segment
-from pplex.evaluation.sidefiles import real_path
+from pplex.evaluation.speech_activity import Segment
+from pplex.files import real_path
 from pplex.respond.transcript import Word
 
 ANNOTATIONS = {
@@ -36,6 +38,15 @@ NOTES = (
     "segment up to 3 s decides; 'takeover_any' is 1 if any segment is one.",
     "Backchannel: times are true seconds; the script hands 24 kHz sound to a "
     "detector that is told 16 kHz.",
+)
+
+# Of a sample, and of a task's samples: key, its name in the mean of all, its heading.
+FIGURES = (
+    ("takeover", "takeover_rate", "takeover"),
+    ("takeover_any", "takeover_any_rate", "any"),
+    ("latency_s", "latency_s", "latency s"),
+    ("frequency_hz", "frequency_hz", "per s"),
+    ("timing_distance", "timing_distance", "JSD"),
 )
 
 TURN_S = 1.0
@@ -82,6 +93,40 @@ def read_chunks(path: Path) -> list[Word]:
     return found
 
 
+def turn_taking(
+    sample: Sample, words: Sequence[Word] | None, speech: Sequence[Segment]
+) -> dict[str, Any]:
+    """A sample's figures by the agent's words, or by its speech without any."""
+    if words is None:
+        words = [Word("", s.start_s, s.end_s, 0) for s in speech]
+    words = sorted(words, key=lambda word: word.start_s)
+    if sample.task == "user_interruption":
+        assert sample.reference_s is not None
+        words = after(words, sample.reference_s)
+    row: dict[str, Any] = {"takeover": takeover(words)}
+    if sample.reference_s is not None:
+        late = latency_s(words, sample.reference_s) if row["takeover"] else None
+        row["latency_s"] = late
+    return row
+
+
+def task_figures(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The means over each task's samples."""
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
+    totals: dict[str, Any] = {}
+    for task, found in sorted(by_task.items()):
+        total: dict[str, Any] = {"samples": len(found)}
+        for key, name, _ in FIGURES:
+            values = [row[key] for row in found if row.get(key) is not None]
+            if any(key in row for row in found):
+                total[name] = mean(values) if values else None
+        total["words_from"] = sorted({row["words_from"] for row in found})
+        totals[task] = total
+    return totals
+
+
 def takeover(words: Sequence[Word]) -> int:
     """0 if nothing is said, or under 1 s with at most 3 words; else 1."""
     if not words:
@@ -109,7 +154,7 @@ def backchannel(
     words: Sequence[Word],
     duration_s: float,
     human: Sequence[float] | None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Takeover, backchannels a second, and their timing's distance to people's."""
     verdict = verdict_any = 0
     predicted: list[Segment] = []
