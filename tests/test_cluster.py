@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from test_batch import SETTINGS, Notes, contents, last_lines, record
 
+from pplex.batch import workers
 from pplex.batch.plan import OutputOptions, Selection
 from pplex.batch.prepare import Batch
 from pplex.batch.run import run_batch
@@ -109,3 +110,32 @@ def test_machines_with_another_model_do_not_work(cluster, batch, monkeypatch):
     monkeypatch.setattr(describe, "model_identity", lambda local: "another")
     with pytest.raises(PplexError, match="another one than here"):
         run_batch(replace(batch, ray=cluster.address), Notes())
+
+
+class Deadly(workers.Worker):
+    """A worker that one recording kills, and another puts out of order."""
+
+    async def answer(self, job, voice):
+        if job.key == "3.wav":
+            os._exit(1)
+        if job.key == "5.wav":
+            job = replace(job, pcm=None)
+        return await super().answer(job, voice)
+
+
+def test_a_recording_that_kills_its_workers_fails_alone(
+    cluster, batch, tmp_path, monkeypatch
+):
+    run_batch(batch, Notes())
+    cluster, _ = cluster
+    monkeypatch.setattr(workers, "Worker", Deadly)
+    other = replace(batch, outdir=tmp_path / "other", ray=cluster.address)
+    notes = Notes()
+    summary = run_batch(other, notes)
+    assert set(summary.failed) == {"3.wav", "5.wav"}
+    assert "lost 3 times" in summary.failed["3.wav"]
+    assert "NoneType" in summary.failed["5.wav"]
+    assert sum("lost a worker" in note for note in notes.notes) == 6
+    known = contents(other.outdir)
+    assert known and known.items() <= contents(batch.outdir).items()
+    assert len(known) == 3 * (COUNT - 2)
