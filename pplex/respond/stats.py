@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pplex.files import PIPE, write_text
+from pplex.model.config import MimiConfig
 from pplex.respond.request import Request
 from pplex.respond.transcript import Word
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pplex.checkpoint.hub import LocalModel
     from pplex.conversation.session import Model
 
-FRAME_S = 0.08
+FRAME_S = MimiConfig().frame_s
 FRAME_BUDGET_MS = 1000.0 * FRAME_S
 
 _LOWEST_MS = 0.01
