@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from test_batch import SETTINGS, Notes, contents, last_lines, record
 
-from pplex.batch import workers
+from pplex.batch import cluster as ray_cluster
 from pplex.batch.plan import OutputOptions, Selection
 from pplex.batch.prepare import Batch
 from pplex.batch.run import run_batch
@@ -113,7 +113,7 @@ def test_machines_with_another_model_do_not_work(cluster, batch, monkeypatch):
         run_batch(replace(batch, ray=cluster.address), Notes())
 
 
-class Deadly(workers.Worker):
+class Deadly(ray_cluster.Worker):
     """A worker that one recording kills, and another puts out of order."""
 
     async def answer(self, job, voice):
@@ -129,7 +129,7 @@ def test_a_recording_that_kills_its_workers_fails_alone(
 ):
     run_batch(batch, Notes())
     cluster, _ = cluster
-    monkeypatch.setattr(workers, "Worker", Deadly)
+    monkeypatch.setattr(ray_cluster, "Worker", Deadly)
     other = replace(batch, outdir=tmp_path / "other", ray=cluster.address)
     notes = Notes()
     summary = run_batch(other, notes)
@@ -143,7 +143,7 @@ def test_a_recording_that_kills_its_workers_fails_alone(
     assert len(known) == 3 * (COUNT - 2)
 
 
-class Slow(workers.Worker):
+class Slow(ray_cluster.Worker):
     """A worker that leaves time for others to come."""
 
     async def answer(self, job, voice):
@@ -154,9 +154,9 @@ class Slow(workers.Worker):
 def test_a_machine_that_joins_later_gets_work(cluster, batch, monkeypatch):
     cluster, nodes = cluster
     cluster.remove_node(nodes[0])
-    monkeypatch.setattr(workers, "Worker", Slow)
+    monkeypatch.setattr(ray_cluster, "Worker", Slow)
     sent = []
-    send = workers.Cluster._send
+    send = ray_cluster.Cluster._send
 
     def noted(self, worker, job):
         sent.append(worker.actor)
@@ -164,6 +164,6 @@ def test_a_machine_that_joins_later_gets_work(cluster, batch, monkeypatch):
             cluster.add_node(num_cpus=1)
         send(self, worker, job)
 
-    monkeypatch.setattr(workers.Cluster, "_send", noted)
+    monkeypatch.setattr(ray_cluster.Cluster, "_send", noted)
     summary = run_batch(replace(batch, ray=cluster.address), Notes())
     assert (summary.done, len(set(sent))) == (COUNT, 2)
