@@ -5,6 +5,7 @@ pip install 'pplex[ray]'
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from test_batch import SETTINGS, Notes, contents, last_lines, record
 
+from pplex.batch import cluster as ray_cluster
 from pplex.batch.plan import OutputOptions, Selection
 from pplex.batch.prepare import Batch
 from pplex.batch.run import run_batch
@@ -109,3 +111,59 @@ def test_machines_with_another_model_do_not_work(cluster, batch, monkeypatch):
     monkeypatch.setattr(describe, "model_identity", lambda local: "another")
     with pytest.raises(PplexError, match="another one than here"):
         run_batch(replace(batch, ray=cluster.address), Notes())
+
+
+class Deadly(ray_cluster.Worker):
+    """A worker that one recording kills, and another puts out of order."""
+
+    async def answer(self, job, voice):
+        if job.key == "3.wav":
+            os._exit(1)
+        if job.key == "5.wav":
+            job = replace(job, pcm=None)
+        return await super().answer(job, voice)
+
+
+def test_a_recording_that_kills_its_workers_fails_alone(
+    cluster, batch, tmp_path, monkeypatch
+):
+    run_batch(batch, Notes())
+    cluster, _ = cluster
+    monkeypatch.setattr(ray_cluster, "Worker", Deadly)
+    other = replace(batch, outdir=tmp_path / "other", ray=cluster.address)
+    notes = Notes()
+    summary = run_batch(other, notes)
+    assert set(summary.failed) == {"3.wav", "5.wav"}
+    assert "lost 3 times" in summary.failed["3.wav"]
+    assert "NoneType" in summary.failed["5.wav"]
+    assert sum("lost a worker" in note for note in notes.notes) <= 6
+    assert not any("no worker" in note for note in notes.notes)
+    known = contents(other.outdir)
+    assert known and known.items() <= contents(batch.outdir).items()
+    assert len(known) == 3 * (COUNT - 2)
+
+
+class Slow(ray_cluster.Worker):
+    """A worker that leaves time for others to come."""
+
+    async def answer(self, job, voice):
+        await asyncio.sleep(1.0)
+        return await super().answer(job, voice)
+
+
+def test_a_machine_that_joins_later_gets_work(cluster, batch, monkeypatch):
+    cluster, nodes = cluster
+    cluster.remove_node(nodes[0])
+    monkeypatch.setattr(ray_cluster, "Worker", Slow)
+    sent = []
+    send = ray_cluster.Cluster._send
+
+    def noted(self, worker, job):
+        sent.append(worker.actor)
+        if len(sent) == 1:
+            cluster.add_node(num_cpus=1)
+        send(self, worker, job)
+
+    monkeypatch.setattr(ray_cluster.Cluster, "_send", noted)
+    summary = run_batch(replace(batch, ray=cluster.address), Notes())
+    assert (summary.done, len(set(sent))) == (COUNT, 2)

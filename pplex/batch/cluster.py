@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 _AHEAD = 4  # recordings a worker has beyond its batch
 _MAX_TRIES = 3  # of a recording whose worker was lost
+_MAX_RESTARTS = 3  # of a worker on its machine
 _CONNECT_S = 10.0
+_RESTART_S = 0.2  # between looks whether Ray has started a worker again
 _LOOK_S = 2.0  # between looks for machines without a worker
 # A batch waits so long for another recording to join it.
 _PATIENCE_S = 0.3
@@ -99,31 +101,38 @@ class Cluster:
         self._workers: list[_Remote] = []
         self._hired: Counter[str] = Counter()
         self._tries: Counter[str] = Counter()
+        self._again: deque[Job] = deque()
+        # Lost twice: these have a worker to themselves when the others are done, so
+        # that none fails for the one beside it.
+        self._doubtful: deque[Job] = deque()
         self._voices: dict[str, Any] = {}
         self._looked = 0.0
         self._last_error = ""
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Answered | Failure]:
         """Yield an answer or a failure for each job, in any order."""
-        again: deque[Job] = deque()
         more = True
         try:
             while True:
                 self._start_workers()
                 while worker := self._freest():
-                    job = again.popleft() if again else next(jobs, None)
+                    job = self._again.popleft() if self._again else next(jobs, None)
                     if job is None:
                         more = False
                         break
                     self._send(worker, job)
-                if not (more or again or any(w.busy for w in self._workers)):
+                for worker in self._workers:
+                    if self._doubtful and worker.room and not worker.busy:
+                        self._send(worker, self._doubtful.popleft())
+                left = more or self._again or self._doubtful
+                if not left and not any(worker.busy for worker in self._workers):
                     return
                 if not self._workers:
                     raise PplexError(
                         f"no machine of the Ray cluster can work: {self._last_error}"
                     )
                 for ref, worker in self._ready():
-                    yield from self._take(ref, worker, again)
+                    yield from self._take(ref, worker)
         finally:
             self._shut_down()
 
@@ -148,12 +157,12 @@ class Cluster:
                     "num_cpus": 1,
                     "num_gpus": int(has_gpus),
                     "max_concurrency": 10_000,
-                    "max_restarts": _MAX_TRIES,
+                    "max_restarts": _MAX_RESTARTS,
                     "scheduling_strategy": NodeAffinitySchedulingStrategy(idx, False),
                 }
                 actor = self._ray.remote(Worker).options(**options).remote(self._spec)
                 host = node["NodeManagerHostname"]
-                self._workers.append(_Remote(actor, host, _start(actor)))
+                self._workers.append(_Remote(actor, host, actor.start.remote()))
 
     def _freest(self) -> _Remote | None:
         free = [worker for worker in self._workers if len(worker.busy) < worker.room]
@@ -179,15 +188,17 @@ class Cluster:
         more, _ = self._ray.wait(list(owners), num_returns=len(owners), timeout=0)
         return [(ref, owners[ref]) for ref in dict.fromkeys([*refs, *more])]
 
-    def _take(
-        self, ref: Any, worker: _Remote, again: deque[Job]
-    ) -> Iterator[Answered | Failure]:
+    def _take(self, ref: Any, worker: _Remote) -> Iterator[Answered | Failure]:
         is_start = ref == worker.starting
         if not is_start and ref not in worker.busy:  # lost since
             return
         try:
             value = self._ray.get(ref)
         except self._ray.exceptions.RayError as e:
+            if is_start and isinstance(e, self._ray.exceptions.ActorUnavailableError):
+                time.sleep(_RESTART_S)
+                worker.starting = worker.actor.start.remote()
+                return
             reason = getattr(e, "cause", None) or e
             self._last_error = f"{worker.host}: {str(reason).strip().splitlines()[0]}"
             if is_start:
@@ -195,7 +206,7 @@ class Cluster:
                 self._workers.remove(worker)
                 self._ray.kill(worker.actor)
             else:
-                yield from self._lose(worker, again)
+                yield from self._lose(worker)
             return
         if is_start:
             worker.room = value + _AHEAD
@@ -207,19 +218,21 @@ class Cluster:
             self._note(f"{worker.host}: {note}")
         yield outcome
 
-    def _lose(self, worker: _Remote, again: deque[Job]) -> Iterator[Failure]:
+    def _lose(self, worker: _Remote) -> Iterator[Failure]:
         """Take back what a lost worker had, and wait until Ray has started it again."""
         from pplex.batch.decoding import Failure
 
         lost = list(worker.busy.values())
         worker.busy.clear()
-        worker.room, worker.starting = 0, _start(worker.actor)
+        worker.room, worker.starting = 0, worker.actor.start.remote()
         count = f"{len(lost)} recordings are done again"
         self._note(f"lost a worker on {self._last_error}; {count}")
         for job in lost:
             self._tries[job.key] += 1
-            if self._tries[job.key] < _MAX_TRIES:
-                again.append(job)
+            if self._tries[job.key] < _MAX_TRIES - 1:
+                self._again.append(job)
+            elif self._tries[job.key] < _MAX_TRIES:
+                self._doubtful.append(job)
             else:
                 yield Failure(
                     job.key,
@@ -232,11 +245,6 @@ class Cluster:
         self._workers.clear()
         if self._own_cluster:
             self._ray.shutdown()
-
-
-def _start(actor: Any) -> Any:
-    """Let a worker load its model, again if it is lost over that."""
-    return actor.start.options(max_task_retries=_MAX_TRIES - 1).remote()
 
 
 def _import_ray() -> Any:

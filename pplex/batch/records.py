@@ -13,7 +13,7 @@ from pplex.batch.decoding import Answered
 from pplex.batch.describe import Description
 from pplex.conversation.session import Reply
 from pplex.errors import PplexError
-from pplex.respond.manifest import DONE, FAILED, FilePrint, Line, file_print
+from pplex.respond.manifest import DONE, FAILED, FilePrint, Line, Manifest, file_print
 from pplex.respond.outputs import spoken_words, write_outputs
 from pplex.respond.request import Request
 from pplex.respond.run import read_user
@@ -53,15 +53,16 @@ def read_request(request: Request, sample_rate: int) -> Read:
 
 def write_answer(
     model: Description,
+    manifest: Manifest,
     request: Request,
     read: Read,
     answered: Answered,
     check: Check | None,
-) -> tuple[dict[str, float], list[Outcome]]:
+) -> tuple[Line, list[Outcome]]:
     """Write the outputs of ``request`` and check them.
 
-    Returns the recording's share of the work, seconds by part, and how the checks
-    went. Loading the model and its prompts is nobody's share.
+    Returns the manifest's line, and how the checks went. Of the work, the figures have
+    the recording's share; loading the model and its prompts is nobody's.
     """
     start = time.perf_counter()
     result, timings = answered.result, answered.result.timings
@@ -99,23 +100,12 @@ def write_answer(
     if check is not None:
         spoken = spoken_words(model, reply.text)
         outcomes = check(request.source, outputs.files(), stats, spoken)
-    return {f"{part}_s": round(s, 4) for part, s in seconds.items()}, outcomes
-
-
-def done_line(
-    model: Description,
-    request: Request,
-    read: Read,
-    outputs: dict[str, Line],
-    seconds: dict[str, float],
-) -> Line:
-    """The manifest's line of a recording that was answered."""
-    audio_s = len(read.recording.pcm) / model.config.sample_rate
-    return _line(model, request, DONE, asdict(read.print)) | {
-        "outputs": outputs,
+    line = _line(model, request, DONE, asdict(read.print)) | {
+        "outputs": manifest.describe(outputs.files()),
         "audio_s": round(audio_s, 3),
-        "timings": seconds,
+        "timings": {f"{part}_s": round(s, 4) for part, s in seconds.items()},
     }
+    return line, outcomes
 
 
 def failed_line(model: Description, request: Request, error: str) -> Line:

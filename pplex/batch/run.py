@@ -36,7 +36,6 @@ from pplex.batch.prepare import (
 )
 from pplex.batch.records import (
     Read,
-    done_line,
     failed_line,
     read_request,
     write_answer,
@@ -242,7 +241,7 @@ class _Run:
 
     def _answer(self, workers: Workers, requests: list[Request]) -> None:
         by_key = {request.key: request for request in requests}
-        writes: deque[tuple[Request, Read, Future]] = deque()
+        writes: deque[tuple[Request, Future[tuple[Line, list[Outcome]]]]] = deque()
         outcomes = workers.run(self._jobs(requests))
         with ThreadPoolExecutor(_WRITERS) as pool:
             try:
@@ -255,19 +254,21 @@ class _Run:
                     read = self._reads.pop(request.key)
                     files = request.outputs.files().values()
                     self._lock.begin(self._manifest.relative(p) for p in files)
-                    peak = self._summary.peak_memory_gb
                     self._summary.peak_memory_gb = max(
-                        peak, outcome.info.peak_memory_gb
+                        self._summary.peak_memory_gb, outcome.info.peak_memory_gb
                     )
-                    writes.append(
-                        (
-                            request,
-                            read,
-                            pool.submit(self._write, request, read, outcome),
-                        )
+                    future = pool.submit(
+                        write_answer,
+                        self._model,
+                        self._manifest,
+                        request,
+                        read,
+                        outcome,
+                        self._batch.check,
                     )
+                    writes.append((request, future))
                     while writes and (
-                        writes[0][2].done() or len(writes) > _WRITE_BEHIND
+                        writes[0][1].done() or len(writes) > _WRITE_BEHIND
                     ):
                         self._written(*writes.popleft())
             finally:
@@ -275,23 +276,17 @@ class _Run:
                 while writes:
                     self._written(*writes.popleft())
 
-    def _write(
-        self, request: Request, read: Read, outcome: Answered
-    ) -> tuple[dict[str, float], list[Outcome], dict[str, Line]]:
-        check = self._batch.check
-        seconds, checks = write_answer(self._model, request, read, outcome, check)
-        return seconds, checks, self._manifest.describe(request.outputs.files())
-
-    def _written(self, request: Request, read: Read, future: Future) -> None:
+    def _written(
+        self, request: Request, future: Future[tuple[Line, list[Outcome]]]
+    ) -> None:
         try:
-            seconds, checks, outputs = future.result()
+            line, checks = future.result()
         except PplexError as e:
             cause = e.__cause__
             if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
                 raise  # the next ones would fare no better
             self._fail(request, str(e))
             return
-        line = done_line(self._model, request, read, outputs, seconds)
         self._manifest.append(line)
         self._summary.done += 1
         self._summary.audio_s += line["audio_s"]

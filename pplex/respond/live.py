@@ -27,9 +27,9 @@ from pplex.respond.stats import (
 from pplex.respond.stopping import Stop
 from pplex.respond.transcript import Captions
 
-STDIN = 0
+_STDIN = 0
 # A source this much ahead of real time is no live one: its frames cannot be late.
-MAX_LIVE_PACE = 1.05
+_MAX_LIVE_PACE = 1.05
 
 _NO_STEPS = Latency(0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
@@ -80,7 +80,7 @@ def respond_stream(
     clock = Clock()
     outputs, settings = request.outputs, request.settings
     check_outputs(request, config.overwrite)
-    feed = Feed(STDIN)
+    feed = Feed(_STDIN)
     user = UserStream(feed, config.raw or read_header(feed), settings.channel)
     report.listening(user.format)
     clock.lap("read")
@@ -147,7 +147,7 @@ def respond_stream(
         pace = user.pace
         stats = replace(
             stats,
-            latency_ms=record.latency.latency() if pace <= MAX_LIVE_PACE else None,
+            latency_ms=record.latency.latency() if pace <= _MAX_LIVE_PACE else None,
             start_up_frames=record.start_up_frames,
             source_pace=pace if math.isfinite(pace) else None,
         )

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pplex.audio.files import Channel
 from pplex.errors import PplexError
 from pplex.files import PIPE, is_pipe
 from pplex.respond.transcript import check_transcript_path
 
 if TYPE_CHECKING:
+    from pplex.audio.files import Channel
     from pplex.model.sampling import SamplingConfig
 
 Layout = Literal["stereo", "agent", "separate"]
