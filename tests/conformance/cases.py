@@ -15,8 +15,8 @@ from random_checkpoint import Arrays, lm_arrays, mimi_arrays
 from pplex.bench.random_model import TINY
 from pplex.checkpoint.weights import load_lm, load_mimi
 from pplex.codec.mimi import Mimi
-from pplex.config import LmConfig, ModelConfig
 from pplex.conversation.prompt import Prompt, make_prompt
+from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.depformer import NOT_FORCED
 from pplex.model.lm import Lm
 from pplex.model.sampling import GREEDY, SamplingConfig
