@@ -113,9 +113,9 @@ class FrameKernel:
         self._arrays: list[mx.array] = []
         forms = {}
         for name, (modules, _) in MATRICES.items():
-            parts, *form = stack(modules(lm))
+            parts, bits, group = stack(modules(lm))
             self._arrays += parts
-            forms[name] = tuple(form)
+            forms[name] = bits, group
         for modules in NORMS.values():
             self._arrays.append(mx.concatenate([m.weight for m in modules(lm)]))
         head_dim = lm.config.dim // lm.config.num_heads

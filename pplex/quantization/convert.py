@@ -65,7 +65,7 @@ def convert(
     target: Path,
     conversion: Conversion,
     start: Callable[[int], None],
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> Converted:
     """Write the model ``local`` to the new folder ``target``, whole or not at all.
 
@@ -129,7 +129,7 @@ def _arrays(
     recipe: Recipe,
     refine: bool,
     rounder: Rounder | None,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> Iterator[mx.array | np.ndarray]:
     """The arrays of ``_specs``, matrix after matrix."""
     for matrix in matrices:
