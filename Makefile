@@ -1,6 +1,6 @@
 # make demo    answer a recording, from nothing to a WAV file
 # make test    run the tests
-# make lint    check style and layering
+# make lint    check style, layering and types
 # make check   both
 #
 # The first one called makes a virtual environment in .venv. On Linux with an NVIDIA
@@ -49,6 +49,7 @@ lint: $(STAMP_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 check: lint test
 

@@ -11,6 +11,8 @@ from pplex.backend import use_fast_blas
 
 use_fast_blas()
 
+import reference_driver  # noqa: E402
+
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny"
 
@@ -39,18 +41,14 @@ def tiny_model():
 @pytest.fixture
 def mlx_steps(monkeypatch):
     """The language model's steps with MLX, compiled code or not."""
-    monkeypatch.setattr("pplex.model.native.load_library", lambda: None)
+    reference_driver.use_steps("mlx", monkeypatch)
 
 
-@pytest.fixture(params=["native", "mlx"])
-def each_way(request):
+@pytest.fixture(params=reference_driver.STEPS)
+def each_way(request, monkeypatch) -> str:
     """The language model's steps by compiled code, then with MLX."""
-    from pplex.model.native import load_library
-
-    if request.param == "mlx":
-        request.getfixturevalue("mlx_steps")
-    elif load_library() is None:
-        pytest.skip("the compiled step was not built")
+    reference_driver.use_steps(request.param, monkeypatch)
+    return request.param
 
 
 @pytest.fixture

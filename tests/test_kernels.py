@@ -1,8 +1,73 @@
-"""Compiling CUDA kernels, which needs no GPU; what they compute: test_cuda.py."""
+"""Compiling CUDA kernels, which needs no GPU; what they compute: test_cuda.py.
+
+By the compiler that pip serves, for GPUs of two generations.
+"""
 
 from __future__ import annotations
 
-from pplex.layers.cuda import compiler
+import ctypes
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pplex.layers.cuda import compiler, convolutions, rows
+from pplex.model import depformer_kernel, frame_kernel
+from pplex.model.config import LmConfig
+
+CAPABILITIES = [(8, 0), (9, 0)]
+# Bits and group size of the temporal transformer's and the depformer's weights, and of
+# the tables.
+FORMS = {
+    "4/64": ((4, 64), (16, 1)),
+    "8/32": ((8, 32), (8, 32)),
+    "16": ((16, 1), (16, 1)),
+}
+TABLES = "text", "audio", "dep_text", "dep_audio"
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """A name and the text of every kernel that is compiled at run time."""
+    lm = LmConfig()  # the published 7B
+    for head_dim in rows.WIDTHS:
+        for name in ("attend", "attend_prompts"):
+            text = rows.source(name, HEAD_DIM=head_dim, WINDOW=lm.window)
+            yield f"{name} {head_dim}", text
+    for name in rows.THREADS:
+        if not name.startswith("attend"):
+            yield name, rows.source(name)
+    yield "elu_behind", convolutions.source()
+    yield "depformer", depformer_kernel.source(lm)
+    for form, (matrices, tables) in FORMS.items():
+        forms = dict.fromkeys(frame_kernel.MATRICES, matrices)
+        forms |= dict.fromkeys(TABLES, tables)
+        yield f"frame {form}", frame_kernel.source(lm, forms, splits=4)[0]
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> ctypes.CDLL:
+    """CUDA's compiler: of the package in the extra ``dev``, or this machine's."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvrtc") or []
+    except importlib.metadata.PackageNotFoundError:
+        try:
+            return compiler._nvrtc()
+        except RuntimeError as e:
+            pytest.skip(str(e))
+    (path,) = (f.locate() for f in files if f.match("libnvrtc.so.*"))
+    # It looks for this one by its bare name.
+    for builtins in Path(path).parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(str(path))
+
+
+@pytest.mark.parametrize("target", CAPABILITIES, ids=str)
+@pytest.mark.parametrize("text", [pytest.param(t, id=name) for name, t in sources()])
+def test_kernels_compile_without_a_warning(nvrtc, text, target):
+    code, said = compiler.compile_for(nvrtc, text, target)
+    assert code[:4] == b"\x7fELF"
+    assert not said.strip()
 
 
 def test_kernels_are_compiled_once_and_kept(tmp_path, monkeypatch):
@@ -13,12 +78,12 @@ def test_kernels_are_compiled_once_and_kept(tmp_path, monkeypatch):
 
     compiled = []
 
-    def compile_it(_, source):
+    def compile_it(_, source, target):
         compiled.append(source)
-        return b"code of " + source.encode()
+        return b"code of " + source.encode(), ""
 
     monkeypatch.setattr(compiler, "_nvrtc", Nvrtc)
-    monkeypatch.setattr(compiler, "_compile", compile_it)
+    monkeypatch.setattr(compiler, "compile_for", compile_it)
     monkeypatch.setattr(compiler, "capability", lambda: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for source in ("one", "two", "one"):

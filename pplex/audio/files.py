@@ -107,7 +107,8 @@ def frames_of(pcm: np.ndarray, frame_size: int) -> np.ndarray:
 
 def to_pcm16(pcm: np.ndarray) -> np.ndarray:
     """Turn float PCM of any shape into int16: clamp, times 32767, toward zero."""
-    return (np.clip(pcm, -1.0, 1.0) * np.float32(32767)).astype(np.int16)
+    scaled: np.ndarray = np.clip(pcm, -1.0, 1.0) * np.float32(32767)
+    return scaled.astype(np.int16)
 
 
 def write_wav(
@@ -249,7 +250,8 @@ def _pick(block: np.ndarray, channel: Channel) -> np.ndarray:
     if block.shape[1] == 1:
         return block[:, 0]
     with np.errstate(invalid="ignore"):
-        return block.mean(axis=1, dtype=np.float64).astype(np.float32)
+        mean: np.ndarray = block.mean(axis=1, dtype=np.float64)
+        return mean.astype(np.float32)
 
 
 def _resampler(
@@ -261,7 +263,9 @@ def _resampler(
     """
     if source_rate == sample_rate:
         return lambda block, last: block
-    return soxr.ResampleStream(source_rate, sample_rate, 1, quality="HQ").resample_chunk
+    stream = soxr.ResampleStream(source_rate, sample_rate, 1, quality="HQ")
+    resample: Callable[[np.ndarray, bool], np.ndarray] = stream.resample_chunk
+    return resample
 
 
 def _fit(parts: list[np.ndarray], length: int) -> np.ndarray:

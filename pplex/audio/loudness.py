@@ -20,7 +20,8 @@ def normalize_loudness(
     """Scale PCM (samples,) so that its integrated loudness is `target_lufs`."""
     loudness = integrated_loudness(pcm, sample_rate)
     gain = 10.0 ** ((target_lufs - loudness) / 20.0)
-    return (pcm * np.float64(gain)).astype(np.float32)
+    scaled: np.ndarray = pcm * np.float64(gain)
+    return scaled.astype(np.float32)
 
 
 def integrated_loudness(pcm: np.ndarray, sample_rate: int) -> float:

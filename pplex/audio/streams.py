@@ -228,15 +228,19 @@ def decode_pcm(content: bytes, encoding: Encoding) -> np.ndarray:
     if encoding == "f64le":
         with np.errstate(over="ignore"):
             return np.frombuffer(content, "<f8").astype(np.float32)
+    pcm: np.ndarray
     if encoding == "u8":
-        return (np.frombuffer(content, np.uint8) - np.float32(128)) / np.float32(128)
+        pcm = (np.frombuffer(content, np.uint8) - np.float32(128)) / np.float32(128)
+        return pcm
     if encoding == "s24le":
         padded = np.zeros((len(content) // 3, 4), np.uint8)
         padded[:, 1:] = np.frombuffer(content, np.uint8).reshape(-1, 3)
         # In the upper bytes of 32 bits: exact in float32, being a multiple of 2^8.
-        return padded.view("<i4")[:, 0].astype(np.float32) / np.float32(1 << 31)
+        pcm = padded.view("<i4")[:, 0].astype(np.float32) / np.float32(1 << 31)
+        return pcm
     whole = np.frombuffer(content, "<i2" if encoding == "s16le" else "<i4")
-    return whole.astype(np.float32) / np.float32(1 << (8 * whole.itemsize - 1))
+    pcm = whole.astype(np.float32) / np.float32(1 << (8 * whole.itemsize - 1))
+    return pcm
 
 
 @dataclass(frozen=True)

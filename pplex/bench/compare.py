@@ -76,9 +76,9 @@ def changes(before: Json, now: Json) -> list[Change]:
     for run in now["runs"]:
         earlier = before["runs"].get(run["batch_size"])
         for name, place, unit in _FIGURES:
-            values = [_value(one, place) for one in (earlier, run)]
-            if None not in values:
-                found.append(Change(run["batch_size"], name, unit, *values))
+            then, later = _value(earlier, place), _value(run, place)
+            if then is not None and later is not None:
+                found.append(Change(run["batch_size"], name, unit, then, later))
     return found
 
 

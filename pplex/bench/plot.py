@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ _MAX_POINTS = 1500
 
 
 def plot_frames(
-    path: Path, title: str, runs: dict[str, Sequence[float]], frame_rate: float
+    path: Path, title: str, runs: Mapping[str, Sequence[float]], frame_rate: float
 ) -> None:
     """Draw the milliseconds of each frame over seconds of audio, a line a run.
 

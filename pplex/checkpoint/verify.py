@@ -43,7 +43,7 @@ class Finding:
 
 
 def verify(
-    local: LocalModel, sums: Path | None, advance: Callable[[int], None]
+    local: LocalModel, sums: Path | None, advance: Callable[[int], object]
 ) -> Iterator[Finding]:
     """Yield findings: files, tensors, codec, tokenizer, voices, hashes.
 
@@ -95,7 +95,7 @@ def _headers(source: Source) -> Iterator[Finding]:
     yield Finding("ok", "language model", text)
 
 
-def _tensors(source: Source, advance: Callable[[int], None]) -> Iterator[Finding]:
+def _tensors(source: Source, advance: Callable[[int], object]) -> Iterator[Finding]:
     bad = 0
     for stored in source.matrices:
         target = stored.matrix.targets[0]

@@ -99,8 +99,8 @@ def compare(
 
     if plot is not None:
         check_plot_path(plot)
-    models = [resolve(name, offline=offline) for name in (a, b)]
-    found = compare_models(*models, recordings, _settings(options))
+    first, second = (resolve(name, offline=offline) for name in (a, b))
+    found = compare_models(first, second, recordings, _settings(options))
     if plot is not None:
         plot_divergence(plot, found)
     if as_json:

@@ -13,6 +13,7 @@ from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
 
 if TYPE_CHECKING:
+    from pplex.audio.files import Channel
     from pplex.checkpoint.hub import LocalModel
 
 _FILE = click.Path(path_type=Path)
@@ -64,7 +65,7 @@ def make(
     output: Path,
     model_name: str,
     offline: bool,
-    channel: int | str,
+    channel: Channel,
     trim: bool,
     overwrite: bool,
 ) -> None:

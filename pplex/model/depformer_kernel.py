@@ -18,6 +18,7 @@ from pplex.layers.cuda.compiler import (
     with_constants,
 )
 from pplex.layers.cuda.weights import DENSE, form_of, stack
+from pplex.model.config import LmConfig
 from pplex.model.lm import Lm
 from pplex.model.sampling import Sampler
 
@@ -74,21 +75,8 @@ class DepformerKernel:
         mx.clear_cache()
         self._counters = mx.zeros(64, mx.uint32)
         mx.eval(self._weights, self._counters)
-        self._sizes = {
-            "THREADS": THREADS,
-            "DIM": config.depformer_dim,
-            "HEADS": config.depformer_num_heads,
-            "HIDDEN": config.depformer_hidden_dim,
-            "CARD": config.card,
-            "LAYERS": config.depformer_num_layers,
-            "STEPS": config.num_codebooks,
-            "DEP_Q": config.dep_q,
-            "STREAMS": config.num_streams,
-            "TILE_FLOATS": TILE_FLOATS,
-        }
-        texts = [read_source("common.cu"), read_source("grid.cu")]
-        texts.append(read_source("depformer.cu", "pplex.model"))
-        code = compile_cuda(with_constants(self._sizes, *texts, ENTRY))
+        self._sizes = _sizes(config)
+        code = compile_cuda(source(config))
         self._kernel = Kernel(NAME, code, THREADS, SHARED_MEMORY)
         self._blocks = num_multiprocessors()
 
@@ -126,6 +114,28 @@ class DepformerKernel:
             blocks=(self._blocks, 1),
         )
         return next_column
+
+
+def source(config: LmConfig) -> str:
+    """The kernel's text for a model of these sizes."""
+    texts = [read_source("common.cu"), read_source("grid.cu")]
+    texts.append(read_source("depformer.cu", "pplex.model"))
+    return with_constants(_sizes(config), *texts, ENTRY)
+
+
+def _sizes(config: LmConfig) -> dict[str, int]:
+    return {
+        "THREADS": THREADS,
+        "DIM": config.depformer_dim,
+        "HEADS": config.depformer_num_heads,
+        "HIDDEN": config.depformer_hidden_dim,
+        "CARD": config.card,
+        "LAYERS": config.depformer_num_layers,
+        "STEPS": config.num_codebooks,
+        "DEP_Q": config.dep_q,
+        "STREAMS": config.num_streams,
+        "TILE_FLOATS": TILE_FLOATS,
+    }
 
 
 def supports(lm: Lm) -> bool:

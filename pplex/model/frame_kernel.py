@@ -23,7 +23,7 @@ from pplex.layers.cuda.compiler import (
     use_cuda,
     with_constants,
 )
-from pplex.layers.cuda.weights import form_of, stack
+from pplex.layers.cuda.weights import DENSE, form_of, stack
 from pplex.layers.rotary import frequencies
 from pplex.model.config import LmConfig
 from pplex.model.depformer import NOT_FORCED, DepformerLayer
@@ -110,44 +110,21 @@ class FrameKernel:
         self._nothing = mx.full(lm.config.num_agent_streams, NOT_FORCED, mx.int32)
         self._blocks = num_multiprocessors()
         self._splits = max(1, min(MAX_SPLITS, self._blocks // lm.config.num_heads))
-        forms, parameters, fields = [], [], []
         self._arrays: list[mx.array] = []
-
-        def add(name: str, array: mx.array) -> None:
-            kind = {mx.bfloat16: "bf16", mx.float32: "float"}.get(array.dtype, "void")
-            parameters.append(f"const {kind}* {name}")
-            self._arrays.append(array)
-
-        widths = {}
-        for name, (modules, width) in MATRICES.items():
+        forms = {}
+        for name, (modules, _) in MATRICES.items():
             parts, bits, group = stack(modules(lm))
-            forms.append(f"#define {name.upper()} {bits}, {group}")
-            widths[name] = bits, width
-            given = [name, f"{name}_s", f"{name}_b"][: len(parts)]
-            for field, part in zip(given, parts, strict=True):
-                add(field, part)
-            fields.append(f"{{{', '.join(given + ['nullptr'] * (3 - len(given)))}}}")
-        for name, modules in NORMS.items():
-            add(name, mx.concatenate([m.weight for m in modules(lm)]))
-            fields.append(name)
+            self._arrays += parts
+            forms[name] = bits, group
+        for modules in NORMS.values():
+            self._arrays.append(mx.concatenate([m.weight for m in modules(lm)]))
         head_dim = lm.config.dim // lm.config.num_heads
-        add("frequencies", mx.array(frequencies(head_dim, lm.config.max_period)))
-        fields.append("frequencies")
+        angles = frequencies(head_dim, lm.config.max_period)
+        self._arrays.append(mx.array(angles))
         mx.eval(self._arrays)
-
-        sizes = _sizes(lm.config, self._splits)
-        longest = max(
-            -(-sizes[width] // (4096 // bits)) * (4096 // bits)
-            for bits, width in widths.values()
-        )
-        self.offsets, self._work = _workspace(sizes)
-        sizes |= {"LONGEST": longest, "THREADS": THREADS, **self.offsets}
-        floats = longest + longest // 8 + sizes["MAX_SCORES"] + OTHER_FLOATS
-        entry = _entry(parameters, fields)
-        texts = [read_source("common.cu"), read_source("grid.cu")]
-        texts.append(read_source("frame.cu", "pplex.model"))
-        code = compile_cuda(with_constants(sizes, *forms, *texts, entry))
-        self._kernel = Kernel(NAME, code, THREADS, 4 * floats)
+        self.offsets, self._work = _workspace(_sizes(lm.config, self._splits))
+        text, floats = source(lm.config, forms, self._splits)
+        self._kernel = Kernel(NAME, compile_cuda(text), THREADS, 4 * floats)
 
     def __call__(
         self,
@@ -212,6 +189,27 @@ def supports(lm: Lm) -> bool:
     return heads[0] in (16, 32, 64, 128) and num_multiprocessors() >= config.num_heads
 
 
+def source(
+    config: LmConfig, forms: dict[str, tuple[int, int]], splits: int
+) -> tuple[str, int]:
+    """The kernel's text, and the floats of shared memory that it needs.
+
+    ``forms`` are bits and group size of each of ``MATRICES``; ``splits`` is how many
+    blocks attend for a head.
+    """
+    sizes = _sizes(config, splits)
+    longest = max(
+        -(-sizes[width] // (4096 // bits)) * (4096 // bits)
+        for (_, width), (bits, _) in zip(MATRICES.values(), forms.values(), strict=True)
+    )
+    floats = longest + longest // 8 + sizes["MAX_SCORES"] + OTHER_FLOATS
+    sizes |= {"LONGEST": longest, "THREADS": THREADS, **_workspace(sizes)[0]}
+    names = [f"#define {n.upper()} {b}, {group}" for n, (b, group) in forms.items()]
+    texts = [read_source("common.cu"), read_source("grid.cu")]
+    texts.append(read_source("frame.cu", "pplex.model"))
+    return with_constants(sizes, *names, *texts, _entry(forms)), floats
+
+
 def _sizes(config: LmConfig, splits: int) -> dict[str, int]:
     return {
         "DIM": config.dim,
@@ -257,10 +255,21 @@ def _workspace(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def _entry(parameters: list[str], fields: list[str]) -> str:
+def _entry(forms: dict[str, tuple[int, int]]) -> str:
     """The kernel's own text: it gathers its parameters into structures."""
-    parameters = [
-        *parameters,
+    parameters, fields = [], []
+    for name, (bits, _) in forms.items():
+        if bits == DENSE[0]:
+            parameters.append(f"const bf16* {name}")
+            fields.append(f"{{{name}, nullptr, nullptr}}")
+        else:
+            parts = "const void* {0}, const bf16* {0}_s, const bf16* {0}_b"
+            parameters.append(parts.format(name))
+            fields.append(f"{{{name}, {name}_s, {name}_b}}")
+    for name in (*NORMS, "frequencies"):
+        parameters.append(f"const float* {name}")
+        fields.append(name)
+    parameters += [
         *("const int* tokens", "const int* user", "const int* given"),
         *("bf16* keys", "bf16* values", "int* column", "float* work"),
         *(f"int {name}" for name in ("position", "slot", "visible", "capacity")),

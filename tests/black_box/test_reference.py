@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
-
-from pplex.audio.files import read_pcm, to_pcm16
-from pplex.checkpoint.weights import load_mimi
-from pplex.codec.codec import MlxCodec
-from pplex.codec.mimi import Mimi
-from pplex.codec.native import NativeCodec, library
-from pplex.conversation.prompt import make_prompt, prefill
-from pplex.conversation.session import Conversation, make_role
-from pplex.model.sampling import GREEDY
+import reference_driver as driver
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = DATA / "reference"
@@ -38,20 +29,10 @@ def forced_run() -> dict[str, np.ndarray]:
     return dict(np.load(REFERENCE / "lm.npz"))
 
 
-@pytest.fixture(scope="module")
-def mimi(tiny_model) -> Mimi:
-    path = next(tiny_model.local.path.glob("tokenizer-*.safetensors"))
-    return load_mimi(path, tiny_model.config.mimi)
-
-
-@pytest.fixture(scope="module", params=["native", "mlx"])
-def engine(request, mimi, tiny_model):
+@pytest.fixture(scope="module", params=driver.CODECS)
+def engine(request, tiny_model):
     """The codec as a compiled library, and with MLX's operations."""
-    if request.param == "mlx":
-        return MlxCodec(mimi)
-    if library() is None:
-        pytest.skip("the compiled codec was not built")
-    return NativeCodec(mimi, tiny_model.config.mimi)
+    return driver.make_codec(request.param, tiny_model)
 
 
 def pcm_frames(samples: np.ndarray) -> np.ndarray:
@@ -71,18 +52,11 @@ def test_codec_encodes_like_the_reference_in_chunks_of_any_size(engine, codec, c
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50])
-def test_latents_are_the_references(engine, mimi, codec, chunk):
+def test_latents_are_the_references(engine, tiny_model, codec, chunk):
     frames = pcm_frames(codec["input"])
-    state = engine.make_state()
-    latents = []
-    for start in range(0, len(frames), chunk):
-        pcm = frames[start : start + chunk]
-        if isinstance(engine, NativeCodec):
-            latents.append(engine.encode_latents(pcm, state))
-        else:
-            latent = mimi.encode_latent(mx.array(pcm.reshape(1, -1)), state)
-            latents.append(np.array(latent[0]))
-    assert relative(np.concatenate(latents).T, codec["latent"]) < 1e-4
+    chunks = [frames[start : start + chunk] for start in range(0, len(frames), chunk)]
+    latents = driver.latents(engine, tiny_model, chunks)
+    assert relative(latents, codec["latent"]) < 1e-4
 
 
 def test_codec_encodes_a_ragged_end_like_the_reference(engine, codec):
@@ -104,14 +78,8 @@ def test_codec_decodes_like_the_reference(engine, codec, which, chunk):
     assert np.abs(np.concatenate(pcm) - expected).max() < 1e-5
 
 
-def test_rarely_used_codebook_rows_are_divided_by_the_floor(mimi, codec):
-    rows = codec["codebook_rows"]
-    quantizer = mimi.quantizer
-    for part, name in (
-        (quantizer.semantic, "semantic"),
-        (quantizer.acoustic, "acoustic"),
-    ):
-        found = np.array(part.codebooks[:, mx.array(rows)])
+def test_rarely_used_codebook_rows_are_divided_by_the_floor(tiny_model, codec):
+    for name, found in driver.codebook_rows(tiny_model, codec["codebook_rows"]):
         np.testing.assert_allclose(found, codec[f"codebook_{name}"], rtol=1e-6)
 
 
@@ -119,32 +87,17 @@ def test_rarely_used_codebook_rows_are_divided_by_the_floor(mimi, codec):
 def test_temporal_transformer_gives_the_references_outputs(
     tiny_model, forced_run, chunk
 ):
-    lm = tiny_model.lm
-    tokens = mx.array(forced_run["tokens"])
-    embedded = lm.embed(tokens)
-    assert relative(np.array(embedded[0]), forced_run["embedding"]) < 1e-6
-    cache = lm.make_cache()
-    hidden, logits = [], []
-    for start in range(0, tokens.shape[2], chunk):
-        x = lm.temporal(embedded[:, start : start + chunk], cache)
-        h, text_logits = lm.head(x)
-        hidden.append(np.array(h[0]))
-        logits.append(np.array(text_logits[0]))
-    assert relative(np.concatenate(hidden), forced_run["transformer_out"]) < 1e-4
-    assert relative(np.concatenate(logits), forced_run["text_logits"]) < 1e-4
+    tokens = forced_run["tokens"]
+    embedded = driver.embeddings(tiny_model, tokens)
+    assert relative(embedded, forced_run["embedding"]) < 1e-6
+    hidden, logits = driver.temporal_outputs(tiny_model, tokens, chunk)
+    assert relative(hidden, forced_run["transformer_out"]) < 1e-4
+    assert relative(logits, forced_run["text_logits"]) < 1e-4
 
 
 def test_depformer_gives_the_references_logits(tiny_model, forced_run):
-    forced = mx.array(forced_run["forced"])
-    logits: list[mx.array] = []
-
-    def next_forced(step_logits: mx.array, idx: int) -> mx.array:
-        logits.append(step_logits)
-        return forced[:, idx + 1]
-
-    hidden = mx.array(forced_run["transformer_out"])
-    tiny_model.lm.depformer(hidden, forced[:, 0], next_forced)
-    found = np.stack([np.array(step) for step in logits], axis=1)
+    hidden, forced = forced_run["transformer_out"], forced_run["forced"]
+    found = driver.depformer_logits(tiny_model, hidden, forced)
     order = np.argsort(-found, axis=-1)[..., :4]
     expected = forced_run["depformer_top4_values"]
     np.testing.assert_array_equal(order, forced_run["depformer_top4_ids"])
@@ -163,21 +116,21 @@ def test_greedy_runs_are_the_references_token_for_token(
     run = np.load(REFERENCE / f"{name}.npz")
     voice = str(run["voice"])
     voice = str(DATA / "respond" / voice) if voice.endswith("wav") else voice[:-3]
-    role = make_role(tiny_model, voice, str(run["text_prompt"]))
-    state = prefill(tiny_model.lm, role.prompt)
-    conversation = Conversation(tiny_model, state, GREEDY, seed=0)
+    prompt = driver.prompt_of(tiny_model, voice, str(run["text_prompt"]))
     source = DATA / "respond" / str(run["user_wav"])
-    recording = read_pcm(source, sample_rate=24000)
+    recording = driver.read_pcm(source, sample_rate=24000)
     frames = np.pad(recording.pcm, (0, -len(recording.pcm) % FRAME)).reshape(-1, FRAME)
     chunks = (frames[i : i + chunk] for i in range(0, len(frames), chunk))
-    replies = list(conversation.run(chunks, ahead=ahead, decode_frames=decode))
+    replies = driver.greedy_run(
+        tiny_model, prompt, chunks, decode=decode, ahead=ahead, way=each_way
+    )
 
     user = np.concatenate([r.user for r in replies], axis=1)
     np.testing.assert_array_equal(user, run["user_codes"])
     tokens = [np.concatenate([r.text[None], r.agent]) for r in replies]
     np.testing.assert_array_equal(np.concatenate(tokens, axis=1), run["output"])
     pcm = np.concatenate([r.pcm for r in replies])[: len(recording.pcm)]
-    assert np.abs(to_pcm16(pcm).astype(int) - run["wav"]).max() <= 1
+    assert np.abs(driver.to_pcm16(pcm).astype(int) - run["wav"]).max() <= 1
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -186,7 +139,7 @@ def test_prompt_frames_hold_the_references_tokens(tiny_model, name):
     voice = str(run["voice"])
     saved = voice.endswith(".pt")
     voice = voice[:-3] if saved else str(DATA / "respond" / voice)
-    prompt = make_role(tiny_model, voice, str(run["text_prompt"])).prompt
+    prompt = driver.prompt_of(tiny_model, voice, str(run["text_prompt"]))
     skipped = len(prompt.embeddings) if saved else 0
     # The reference's last prompt column is the input of the first conversation step.
     found = prompt.columns[:, skipped:-1]
@@ -197,11 +150,11 @@ def test_saved_voice_equals_the_recording_it_was_made_from(tiny_model):
     frames = pcm_frames(np.zeros(FRAME, np.int16))
     replies = []
     for voice in ("NATF0", str(DATA / "respond" / "voice_NATF0.wav")):
-        role = make_role(tiny_model, voice, "You enjoy having a good conversation.")
-        state = prefill(tiny_model.lm, role.prompt)
-        conversation = Conversation(tiny_model, state, GREEDY, seed=0)
-        chunks = [np.repeat(frames, 20, axis=0)]
-        replies.append(next(conversation.run(chunks, decode_frames=20)))
+        prompt = driver.prompt_of(
+            tiny_model, voice, "You enjoy having a good conversation."
+        )
+        chunks = iter([np.repeat(frames, 20, axis=0)])
+        replies += driver.greedy_run(tiny_model, prompt, chunks, decode=20)
     np.testing.assert_array_equal(replies[0].agent, replies[1].agent)
     np.testing.assert_array_equal(replies[0].text, replies[1].text)
 
@@ -209,7 +162,7 @@ def test_saved_voice_equals_the_recording_it_was_made_from(tiny_model):
 def test_without_a_voice_frame_the_first_role_frame_is_dropped(tiny_model):
     config = tiny_model.config
     none = np.zeros((8, 0), np.int32)
-    prompt = make_prompt(config, [], voice_codes=none)
+    prompt = driver.make_prompt(config, [], voice_codes=none)
     assert prompt.columns[0, 0] == config.lm.text_initial
     assert (prompt.columns[1:, 0] == config.lm.audio_initial).all()
     assert (prompt.columns[[2, 8, 10, 16], 1] == config.lm.audio_initial).all()

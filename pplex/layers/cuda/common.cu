@@ -35,7 +35,7 @@ __device__ inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned 
 }
 
 constexpr int WARPS = THREADS / 32;
-constexpr float LOWEST = -3e38f;
+[[maybe_unused]] constexpr float LOWEST = -3e38f;
 
 struct alignas(16) Scratch {
   float reduce[32];

@@ -120,12 +120,13 @@ def compile_cuda(source: str) -> bytes:
     """
     nvrtc, versions = _nvrtc(), (ctypes.c_int(), ctypes.c_int())
     nvrtc.nvrtcVersion(*map(ctypes.byref, versions))
-    made_of = source, capability(), [version.value for version in versions]
+    target = capability()
+    made_of = source, target, [version.value for version in versions]
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()
     path = cache_folder() / "kernels" / f"{name}.cubin"
     with suppress(OSError):
         return path.read_bytes()
-    code = _compile(nvrtc, source)
+    code, _ = compile_for(nvrtc, source, target)
     # Without a place to keep it, it is compiled again.
     with suppress(OSError, PplexError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,9 +135,12 @@ def compile_cuda(source: str) -> bytes:
     return code
 
 
-def _compile(nvrtc: ctypes.CDLL, source: str) -> bytes:
+def compile_for(
+    nvrtc: ctypes.CDLL, source: str, target: tuple[int, int]
+) -> tuple[bytes, str]:
+    """Machine code of ``source`` for a compute capability; what the compiler says."""
     program = ctypes.c_void_p()
-    major, minor = capability()
+    major, minor = target
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
     options.append("--device-as-default-execution-space")  # lambdas, before NVRTC 13.5
     texts = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
@@ -144,10 +148,11 @@ def _compile(nvrtc: ctypes.CDLL, source: str) -> bytes:
         ctypes.byref(program), source.encode(), b"pplex.cu", 0, None, None
     )
     try:
-        if nvrtc.nvrtcCompileProgram(program, len(options), texts):
-            said = _bytes_of(nvrtc, "ProgramLog", program).decode().rstrip("\0")
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), texts)
+        said = _bytes_of(nvrtc, "ProgramLog", program).decode().rstrip("\0")
+        if failed:
             raise RuntimeError(f"CUDA's compiler refuses a kernel: {said}")
-        return _bytes_of(nvrtc, "CUBIN", program)
+        return _bytes_of(nvrtc, "CUBIN", program), said
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

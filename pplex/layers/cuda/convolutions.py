@@ -41,8 +41,12 @@ def elu_behind(
     return y, total if keep else None
 
 
+def source() -> str:
+    """The text of the kernel."""
+    texts = read_source("common.cu"), read_source("elu_behind.cu")
+    return with_constants({"THREADS": _THREADS}, *texts)
+
+
 @functools.cache
 def _kernel() -> Kernel:
-    texts = read_source("common.cu"), read_source("elu_behind.cu")
-    code = compile_cuda(with_constants({"THREADS": _THREADS}, *texts))
-    return Kernel("elu_behind", code, _THREADS)
+    return Kernel("elu_behind", compile_cuda(source()), _THREADS)

@@ -12,9 +12,15 @@ from pplex.layers.rotary import frequencies
 MOST_DIM = 8192  # add_norm.cu
 TILE = 16  # rows that attend to their prompt together
 WIDTHS = 64, 128  # of heads, that attention knows
-_THREADS = 128
-_NORM_THREADS = 512
-_CHOICE_THREADS = 1024
+# The kernels, each a file of its name, and the threads of its blocks.
+THREADS = {
+    "attend": 128,
+    "attend_prompts": 128,
+    "choose_text": 1024,
+    "embed_column": 512,
+    "add_norm": 512,
+    "swiglu": 512,
+}
 
 KeysValues = tuple[mx.array, mx.array]
 
@@ -43,13 +49,15 @@ def attend_rows(
     num_rows, three_heads, _, head_dim = qkv.shape
     heads = three_heads // 3
     angles = _frequencies(head_dim, max_period)
-    (parts,) = _prompt_attention(head_dim, window)(
+    sizes = {"HEAD_DIM": head_dim, "WINDOW": window}
+    (parts,) = _kernel("attend_prompts", **sizes)(
         [qkv, *prompts, tiles, rows, angles],
         [((num_rows, heads, head_dim + 2), mx.float32)],
         [prompts[0].shape[2]],
         blocks=(heads, len(tiles)),
     )
-    (y,) = _attention(head_dim, window)(
+    floats = (3 + THREADS["attend"] // 32) * head_dim + window + 512
+    (y,) = _kernel("attend", 4 * floats, **sizes)(
         [qkv, *ring, parts, rows, angles],
         [((num_rows, heads, 1, head_dim), mx.bfloat16)],
         [slot, ring[0].shape[2]],
@@ -59,21 +67,8 @@ def attend_rows(
 
 
 @functools.cache
-def _prompt_attention(head_dim: int, window: int) -> Kernel:
-    sizes = {"THREADS": _THREADS, "HEAD_DIM": head_dim, "WINDOW": window}
-    return _kernel("attend_prompts", sizes)
-
-
-@functools.cache
 def _frequencies(head_dim: int, max_period: float) -> mx.array:
     return mx.array(frequencies(head_dim, max_period))
-
-
-@functools.cache
-def _attention(head_dim: int, window: int) -> Kernel:
-    sizes = {"THREADS": _THREADS, "HEAD_DIM": head_dim, "WINDOW": window}
-    floats = 3 * head_dim + _THREADS // 32 * head_dim + window + 512
-    return _kernel("attend", sizes, shared_memory=4 * floats)
 
 
 def choose_text(
@@ -96,7 +91,7 @@ def choose_text(
     rows, card = logits.shape
     codebooks = user.shape[1]
     streams = 1 + 2 * codebooks
-    (column,) = _choice()(
+    (column,) = _kernel("choose_text")(
         [
             logits,
             user if keys is None else keys,
@@ -111,11 +106,6 @@ def choose_text(
     return column
 
 
-@functools.cache
-def _choice() -> Kernel:
-    return _kernel("choose_text", {"THREADS": _CHOICE_THREADS})
-
-
 def embed_column(column: mx.array, text: mx.array, audio: mx.array) -> mx.array:
     """Summed rows (rows, 1, dim) of tokens (rows, streams), as ``Lm.embed`` sums them.
 
@@ -123,18 +113,13 @@ def embed_column(column: mx.array, text: mx.array, audio: mx.array) -> mx.array:
     """
     rows, streams = column.shape
     dim = text.shape[1]
-    (x,) = _embedding()(
+    (x,) = _kernel("embed_column")(
         [column.astype(mx.int32), text, audio],
         [((rows, 1, dim), mx.bfloat16)],
         [streams, audio.shape[0] // (streams - 1), dim],
-        blocks=(-(-dim // (2 * _NORM_THREADS)), rows),
+        blocks=(-(-dim // (2 * THREADS["embed_column"])), rows),
     )
     return x
-
-
-@functools.cache
-def _embedding() -> Kernel:
-    return _kernel("embed_column", {"THREADS": _NORM_THREADS})
 
 
 def add_norm_rows(
@@ -142,7 +127,7 @@ def add_norm_rows(
 ) -> tuple[mx.array, mx.array]:
     """``x + y`` (..., dim) bfloat16, and its RMSNorm with ``weight`` (dim,) float32."""
     dim = y.shape[-1]
-    total, normed = _add_norm()(
+    total, normed = _kernel("add_norm")(
         [x, y, weight],
         [(y.shape, mx.bfloat16)] * 2,
         [dim],
@@ -151,30 +136,26 @@ def add_norm_rows(
     return total, normed
 
 
-@functools.cache
-def _add_norm() -> Kernel:
-    return _kernel("add_norm", {"THREADS": _NORM_THREADS})
-
-
 def swiglu_rows(x: mx.array) -> mx.array:
     """``silu(gate) * value`` (..., width) of ``x`` (..., 2 width), gate first."""
     *batch, width = x.shape
     width //= 2
-    (y,) = _swiglu()(
+    (y,) = _kernel("swiglu")(
         [x],
         [((*batch, width), mx.bfloat16)],
         [width],
-        blocks=(-(-width // (8 * _NORM_THREADS)), x.size // (2 * width)),
+        blocks=(-(-width // (8 * THREADS["swiglu"])), x.size // (2 * width)),
     )
     return y
 
 
-@functools.cache
-def _swiglu() -> Kernel:
-    return _kernel("swiglu", {"THREADS": _NORM_THREADS})
-
-
-def _kernel(name: str, sizes: dict[str, int], *, shared_memory: int = 0) -> Kernel:
+def source(name: str, **sizes: int) -> str:
+    """The text of a kernel; those that attend know ``HEAD_DIM`` and ``WINDOW``."""
     texts = read_source("common.cu"), read_source(f"{name}.cu")
-    code = compile_cuda(with_constants(sizes, *texts))
-    return Kernel(name, code, sizes["THREADS"], shared_memory)
+    return with_constants({"THREADS": THREADS[name], **sizes}, *texts)
+
+
+@functools.cache
+def _kernel(name: str, shared_memory: int = 0, **sizes: int) -> Kernel:
+    code = compile_cuda(source(name, **sizes))
+    return Kernel(name, code, THREADS[name], shared_memory)

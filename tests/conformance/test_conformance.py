@@ -1,0 +1,481 @@
+"""Every engine on one list of cases, beside the specification and recorded values.
+
+An engine passes if what it says is what the specification (plain MLX operations in
+float32) says, whatever weights are stored as, whoever sits in the other rows, and
+however the work is cut.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference_driver as driver
+from cases import (
+    CONVERSATIONS,
+    FORMS,
+    SAMPLINGS,
+    Checkpoint,
+    Conversation,
+    prompts,
+    random_columns,
+    write,
+)
+from engines import NAMES, Engine, Logits, Start, make
+
+from pplex.conversation.prompt import Prompt
+from pplex.model.depformer import NOT_FORCED
+from pplex.model.lm import Lm
+from pplex.model.sampling import (
+    GREEDY,
+    Sampler,
+    SamplingConfig,
+    kth_largest,
+    noise_keys,
+)
+from pplex.model.streams import shift, unshift, user_rows
+
+DATA = Path(__file__).parents[1] / "data"
+REFERENCE = DATA / "reference"
+RUNS = ["a_pt_voice_text", "b_wav_voice_no_text", "c_pt_voice_tagged_text"]
+
+# The largest difference between an engine's logits and the specification's, over the
+# root mean square of these, by the type of the engine's activations. Found with the
+# forms here: 1.0e-5 at most by compiled code and 5.7e-6 by MLX, of the depformer and
+# weights of 8 bits; 0.12 by MLX with everything in bfloat16.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 0.25}
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference over the root mean square of what is expected."""
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.sqrt((expected**2).mean()))
+
+
+@pytest.fixture(scope="session", params=FORMS, ids=str)
+def checkpoint(request, tmp_path_factory) -> Checkpoint:
+    """A model of each form of weights."""
+    return write(tmp_path_factory.mktemp("model"), request.param)
+
+
+def engine_or_skip(name: str, checkpoint: Checkpoint) -> Engine:
+    engine = make(name, checkpoint)
+    if engine is None:
+        pytest.skip(f"no engine {name} here")
+    return engine
+
+
+@pytest.fixture(scope="session", params=NAMES)
+def engine(request, checkpoint) -> Engine:
+    """Each engine with each model."""
+    return engine_or_skip(request.param, checkpoint)
+
+
+@pytest.fixture(scope="session")
+def recorded_checkpoint(tiny_model) -> Checkpoint:
+    """The model whose outputs were recorded."""
+    return Checkpoint(tiny_model.local.path, tiny_model.config)
+
+
+@pytest.fixture(scope="session", params=NAMES)
+def recorded_engine(request, recorded_checkpoint) -> Engine:
+    """Each engine with the model whose outputs were recorded."""
+    return engine_or_skip(request.param, recorded_checkpoint)
+
+
+@functools.cache
+def specification(checkpoint: Checkpoint) -> Lm:
+    """Plain MLX operations in float32; quantized weights are written out."""
+    return checkpoint.lm(dense=True)
+
+
+def specified(checkpoint: Checkpoint, prompt: Prompt, columns: np.ndarray) -> Logits:
+    """The specification's logits for columns (streams, t), in one pass."""
+    lm = specification(checkpoint)
+    grid = np.concatenate([prompt.columns, columns], axis=1)
+    saved = 0 if prompt.embeddings is None else len(prompt.embeddings)
+    x = lm.embed(mx.array(grid[None, :, saved:-1]))
+    if saved:
+        x = mx.concatenate([mx.array(prompt.embeddings[None]), x], axis=1)
+    positions = lm.temporal(x, lm.make_cache())[0, prompt.columns.shape[1] - 1 :]
+    hidden, text = lm.head(positions)
+    agent: list[mx.array] = []
+    targets = mx.array(columns[: lm.config.num_agent_streams].T)
+
+    def keep(logits: mx.array, idx: int) -> mx.array:
+        agent.append(logits)
+        return targets[:, 1 + idx]
+
+    lm.depformer(hidden, targets[:, 0], keep)
+    return Logits(np.array(text), np.array(mx.stack(agent, axis=1)))
+
+
+def forced(engine: Engine, prompt: Prompt, columns: np.ndarray) -> Logits:
+    """An engine's logits for columns (streams, t)."""
+    parts = list(engine.forced(engine.prefill(prompt), columns))
+    assert all(part.text.dtype == part.agent.dtype == np.float32 for part in parts)
+    text, agent = ([getattr(p, name) for p in parts] for name in ("text", "agent"))
+    return Logits(np.concatenate(text), np.concatenate(agent))
+
+
+def assert_close(engine: Engine, found: Logits, expected: Logits) -> None:
+    assert relative(found.text, expected.text) < TOLERANCE[engine.dtype]
+    assert relative(found.agent, expected.agent) < TOLERANCE[engine.dtype]
+
+
+@functools.cache
+def read(engine: Engine, name: str) -> Start:
+    """One of ``prompts``, read once for all that begin with it."""
+    return engine.prefill(prompts(engine.config)[name])
+
+
+def converse(
+    engine: Engine,
+    those: list[Conversation],
+    capacity: int,
+    sampling: SamplingConfig,
+    *,
+    late: int = 0,
+    live: bool = False,
+) -> list[np.ndarray]:
+    """The agent's columns (frames, agent streams) of each of several conversations.
+
+    They join and leave at their times; tokens are read ``late`` steps afterwards.
+    """
+    lm = engine.config.lm
+    rows = engine.rows(capacity, sampling, live=live)
+    said: list[list[np.ndarray]] = [[] for _ in those]
+    seats: dict[int, int] = {}
+    waiting: deque = deque()
+
+    def take() -> None:
+        taken, pending = waiting.popleft()
+        tokens = pending.tokens()
+        assert tokens.shape == (capacity, lm.num_agent_streams)
+        assert tokens.dtype == np.int32
+        for place, idx in taken.items():
+            said[idx].append(np.array(tokens[place]))
+
+    for frame in range(max(one.first + one.frames for one in those)):
+        for place, idx in list(seats.items()):
+            if frame == those[idx].first + those[idx].frames:
+                rows.leave(place)
+                del seats[place]
+        for idx, one in enumerate(those):
+            if frame == one.first:
+                known = one.frames if idx % 2 else None
+                place = rows.join(read(engine, one.prompt), one.seed, known)
+                assert place in range(capacity) and place not in seats
+                seats[place] = idx
+        # Nothing is read of places that are free.
+        user = np.full((capacity, lm.num_codebooks), 1 << 20, np.int32)
+        for place, idx in seats.items():
+            user[place] = those[idx].user(lm)[:, frame - those[idx].first]
+        waiting.append((dict(seats), rows.step(user)))
+        if len(waiting) > late:
+            take()
+    while waiting:
+        take()
+    return [np.array(columns) for columns in said]
+
+
+@functools.cache
+def answers(engine: Engine, capacity: int, sampling: str) -> list[np.ndarray]:
+    """What each of ``CONVERSATIONS`` was answered."""
+    those = CONVERSATIONS[capacity]
+    return converse(engine, those, capacity, SAMPLINGS[sampling], late=1)
+
+
+def assert_chosen(
+    logits: np.ndarray,
+    tokens: np.ndarray,
+    noise: np.ndarray | None,
+    temp: float,
+    top_k: int,
+    tolerance: float,
+) -> None:
+    """That tokens (t,) are the best by the specification's logits (t, card).
+
+    Where the best are closer together than the tolerance, any of them may be.
+    """
+    margin = tolerance * np.sqrt((logits**2).mean())
+    scores, allowed = logits, np.ones(logits.shape, bool)
+    if noise is not None:
+        smallest = np.array(kth_largest(mx.array(logits), top_k))
+        scores = logits / temp - np.log(noise)
+        allowed = logits >= smallest - margin
+        best = np.where(logits >= smallest, scores, -np.inf).max(axis=1)
+        margin /= temp
+    else:
+        best = logits.max(axis=1)
+    rows = np.arange(len(tokens))
+    assert allowed[rows, tokens].all()
+    assert (scores[rows, tokens] >= best - 2 * margin).all()
+
+
+def assert_specified(
+    engine: Engine,
+    checkpoint: Checkpoint,
+    one: Conversation,
+    said: np.ndarray,
+    sampling: SamplingConfig,
+) -> None:
+    """That the agent's columns (frames, agent streams) are the specification's."""
+    lm, prompt = checkpoint.config.lm, prompts(checkpoint.config)[one.prompt]
+    assert said.shape == (one.frames, lm.num_agent_streams)
+    given = prompt.pending[: lm.num_agent_streams]
+    is_given = given != NOT_FORCED
+    assert is_given.any() and not is_given.all()
+    np.testing.assert_array_equal(said[0, is_given], given[is_given])
+    columns = np.concatenate([said.T, one.user(lm)])
+    expected = specified(checkpoint, prompt, columns)
+    heads = [expected.text, *expected.agent.swapaxes(0, 1)]
+    sampler = Sampler(sampling, lm.text_card, lm.card, lm.num_codebooks)
+    noises: list[np.ndarray | None] = [None] * len(heads)
+    if sampler.draws:
+        keys = noise_keys([one.seed] * one.frames, list(range(one.frames)))
+        ends = lm.text_card + lm.card * np.arange(lm.num_codebooks)
+        noises = list(np.split(np.array(sampler.noise(keys)), ends, axis=1))
+    for stream, (logits, noise) in enumerate(zip(heads, noises, strict=True)):
+        temp = sampling.temp if stream else sampling.text_temp
+        top_k = sampler.top_k if stream else sampler.text_top_k
+        first = 1 if is_given[stream] else 0
+        assert_chosen(
+            logits[first:],
+            said[first:, stream],
+            None if noise is None else noise[first:],
+            temp,
+            top_k,
+            TOLERANCE[engine.dtype],
+        )
+
+
+@pytest.mark.parametrize("name", ["codes", "past window", "saved"])
+def test_forced_logits_are_the_specifications(engine, checkpoint, name):
+    prompt = prompts(engine.config)[name]
+    columns = random_columns(engine.config.lm, 45, seed=2)
+    expected = specified(checkpoint, prompt, columns)
+    assert_close(engine, forced(engine, prompt, columns), expected)
+
+
+def test_logits_do_not_depend_on_where_the_prompt_ends(engine, checkpoint):
+    lm = engine.config.lm
+    nothing = np.full(lm.num_streams, NOT_FORCED, np.int32)
+    columns = random_columns(lm, 2 * lm.context, seed=3)
+    whole = Prompt(None, columns[:, :2], nothing)
+    expected = specified(checkpoint, whole, columns[:, 2:])
+    for length in (2, 17, lm.window, lm.window + 1, lm.context + 20):
+        prompt = Prompt(None, columns[:, :length], nothing)
+        found = forced(engine, prompt, columns[:, length:])
+        rest = Logits(expected.text[length - 2 :], expected.agent[length - 2 :])
+        assert_close(engine, found, rest)
+
+
+def test_logits_do_not_depend_on_what_comes_later(engine):
+    prompt = prompts(engine.config)["codes"]
+    columns = random_columns(engine.config.lm, 40, seed=4)
+    whole = forced(engine, prompt, columns)
+    for length in (1, 5, 33):
+        part = forced(engine, prompt, columns[:, :length])
+        expected = Logits(whole.text[:length], whole.agent[:length])
+        assert_close(engine, part, expected)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "sampling"), [(1, "drawn"), (3, "greedy"), (3, "drawn"), (8, "drawn")]
+)
+def test_tokens_are_the_specifications(engine, checkpoint, capacity, sampling):
+    found = answers(engine, capacity, sampling)
+    for one, said in zip(CONVERSATIONS[capacity], found, strict=True):
+        assert_specified(engine, checkpoint, one, said, SAMPLINGS[sampling])
+
+
+@pytest.mark.parametrize("capacity", [3, 8])
+def test_a_row_does_not_depend_on_its_neighbours(engine, capacity):
+    sampling = SAMPLINGS["drawn"]
+    together = answers(engine, capacity, "drawn")
+    for one, said in zip(CONVERSATIONS[capacity], together, strict=True):
+        (alone,) = converse(engine, [replace(one, first=0)], 1, sampling)
+        np.testing.assert_array_equal(said, alone)
+
+
+def test_a_live_row_says_the_same(engine):
+    those = CONVERSATIONS[1]
+    found = converse(engine, those, 1, SAMPLINGS["drawn"], live=True)
+    for said, expected in zip(found, answers(engine, 1, "drawn"), strict=True):
+        np.testing.assert_array_equal(said, expected)
+
+
+def test_a_start_serves_again_and_again(engine):
+    lm, prompt = engine.config.lm, prompts(engine.config)["past window"]
+    start, columns = engine.prefill(prompt), random_columns(lm, 20, seed=5)
+    user = columns[lm.num_agent_streams :].T
+    logits, said = [], []
+    for _ in range(2):
+        logits.append([part.text for part in engine.forced(start, columns)])
+        rows = engine.rows(1, GREEDY)
+        assert rows.join(start, seed=0) == 0
+        said.append([rows.step(column[None]).tokens() for column in user])
+    np.testing.assert_array_equal(*map(np.concatenate, logits))
+    np.testing.assert_array_equal(*said)
+
+
+def test_inputs_are_the_specifications(engine, checkpoint):
+    lm = engine.config.lm
+    columns = random_columns(lm, 20, seed=6)
+    columns[:, 3] = -1  # absent
+    columns[[0, 4, 16], [5, 6, 7]] = -1
+    columns[0, 8], columns[1:, 8] = lm.text_initial, lm.audio_initial
+    found = engine.embed(columns)
+    assert found.dtype == np.float32
+    expected = np.array(specification(checkpoint).embed(mx.array(columns[None]))[0])
+    assert relative(found, expected) < TOLERANCE[engine.dtype]
+    assert not found[3].any()
+
+
+def test_recorded_logits(recorded_engine):
+    """Each position at the end of a prompt of its own: its tokens are not the next."""
+    engine, run = recorded_engine, np.load(REFERENCE / "lm.npz")
+    lm, tokens = engine.config.lm, run["tokens"][0]
+    nothing = np.full(lm.num_streams, NOT_FORCED, np.int32)
+    parts = []
+    for end in range(2, tokens.shape[1] + 1):
+        prompt = Prompt(None, tokens[:, :end], nothing)
+        parts.append(forced(engine, prompt, run["forced"][end - 1, :, None]))
+    text = np.concatenate([part.text for part in parts])
+    agent = np.concatenate([part.agent for part in parts])
+    tolerance = 5 * TOLERANCE[engine.dtype]  # NVIDIA's own rounding is in it
+    assert relative(text, run["text_logits"][1:]) < tolerance
+    best = np.take_along_axis(agent, run["depformer_top4_ids"][1:], axis=-1)
+    assert relative(best, run["depformer_top4_values"][1:]) < tolerance
+    total = np.log(np.exp(agent.astype(np.float64)).sum(axis=-1))
+    assert relative(total, run["depformer_logsumexp"][1:]) < tolerance
+
+
+def test_recorded_runs_side_by_side(recorded_engine, tiny_model):
+    """Greedy runs of NVIDIA's code in float32, token for token by an engine of that."""
+    engine, lm = recorded_engine, recorded_engine.config.lm
+    agent, rows = slice(0, lm.num_agent_streams), engine.rows(3, GREEDY)
+    runs, users, prompts = [np.load(REFERENCE / f"{name}.npz") for name in RUNS], [], []
+    for run in runs:
+        voice = str(run["voice"])
+        is_wav = voice.endswith("wav")
+        voice = str(DATA / "respond" / voice) if is_wav else voice[:-3]
+        prompt = driver.prompt_of(tiny_model, voice, str(run["text_prompt"]))
+        start = engine.prefill(prompt)
+        assert rows.join(start, 0, run["user_codes"].shape[1]) == len(prompts)
+        before = prompt.pending[user_rows(lm)]
+        users.append(shift(run["user_codes"], lm.delays[user_rows(lm)], before))
+        prompts.append(prompt)
+    said: list[list[np.ndarray]] = [[p.columns[agent, -1]] for p in prompts]
+    for frame in range(max(user.shape[1] for user in users)):
+        columns = np.zeros((3, lm.num_codebooks), np.int32)
+        for place, user in enumerate(users):
+            if frame < user.shape[1]:
+                columns[place] = user[:, frame]
+            elif frame == user.shape[1]:
+                rows.leave(place)
+        tokens = rows.step(columns).tokens()
+        for place, user in enumerate(users):
+            if frame < user.shape[1]:
+                said[place].append(tokens[place])
+    for run, user, prompt, columns in zip(runs, users, prompts, said, strict=True):
+        found = unshift(np.stack(columns, axis=1), lm.delays[agent])
+        assert found.shape == run["output"].shape
+        if engine.dtype == "float32":
+            np.testing.assert_array_equal(found, run["output"])
+        # Its last column is not known whole: the codes of a frame lie in two columns.
+        grid = shift(run["output"], lm.delays[agent], columns[0])[:, 1:]
+        grid = np.concatenate([grid, user[:, :-1]])
+        tolerance = 5 * TOLERANCE[engine.dtype]
+        text = forced(engine, prompt, grid).text
+        assert relative(text, run["text_logits"][:-1]) < tolerance
+
+
+def in_chunks(frames: np.ndarray, size: int) -> list[np.ndarray]:
+    return [frames[start : start + size] for start in range(0, len(frames), size)]
+
+
+@pytest.fixture
+def recorded_codec(recorded_engine):
+    """Each engine's codec with the recorded weights, and what was recorded."""
+    recorded = dict(np.load(REFERENCE / "mimi.npz"))
+    pcm = recorded["input"].astype(np.float32) / 32768
+    frames = pcm.reshape(-1, recorded_engine.config.frame_size)
+    return recorded_engine.codec, frames, recorded
+
+
+CHUNKS = [1, 7, 50, "its own"]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_recorded_codes_in_chunks_of_any_size(recorded_codec, chunk):
+    """Past the codec's window of ten frames."""
+    codec, frames, recorded = recorded_codec
+    size, state = (
+        codec.chunk_frames if chunk == "its own" else chunk,
+        codec.make_state(),
+    )
+    codes = [codec.encode(part, state) for part in in_chunks(frames, size)]
+    assert codes[0].dtype == np.int32
+    np.testing.assert_array_equal(np.concatenate(codes, axis=1), recorded["codes"])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_recorded_pcm_in_chunks_of_any_size(recorded_codec, chunk):
+    codec, _, recorded = recorded_codec
+    for name in ("codes", "given_codes"):
+        state = codec.make_state()
+        size = codec.chunk_frames if chunk == "its own" else chunk
+        parts = in_chunks(recorded[name].T, size)
+        pcm = np.concatenate([codec.decode(part.T, state) for part in parts])
+        assert pcm.dtype == np.float32
+        expected = recorded[name.replace("codes", "pcm")][0]
+        assert np.abs(pcm - expected).max() < 1e-5
+
+
+def test_a_codec_keeps_its_streams_apart(recorded_codec):
+    codec, frames, recorded = recorded_codec
+    states = [codec.make_state() for _ in range(3)]
+    found: list[list[np.ndarray]] = [[], [], []]
+    others = frames[::-1]
+    for idx in range(len(frames)):
+        one = slice(idx, idx + 1)
+        found[0].append(codec.encode(frames[one], states[0]))
+        found[1].append(codec.encode(others[one], states[1]))
+        found[2].append(codec.decode(recorded["codes"][:, one], states[2])[None].T)
+    np.testing.assert_array_equal(np.concatenate(found[0], axis=1), recorded["codes"])
+    alone = codec.encode(others, codec.make_state())
+    np.testing.assert_array_equal(np.concatenate(found[1], axis=1), alone)
+    pcm = np.concatenate(found[2])[:, 0]
+    assert np.abs(pcm - recorded["pcm"][0]).max() < 1e-5
+
+
+def test_a_concurrent_codec_works_beside_the_steps(engine):
+    """As far as there is one; the codes and tokens are those of one after the other."""
+    codec, lm = engine.codec, engine.config.lm
+    if not codec.concurrent:
+        pytest.skip("this codec waits its turn")
+    rng = np.random.default_rng(0)
+    frames = rng.uniform(-0.5, 0.5, (200, engine.config.frame_size)).astype(np.float32)
+
+    def encode() -> np.ndarray:
+        state = codec.make_state()
+        parts = [codec.encode(part, state) for part in in_chunks(frames, 10)]
+        return np.concatenate(parts, axis=1)
+
+    expected = encode()
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(encode)
+        those = [Conversation("codes", 3, 0, 20)]
+        (said,) = converse(engine, those, 1, SAMPLINGS["drawn"])
+        np.testing.assert_array_equal(call.result(), expected)
+    (alone,) = converse(engine, those, 1, SAMPLINGS["drawn"])
+    assert said.shape == (20, lm.num_agent_streams)
+    np.testing.assert_array_equal(said, alone)
