@@ -66,7 +66,7 @@ def convert(
     target: Path,
     conversion: Conversion,
     start: Callable[[int], None],
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> Converted:
     """Write the model ``local`` to the new folder ``target``, whole or not at all.
 
@@ -128,7 +128,7 @@ def _arrays(
     matrices: list[Matrix],
     recipe: Recipe,
     refine: bool,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> Iterator[mx.array]:
     """The arrays of ``_specs``, matrix after matrix."""
     for matrix in matrices:
