@@ -16,7 +16,7 @@ comma := ,
 BIN := $(VENV)/bin
 PACKAGE := .$(if $(EXTRA),[$(EXTRA)])
 PACKAGE_DEV := .[dev$(if $(EXTRA),$(comma)$(EXTRA))]
-BUILD_FILES := pyproject.toml $(wildcard setup.py pplex/*.[ch])
+BUILD_FILES := pyproject.toml $(wildcard setup.py pplex/engine/c/*.[ch])
 
 # An environment for another EXTRA is another environment: its stamp has another name.
 STAMP := $(VENV)/.installed-$(or $(EXTRA),plain)

@@ -5,12 +5,13 @@ import sys
 from setuptools import Extension, setup
 
 
-def library(name: str, *headers: str) -> Extension:
-    """Library ``pplex/NAME.c``. Without a C compiler everything works, only slower."""
+def library(name: str) -> Extension:
+    """Library ``NAME.c`` of the C engine. Without a C compiler MLX does its work."""
+    folder = "pplex/engine/c"
     return Extension(
-        f"pplex.{name}",
-        sources=[f"pplex/{name}.c"],
-        depends=[f"pplex/{header}" for header in headers],
+        f"pplex.engine.c._{name}",
+        sources=[f"{folder}/{name}.c"],
+        depends=[f"{folder}/{h}.h" for h in (name, "simd", "each_cpu")],
         extra_compile_args=["-O3", "-fno-math-errno", "-Wno-psabi"],
         extra_link_args=["-pthread"],
         libraries=["m"],
@@ -18,10 +19,6 @@ def library(name: str, *headers: str) -> Extension:
     )
 
 
-libraries = [
-    library("_blas", "_rows.h", "_each_cpu.h"),
-    library("_lm", "_lm.h", "_each_cpu.h"),
-    library("_codec", "_codec.h", "_each_cpu.h"),
-]
+libraries = [library("lm"), library("codec")]
 
 setup(ext_modules=libraries if sys.platform == "linux" else [])

@@ -5,13 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import reference_driver
 from click.testing import CliRunner, Result
-
-from pplex.backend import use_fast_blas
-
-use_fast_blas()
-
-import reference_driver  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny"
@@ -38,17 +33,16 @@ def tiny_model():
     return load(resolve(str(TINY), offline=True))
 
 
-@pytest.fixture
-def mlx_steps(monkeypatch):
-    """The language model's steps with MLX, compiled code or not."""
-    reference_driver.use_steps("mlx", monkeypatch)
-
-
-@pytest.fixture(params=reference_driver.STEPS)
-def each_way(request, monkeypatch) -> str:
-    """The language model's steps by compiled code, then with MLX."""
-    reference_driver.use_steps(request.param, monkeypatch)
+@pytest.fixture(params=reference_driver.ENGINES)
+def each_way(request) -> str:
+    """The name of each engine that this machine has."""
     return request.param
+
+
+@pytest.fixture
+def each_engine(each_way, small_model):
+    """Each engine that this machine has, with the small model's weights."""
+    return reference_driver.engine_of(each_way, small_model)
 
 
 @pytest.fixture

@@ -16,39 +16,36 @@ counts mini's right replies and word errors.
 
 from __future__ import annotations
 
-from pplex.backend import use_fast_blas
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-use_fast_blas()  # before MLX is imported
+import mlx.core as mx
+import numpy as np
 
-import argparse  # noqa: E402
-import shutil  # noqa: E402
-import tempfile  # noqa: E402
-from collections.abc import Callable, Mapping  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
-
-from pplex.checkpoint.hub import LocalModel, resolve  # noqa: E402
-from pplex.checkpoint.layouts import (  # noqa: E402
+from pplex.checkpoint.hub import LocalModel, resolve
+from pplex.checkpoint.layouts import (
     Matrix,
     Quantization,
     published_matrices,
 )
-from pplex.checkpoint.source import Source  # noqa: E402
-from pplex.conversation.roles import DEFAULT_ROLE, ROLES  # noqa: E402
-from pplex.conversation.session import Model, load, make_role  # noqa: E402
-from pplex.model.sampling import GREEDY, SamplingConfig  # noqa: E402
-from pplex.quantization.compare import compare_lms, keep_logits, mean_kl  # noqa: E402
-from pplex.quantization.compare_models import (  # noqa: E402
+from pplex.checkpoint.source import Source
+from pplex.conversation.prompts import make_role
+from pplex.conversation.roles import DEFAULT_ROLE, ROLES
+from pplex.conversation.session import Model, load
+from pplex.model.sampling import GREEDY, SamplingConfig
+from pplex.quantization.compare import compare, keep_logits, mean_kl
+from pplex.quantization.compare_models import (
     Settings,
     make_scripts,
     read_users,
 )
-from pplex.quantization.convert import Conversion, convert  # noqa: E402
-from pplex.quantization.costs import mixed_recipe, read_costs  # noqa: E402
-from pplex.quantization.forced import write_script  # noqa: E402
-from pplex.quantization.recipe import (  # noqa: E402
+from pplex.quantization.convert import Conversion, convert
+from pplex.quantization.costs import mixed_recipe, read_costs
+from pplex.quantization.forced import write_script
+from pplex.quantization.recipe import (
     Recipe,
     fitting,
     recipe_bytes,
@@ -95,7 +92,8 @@ def recipes(costs: Mapping[str, float]) -> dict[str, tuple[Make, bool]]:
 def words(model: Model, users: list[np.ndarray], text: str) -> list[np.ndarray]:
     """The text tokens (frames,) of greedy conversations."""
     prompt = make_role(model, None, text).prompt
-    return [write_script(model, prompt, u, GREEDY, 0)[0].columns[0] for u in users]
+    scripts = [write_script(model.engine, prompt, u, GREEDY, 0)[0] for u in users]
+    return [script.columns[0] for script in scripts]
 
 
 def write_plain(local: LocalModel, base: Path, to: Path) -> None:
@@ -129,7 +127,7 @@ def main() -> None:
     settings = Settings(None, ROLES[DEFAULT_ROLE], 1, args.seconds, SamplingConfig())
     users = read_users(args.recordings, model.config, args.seconds)
     scripts = make_scripts(model, users, settings)
-    kept = [keep_logits(model.lm, script) for script in scripts]
+    kept = [keep_logits(model.engine, script) for script in scripts]
     said = words(model, users, settings.text)
     frames = sum(script.num_frames for script in scripts)
     print(f"{len(users)} recordings, {frames} frames, --seconds {args.seconds:g}\n")
@@ -146,7 +144,7 @@ def main() -> None:
             if args.write:
                 write_plain(local, base.path, args.write / name.replace("/", "-"))
             again = words(model, users, settings.text)
-        found = compare_lms(kept, model.lm, scripts, settings.sampling)
+        found = compare(kept, model.engine, scripts, settings.sampling)
         text, *agent = found
         same = sum(map(np.array_equal, again, said))
         codes = np.mean([stream.top1 for stream in agent])

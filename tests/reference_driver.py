@@ -5,55 +5,75 @@ Those tests stay as they are while the inside changes; what changes with it is h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
 from pplex.audio.files import read_pcm, to_pcm16
-from pplex.checkpoint.weights import load_mimi
-from pplex.codec.codec import Codec, MlxCodec
-from pplex.codec.mimi import Mimi
-from pplex.codec.native import NativeCodec, library
-from pplex.conversation.prompt import Prompt, make_prompt, prefill
-from pplex.conversation.session import Conversation, Model, Reply, make_role
-from pplex.model.native import load_library
+from pplex.checkpoint.weights import codec_tensors, lm_tensors, make_lm
+from pplex.conversation.answer import Answer
+from pplex.conversation.prompts import make_role
+from pplex.conversation.scheduler import converse
+from pplex.conversation.session import Model
+from pplex.engine.base import Codec, Engine
+from pplex.engine.c.codec import CCodec
+from pplex.engine.choose import KINDS
+from pplex.model.lm import Lm
+from pplex.model.mimi import Mimi, make_mimi
+from pplex.model.prompt import Prompt, make_prompt
 from pplex.model.sampling import GREEDY
 
 __all__ = ["Prompt", "make_prompt", "read_pcm", "to_pcm16"]
 
-CODECS = ["native", "mlx"]
-STEPS = ["native", "mlx"]
+ENGINES = [name for name, kind in KINDS.items() if kind.is_available()]
+CODECS = STEPS = ENGINES
 
 
-def use_steps(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the language model's steps be made so (of ``STEPS``), or skip the test."""
-    if way == "mlx":
-        monkeypatch.setattr("pplex.model.native.load_library", lambda: None)
-    elif load_library() is None:
-        pytest.skip("the compiled step was not built")
+@functools.cache
+def _engine_at(name: str, path: str) -> Engine:
+    from pplex.checkpoint.hub import resolve
+
+    folder = resolve(path, offline=True).folder
+    config = folder.read_config()
+    lm = lm_tensors(folder, config.lm)
+    return KINDS[name].make(config, lm, codec_tensors(folder, config.mimi))
+
+
+def engine_of(name: str, model: Model) -> Engine:
+    """The engine ``name`` with the weights of ``model``."""
+    return _engine_at(name, str(model.local.path))
+
+
+@functools.cache
+def _lm_at(path: str) -> Lm:
+    from pplex.checkpoint.hub import resolve
+
+    folder = resolve(path, offline=True).folder
+    config = folder.read_config().lm
+    return make_lm(config, lm_tensors(folder, config), mx.float32)
+
+
+def spec_lm(model: Model) -> Lm:
+    """The specification with the weights of ``model``, in float32."""
+    return _lm_at(str(model.local.path))
 
 
 def spec_mimi(model: Model) -> Mimi:
     """The codec's specification, with the weights of ``model``."""
-    path = next(model.local.path.glob("tokenizer-*.safetensors"))
-    return load_mimi(path, model.config.mimi)
+    config = model.config.mimi
+    return make_mimi(config, codec_tensors(model.local.folder, config))
 
 
 def make_codec(kind: str, model: Model) -> Codec:
-    """The codec of ``model`` by compiled code or MLX's operations (of ``CODECS``)."""
-    mimi = spec_mimi(model)
-    if kind == "mlx":
-        return MlxCodec(mimi)
-    if library() is None:
-        pytest.skip("the compiled codec was not built")
-    return NativeCodec(mimi, model.config.mimi)
+    """The codec of an engine (of ``CODECS``)."""
+    return engine_of(kind, model).codec
 
 
 def latents(codec: Codec, model: Model, chunks: list[np.ndarray]) -> np.ndarray:
     """Latents (width, frames) of PCM in chunks (frames, frame_size)."""
-    if isinstance(codec, NativeCodec):
+    if isinstance(codec, CCodec):
         state = codec.make_state()
         found = [codec.encode_latents(pcm, state) for pcm in chunks]
     else:
@@ -74,7 +94,7 @@ def codebook_rows(model: Model, rows: np.ndarray) -> Iterator[tuple[str, np.ndar
 
 def embeddings(model: Model, tokens: np.ndarray) -> np.ndarray:
     """The specification's inputs (t, dim) for tokens (1, streams, t)."""
-    return np.array(model.lm.embed(mx.array(tokens))[0])
+    return np.array(spec_lm(model).embed(mx.array(tokens))[0])
 
 
 def temporal_outputs(
@@ -84,7 +104,7 @@ def temporal_outputs(
 
     Of tokens (1, streams, t), ``chunk`` positions at a time.
     """
-    lm = model.lm
+    lm = spec_lm(model)
     embedded = lm.embed(mx.array(tokens))
     cache = lm.make_cache()
     hidden, logits = [], []
@@ -110,7 +130,7 @@ def depformer_logits(
         logits.append(step_logits)
         return given[:, idx + 1]
 
-    model.lm.depformer(mx.array(hidden), given[:, 0], next_forced)
+    spec_lm(model).depformer(mx.array(hidden), given[:, 0], next_forced)
     return np.stack([np.array(step) for step in logits], axis=1)
 
 
@@ -127,10 +147,12 @@ def greedy_run(
     decode: int,
     ahead: bool = True,
     way: str | None = None,
-) -> list[Reply]:
+) -> list[Answer]:
     """A whole greedy conversation after ``prompt`` with PCM (frames, frame_size).
 
-    ``way`` is that of the steps, already in use; None for whatever is best here.
+    ``way`` is the engine's name; None for the model's own. Not ``ahead`` is live.
     """
-    conversation = Conversation(model, prefill(model.lm, prompt), GREEDY, seed=0)
-    return list(conversation.run(chunks, ahead=ahead, decode_frames=decode))
+    engine = model.engine if way is None else engine_of(way, model)
+    start, live = engine.prefill(prompt), not ahead
+    pieces = converse(engine, start, 0, chunks, GREEDY, decode_frames=decode, live=live)
+    return list(pieces)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from pplex.bench.random_model import TINY
-from pplex.conversation.session import Conversation
+from pplex.conversation.scheduler import converse as run
 from pplex.model.sampling import GREEDY
 
 FRAME = 1920
@@ -20,10 +20,11 @@ def speech(frames: int, seed: int = 0) -> np.ndarray:
     return 0.1 * rng.standard_normal((frames, FRAME)).astype(np.float32)
 
 
-def converse(model, prefilled, frames, sampling=GREEDY, seed=0, chunk=16):
-    conversation = Conversation(model, prefilled, sampling, seed)
+def converse(engine, start, frames, sampling=GREEDY, seed=0, chunk=16):
+    """Tokens (agent streams, frames), the user's codes and PCM of a conversation."""
     chunks = (frames[i : i + chunk] for i in range(0, len(frames), chunk))
-    replies = list(conversation.run(chunks, decode_frames=chunk))
+    pieces = run(engine, start, seed, chunks, sampling, decode_frames=chunk)
+    replies = list(pieces)
     return (
         np.concatenate([np.concatenate([r.text[None], r.agent]) for r in replies], 1),
         np.concatenate([r.user for r in replies], 1),

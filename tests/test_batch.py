@@ -174,13 +174,13 @@ def test_prompts_are_computed_once_for_each_voice_and_role(
     ]
     jobs = tmp_path / "jobs.jsonl"
     jobs.write_text("\n".join(map(json.dumps, rows)))
-    prefills = []
-    prefill = decoding.prefill
+    prompts = []
+    make_role = decoding.make_role
     monkeypatch.setattr(
-        decoding, "prefill", lambda *a: prefills.append(a) or prefill(*a)
+        decoding, "make_role", lambda *a: prompts.append(a) or make_role(*a)
     )
     summary, _ = go(batch, selection=Selection(jobs=jobs))
-    assert (summary.done, len(prefills)) == (6, 2)
+    assert (summary.done, len(prompts)) == (6, 2)
     for key in ("a/0.wav", "b/1.wav"):
         one, other = batch.outdir / "NATF0" / key, batch.outdir / "NATM0" / key
         assert one.read_bytes() != other.read_bytes()
@@ -407,8 +407,6 @@ def test_shards_together_do_it_all(calls, batch, tmp_path):
 
 DRIVER = """
 import sys, pickle, time
-from pplex.backend import use_fast_blas
-use_fast_blas()
 from pplex.batch import run as batch
 from pplex.batch import records
 import test_batch

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
+import time
+from dataclasses import asdict
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from pplex.bench import estimate
 from pplex.bench import run as job
 from pplex.bench.compare import changes, differences, read_bench
 from pplex.bench.parts import measure_parts, traffic
@@ -20,15 +22,21 @@ from pplex.bench.random_model import (
     MEDIUM,
     SIZES,
     TINY,
-    random_mimi,
+    random_codec,
+    random_lm,
     random_model,
     random_prompt,
 )
-from pplex.codec.codec import MlxCodec
-from pplex.conversation.prompt import prefill
-from pplex.conversation.session import Conversation
+from pplex.checkpoint.weights import make_lm
+from pplex.conversation.scheduler import converse
+from pplex.engine.choose import KINDS, choose_form, cost_of, make_engine
+from pplex.engine.mlx.codec import MlxCodec
 from pplex.errors import PplexError
+from pplex.model.lm import Lm
+from pplex.model.mimi import make_mimi
 from pplex.model.sampling import SamplingConfig
+
+AVAILABLE = [name for name, kind in KINDS.items() if kind.is_available()]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +44,6 @@ def quick(monkeypatch):
     """No long copies and few rounds."""
     monkeypatch.setattr(job, "copy_bandwidth_gb_s", lambda: 50.0)
     monkeypatch.setattr("pplex.bench.parts._ROUNDS", 2)
-    monkeypatch.setattr("pplex.bench.parts._CODEC_ROUNDS", 1)
 
 
 def plan(**changed) -> job.Plan:
@@ -80,7 +87,7 @@ def test_the_parts_that_are_timed_take_time(found):
     for run in found.runs:
         parts = asdict(run.parts_ms)
         assert parts["encode"] > 0 and parts["decode"] > 0
-        assert all(value > 0 for value in parts.values() if value is not None)
+        assert all(value > 0 for value in parts.values())
 
 
 def test_bandwidth_is_what_moved_over_the_time_it_took(found):
@@ -126,17 +133,16 @@ def test_too_little_memory_is_said(monkeypatch):
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_a_random_model_talks_in_finite_numbers(bits):
-    model = random_model("tiny", bits)
-    start = prefill(model.lm, random_prompt(model.config))
-    talk = Conversation(model, start, SamplingConfig(), seed=0)
-    frames = np.zeros((60, model.config.frame_size), np.float32)  # past the window
-    (reply,) = talk.run([frames], decode_frames=60)
+    engine = random_model("tiny", bits).engine
+    start = engine.prefill(random_prompt(engine.config))
+    frames = np.zeros((60, engine.config.frame_size), np.float32)  # past the window
+    (reply,) = converse(engine, start, 0, [frames], SamplingConfig(), decode_frames=60)
     assert np.isfinite(reply.pcm).all() and reply.pcm.std() > 0
     assert len(set(reply.text.tolist())) > 5
 
 
 def test_the_published_layers_are_quantized_and_no_others():
-    lm = random_model("tiny", 8).lm
+    lm = random_net(8)
     packed = {n for n, m in lm.named_modules() if isinstance(m, nn.QuantizedLinear)}
     layers = TINY.lm.num_layers + 8 * TINY.lm.depformer_num_layers
     assert len(packed) == 4 * layers + 1
@@ -145,7 +151,7 @@ def test_the_published_layers_are_quantized_and_no_others():
 
 
 def test_random_quantized_weights_have_the_deviation_of_a_trained_layer():
-    for module in _quantized(random_model("tiny", 4).lm):
+    for module in _quantized(random_net(4)):
         whole = mx.dequantize(
             module.weight, module.scales, module.biases, module.group_size, module.bits
         )
@@ -154,13 +160,20 @@ def test_random_quantized_weights_have_the_deviation_of_a_trained_layer():
         assert abs(float(whole.mean())) < 0.1 * width**-0.5
 
 
+def random_net(bits: int) -> Lm:
+    return make_lm(TINY.lm, random_lm(TINY.lm, bits), mx.float32)
+
+
 def _quantized(lm: nn.Module) -> list[nn.QuantizedLinear]:
     return [m for _, m in lm.named_modules() if isinstance(m, nn.QuantizedLinear)]
 
 
 def test_a_dense_random_model_has_no_packed_weights():
-    model = random_model("tiny", 4, dense=True)
-    assert model.bits == (4,) and not _quantized(model.lm)
+    model = random_model("tiny", 4, "dense")
+    assert model.bits == (4,) and model.engine.compute == "dense"
+    written_out = random_lm(TINY.lm, 4).write_out()
+    assert model.engine.cost() == cost_of(TINY, written_out)
+    assert not _quantized(make_lm(TINY.lm, written_out, mx.float32))
 
 
 def test_the_7b_has_the_published_sizes():
@@ -177,47 +190,135 @@ def test_the_7b_has_the_published_sizes():
 
 def test_a_model_that_memory_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr("pplex.bench.random_model.memory_gb", lambda: (9.0, 8.0))
-    with pytest.raises(PplexError, match="such a model takes 3. GB, and 8 GB"):
+    need = cost_of(SIZES["7b"], random_lm(SIZES["7b"].lm, 16)).held / 1e9
+    assert 16 < need < 36  # 2 or 4 bytes a weight
+    said = f"such a model takes {need:.0f} GB, and 8 GB"
+    with pytest.raises(PplexError, match=said):
         random_model("7b", 16)
 
 
-def test_codecs_that_take_many_recordings_are_timed_so(monkeypatch):
+def test_codecs_that_take_many_recordings_are_timed_so():
     """The way of GPUs, here on the CPU."""
-    model = random_model("tiny", 16)
-    grouped = replace(model, codec=MlxCodec(random_mimi(model.config.mimi)))
-    start = prefill(grouped.lm, random_prompt(grouped.config))
-    apart = traffic(grouped, start, rows=4, mean_position=10)
-    monkeypatch.setattr("pplex.bench.parts.in_groups", lambda _: True)
-    parts = measure_parts(grouped, start, SamplingConfig(), rows=4, position=5)
+    mimi = make_mimi(TINY.mimi, random_codec(TINY.mimi))
+    engine = random_model("tiny", 16).engine
+    alone, grouped = (MlxCodec(mimi, on_gpu=on_gpu) for on_gpu in (False, True))
+    alone.chunk_frames = grouped.chunk_frames = 32
+    assert alone.group == 1 and grouped.group > 4
+    engine.codec = alone
+    apart = traffic(engine, rows=4, mean_position=10)
+    engine.codec = grouped
+    parts = measure_parts(engine, rows=4)
     assert parts.encode > 0 and parts.decode > 0
-    together = traffic(grouped, start, rows=4, mean_position=10)
+    together = traffic(engine, rows=4, mean_position=10)
     assert together.codec < apart.codec and together.kv == apart.kv
+    # Weights once and not four times; what each keeps, in both directions, as before.
+    cost = engine.cost()
+    assert 32e6 * apart.codec == pytest.approx(4 * (cost.codec + 2 * cost.codec_state))
+    assert 32e6 * together.codec == pytest.approx(cost.codec + 8 * cost.codec_state)
 
 
-@pytest.mark.parametrize(("rows", "ring"), [(1, False), (3, False), (3, True)])
-def test_steps_of_mlx_operations_are_timed_in_parts(monkeypatch, rows, ring):
-    for module in ("conversation.prompt", "bench.parts"):
-        monkeypatch.setattr(f"pplex.{module}.native_lm", lambda _: None)
-    monkeypatch.setattr("pplex.bench.parts.on_cpu", lambda: not ring)
-    model = random_model("tiny", 4)
-    start = prefill(model.lm, random_prompt(model.config))
-    parts = measure_parts(model, start, SamplingConfig(), rows, position=60)
-    assert parts.temporal > 0 and parts.depformer > 0
-
-
-def test_bytes_are_those_of_the_weights_a_frame_reads():
-    model = random_model("tiny", 16)
-    start = prefill(model.lm, random_prompt(model.config))
-    moved = traffic(model, start, rows=3, mean_position=10)
+@pytest.mark.parametrize("kind", AVAILABLE)
+def test_bytes_are_those_of_the_weights_a_frame_reads(kind):
+    engine = KINDS[kind].make(TINY, random_lm(TINY.lm, 16), random_codec(TINY.mimi))
+    moved = traffic(engine, rows=3, mean_position=10)
     tables = ("text_emb.weight", "audio_emb.weight")
-    parameters = tree_flatten(model.lm.parameters())
+    parameters = tree_flatten(random_net(16).parameters())
     read = sum(a.size for name, a in parameters if not name.endswith(tables))
-    # In float32, as these values are no bfloat16 ones; norms do not matter.
-    assert moved.weights == pytest.approx(4 * read / 1e6, rel=0.01)
-    # Keys and values, 2 layers, 64 wide, 10 positions, float32, 3 rows.
-    assert moved.kv == pytest.approx(2 * 2 * 64 * 10 * 4 * 3 / 1e6)
-    beyond = traffic(model, start, rows=1, mean_position=1000)
-    assert beyond.kv == pytest.approx(2 * 2 * 64 * 49 * 4 / 1e6)
+    # MLX's products on a CPU are of float32; norms do not matter.
+    size = 4 if kind == "cpu" else 2
+    assert moved.weights == pytest.approx(size * read / 1e6, rel=0.01)
+    # Keys and values, 2 layers, 64 wide, 10 positions, 3 rows.
+    size = 4 if engine.dtype == "float32" else 2
+    assert moved.kv == pytest.approx(2 * 2 * 64 * 10 * size * 3 / 1e6)
+    assert moved.total == pytest.approx(moved.weights + moved.kv + moved.codec)
+    beyond = traffic(engine, rows=1, mean_position=1000)
+    assert beyond.kv == pytest.approx(2 * 2 * 64 * 49 * size / 1e6)
+
+
+# What a model will take, from a part of it
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_small_model_is_estimated_by_running_it(bits):
+    frame_s = estimate.estimate_frame_s(TINY, bits)
+    assert 0 < frame_s < 1
+
+
+@pytest.mark.parametrize("part", ["step", "encode", "decode"])
+def test_the_loop_is_timed_from_end_to_end(monkeypatch, part):
+    engine = random_model("tiny", 4).engine
+    start, sleep_s = engine.prefill(random_prompt(TINY)), 0.002
+    fast = estimate.loop_frame_s(engine, start)
+
+    def slow(function, frames_of):
+        def slowly(given, *args, **how):
+            time.sleep(sleep_s * frames_of(given))
+            return function(given, *args, **how)
+
+        return slowly
+
+    if part == "step":
+        make_rows = engine.rows
+
+        def rows(*args, **how):
+            made = make_rows(*args, **how)
+            made.step = slow(made.step, lambda user: 1)
+            return made
+
+        monkeypatch.setattr(engine, "rows", rows)
+    else:
+        frames_of = len if part == "encode" else lambda codes: codes.shape[1]
+        codec = engine.codec
+        monkeypatch.setattr(codec, part, slow(getattr(codec, part), frames_of))
+    assert sleep_s < estimate.loop_frame_s(engine, start) < 2 * (sleep_s + fast)
+
+
+def test_no_number_is_found_out(monkeypatch):
+    engine = random_model("tiny", 4).engine
+    decode = engine.codec.decode
+    monkeypatch.setattr(engine.codec, "decode", lambda *args: np.nan * decode(*args))
+    assert np.isnan(estimate.loop_frame_s(engine, engine.prefill(random_prompt(TINY))))
+
+
+def test_a_large_model_is_estimated_by_running_parts_of_it(monkeypatch):
+    monkeypatch.setattr(estimate, "SMALL_BYTES", 0)
+    made = []
+
+    def make(config, *tensors):
+        made.append(config.lm.num_layers)
+        return make_engine(config, *tensors)
+
+    monkeypatch.setattr(estimate, "make_engine", make)
+    frame_s = estimate.estimate_frame_s(MEDIUM, 4)
+    assert 0 < frame_s < 10
+    assert made == [2, 4]  # of 8
+
+
+def test_nothing_is_estimated_where_memory_does_not_suffice(monkeypatch):
+    monkeypatch.setattr(estimate, "SMALL_BYTES", 0)
+    monkeypatch.setattr(estimate, "make_engine", None)
+    monkeypatch.setattr(estimate, "memory_gb", lambda: (8.0, 1e-4))
+    assert estimate.estimate_frame_s(MEDIUM, 4) is None
+
+
+@pytest.mark.parametrize("is_concurrent", [False, True])
+def test_what_takes_the_time_of_its_bytes_is_estimated_exactly(
+    monkeypatch, is_concurrent
+):
+    """Layers and a head of other sizes; the codec beside the steps, or after them."""
+
+    def part(config, bits, dense):
+        step = cost_of(config, random_lm(config.lm, bits)).step
+        return 1e-9 * step, step, 0.01, is_concurrent
+
+    monkeypatch.setattr(estimate, "_part", part)
+    config = SIZES["7b"]
+    tensors = random_lm(config.lm, 4)
+    if choose_form("auto", config, tensors, many=False).dense:
+        tensors = tensors.write_out()
+    expected = 1e-9 * cost_of(config, tensors).step
+    frame_s = estimate.estimate_frame_s(config, 4)
+    assert frame_s == pytest.approx(expected + (0.0 if is_concurrent else 0.01))
 
 
 # The command

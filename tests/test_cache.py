@@ -6,9 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pplex.layers.cache import GROWTH, KvCache
-from pplex.layers.rotary import rotate
-from pplex.layers.transformer import TemporalLayer, run_layers
+from pplex.engine.mlx.ring import FastCache, rope
+from pplex.model.cache import GROWTH, KvCache
+from pplex.model.rotary import rotate
+from pplex.model.transformer import TemporalLayer, run_layers
 
 DIM, HEADS = 32, 2
 
@@ -27,8 +28,10 @@ def visible(total: int, window: int, block: int) -> np.ndarray:
     return mask
 
 
-def outputs(layers, x: mx.array, sizes: list[int], window: int, block: int):
-    cache = KvCache(len(layers), window, block)
+def outputs(
+    layers, x: mx.array, sizes: list[int], window: int, block: int, kind=KvCache
+):
+    cache = kind(len(layers), window, block)
     parts, start = [], 0
     for size in sizes:
         parts.append(run_layers(layers, x[:, start : start + size], cache, 1e4))
@@ -55,11 +58,12 @@ class WholeCache(KvCache):
         return keys, values
 
 
+@pytest.mark.parametrize("kind", [KvCache, FastCache])
 @pytest.mark.parametrize("block", [1, 2])
 @pytest.mark.parametrize("window", [9, 24, 399])
 @pytest.mark.parametrize("pattern", ["steps", "chunks", "mixed", "prefill"])
 def test_any_way_of_feeding_equals_attention_without_a_cache(
-    layers, block, window, pattern
+    layers, kind, block, window, pattern
 ):
     total = 80
     x = mx.random.normal((2, total, DIM), key=mx.random.key(1))
@@ -70,7 +74,7 @@ def test_any_way_of_feeding_equals_attention_without_a_cache(
         "mixed": [30, *[block] * (20 // block), 4, 6, *[block] * (20 // block)],
         "prefill": [60, *[block] * (20 // block)],
     }[pattern]
-    found, cache = outputs(layers, x, sizes, window, block)
+    found, cache = outputs(layers, x, sizes, window, block, kind)
     assert cache.end == total
     np.testing.assert_allclose(found, whole, atol=2e-5)
 
@@ -94,8 +98,11 @@ def test_copy_goes_its_own_way(layers):
     np.testing.assert_allclose(again, expected[:, 21:22], atol=1e-6)
 
 
+@pytest.mark.parametrize("rotate", [rotate, rope])
 @pytest.mark.parametrize("offset", [0, 7, 2999, 45000])
-def test_rotation_of_a_position_does_not_depend_on_how_many_come_with_it(offset):
+def test_rotation_of_a_position_does_not_depend_on_how_many_come_with_it(
+    offset, rotate
+):
     x = mx.random.normal((1, 4, 6, 16), key=mx.random.key(3))
     together = np.array(rotate(x, 10000.0, offset))
     for idx in range(6):

@@ -1,4 +1,4 @@
-"""The compiled codec against MLX's, and against itself in other chunks."""
+"""The codec of each engine against the specification, and itself in other chunks."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from random_checkpoint import mimi_arrays
+from random_checkpoint import Arrays, mimi_arrays
 from small import SMALL, speech
 
 from pplex.checkpoint.codec_layout import sanitize_codec
-from pplex.codec import native
-from pplex.codec.codec import MlxCodec, make_codec
-from pplex.codec.fused import FusedSeanet
-from pplex.codec.mimi import Mimi
+from pplex.engine.c import codec as c
+from pplex.engine.c.binding import BEST, load_library
+from pplex.engine.c.codec import CCodec
+from pplex.engine.cuda.codec import FusedSeanet
+from pplex.engine.mlx.codec import CHUNK_SIZES, GROUP_ROWS, MlxCodec
 from pplex.model.config import (
     CodecTransformerConfig,
     MimiConfig,
     QuantizerConfig,
     SeanetConfig,
 )
+from pplex.model.mimi import Mimi, make_mimi
 
 ULP = 2.0**-23
-INSTRUCTION_SETS = range(native.BEST + 1)
 # Nothing is a multiple of a vector's width, and the window is shorter than a chunk.
 ODD = MimiConfig(
     num_codebooks=3,
@@ -43,30 +44,36 @@ FULL = MimiConfig(
 SIZES = {"small": SMALL.mimi, "odd": ODD}
 
 needs_library = pytest.mark.skipif(
-    native.library() is None, reason="the compiled codec was not built"
+    load_library("codec") is None, reason="the compiled codec was not built"
 )
 
 
-def random_mimi(config: MimiConfig) -> Mimi:
+def random_weights(config: MimiConfig) -> Arrays:
+    """The tensors of a codec."""
     mx.random.seed(7)
-    mimi = Mimi(config)
-    weights = sanitize_codec(mimi_arrays(config), config, Path("random"))
-    mimi.load_weights(list(weights.items()), strict=True)
-    return mimi
+    return sanitize_codec(mimi_arrays(config), config, Path("random"))
 
 
-Pair = tuple[Mimi, native.NativeCodec]
+def random_mimi(config: MimiConfig) -> Mimi:
+    return make_mimi(config, random_weights(config))
+
+
+Pair = tuple[Mimi, CCodec]
 
 
 def random_pair(config: MimiConfig) -> Pair:
-    """A codec by MLX's operations, and the compiled one with its weights."""
-    mimi = random_mimi(config)
-    return mimi, native.NativeCodec(mimi, config)
+    """The specification, and the compiled codec with its weights."""
+    return random_mimi(config), CCodec(config, random_weights(config))
 
 
 @pytest.fixture(scope="module", params=SIZES)
-def pair(request) -> Pair:
-    return random_pair(SIZES[request.param])
+def config(request) -> MimiConfig:
+    return SIZES[request.param]
+
+
+@pytest.fixture(scope="module")
+def pair(config) -> Pair:
+    return random_pair(config)
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +81,15 @@ def full_pair() -> Pair:
     return random_pair(FULL)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS, ids=["any", "avx2", "avx512"])
+@pytest.fixture(params=range(BEST + 1), ids=["any", "avx2", "avx512"])
 def instruction_set(request):
     """One after the other, those that this machine has."""
-    library = native.library()
+    library = load_library("codec")
     assert library is not None
     if library.pplex_codec_use(request.param) != request.param:
         pytest.skip("not on this machine")
     yield request.param
-    library.pplex_codec_use(native.BEST)
+    library.pplex_codec_use(BEST)
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -94,9 +101,9 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 def test_exponential_is_right_to_two_units_in_the_last_place(instruction_set):
     x = np.linspace(-87, 88, 1_000_003).astype(np.float32)
     expected = np.exp(x.astype(np.float64))
-    found = native.activate(native.EXP, x)
+    found = c.activate(c.EXP, x)
     assert (np.abs(found / expected - 1)).max() <= 2 * ULP
-    assert native.activate(native.EXP, np.zeros(1)) == 1
+    assert c.activate(c.EXP, np.zeros(1)) == 1
 
 
 @needs_library
@@ -104,7 +111,7 @@ def test_elu_is_right_where_values_are_large_and_small(instruction_set):
     x = np.concatenate([np.linspace(-100, 100, 300_001), np.geomspace(-1e-9, -1, 999)])
     x = x.astype(np.float32)
     expected = np.where(x > 0, x, np.expm1(x.astype(np.float64)))
-    found = native.activate(native.ELU, x)
+    found = c.activate(c.ELU, x)
     assert np.abs(found - expected).max() <= ULP
     np.testing.assert_array_equal(found[x >= 0], x[x >= 0])
 
@@ -113,20 +120,22 @@ def test_elu_is_right_where_values_are_large_and_small(instruction_set):
 def test_gelu_is_the_exact_one(instruction_set):
     x = np.linspace(-12, 12, 40_001).astype(np.float32)
     erf = np.array([math.erf(v / math.sqrt(2)) for v in x.astype(np.float64)])
-    found = native.activate(native.GELU, x)
+    found = c.activate(c.GELU, x)
     assert np.abs(found - x * (1 + erf) / 2).max() <= 4 * ULP
 
 
 @needs_library
 def test_activation_of_a_value_does_not_depend_on_its_neighbours(instruction_set):
     x = np.random.default_rng(0).standard_normal(77).astype(np.float32)
-    for kind in (native.ELU, native.GELU, native.EXP):
-        whole = native.activate(kind, x)
-        apart = [native.activate(kind, x[i : i + 1])[0] for i in range(len(x))]
+    for kind in (c.ELU, c.GELU, c.EXP):
+        whole = c.activate(kind, x)
+        apart = [c.activate(kind, x[i : i + 1])[0] for i in range(len(x))]
         np.testing.assert_array_equal(whole, apart)
 
 
-def check_it_computes_what_mlx_does(pair: Pair, num_frames: int, chunk: int) -> None:
+def check_it_computes_what_is_specified(
+    pair: Pair, num_frames: int, chunk: int
+) -> None:
     mimi, codec = pair
     frames = speech(num_frames, seed=4)
     starts = range(0, num_frames, chunk)
@@ -147,17 +156,17 @@ def check_it_computes_what_mlx_does(pair: Pair, num_frames: int, chunk: int) -> 
 
 @needs_library
 @pytest.mark.parametrize("chunk", [1, 12])
-def test_it_computes_what_mlx_does(pair, instruction_set, chunk):
-    check_it_computes_what_mlx_does(pair, 12, chunk)
+def test_it_computes_what_is_specified(pair, instruction_set, chunk):
+    check_it_computes_what_is_specified(pair, 12, chunk)
 
 
 @needs_library
-def test_it_computes_what_mlx_does_at_full_size(full_pair):
-    check_it_computes_what_mlx_does(full_pair, 6, 5)
+def test_it_computes_what_is_specified_at_full_size(full_pair):
+    check_it_computes_what_is_specified(full_pair, 6, 5)
 
 
 def check_chunks_of_any_size_give_the_same_bits(
-    codec: native.NativeCodec, divisions: list[list[int]]
+    codec: CCodec, divisions: list[list[int]]
 ) -> None:
     frames = speech(sum(divisions[0]), seed=5)
 
@@ -190,13 +199,12 @@ def test_chunks_of_any_size_give_the_same_bits_at_full_size(full_pair):
 
 @needs_library
 def test_of_equally_near_codes_the_first_wins():
-    mimi = random_mimi(ODD)
-    tables = mx.array(mimi.quantizer.acoustic.codebooks)
-    tables[:, 5:] = tables[:, 5:6]
-    mimi.quantizer.acoustic.codebooks = tables
-    codec = native.NativeCodec(mimi, ODD)
+    weights = random_weights(ODD)
+    tables = mx.array(weights["quantizer.acoustic.codebooks"])
+    tables[:, 4:] = tables[:, 4:5]
+    codec = CCodec(ODD, weights | {"quantizer.acoustic.codebooks": tables})
     codes = codec.encode(speech(60), codec.make_state())[1:]
-    assert codes.max() == 5
+    assert codes.max() == 4
 
 
 @needs_library
@@ -217,7 +225,7 @@ def test_streams_in_several_threads_do_not_mix(pair):
 
 @needs_library
 def test_tiny_numbers_count_as_zero_only_inside():
-    codec = native.NativeCodec(random_mimi(ODD), ODD)
+    codec = CCodec(ODD, random_weights(ODD))
     codec.encode(speech(1), codec.make_state())
     tiny = np.full(100, 1e-40, np.float32)
     assert (tiny * np.float32(0.5) > 0).all()
@@ -225,7 +233,7 @@ def test_tiny_numbers_count_as_zero_only_inside():
 
 @needs_library
 def test_what_does_not_fit_is_refused():
-    codec = native.NativeCodec(random_mimi(ODD), ODD)
+    codec = CCodec(ODD, random_weights(ODD))
     state = codec.make_state()
     with pytest.raises(ValueError, match="1920 samples"):
         codec.encode(np.zeros((2, 1919), np.float32), state)
@@ -237,16 +245,8 @@ def test_what_does_not_fit_is_refused():
     assert state.end == 0
 
 
-def test_without_the_library_mlx_does_it(monkeypatch):
-    mimi = random_mimi(ODD)
-    if native.library() is not None:
-        assert isinstance(make_codec(mimi, ODD), native.NativeCodec)
-    monkeypatch.setattr(native, "find_extension", lambda name: None)
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
-    codec = make_codec(mimi, ODD)
-    assert isinstance(codec, MlxCodec)
-    with pytest.raises(ValueError, match="missing"):
-        native.NativeCodec(mimi, ODD)
+def test_chunks_of_any_size_give_the_same_bits_on_a_cpu_by_mlx():
+    codec = MlxCodec(random_mimi(ODD), on_gpu=False)
     frames = speech(5)
     codes = codec.encode(frames, codec.make_state())
     state = codec.make_state()
@@ -256,7 +256,53 @@ def test_without_the_library_mlx_does_it(monkeypatch):
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_fused_layers_are_the_layers(pair, monkeypatch):
+# Two groups, the second of few rows and of more than one chunk.
+LENGTHS = [CHUNK_SIZES[1] + 2, *range(GROUP_ROWS - 1, 0, -1), CHUNK_SIZES[0] + 1, 31]
+
+
+def test_recordings_coded_in_groups_are_as_alone():
+    """The way of GPUs, here on the CPU: codes agree, rounding may differ."""
+    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True)
+    recordings = [speech(frames, seed=frames) for frames in LENGTHS]
+    codes = codec.encode_many(recordings)
+    for found, frames in zip(codes, recordings, strict=True):
+        alone = codec.encode(frames, codec.make_state())
+        np.testing.assert_array_equal(found, alone)
+    pcm = codec.decode_many(codes)
+    for found, one in zip(pcm, codes, strict=True):
+        alone = codec.decode(one, codec.make_state())
+        np.testing.assert_allclose(found, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [1, 3, 5, 8])
+def test_on_gpus_the_last_chunk_may_be_ragged(config, last):
+    """The way of GPUs, here on the CPU: it is padded to one of few sizes."""
+    mimi, frames = random_mimi(config), speech(16 + last, seed=6)
+    codec, state = MlxCodec(mimi, on_gpu=True), mimi.make_state()
+    expected = np.array(mimi.encode(mx.array(frames.reshape(1, -1)), state)[0])
+    chunks, state = (frames[:16], frames[16:]), codec.make_state()
+    codes = [codec.encode(chunk, state) for chunk in chunks]
+    np.testing.assert_array_equal(np.concatenate(codes, axis=1), expected)
+    whole = np.array(mimi.decode(mx.array(expected[None]), mimi.make_state())[0])
+    state = codec.make_state()
+    pcm = [codec.decode(chunk, state) for chunk in codes]
+    np.testing.assert_allclose(np.concatenate(pcm), whole, atol=1e-5)
+
+
+@needs_library
+def test_recordings_coded_after_each_other_are_the_same_bits_as_alone(pair):
+    _, codec = pair
+    recordings = [speech(frames, seed=frames) for frames in (7, 1, 30)]
+    codes = codec.encode_many(recordings)
+    for found, frames in zip(codes, recordings, strict=True):
+        alone = codec.encode(frames, codec.make_state())
+        np.testing.assert_array_equal(found, alone)
+    for found, one in zip(codec.decode_many(codes), codes, strict=True):
+        alone = codec.decode(one, codec.make_state())
+        np.testing.assert_array_equal(found, alone)
+
+
+def test_fused_layers_are_the_layers(config, monkeypatch):
     """The kernel's part in MLX's operations, as its own words define it."""
 
     def elu_behind(x, bias, skip, state, *, keep=False):
@@ -265,9 +311,8 @@ def test_fused_layers_are_the_layers(pair, monkeypatch):
         y = y if state is None else mx.concatenate([state, y], axis=1)
         return y, total if keep else None
 
-    monkeypatch.setattr("pplex.codec.fused.elu_behind", elu_behind)
-    mimi, _ = pair
-    config = mimi._config
+    monkeypatch.setattr("pplex.engine.cuda.codec.elu_behind", elu_behind)
+    mimi = random_mimi(config)
     for layers, shape in (
         (mimi.encoder, (2, 2 * config.frame_size, 1)),
         (mimi.decoder, (2, 4, config.seanet.dimension)),

@@ -6,7 +6,6 @@ import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from test_convert import to
@@ -14,16 +13,27 @@ from test_convert import to
 from pplex.audio.files import read_pcm
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.layouts import Quantization
-from pplex.conversation.session import load, make_role
+from pplex.checkpoint.weights import codec_tensors, lm_tensors
+from pplex.conversation.prompts import make_role
+from pplex.conversation.session import load
+from pplex.engine.base import Logits
+from pplex.engine.choose import KINDS, make_engine
 from pplex.errors import PplexError
 from pplex.model.sampling import GREEDY, SamplingConfig
-from pplex.quantization.compare import Tally, compare_lms, keep_logits, mean_kl
+from pplex.quantization import sensitivity as sensitivity_job
+from pplex.quantization.compare import Tally, compare, keep_logits, mean_kl
 from pplex.quantization.compare_models import Settings, compare_models
 from pplex.quantization.costs import mixed_recipe, read_costs
-from pplex.quantization.forced import Logits, write_script
+from pplex.quantization.forced import write_script
 from pplex.quantization.plot import plot_divergence
 from pplex.quantization.recipe import recipe_bytes, uniform
-from pplex.quantization.sensitivity import measure, module_parts, write_costs
+from pplex.quantization.sensitivity import (
+    FORM,
+    measure,
+    module_parts,
+    sensitivity,
+    write_costs,
+)
 
 SETTINGS = Settings(None, "hello", seed=1, seconds=2.4, sampling=SamplingConfig())
 
@@ -32,7 +42,7 @@ SETTINGS = Settings(None, "hello", seed=1, seconds=2.4, sampling=SamplingConfig(
 def script(tiny_model, data):
     role = make_role(tiny_model, None, "hello there")
     pcm = read_pcm(data / "respond" / "user_a.wav", sample_rate=24000).pcm
-    return write_script(tiny_model, role.prompt, pcm, GREEDY, 0)[0]
+    return write_script(tiny_model.engine, role.prompt, pcm, GREEDY, 0)[0]
 
 
 @pytest.fixture(scope="module")
@@ -44,40 +54,52 @@ def made(tiny, tmp_path_factory):
     return folder
 
 
+def heads(kept):
+    """Text (frames, text_card) and agent (frames, codebooks, card) logits."""
+    return (
+        np.concatenate([part.text for part in kept]),
+        np.concatenate([part.agent for part in kept]),
+    )
+
+
 def test_a_model_would_say_what_it_said(tiny_model, script):
     """Greedy tokens are the likeliest ones at every frame of the forced grid."""
-    kept = keep_logits(tiny_model.lm, script)
-    text = np.concatenate(kept.text).argmax(-1)
-    agent = np.concatenate(kept.agent).argmax(-1)
-    np.testing.assert_array_equal(text, script.columns[0, 1:])
-    np.testing.assert_array_equal(agent.T, script.columns[1:9, 1:])
+    text, agent = heads(keep_logits(tiny_model.engine, script))
+    np.testing.assert_array_equal(text.argmax(-1), script.columns[0, 1:])
+    np.testing.assert_array_equal(agent.argmax(-1).T, script.columns[1:9, 1:])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_compiled_code_is_forced_to_the_logits_of_mlx(script, made, bits, monkeypatch):
-    lm = load(resolve(str(made / f"{bits}"), offline=True)).lm
-    found = keep_logits(lm, script)
-    monkeypatch.setattr("pplex.model.native.load_library", lambda: None)
-    expected = keep_logits(lm, script)
-    for kind in ("text", "agent"):
-        ours, theirs = (np.concatenate(getattr(k, kind)) for k in (found, expected))
+def test_compiled_code_is_forced_to_the_logits_of_mlx(script, made, bits):
+    if not all(KINDS[name].is_available() for name in ("c", "cpu")):
+        pytest.skip("the compiled step is not for this device, or missing")
+    folder = resolve(str(made / f"{bits}"), offline=True).folder
+    config = folder.read_config()
+    runs = []
+    for name in ("c", "cpu"):
+        tensors = lm_tensors(folder, config.lm)
+        codec = codec_tensors(folder, config.mimi)
+        engine = KINDS[name].make(config, tensors, codec)
+        runs.append(heads(keep_logits(engine, script)))
+    for ours, theirs in zip(*runs, strict=True):
         assert ours.shape == theirs.shape
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_a_model_is_no_distance_from_itself(tiny_model, script):
-    kept = keep_logits(tiny_model.lm, script)
-    for stream in compare_lms([kept], tiny_model.lm, [script], SamplingConfig()):
+    engine = tiny_model.engine
+    kept = keep_logits(engine, script)
+    for stream in compare([kept], engine, [script], SamplingConfig()):
         assert (stream.kl, stream.top1, stream.differ) == (0.0, 1.0, 0.0)
         assert stream.perplexity_a == stream.perplexity_b
 
 
 def test_fewer_bits_are_further_away(tiny, tiny_model, script, made):
-    kept = [keep_logits(tiny_model.lm, script)]
+    kept = [keep_logits(tiny_model.engine, script)]
     distances = []
     for bits in (8, 4):
-        lm = load(resolve(str(made / f"{bits}"), offline=True)).lm
-        distances.append(mean_kl(compare_lms(kept, lm, [script], SamplingConfig())))
+        other = load(resolve(str(made / f"{bits}"), offline=True)).engine
+        distances.append(mean_kl(compare(kept, other, [script], SamplingConfig())))
     assert 0 < distances[0] < distances[1] / 10
 
 
@@ -86,8 +108,8 @@ def test_the_figures_are_those_of_the_definitions():
     a, b = (rng.normal(size=(5, 1 + 8, 7)).astype(np.float32) for _ in range(2))
     targets = rng.integers(0, 7, (5, 9))
     tally = Tally(SamplingConfig(temp=0.8, top_k=3, text_temp=1.0, text_top_k=0))
-    other = Logits(mx.array(b[:, 0]), mx.array(b[:, 1:]), mx.array(targets))
-    tally.add(a[:, 0], a[:, 1:], other)
+    ours, other = (Logits(x[:, 0], x[:, 1:]) for x in (a, b))
+    tally.add(ours, other, targets)
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (a, b))
     chosen = np.take_along_axis(q, targets[..., None], -1)[..., 0]
 
@@ -146,19 +168,18 @@ def test_models_of_different_tokens_are_refused(tiny, tmp_path):
 
 def test_mixed_halves_the_divergence_at_the_size_of_four_bits(tiny, tiny_model, script):
     """With costs measured on the model itself."""
-    assert set(module_parts(tiny_model.lm))  # every module below is in one of them
     costs = dict(measure(resolve(str(tiny), offline=True), [], SETTINGS))
     assert all(cost > 0 for cost in costs.values())
 
     def made_by(recipe_of, folder):
         to(tiny, folder, None, recipe=recipe_of)
-        lm = load(resolve(str(folder), offline=True)).lm
-        return mean_kl(compare_lms(kept, lm, [script], SamplingConfig()))
+        other = load(resolve(str(folder), offline=True)).engine
+        return mean_kl(compare(kept, other, [script], SamplingConfig()))
 
     import tempfile
     from pathlib import Path
 
-    kept = [keep_logits(tiny_model.lm, script)]
+    kept = [keep_logits(tiny_model.engine, script)]
     form = Quantization(4, 64)
     with tempfile.TemporaryDirectory() as folder:
         plain = made_by(lambda _, m: uniform(m, form), Path(folder) / "uniform")
@@ -173,6 +194,58 @@ def test_mixed_halves_the_divergence_at_the_size_of_four_bits(tiny, tiny_model, 
         better = made_by(mixed, Path(folder) / "mixed")
     assert sizes[0] <= sizes[1]
     assert better < plain / 2
+
+
+def test_every_matrix_is_in_one_part(tiny_model, tiny):
+    folder, config = resolve(str(tiny), offline=True).folder, tiny_model.config.lm
+    modules = [m for part in module_parts(config).values() for m in part]
+    matrices = {
+        name.removesuffix(".weight")
+        for name, weight in lm_tensors(folder, config).weights.items()
+        if weight.ndim == 2
+    }
+    assert sorted(modules) == sorted(matrices)
+
+
+@pytest.fixture
+def parts_of(tiny, tiny_model, script):
+    """What ``sensitivity`` says of the tiny model, by the engine it is given."""
+    folder, config = resolve(str(tiny), offline=True).folder, tiny_model.config
+
+    def measured(engine):
+        tensors = lm_tensors(folder, config.lm)
+        codec = codec_tensors(folder, config.mimi)
+        return dict(
+            sensitivity(engine, tensors, codec, [script], FORM, SamplingConfig())
+        )
+
+    return measured
+
+
+def test_a_part_that_loses_nothing_costs_nothing(tiny_model, parts_of, monkeypatch):
+    """Exactly: the whole model and its parts are computed in one way."""
+    monkeypatch.setattr(sensitivity_job, "_rounded", lambda weight, form: weight)
+    costs = parts_of(tiny_model.engine)
+    assert set(costs) == set(module_parts(tiny_model.config.lm))
+    assert set(costs.values()) == {0.0}
+
+
+def test_parts_are_run_by_engines_of_the_whole_models_kind(
+    tiny_model, parts_of, monkeypatch
+):
+    made = []
+
+    def make(*args):
+        made.append(make_engine(*args))
+        return made[-1]
+
+    monkeypatch.setattr(sensitivity_job, "make_engine", make)
+    parts_of(tiny_model.engine)
+    engine = tiny_model.engine
+    assert len(made) == len(module_parts(tiny_model.config.lm))
+    assert {(type(e), e.dtype, e.compute) for e in made} == {
+        (type(engine), engine.dtype, engine.compute)
+    }
 
 
 def test_costs_are_read_back_and_nonsense_is_refused(tiny, tmp_path):

@@ -7,10 +7,8 @@ import re
 from dataclasses import replace
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from random_checkpoint import write_checkpoint
 from small import SMALL, converse, speech
 from test_layouts import as_sliced
@@ -18,11 +16,13 @@ from test_layouts import as_sliced
 from pplex.checkpoint.config import load_config
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import resolve
-from pplex.checkpoint.layouts import Quantization, published_matrices
+from pplex.checkpoint.layouts import PARTS, Quantization, published_matrices
 from pplex.checkpoint.safetensors import TensorSpec, read_specs, write_tensors
 from pplex.checkpoint.source import Source
-from pplex.conversation.prompt import prefill
-from pplex.conversation.session import load, make_role
+from pplex.checkpoint.weights import codec_tensors, lm_tensors
+from pplex.conversation.prompts import make_role
+from pplex.conversation.session import load
+from pplex.engine.choose import make_engine
 from pplex.errors import PplexError
 from pplex.quantization.convert import Conversion, convert
 from pplex.quantization.quantize import pack, quantize, quantize_blocks
@@ -50,7 +50,7 @@ def to(folder, target, form, *, refine=False, recipe=None):
 
 def tokens(model) -> np.ndarray:
     role = make_role(model, None, "hello there")
-    return converse(model, prefill(model.lm, role.prompt), speech(12))[0]
+    return converse(model.engine, model.engine.prefill(role.prompt), speech(12))[0]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,26 @@ def sources(tmp_path_factory):
     return folder
 
 
+def quantized_in_memory(local, form):
+    """The engine of a model whose layers MLX quantizes, with all else in 16 bits."""
+    tensors = lm_tensors(local.folder, SMALL.lm)
+    weights, forms = {}, {}
+    for name, weight in tensors.weights.items():
+        wide, module = weight.astype(mx.float32), name.removesuffix(".weight")
+        if wide.ndim == 2 and ("layers." in module or module == "depformer.input"):
+            parts = mx.quantize(wide, group_size=form.group_size, bits=form.bits)
+            forms[module] = form
+            weights |= {f"{module}.{n}": p for n, p in zip(PARTS, parts, strict=True)}
+        else:
+            weights[name] = wide
+    stored = {
+        name: w if w.dtype == mx.uint32 else w.astype(mx.float16)
+        for name, w in weights.items()
+    }
+    codec = codec_tensors(local.folder, SMALL.mimi)
+    return make_engine(SMALL, replace(tensors, weights=stored, forms=forms), codec)
+
+
 @pytest.mark.parametrize("layout", ["pytorch", "mlx", "mlx-split", "eight"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_a_converted_model_says_what_one_quantized_in_memory_says(
@@ -75,21 +95,7 @@ def test_a_converted_model_says_what_one_quantized_in_memory_says(
     to(sources / layout, tmp_path / "out", form)
     model = load(resolve(str(sources / layout), offline=True))
     if form is not None:
-        nn.quantize(
-            model.lm,
-            group_size=32,
-            bits=bits,
-            class_predicate=lambda name, module: (
-                isinstance(module, nn.Linear)
-                and ("layers." in name or name == "depformer.input")
-            ),
-        )
-        stored = [
-            (name, w.astype(mx.float16).astype(mx.float32))
-            for name, w in tree_flatten(model.lm.parameters())
-            if w.dtype != mx.uint32
-        ]
-        model.lm.load_weights(stored, strict=False)
+        model.engine = quantized_in_memory(model.local, form)
     converted = load(resolve(str(tmp_path / "out"), offline=True))
     assert converted.layout == "mlx-split"
     assert converted.bits == (bits,)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from pplex.codec.seanet import make_decoder, make_encoder
-from pplex.conversation.generate import make_frame
-from pplex.layers.cache import KvCache, SlotCache
-from pplex.layers.cuda.cache import SharedCache
-from pplex.layers.cuda.rows import add_norm_rows, choose_text, swiglu_rows
-from pplex.model.config import LmConfig, SeanetConfig
-from pplex.model.depformer import NOT_FORCED
-from pplex.model.frame_kernel import FrameCache, FrameKernel
-from pplex.model.frame_rows import serves
+from pplex.bench.random_model import TINY, random_codec
+from pplex.checkpoint.layouts import Quantization
+from pplex.checkpoint.weights import LmTensors
+from pplex.engine.cuda import depformer, frame
+from pplex.engine.cuda.cache import SharedCache
+from pplex.engine.cuda.codec import FusedSeanet, fuse
+from pplex.engine.cuda.engine import CudaEngine
+from pplex.engine.cuda.frame import FrameCache, FrameKernel
+from pplex.engine.cuda.rows import add_norm_rows, choose_text, swiglu_rows
+from pplex.engine.mlx.ring import SlotCache
+from pplex.model.cache import KvCache
+from pplex.model.config import LmConfig, ModelConfig, SeanetConfig
 from pplex.model.lm import Lm
+from pplex.model.mimi import make_mimi
 from pplex.model.sampling import Sampler, SamplingConfig, noise_key, noise_keys
+from pplex.model.seanet import make_decoder, make_encoder
+from pplex.model.streams import NOT_FORCED
 
 pytestmark = pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
 
@@ -70,6 +78,18 @@ def in_type(lm: Lm, bits: int, group: int, dtype: mx.Dtype) -> Lm:
     )
     mx.eval(other.parameters())
     return other
+
+
+def make_engine(lm: Lm) -> CudaEngine:
+    """The engine with the weights of ``lm``."""
+    forms = {
+        name: Quantization(module.bits, module.group_size)
+        for name, module in lm.named_modules()
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    }
+    tensors = LmTensors(dict(tree_flatten(lm.parameters())), forms, "random", (16,))
+    config = ModelConfig(lm=CONFIG, mimi=TINY.mimi)
+    return CudaEngine(config, tensors, random_codec(TINY.mimi))
 
 
 def write_out_tables(lm: Lm) -> None:
@@ -137,15 +157,16 @@ def test_frame_kernel_computes_what_float32_does(bits, group):
     precise = in_type(lm, bits, group, mx.float32)
     write_out_tables(precise)
     wanted = prompt_cache(precise, 7)
+    assert frame.supports(lm)
     ring, kernel = FrameCache(wanted), FrameKernel(lm)
     sampler = Sampler(SamplingConfig(), CONFIG.text_card, CONFIG.card, AGENT - 1)
     rng = np.random.default_rng(0)
-    for frame in range(60):  # past the window of 39
+    for number in range(60):  # past the window of 39
         tokens = mx.array(rng.integers(-1, CONFIG.card, CONFIG.num_streams), mx.int32)
         given = mx.array(rng.integers(0, CONFIG.card, AGENT), mx.int32)
-        key = noise_key((frame << 33) + 5, frame)
+        key = noise_key((number << 33) + 5, number)
         user = tokens[AGENT:]
-        drawn = frame % 2 == 1
+        drawn = number % 2 == 1
         column, work = kernel.run(
             tokens, user, ring, sampler, key, None if drawn else given
         )
@@ -161,7 +182,7 @@ def test_frame_kernel_computes_what_float32_does(bits, group):
             error = np.abs(head - expected).max() / np.abs(expected).max()
             assert error < 2e-3
         if drawn:
-            noise = sampler.noise(noise_keys([(frame << 33) + 5], [frame]))
+            noise = sampler.noise(noise_keys([(number << 33) + 5], [number]))
             again = [sampler.text(mx.array(heads[0])[None], noise).item()]
             again += [
                 sampler.audio(mx.array(head)[None], noise, step).item()
@@ -211,9 +232,16 @@ def test_shared_prompts_and_ring_attend_as_caches_of_their_own():
         shared.put(row, prompt)
         apart.put(row, prompt)
     for step in range(320):
-        if step in (30, 290):
-            shared.put(1, prompts[0])
-            apart.put(1, prompts[0])
+        for cache in (shared, apart):
+            if step in (30, 290):
+                cache.put(1, prompts[0])
+            elif step == 200:
+                cache.take([2, 0, 2])
+            elif step == 210:
+                cache.leave(2)
+            elif step == 220:
+                cache.put(2, prompts[1])
+        taken = [0, 1] if 210 <= step < 220 else [0, 1, 2]
         masks = shared.mask(1), apart.mask(1)
         for layer in range(2):
             qkv = mx.array(rng.standard_normal((3, 12, 1, 128)), mx.bfloat16)
@@ -221,6 +249,7 @@ def test_shared_prompts_and_ring_attend_as_caches_of_their_own():
                 np.array(ring.attend(layer, qkv, 10000.0, mask).astype(mx.float32))
                 for ring, mask in zip((shared, apart), masks, strict=True)
             )
+            found, expected = found[taken], expected[taken]
             assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
         shared.advance(1)
         apart.advance(1)
@@ -237,16 +266,17 @@ def test_batch_kernels_compute_what_mlx_does(rows, compiled, monkeypatch):
     user = mx.random.randint(0, CONFIG.card, (rows, CONFIG.num_codebooks))
     keys = noise_keys(list(range(rows)), [3] * rows)
     sampler = Sampler(SamplingConfig(), CONFIG.text_card, CONFIG.card, AGENT - 1)
-    assert serves(lm)
+    assert depformer.supports(lm)
     if not compiled:
         monkeypatch.setattr(mx, "compile", lambda function: function)
-    frame = make_frame(lm, sampler)
+    engine = make_engine(lm)
+    by_kernels, specified = engine.make_frame(sampler), engine.plain_frame(sampler)
+    assert engine._depformer_kernel is not None
     inputs = {"given": given, "user": user}, {"keys": keys, "user": user}
-    found = [np.array(frame(x, these)) for these in (*inputs, *inputs)]
+    found = [np.array(by_kernels(x, these)) for these in (*inputs, *inputs)]
     assert (found[0] == found[2]).all()
     assert (found[1] == found[3]).all()
-    monkeypatch.setattr("pplex.conversation.generate.serves", lambda lm: False)
-    expected = [np.array(make_frame(lm, sampler)(x, these)) for these in inputs]
+    expected = [np.array(specified(x, these)) for these in inputs]
     # Roundings differ, and so a choice now and then; what is forced does not.
     assert (found[0][:, :4] == expected[0][:, :4]).all()
     assert (found[0] == expected[0]).mean() > 0.97
@@ -256,12 +286,14 @@ def test_batch_kernels_compute_what_mlx_does(rows, compiled, monkeypatch):
         assert (found[1] == expected[1])[same, idx].mean() > 0.9
 
 
-def test_embedded_columns_are_those_of_mlx(monkeypatch):
-    lm = random_lm(16)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_embedded_columns_are_those_of_mlx(bits):
+    engine = make_engine(random_lm(bits))
     tokens = mx.random.randint(-1, CONFIG.card, (2, CONFIG.num_streams, 3))
-    found = lm.embed(tokens)
-    monkeypatch.setattr("pplex.model.lm.use_cuda", lambda: False)
-    assert found.tolist() == lm.embed(tokens).tolist()
+    found, expected = engine.inputs(tokens), engine.lm.embed(tokens)
+    assert found.dtype == expected.dtype and found.tolist() == expected.tolist()
+    inputs = engine.embed(np.array(tokens[0]))
+    assert inputs.dtype == np.float32 and inputs.tolist() == expected[0].tolist()
 
 
 def test_norms_and_gates_are_those_of_float32():
@@ -276,7 +308,7 @@ def test_norms_and_gates_are_those_of_float32():
     assert mx.abs(swiglu_rows(x) - expected).max() < 0.01 * mx.abs(expected).max()
 
 
-def test_the_codecs_fused_layers_are_its_layers(monkeypatch):
+def test_the_codecs_fused_layers_are_its_layers():
     config = SeanetConfig(n_filters=8, dimension=32, ratios=(4, 3, 2))
     for make, shape in ((make_encoder, (2, 48, 1)), (make_decoder, (2, 3, 32))):
         layers = make(config)
@@ -285,15 +317,35 @@ def test_the_codecs_fused_layers_are_its_layers(monkeypatch):
             for name, a in tree_flatten(layers.parameters())
         ]
         layers.load_weights(weights)
+        fused = FusedSeanet(layers.model)
+        assert fused.is_served
         runs = []
-        for served in (True, False):
-            monkeypatch.setattr("pplex.codec.seanet.use_cuda", lambda x=served: x)
+        for run_chunk in (fused, layers):
             state, run = None, []
             for chunk in range(3):
                 x = mx.random.normal(shape, key=mx.random.key(chunk))
-                y, state = layers(x, state)
+                y, state = run_chunk(x, state)
                 run.append(np.array(y))
             runs.append(np.concatenate(run, axis=1))
         error = np.abs(runs[0] - runs[1]).max()
         assert 0 < np.abs(runs[1]).max()
         assert error < 5e-3 * np.abs(runs[1]).max()  # products are in TF32
+
+
+def test_a_codec_is_fused_where_the_kernel_knows_its_widths():
+    wide = replace(TINY.mimi, seanet=replace(TINY.mimi.seanet, n_filters=8))
+    codes = mx.random.randint(0, 64, (2, 8, 5), key=mx.random.key(0))
+    for config, is_served in ((wide, True), (TINY.mimi, False)):
+        weights = random_codec(config)
+        mimi, fused = make_mimi(config, weights), make_mimi(config, weights)
+        fuse(fused)
+        assert isinstance(fused.encoder, FusedSeanet) == is_served
+        assert isinstance(fused.decoder, FusedSeanet) == is_served
+        states = mimi.make_state(), fused.make_state()
+        for first in (0, 2):  # a chunk of two frames, one of three
+            part = codes[:, :, first : 2 + first + first // 2]
+            expected, found = (
+                np.array(codec.decode(part, state))
+                for codec, state in zip((mimi, fused), states, strict=True)
+            )
+            assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()

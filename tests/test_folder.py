@@ -14,8 +14,9 @@ from pplex.batch.describe import model_identity
 from pplex.checkpoint.describe import describe
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.verify import verify
-from pplex.conversation.compute import is_quantized, loaded_gb
+from pplex.checkpoint.weights import lm_tensors
 from pplex.conversation.session import load
+from pplex.engine.choose import cost_of
 from pplex.quantization.convert import Conversion, convert
 from pplex.quantization.recipe import uniform
 
@@ -37,7 +38,9 @@ def use_everywhere(path, tmp_path):
     assert described.codec_bytes > 0
     levels = {f.what: f.level for f in verify(local, None, lambda more: None)}
     assert "fault" not in levels.values()
-    assert loaded_gb(local, SMALL.lm, dense=False) > 0
+    assert cost_of(model.config, lm_tensors(local.folder, SMALL.lm)) == (
+        model.engine.cost()
+    )
     assert describe_for_batch(local).identity == model_identity(local)
     conversion = Conversion(lambda _, m: uniform(m, None), "test", "by a test")
     convert(local, tmp_path / "out", conversion, lambda all: None, lambda more: None)
@@ -70,7 +73,7 @@ def test_what_is_loaded_is_what_is_hashed(folder, tmp_path):
     model = use_everywhere(folder, tmp_path)
     assert model.bits == (8,)
     local = resolve(str(folder), offline=True)
-    assert is_quantized(local)
+    assert lm_tensors(local.folder, SMALL.lm).forms
     before = model_identity(local)
     (folder / "model.safetensors").write_bytes(b"never read")
     assert load(local).bits == (8,)
@@ -84,4 +87,5 @@ def test_a_plain_file_beside_a_quantized_one_is_not_quantized(folder):
     """Only the files that are loaded count."""
     packed = lm_arrays(SMALL.lm, "pytorch", bits=8, group_size=32)["model"]
     mx.save_safetensors(str(folder / "model.q8.safetensors"), packed)
-    assert not is_quantized(resolve(str(folder / "model.safetensors"), offline=True))
+    plain = resolve(str(folder / "model.safetensors"), offline=True)
+    assert not lm_tensors(plain.folder, SMALL.lm).forms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import mlx.core as mx
@@ -9,19 +10,29 @@ import numpy as np
 import pytest
 from small import SMALL, converse, speech
 
-from pplex.checkpoint.weights import load_lm
-from pplex.conversation.generate import generate, make_sampler
-from pplex.conversation.prompt import prefill
-from pplex.conversation.session import Conversation, load, make_role
-from pplex.layers.cache import KvCache
-from pplex.model.sampling import GREEDY, SamplingConfig
+from pplex.checkpoint.folder import CheckpointFolder
+from pplex.checkpoint.weights import codec_tensors, lm_tensors, make_lm
+from pplex.conversation import scheduler
+from pplex.conversation.prompts import make_role
+from pplex.engine.base import Start
+from pplex.engine.mlx.engine import Frame, MlxEngine
+from pplex.model.cache import KvCache
+from pplex.model.prompt import make_prompt
+from pplex.model.sampling import GREEDY, Sampler, SamplingConfig
 from pplex.model.streams import shift, unshift
 
 
 @pytest.fixture(scope="module")
 def full_lm(small_folder):
     """The same language model with all sixteen depformer steps."""
-    return load_lm(small_folder, SMALL.lm, mx.float32, num_steps=16).lm
+    tensors = lm_tensors(CheckpointFolder(small_folder), SMALL.lm, 16)
+    return make_lm(SMALL.lm, tensors, mx.float32)
+
+
+@pytest.fixture
+def start(each_engine, small_model) -> Start:
+    """A prompt that each engine read."""
+    return each_engine.prefill(make_role(small_model, None, "hello").prompt)
 
 
 class Literal:
@@ -97,54 +108,44 @@ def literal_run(lm, config, voice_codes, text_ids, user) -> np.ndarray:
     return np.stack(outputs, axis=1)
 
 
-def test_shortcuts_equal_the_whole_computation(small_model, full_lm, each_way):
-    from pplex.conversation.prompt import make_prompt
-
+def test_shortcuts_equal_the_whole_computation(each_engine, full_lm):
     rng = np.random.default_rng(5)
     voice = rng.integers(0, 64, (8, 14)).astype(np.int32)
     text_ids = [7, 90, 33, 100]
     prompt = make_prompt(SMALL, text_ids, voice_codes=voice)
-    state = prefill(small_model.lm, prompt)
-    found, user, _ = converse(small_model, state, speech(70))
+    found, user, _ = converse(each_engine, each_engine.prefill(prompt), speech(70))
     expected = literal_run(full_lm, SMALL, voice, text_ids, user)
     np.testing.assert_array_equal(found, expected)
 
 
-def test_past_both_windows_it_equals_the_whole_computation(
-    small_model, full_lm, each_way
-):
-    from pplex.conversation.prompt import make_prompt
-
+def test_past_both_windows_it_equals_the_whole_computation(each_engine, full_lm):
     rng = np.random.default_rng(6)
     voice = rng.integers(0, 64, (8, 20)).astype(np.int32)
     prompt = make_prompt(SMALL, [], voice_codes=voice)
     frames = speech(5 * SMALL.lm.context, seed=2)
-    found, user, _ = converse(small_model, prefill(small_model.lm, prompt), frames)
+    found, user, _ = converse(each_engine, each_engine.prefill(prompt), frames)
     assert user.shape[1] > 4 * SMALL.lm.window
     expected = literal_run(full_lm, SMALL, voice, [], user)
     np.testing.assert_array_equal(found, expected)
 
 
-def test_state_does_not_grow_past_the_windows(small_model, each_way):
-    role = make_role(small_model, None, "hello")
-    conversation = Conversation(
-        small_model, prefill(small_model.lm, role.prompt), GREEDY, 0
-    )
+def test_state_does_not_grow_past_the_windows(each_engine, start):
+    rows = each_engine.rows(1, GREEDY)
+    rows.join(start, seed=0)
+    user = np.random.default_rng(7).integers(0, 64, (200, 1, 8), np.int32)
     sizes = set()
-    chunks = (speech(1) for _ in range(200))
-    for count, _ in enumerate(conversation.run(chunks, decode_frames=1, ahead=False)):
+    for count, column in enumerate(user):
+        rows.step(column).tokens()
         if count > 2 * SMALL.lm.context:
-            state = conversation._state
-            sizes.add(sum(a.nbytes for a in state.cache.arrays()))
+            cache = rows._cache if hasattr(rows, "_cache") else rows._caches[0]
+            sizes.add(sum(a.nbytes for a in cache.arrays()))
     assert len(sizes) == 1
 
 
-def test_chunk_sizes_do_not_change_the_answer(small_model, each_way):
-    role = make_role(small_model, None, "hello")
-    state = prefill(small_model.lm, role.prompt)
+def test_chunk_sizes_do_not_change_the_answer(each_engine, start):
     frames = speech(60)
     results = [
-        converse(small_model, state, frames, SamplingConfig(), 3, chunk)
+        converse(each_engine, start, frames, SamplingConfig(), 3, chunk)
         for chunk in (1, 7, 60)
     ]
     for tokens, user, pcm in results[1:]:
@@ -153,17 +154,21 @@ def test_chunk_sizes_do_not_change_the_answer(small_model, each_way):
         np.testing.assert_array_equal(pcm, results[0][2])
 
 
-def test_interleaved_conversations_equal_the_same_two_apart(small_model, each_way):
-    role = make_role(small_model, None, "hello")
-    state = prefill(small_model.lm, role.prompt)
+def test_interleaved_conversations_equal_the_same_two_apart(each_engine, start):
     frames = [speech(30, seed) for seed in (1, 2)]
     apart = [
-        converse(small_model, state, f, SamplingConfig(), seed, 1)[0]
+        converse(each_engine, start, f, SamplingConfig(), seed, 1)[0]
         for seed, f in enumerate(frames)
     ]
     running = [
-        Conversation(small_model, state, SamplingConfig(), seed).run(
-            (frame[None] for frame in f), decode_frames=1, ahead=False
+        scheduler.converse(
+            each_engine,
+            start,
+            seed,
+            (frame[None] for frame in f),
+            SamplingConfig(),
+            decode_frames=1,
+            live=True,
         )
         for seed, f in enumerate(frames)
     ]
@@ -176,52 +181,57 @@ def test_interleaved_conversations_equal_the_same_two_apart(small_model, each_wa
         np.testing.assert_array_equal(np.concatenate(together[idx], 1), apart[idx])
 
 
-def test_the_seed_alone_decides_what_is_drawn(small_model, each_way):
-    role = make_role(small_model, None, "hello")
-    state = prefill(small_model.lm, role.prompt)
+def test_the_seed_alone_decides_what_is_drawn(each_engine, start):
     frames = speech(20)
     first, again, other = (
-        converse(small_model, state, frames, SamplingConfig(), seed)[0]
+        converse(each_engine, start, frames, SamplingConfig(), seed)[0]
         for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
-def test_without_looking_ahead_frames_are_answered_one_by_one(
-    small_model,
-    each_way,
-):
-    role = make_role(small_model, None, "hello")
+def test_a_live_conversation_is_answered_frame_by_frame(each_engine, start):
     asked = []
 
-    def columns():
+    def frames():
         for idx in range(5):
             asked.append(idx)
-            yield mx.zeros((1, 8), mx.int32)
+            yield speech(1, seed=idx)
 
-    sampler = make_sampler(SMALL.lm, GREEDY)
-    state = prefill(small_model.lm, role.prompt).start(SMALL.lm, seed=0)
-    steps = generate(small_model.lm, state, columns(), sampler, ahead=False)
-    for count, _ in enumerate(steps, 1):
-        assert len(asked) == count
+    replies = scheduler.converse(
+        each_engine, start, 0, frames(), GREEDY, decode_frames=1, live=True
+    )
+    for count, reply in enumerate(replies, 1):
+        assert len(asked) == count and len(reply.text) == 1
+    assert len(asked) == 5
+
+
+class Compiled(MlxEngine):
+    """MLX's engine on a CPU, compiled as on a GPU."""
+
+    def __init__(self, *tensors) -> None:
+        super().__init__(*tensors, on_gpu=False)
+        self._compiled_joints = [mx.compile(joint) for joint in self._joints]
+
+    def make_frame(self, sampler: Sampler) -> Frame:
+        """All of a frame after the temporal transformer."""
+        return mx.compile(self.plain_frame(sampler))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="MLX compiles with g++ on a CPU")
 @pytest.mark.parametrize(
     "sampling", [GREEDY, SamplingConfig()], ids=["greedy", "drawn"]
 )
-def test_compiled_frames_give_the_same_tokens(
-    small_model, sampling, mlx_steps, monkeypatch
-):
-    role = make_role(small_model, None, "hello")
-    prefilled = prefill(small_model.lm, role.prompt)
-    plain, _, _ = converse(small_model, prefilled, speech(70), sampling, 4)
-    compiled = load(small_model.local)
-    compiled.lm.compile()
-    monkeypatch.setattr("pplex.conversation.generate.on_cpu", lambda: False)
-    found, _, _ = converse(compiled, prefilled, speech(70), sampling, 4)
-    np.testing.assert_array_equal(found, plain)
+def test_compiled_frames_give_the_same_tokens(small_model, sampling):
+    folder, said = small_model.local.folder, []
+    for make in (functools.partial(MlxEngine, on_gpu=False), Compiled):
+        engine = make(
+            SMALL, lm_tensors(folder, SMALL.lm), codec_tensors(folder, SMALL.mimi)
+        )
+        start = engine.prefill(make_role(small_model, None, "hello").prompt)
+        said.append(converse(engine, start, speech(70), sampling, 4)[0])
+    np.testing.assert_array_equal(*said)
 
 
 def test_delays_shift_and_unshift():

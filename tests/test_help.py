@@ -147,7 +147,6 @@ def test_the_shell_completes_topics():
     assert [item.value for item in found] == ["exactness", "exit-codes"]
 
 
-@pytest.mark.xfail(reason="the rooms are not all there yet", strict=False)
 def test_the_rooms_of_the_table_are_those_of_the_code():
     rows = re.findall(r"^\| (`.*?) \|", section("developing", "Rooms"), re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pplex.layers.cuda import compiler, convolutions, rows
-from pplex.model import depformer_kernel, frame_kernel
+from pplex.engine.cuda import compiler, convolutions, depformer, frame, rows
 from pplex.model.config import LmConfig
 
 CAPABILITIES = [(8, 0), (9, 0)]
@@ -38,11 +37,11 @@ def sources() -> Iterator[tuple[str, str]]:
         if not name.startswith("attend"):
             yield name, rows.source(name)
     yield "elu_behind", convolutions.source()
-    yield "depformer", depformer_kernel.source(lm)
+    yield "depformer", depformer.source(lm)
     for form, (matrices, tables) in FORMS.items():
-        forms = dict.fromkeys(frame_kernel.MATRICES, matrices)
+        forms = dict.fromkeys(frame.MATRICES, matrices)
         forms |= dict.fromkeys(TABLES, tables)
-        yield f"frame {form}", frame_kernel.source(lm, forms, splits=4)[0]
+        yield f"frame {form}", frame.source(lm, forms, splits=4)[0]
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from small import SMALL, converse, speech
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.layouts import Quantization
-from pplex.checkpoint.weights import codec_tensors, lm_tensors, load_lm, load_mimi
-from pplex.codec.mimi import Mimi
-from pplex.conversation.prompt import prefill
-from pplex.conversation.session import load, make_role
+from pplex.checkpoint.weights import LmTensors, codec_tensors, lm_tensors, make_lm
+from pplex.conversation.prompts import make_role
+from pplex.conversation.session import load
 from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
 from pplex.model.lm import Lm
+from pplex.model.mimi import Mimi, make_mimi
 
 LAYOUTS = ["pytorch", "mlx", "mlx-split"]
 
@@ -57,9 +57,14 @@ def save(folder: Path, files: dict[str, dict[str, mx.array]]) -> Path:
     return folder
 
 
+def tensors_at(path: Path, steps: int | None = None) -> LmTensors:
+    """The tensors of the language model at ``path``, a folder or a file."""
+    return lm_tensors(CheckpointFolder(path), SMALL.lm, steps)
+
+
 def logits(path: Path, steps: int = 8) -> list[np.ndarray]:
     """What the language model at ``path`` computes for a few fixed tokens."""
-    lm = load_lm(path, SMALL.lm, mx.float32, num_steps=steps).lm
+    lm = make_lm(SMALL.lm, tensors_at(path, steps), mx.float32)
     tokens = mx.random.randint(0, 60, (1, 17, 12), key=mx.random.key(2))
     hidden, text = lm.head(lm.temporal(lm.embed(tokens), lm.make_cache()))
     heads: list[mx.array] = []
@@ -80,8 +85,7 @@ def test_quantized_files_compute_what_their_written_out_weights_do(
     mx.random.seed(1)
     files = lm_arrays(SMALL.lm, layout, bits=bits, group_size=32)
     whole = {name: dequantized(arrays) for name, arrays in files.items()}
-    stored = load_lm(save(tmp_path / "q", files), SMALL.lm, mx.float32)
-    assert bits in stored.bits
+    assert bits in tensors_at(save(tmp_path / "q", files)).bits
     for found, expected in zip(
         logits(tmp_path / "q"), logits(save(tmp_path / "w", whole)), strict=True
     ):
@@ -132,8 +136,8 @@ def test_a_config_says_what_keys_and_values_take_and_how_long_a_frame_lasts():
 def test_weights_written_out_at_loading_compute_the_same(tmp_path, dtype):
     files = lm_arrays(SMALL.lm, "mlx-split", bits=4, group_size=32, dtype=dtype)
     folder = save(tmp_path / "q", files)
-    packed = load_lm(folder, SMALL.lm, mx.float32).lm
-    dense = load_lm(folder, SMALL.lm, mx.float32, dense=True).lm
+    packed = make_lm(SMALL.lm, tensors_at(folder), mx.float32)
+    dense = make_lm(SMALL.lm, tensors_at(folder).write_out(), mx.float32)
     tokens = mx.random.randint(0, 60, (1, 17, 12), key=mx.random.key(2))
     outputs = [
         np.array(lm.temporal(lm.embed(tokens), lm.make_cache()))
@@ -291,12 +295,9 @@ def test_partly_quantized_folders_load(tmp_path):
     files = lm_arrays(SMALL.lm, "mlx-split", bits=8, group_size=32)
     mx.random.seed(9)
     dense = lm_arrays(SMALL.lm, "mlx-split")
-    found = load_lm(
-        save(tmp_path / "p", files | {"depformer": dense["depformer"]}),
-        SMALL.lm,
-        mx.float32,
-    )
+    found = tensors_at(save(tmp_path / "p", files | {"depformer": dense["depformer"]}))
     assert found.bits == (8, 16)
+    make_lm(SMALL.lm, found, mx.float32)
 
 
 def test_codec_tensors_that_do_not_fit_are_named(tmp_path):
@@ -328,7 +329,12 @@ def test_older_codebook_names_are_read(tmp_path):
     folder = tmp_path / "m"
     write_checkpoint(folder, SMALL)
     path = next(folder.glob("tokenizer-*.safetensors"))
-    before = load_mimi(path, SMALL.mimi)
+
+    def codebooks() -> np.ndarray:
+        tensors = codec_tensors(CheckpointFolder(folder), SMALL.mimi)
+        return np.array(make_mimi(SMALL.mimi, tensors).quantizer.acoustic.codebooks)
+
+    before = codebooks()
     renamed = {
         name.replace("_initialized", "inited")
         .replace("cluster_usage", "cluster_size")
@@ -336,11 +342,7 @@ def test_older_codebook_names_are_read(tmp_path):
         for name, array in mx.load(str(path)).items()
     }
     mx.save_safetensors(str(path), renamed)
-    again = load_mimi(path, SMALL.mimi)
-    np.testing.assert_array_equal(
-        np.array(before.quantizer.acoustic.codebooks),
-        np.array(again.quantizer.acoustic.codebooks),
-    )
+    np.testing.assert_array_equal(codebooks(), before)
 
 
 def test_a_truncated_weights_file_is_refused(tmp_path):
@@ -380,7 +382,8 @@ def test_a_conversation_runs_from_every_layout(tmp_path, layout):
     model = load(resolve(str(tmp_path / "m"), offline=True))
     assert model.layout == layout
     role = make_role(model, None, "hello")
-    tokens, user, pcm = converse(model, prefill(model.lm, role.prompt), speech(3))
+    start = model.engine.prefill(role.prompt)
+    tokens, user, pcm = converse(model.engine, start, speech(3))
     assert tokens.shape == (9, 3)
     assert user.shape == (8, 3)
     assert np.isfinite(pcm).all() and pcm.shape == (3 * 1920,)

@@ -2,57 +2,110 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from small import converse, speech
 
-import pplex.conversation.many as many
-from pplex.checkpoint.weights import load_mimi
-from pplex.codec.codec import MlxCodec
-from pplex.conversation.many import (
-    Item,
-    auto_batch_size,
-    converse_many,
-    rows_on_cpu,
-)
-from pplex.conversation.prompt import prefill
-from pplex.conversation.session import make_role
-from pplex.layers.cache import GROWTH, KvCache, SlotCache, scaled_attention
-from pplex.layers.cuda.cache import SharedCache
-from pplex.layers.rotary import rotate
+from pplex.batch.decoding import PROMPT_FRAMES, Decoder, Size
+from pplex.checkpoint.weights import codec_tensors, lm_tensors
+from pplex.conversation.prompts import make_role
+from pplex.conversation.scheduler import converse_many
+from pplex.conversation.tracks import Conversation
+from pplex.engine.base import Codec, Cost, Engine, Rows
+from pplex.engine.choose import KINDS, batch_size
+from pplex.engine.cuda.cache import SharedCache
+from pplex.engine.mlx.codec import MlxCodec
+from pplex.engine.mlx.engine import MlxEngine, MlxRows
+from pplex.engine.mlx.ring import SlotCache
+from pplex.model.cache import GROWTH, KvCache, scaled_attention
 from pplex.model.config import LmConfig
-from pplex.model.sampling import GREEDY, SamplingConfig
+from pplex.model.mimi import Mimi
+from pplex.model.rotary import rotate
+from pplex.model.sampling import GREEDY, Sampler, SamplingConfig
 
 LENGTHS = [40, 3, 1, 75, 20, 33, 2, 120, 9]
 
 
-@pytest.fixture
-def items(small_model):
-    """Prompts are read by what makes the steps: ask for ``mlx_steps`` before these."""
-    prompts = [
-        prefill(small_model.lm, make_role(small_model, None, text).prompt)
+class SharedSteps(MlxEngine):
+    """MLX's engine whose rows share each step, as on GPUs."""
+
+    def __init__(self, *tensors) -> None:
+        super().__init__(*tensors, on_gpu=False)
+
+    def rows(
+        self, capacity: int, sampling: SamplingConfig, *, live: bool = False
+    ) -> Rows:
+        """Places for ``capacity`` conversations."""
+        frame = self.make_frame(Sampler.of(self.config.lm, sampling))
+        return MlxRows(self, capacity, sampling, frame)
+
+
+class InGroups(SharedSteps):
+    """The same whose codec works on four recordings at a time."""
+
+    def _make_codec(self, mimi: Mimi) -> Codec:
+        codec = MlxCodec(mimi, on_gpu=False)
+        codec.group = 4
+        return codec
+
+
+@pytest.fixture(scope="module")
+def engines(small_model) -> dict[str, Engine]:
+    """Engines with the weights of the small model."""
+    folder, config = small_model.local.folder, small_model.config
+    made = {"best": small_model.engine}
+    for name, kind in (("shared", SharedSteps), ("groups", InGroups)):
+        tensors = lm_tensors(folder, config.lm), codec_tensors(folder, config.mimi)
+        made[name] = kind(config, *tensors)
+    return made
+
+
+def conversations(engine, model) -> list[Conversation]:
+    starts = [
+        engine.prefill(make_role(model, None, text).prompt)
         for text in ("hello", "a rather longer role than that")
     ]
     return [
-        Item(
-            key=idx,
+        Conversation(
+            key=str(idx),
             pcm=speech(frames, seed=idx).reshape(-1)[: frames * 1920 - 100 * idx],
-            prefilled=prompts[idx % 2],
+            start=starts[idx % 2],
             seed=1000 + idx,
         )
         for idx, frames in enumerate(LENGTHS)
     ]
 
 
-def alone(model, item, sampling):
-    frames = np.pad(item.pcm, (0, -len(item.pcm) % 1920)).reshape(-1, 1920)
-    tokens, user, pcm = converse(
-        model, item.prefilled, frames, sampling, item.seed, chunk=32
-    )
-    return tokens, user, pcm[: len(item.pcm)]
+@pytest.fixture(scope="module")
+def assert_as_alone():
+    """Assert that recordings were answered as each is alone."""
+    known: dict = {}
+
+    def alone(engine, one, sampling):
+        key = engine, one.key, sampling
+        if key not in known:
+            frames = np.pad(one.pcm, (0, -len(one.pcm) % 1920)).reshape(-1, 1920)
+            known[key] = converse(
+                engine, one.start, frames, sampling, one.seed, chunk=32
+            )
+        return known[key]
+
+    def check(engine, those, results, sampling, *, atol: float = 0.0) -> None:
+        assert sorted(one.key for one, _ in results) == [one.key for one in those]
+        for one, answer in results:
+            assert one is those[int(one.key)]
+            tokens, user, pcm = alone(engine, one, sampling)
+            found = np.concatenate([answer.text[None], answer.agent])
+            np.testing.assert_array_equal(found, tokens)
+            np.testing.assert_array_equal(answer.user, user)
+            expected = pcm[: len(one.pcm)]
+            np.testing.assert_allclose(answer.pcm, expected, rtol=0, atol=atol)
+            assert len(answer.timings.steps) == LENGTHS[int(one.key)]
+
+    return check
 
 
 @pytest.mark.parametrize(
@@ -60,101 +113,99 @@ def alone(model, item, sampling):
 )
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_answers_equal_those_given_alone_bit_for_bit(
-    small_model,
-    each_way,
-    items,
-    sampling,
-    batch_size,
+    small_model, each_engine, assert_as_alone, sampling, batch_size
 ):
-    results = list(converse_many(small_model, items, sampling, batch_size=batch_size))
-    assert sorted(r.key for r in results) == list(range(len(LENGTHS)))
-    for result in results:
-        tokens, user, pcm = alone(small_model, items[result.key], sampling)
-        found = np.concatenate([result.text[None], result.agent])
-        np.testing.assert_array_equal(found, tokens)
-        np.testing.assert_array_equal(result.user, user)
-        np.testing.assert_array_equal(result.agent_pcm, pcm)
-        assert len(result.timings.steps) == LENGTHS[result.key]
+    those = conversations(each_engine, small_model)
+    results = list(converse_many(each_engine, those, sampling, batch_size=batch_size))
+    assert_as_alone(each_engine, those, results, sampling)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9])
 def test_answers_from_a_shared_ring_equal_those_given_alone(
-    small_model,
-    mlx_steps,
-    items,
-    batch_size,
-    monkeypatch,
+    small_model, engines, assert_as_alone, batch_size
 ):
     """The way of GPUs, here on the CPU: tokens agree, rounding may differ."""
-    seats = many._Rows._change_seats
-    monkeypatch.setattr(many._Rows, "_come_and_go", seats)
-    results = list(
-        converse_many(small_model, items, SamplingConfig(), batch_size=batch_size)
-    )
-    assert len(results) == len(LENGTHS)
-    for result in results:
-        tokens, user, pcm = alone(small_model, items[result.key], SamplingConfig())
-        found = np.concatenate([result.text[None], result.agent])
-        np.testing.assert_array_equal(found, tokens)
-        np.testing.assert_allclose(result.agent_pcm, pcm, atol=1e-5)
+    engine, sampling = engines["shared"], SamplingConfig()
+    those = conversations(engine, small_model)
+    results = list(converse_many(engine, those, sampling, batch_size=batch_size))
+    assert_as_alone(engine, those, results, sampling, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [3, 9])
 def test_recordings_coded_in_groups_equal_those_given_alone(
-    small_model, mlx_steps, items, batch_size, monkeypatch
+    small_model, engines, assert_as_alone, batch_size
 ):
     """The way of GPUs, here on the CPU: tokens agree, rounding may differ."""
-    path = next(small_model.local.path.glob("tokenizer-*.safetensors"))
-    mimi = load_mimi(path, small_model.config.mimi)
-    model = dataclasses.replace(small_model, codec=MlxCodec(mimi))
-    monkeypatch.setattr(many, "GROUP", 4)
-    monkeypatch.setattr(many, "in_groups", lambda model: True)
-    monkeypatch.setattr(many._Rows, "_come_and_go", many._Rows._change_seats)
-    results = list(converse_many(model, items, SamplingConfig(), batch_size=batch_size))
-    assert sorted(result.key for result in results) == list(range(len(LENGTHS)))
-    for result in results:
-        tokens, user, pcm = alone(small_model, items[result.key], SamplingConfig())
-        found = np.concatenate([result.text[None], result.agent])
-        np.testing.assert_array_equal(found, tokens)
-        np.testing.assert_array_equal(result.user, user)
-        np.testing.assert_allclose(result.agent_pcm, pcm, atol=1e-5)
-        assert len(result.timings.steps) == LENGTHS[result.key]
+    engine, sampling = engines["groups"], SamplingConfig()
+    those = conversations(engine, small_model)
+    results = list(converse_many(engine, those, sampling, batch_size=batch_size))
+    assert_as_alone(engine, those, results, sampling, atol=1e-5)
 
 
-def test_items_are_asked_for_as_rows_become_free(small_model, items):
-    asked, answered, many = [], 0, 6 * items
+@pytest.mark.parametrize(
+    ("name", "times", "ahead"),
+    [
+        # Two have places, one is encoded ahead, three at most are still to be decoded.
+        ("best", 6, 6),
+        # A group that was encoded, and one that is decoded and given away.
+        ("groups", 2, 8),
+    ],
+)
+def test_recordings_are_asked_for_as_places_become_free(
+    small_model, engines, name, times, ahead
+):
+    engine, asked, answered = engines[name], [], 0
+    many = times * conversations(engine, small_model)
 
     def lazily():
-        for item in many:
-            asked.append(item.key)
-            yield item
+        for one in many:
+            asked.append(one.key)
+            yield one
 
-    for _ in converse_many(small_model, lazily(), GREEDY, batch_size=2):
-        # Two in rows, one encoded ahead, three at most still to be decoded.
-        assert len(asked) - answered <= 6
+    for _ in converse_many(engine, lazily(), GREEDY, batch_size=2):
+        assert len(asked) - answered <= ahead
         answered += 1
     assert answered == len(many)
 
 
-def test_nothing_to_answer_is_no_result(small_model):
-    assert list(converse_many(small_model, [], GREEDY, batch_size=4)) == []
+@pytest.mark.parametrize("name", ["best", "groups"])
+def test_nothing_to_answer_is_no_result(engines, name):
+    assert list(converse_many(engines[name], [], GREEDY, batch_size=4)) == []
 
 
 def test_batch_size_follows_the_number_of_recordings(small_model):
-    assert auto_batch_size(small_model, 400, 3) == 3
-    assert 1 <= auto_batch_size(small_model, 400, 10_000) < 10_000
+    def chosen(count: int) -> int:
+        size = Size(None, 400, count, 400 * count)
+        return Decoder(small_model, GREEDY, size, lambda note: None).choose_batch_size()
+
+    config, cost = small_model.config, small_model.engine.cost()
+    most = batch_size(config, cost, 400 + PROMPT_FRAMES)
+    assert 1 <= most < 10_000
+    assert chosen(10_000) == most
+    assert chosen(3) == min(3, most)
+
+
+def test_a_batch_has_at_least_a_row_and_counts_no_more_than_the_window(small_model):
+    config, cost = small_model.config, small_model.engine.cost()
+    assert batch_size(config, cost, 400, free_bytes=0) >= 1
+    most = batch_size(config, cost, config.lm.window)
+    assert batch_size(config, cost, 100 * config.lm.window) == most
 
 
 def test_a_batch_keeps_to_what_a_cache_holds_unless_weights_take_more():
-    small = dataclasses.replace(LmConfig(), num_layers=5, dim=256)
-    assert rows_on_cpu(small, 100, 0) == 8
-    assert rows_on_cpu(small, 100, 8e6) == 8  # of 10 240 bytes a frame
-    assert rows_on_cpu(small, 1000, 8e6) == 8
-    assert rows_on_cpu(small, 1500, 8e6) == 6
-    assert rows_on_cpu(small, 2900, 8e6) == 4
-    assert rows_on_cpu(LmConfig(), 1000, 8e6) == 4
-    assert rows_on_cpu(LmConfig(), 1000, 8e9) == 7  # of 1 MB a frame
-    assert rows_on_cpu(LmConfig(), 1000, 32e9) == 16
+    def rows(lm: LmConfig, frames: int, weights: int) -> int:
+        cost = Cost(step=weights, position=0, codec=0, codec_state=0, held=0)
+        return KINDS["c"].max_rows(cost, lm.kv_bytes(frames, 4), 0.0)
+
+    small = replace(LmConfig(), num_layers=5, dim=256)
+    assert rows(small, 100, 0) == 8
+    assert rows(small, 100, 8_000_000) == 8  # of 10 240 bytes a frame
+    assert rows(small, 1000, 8_000_000) == 8
+    assert rows(small, 1500, 8_000_000) == 6
+    assert rows(small, 2900, 8_000_000) == 4
+    assert rows(LmConfig(), 1000, 8_000_000) == 4
+    assert rows(LmConfig(), 1000, 8_000_000_000) == 7  # of 1 MB a frame
+    assert rows(LmConfig(), 1000, 32_000_000_000) == 16
 
 
 def attend_as_the_kernel(qkv, ring, prompts, rows, tiles, slot, window, max_period):
@@ -185,7 +236,7 @@ def attend_as_the_kernel(qkv, ring, prompts, rows, tiles, slot, window, max_peri
 @pytest.mark.parametrize("kind", [SlotCache, SharedCache])
 @pytest.mark.parametrize("window", [30, GROWTH + 50])
 def test_ring_for_many_rows_equals_caches_apart(window, kind, monkeypatch):
-    monkeypatch.setattr("pplex.layers.cuda.cache.attend_rows", attend_as_the_kernel)
+    monkeypatch.setattr("pplex.engine.cuda.cache.attend_rows", attend_as_the_kernel)
     rng = np.random.default_rng(0)
     heads, dim = 2, 8
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from small import SMALL, speech
+import reference_driver
+from small import speech
 
-from pplex.checkpoint.weights import load_mimi
-from pplex.codec.codec import MlxCodec
-from pplex.conversation.many import Item, converse_many
-from pplex.conversation.prompt import prefill
-from pplex.conversation.session import Conversation, make_role
+from pplex.conversation.prompts import make_role
+from pplex.conversation.scheduler import converse, converse_many
+from pplex.conversation.tracks import Conversation
 from pplex.conversation.worker import codec_worker, one_ahead
+from pplex.engine.base import Codec, Engine
+from pplex.engine.mlx.codec import MlxCodec
 from pplex.model.sampling import GREEDY
 
 
@@ -47,10 +48,17 @@ class Failing:
         return self._call("decode", codes, state)
 
 
-class Beside(MlxCodec):
+class Beside:
     """A codec that claims to run beside the steps."""
 
     concurrent = True
+
+
+def with_codec(engine: Engine, codec: Codec) -> Engine:
+    """The same engine with another codec."""
+    other = copy.copy(engine)
+    other.codec = codec
+    return other
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +69,22 @@ def no_thread_is_left():
 
 
 @pytest.fixture(scope="module")
-def prefilled(small_model):
-    return prefill(small_model.lm, make_role(small_model, None, "hello").prompt)
+def engine(small_model):
+    return small_model.engine
 
 
-def replies(model, prefilled, chunks, **options):
-    return Conversation(model, prefilled, GREEDY, 0).run(chunks, **options)
+@pytest.fixture(scope="module")
+def start(small_model):
+    return small_model.engine.prefill(make_role(small_model, None, "hello").prompt)
+
+
+def replies(engine, start, chunks, **options):
+    return converse(engine, start, 0, chunks, GREEDY, **options)
+
+
+def conversations(start):
+    pcm = speech(40).reshape(-1)
+    return [Conversation(str(idx), pcm, start, idx) for idx in range(5)]
 
 
 def test_the_next_call_is_under_way_while_a_result_is_used():
@@ -79,7 +97,7 @@ def test_the_next_call_is_under_way_while_a_result_is_used():
             second.set()
         return 2 * x
 
-    with codec_worker(Beside(None), beside=1) as worker:
+    with codec_worker(Beside(), beside=1) as worker:
         results = one_ahead(worker, double, range(6))
         assert next(results) == 0
         assert second.wait(60)
@@ -95,7 +113,7 @@ def test_who_waits_for_a_result_makes_the_calls_that_wait_for_a_thread():
             go_on.wait(60)
         return threading.current_thread()
 
-    with codec_worker(Beside(None), beside=2) as worker:
+    with codec_worker(Beside(), beside=2) as worker:
         calls = [worker.submit(made_by) for _ in range(6)]
         assert calls[-1].result() is main
         go_on.set()
@@ -106,7 +124,7 @@ def test_a_call_that_fails_fails_for_who_asked_for_it():
     def fail(kind: str) -> None:
         raise Fails(kind)
 
-    with codec_worker(Beside(None), beside=3) as worker:
+    with codec_worker(Beside(), beside=3) as worker:
         calls = [worker.submit(fail, str(idx)) for idx in range(5)]
         assert worker.submit(str, 7).result() == "7"
         for idx, call in enumerate(calls):
@@ -129,26 +147,26 @@ def test_without_a_worker_items_are_asked_for_one_by_one():
 
 @pytest.mark.parametrize("beside", [0, 1, 5])
 def test_a_codec_that_must_wait_its_turn_gets_no_thread(beside):
-    with codec_worker(MlxCodec(None), beside=beside) as worker:
+    with codec_worker(MlxCodec(None, on_gpu=False), beside=beside) as worker:
         assert worker is None
-    with codec_worker(Beside(None), beside=beside) as worker:
+    with codec_worker(Beside(), beside=beside) as worker:
         assert (worker is None) == (beside == 0)
 
 
 @pytest.mark.parametrize("decode_frames", [1, 7, 16, 99])
-def test_beside_the_steps_the_answer_is_the_same(small_model, prefilled, decode_frames):
+def test_beside_the_steps_the_answer_is_the_same(engine, start, decode_frames):
     frames = speech(50, seed=3)
     chunks = [frames[i : i + 9] for i in range(0, 50, 9)]
     live = list(
         replies(
-            small_model,
-            prefilled,
+            engine,
+            start,
             [frame[None] for frame in frames],
-            ahead=False,
+            live=True,
             decode_frames=1,
         )
     )
-    found = list(replies(small_model, prefilled, chunks, decode_frames=decode_frames))
+    found = list(replies(engine, start, chunks, decode_frames=decode_frames))
     lengths = [len(reply.text) for reply in found]
     full, rest = divmod(50, decode_frames)
     assert lengths == [decode_frames] * full + [rest] * (rest > 0)
@@ -161,54 +179,47 @@ def test_beside_the_steps_the_answer_is_the_same(small_model, prefilled, decode_
 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
-@pytest.mark.parametrize("ahead", [True, False])
-def test_what_fails_in_the_codec_fails_in_the_conversation(
-    small_model, prefilled, kind, ahead
-):
-    model = replace(small_model, codec=Failing(small_model.codec, kind))
+@pytest.mark.parametrize("live", [False, True])
+def test_what_fails_in_the_codec_fails_in_the_conversation(engine, start, kind, live):
+    failing = with_codec(engine, Failing(engine.codec, kind))
     chunks = np.split(speech(30), 6)
-    found = replies(model, prefilled, chunks, ahead=ahead, decode_frames=5)
+    found = replies(failing, start, chunks, live=live, decode_frames=5)
     with pytest.raises(Fails, match=kind):
         list(found)
 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
-def test_what_fails_in_the_codec_fails_in_a_batch(small_model, prefilled, kind):
-    model = replace(small_model, codec=Failing(small_model.codec, kind))
-    items = [Item(idx, speech(40).reshape(-1), prefilled, idx) for idx in range(5)]
+def test_what_fails_in_the_codec_fails_in_a_batch(engine, start, kind):
+    failing = with_codec(engine, Failing(engine.codec, kind))
     with pytest.raises(Fails, match=kind):
-        list(converse_many(model, items, GREEDY, batch_size=3))
+        list(converse_many(failing, conversations(start), GREEDY, batch_size=3))
 
 
-def test_a_conversation_that_is_given_up_leaves_no_thread(small_model, prefilled):
-    found = replies(small_model, prefilled, np.split(speech(60), 6), decode_frames=10)
+def test_a_conversation_that_is_given_up_leaves_no_thread(engine, start):
+    found = replies(engine, start, np.split(speech(60), 6), decode_frames=10)
     next(found)
     found.close()
-    items = [Item(idx, speech(40).reshape(-1), prefilled, idx) for idx in range(5)]
-    results = converse_many(small_model, items, GREEDY, batch_size=2)
+    results = converse_many(engine, conversations(start), GREEDY, batch_size=2)
     next(results)
     results.close()
 
 
-def test_a_recording_that_cannot_be_read_on_stops_the_conversation(
-    small_model, prefilled
-):
+def test_a_recording_that_cannot_be_read_on_stops_the_conversation(engine, start):
     def chunks():
         yield speech(10)
         yield speech(10)
         raise OSError("unplugged")
 
     with pytest.raises(OSError, match="unplugged"):
-        list(replies(small_model, prefilled, chunks(), decode_frames=10))
+        list(replies(engine, start, chunks(), decode_frames=10))
 
 
-def test_with_mlx_alone_the_answer_is_the_same(small_model, prefilled):
-    path = next(small_model.local.path.glob("tokenizer-*.safetensors"))
-    mlx = replace(small_model, codec=MlxCodec(load_mimi(path, SMALL.mimi)))
+def test_with_mlxs_codec_the_answer_is_the_same(small_model, engine, start):
+    codec = MlxCodec(reference_driver.spec_mimi(small_model), on_gpu=False)
+    mlx = with_codec(engine, codec)
     chunks = np.split(speech(48, seed=8), 6)
     expected, found = (
-        list(replies(model, prefilled, chunks, decode_frames=12))
-        for model in (mlx, small_model)
+        list(replies(one, start, chunks, decode_frames=12)) for one in (mlx, engine)
     )
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.user, other.user)
@@ -216,9 +227,8 @@ def test_with_mlx_alone_the_answer_is_the_same(small_model, prefilled):
         np.testing.assert_allclose(one.pcm, other.pcm, atol=1e-5)
 
 
-def test_waiting_for_the_codec_is_what_is_counted(small_model, prefilled):
-    conversation = Conversation(small_model, prefilled, GREEDY, 0)
-    list(conversation.run(np.split(speech(60), 6), decode_frames=10))
-    timings = conversation.timings
+def test_waiting_for_the_codec_is_what_is_counted(engine, start):
+    found = replies(engine, start, np.split(speech(60), 6), decode_frames=10)
+    timings = list(found)[-1].timings
     assert len(timings.steps) == 60
     assert timings.encode_s > 0 and timings.decode_s > 0

@@ -6,7 +6,7 @@ one of its own is done. Ray starts a worker that was lost again while its machin
 there. What it was busy with is done by whoever is free: Ray's own retries of a task
 would wait for the same worker, whose machine may be gone.
 
-Nothing here may import MLX at the top: a worker chooses its BLAS first.
+Nothing here may import MLX at the top: a worker is told its GPU first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pplex.errors import PplexError
 if TYPE_CHECKING:
     from pplex.batch.decoding import Answered, Decoder, Failure, Job, Size
     from pplex.batch.describe import Description
-    from pplex.conversation.compute import Compute
+    from pplex.engine.choose import Compute
     from pplex.model.sampling import SamplingConfig
 
 _AHEAD = 4  # recordings a worker has beyond its batch
@@ -165,7 +165,13 @@ class Cluster:
                 self._workers.append(_Remote(actor, host, actor.start.remote()))
 
     def _freest(self) -> _Remote | None:
-        free = [worker for worker in self._workers if len(worker.busy) < worker.room]
+        last_try = _MAX_TRIES - 1
+        free = [
+            worker
+            for worker in self._workers
+            if len(worker.busy) < worker.room
+            and all(self._tries[job.key] < last_try for job in worker.busy.values())
+        ]
         return min(free, key=lambda w: len(w.busy) / w.room, default=None)
 
     def _send(self, worker: _Remote, job: Job) -> None:
@@ -318,17 +324,10 @@ class Worker:
     def _serve(self) -> None:
         try:
             decoder = self._load()
-            from pplex.batch.decoding import Failure
-
             self._tell(self._started.set_result, decoder.batch_size)
             while True:
                 for outcome in decoder.run(self._batch_of_jobs()):
-                    key = (
-                        outcome.key
-                        if isinstance(outcome, Failure)
-                        else str(outcome.result.key)
-                    )
-                    self._tell(self._waiting.pop(key).set_result, outcome)
+                    self._tell(self._waiting.pop(outcome.key).set_result, outcome)
         except BaseException as e:  # whatever it is, those who wait must hear of it
             error = e if isinstance(e, Exception) else RuntimeError(repr(e))
             self._tell(self._fail, error)
@@ -356,12 +355,10 @@ class Worker:
                 return
 
     def _load(self) -> Decoder:
-        from pplex.backend import use_fast_blas
-
-        use_fast_blas()
-        from pplex.batch.decoding import Decoder, Size, load_for
+        from pplex.batch.decoding import Decoder, Size
         from pplex.batch.describe import model_identity
         from pplex.checkpoint.hub import resolve
+        from pplex.conversation.session import load
         from pplex.model.sampling import SamplingConfig
 
         spec = self._spec
@@ -375,7 +372,7 @@ class Worker:
         if model_identity(local) != spec["identity"]:
             raise PplexError(f"its model {spec['model']} is another one than here")
         size = Size(**spec["size"])
-        model, _ = load_for(local, size, spec["compute"])
+        model = load(local, compute=spec["compute"], many=size.many)
         sampling = SamplingConfig(**spec["sampling"])
         decoder = Decoder(model, sampling, size, self._notes.append)
         decoder.choose_batch_size()

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from pplex.checkpoint.hub import LocalModel
-from pplex.conversation.compute import Choice, Compute, load_as
-from pplex.conversation.many import Item, Result, auto_batch_size, converse_many
-from pplex.conversation.prompt import Prefilled, prefill
-from pplex.conversation.session import Model, make_role
+from pplex.conversation.answer import Answer
+from pplex.conversation.prompts import make_role
+from pplex.conversation.scheduler import converse_many
+from pplex.conversation.session import Model
+from pplex.conversation.tracks import Conversation
+from pplex.engine.base import Start
+from pplex.engine.choose import batch_size
+from pplex.engine.device import is_out_of_memory
 from pplex.errors import PplexError
+from pplex.model.config import ModelConfig
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.stats import ModelInfo, model_info
 
@@ -42,9 +46,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Answered:
-    """A job's result, the prompt frames before it, and what it was made with."""
+    """The answer to a job, the prompt frames before it, and what it was made with."""
 
-    result: Result
+    key: str
+    answer: Answer
     prompt_frames: int
     info: ModelInfo
 
@@ -70,6 +75,17 @@ class Size:
     count: int
     total_frames: int
 
+    @classmethod
+    def of(
+        cls, rows: int | None, seconds: Sequence[float | None], config: ModelConfig
+    ) -> Size:
+        """The size for recordings of so many seconds; None is one of unknown length."""
+        frames = [
+            config.lm.window if s is None else int(s * config.frame_rate) + 1
+            for s in seconds
+        ]
+        return cls(rows, max(frames), len(frames), sum(frames))
+
     @property
     def many(self) -> bool:
         """Whether several recordings will be answered at a time."""
@@ -79,13 +95,6 @@ class Size:
     def busy_rows(self) -> int:
         """The most rows that are of use: more would be done before the longest is."""
         return max(1, min(self.count, -(-self.total_frames // self.max_frames)))
-
-
-def load_for(
-    local: LocalModel, size: Size, wanted: Compute = "auto"
-) -> tuple[Model, Choice]:
-    """Load a model to answer many recordings at a time, and how it computes."""
-    return load_as(local, wanted, many=size.many)
 
 
 class Decoder:
@@ -103,7 +112,7 @@ class Decoder:
         self._sampling = sampling
         self._size = size
         self._note = note
-        self._roles: OrderedDict[tuple[str, str], Prefilled] = OrderedDict()
+        self._roles: OrderedDict[tuple[str, str], Start] = OrderedDict()
         self.batch_size = size.rows
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Answered | Failure]:
@@ -126,42 +135,41 @@ class Decoder:
         """How many recordings are answered at a time; chosen once, from memory."""
         if self.batch_size is None:
             frames = self._size.max_frames + PROMPT_FRAMES
-            rows = auto_batch_size(self._model, frames, self._size.busy_rows)
-            self.batch_size = max(1, rows)
+            rows = batch_size(self._model.config, self._model.engine.cost(), frames)
+            self.batch_size = min(rows, self._size.busy_rows)
             self._note(f"batch size {self.batch_size}")
         return self.batch_size
 
     def _converse(self, stream: _Stream) -> Iterator[Answered | Failure]:
-        items = self._items(stream)
-        first = next(items, None)
+        conversations = self._conversations(stream)
+        first = next(conversations, None)
         if first is None:
             return
-        batch_size = self.choose_batch_size()
-        for result in converse_many(
-            self._model,
-            itertools.chain([first], items),
+        for one, answer in converse_many(
+            self._model.engine,
+            itertools.chain([first], conversations),
             self._sampling,
-            batch_size=batch_size,
+            batch_size=self.choose_batch_size(),
         ):
-            _, prompt_frames = stream.under_way.pop(str(result.key))
-            yield Answered(result, prompt_frames, model_info(self._model))
+            _, prompt_frames = stream.under_way.pop(one.key)
+            yield Answered(one.key, answer, prompt_frames, model_info(self._model))
             yield from stream.take_failures()
 
-    def _items(self, stream: _Stream) -> Iterator[Item]:
+    def _conversations(self, stream: _Stream) -> Iterator[Conversation]:
         while (job := stream.next()) is not None:
             try:
-                prefilled = self._prefilled(job.voice, job.text)
+                start = self._start(job.voice, job.text)
             except PplexError as e:
                 stream.fail(job, str(e))
                 continue
-            stream.under_way[job.key] = job, prefilled.prompt.num_frames
-            yield Item(job.key, job.pcm, prefilled, job.seed)
+            stream.under_way[job.key] = job, start.prompt.num_frames
+            yield Conversation(job.key, job.pcm, start, job.seed)
 
-    def _prefilled(self, voice: str, text: str) -> Prefilled:
+    def _start(self, voice: str, text: str) -> Start:
         found = self._roles.get((voice, text))
         if found is None:
             role = make_role(self._model, voice, text)
-            found = prefill(self._model.lm, role.prompt)
+            found = self._model.engine.prefill(role.prompt)
             self._roles[voice, text] = found
             if len(self._roles) > KEPT_ROLES:
                 self._roles.popitem(last=False)
@@ -212,21 +220,3 @@ class _Stream:
         self._again.extend(job for job, _ in self.under_way.values())
         self.under_way.clear()
         self.ended = not self._again and self.ended
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether MLX, on any of its backends, or Python could not get memory."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(
-        sign in text
-        for sign in (
-            "out of memory",
-            "outofmemory",
-            "unable to allocate",
-            "malloc",
-            "bad_alloc",
-            "cudaerrormemoryallocation",
-            "insufficient memory",
-            "maximum allowed buffer size",
-        )
-    )

@@ -10,7 +10,7 @@ from pplex.batch.plan import digest_of
 from pplex.checkpoint import voices
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
-from pplex.conversation.session import choose_voice
+from pplex.conversation.prompts import choose_voice
 from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
 from pplex.respond.manifest import file_print

@@ -8,16 +8,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import mlx.core as mx
-
 from pplex.batch.decoding import PROMPT_FRAMES, Size
 from pplex.batch.describe import Description
 from pplex.batch.prepare import Batch, check_outputs_free, make_workload, remaining
 from pplex.batch.records import read_request
-from pplex.conversation.compute import choose_for, loaded_gb
-from pplex.conversation.many import MAX_ROWS_GPU, rows_on_cpu
+from pplex.checkpoint.weights import lm_tensors
+from pplex.engine.choose import batch_size, choose_form, cost_of
+from pplex.engine.device import memory_gb
 from pplex.errors import PplexError
-from pplex.layers.device import on_cpu
 from pplex.respond.manifest import DONE, Manifest
 from pplex.respond.request import Request
 
@@ -120,22 +118,20 @@ def _output_bytes(request: Request, seconds: float, model: Description) -> float
 
 
 def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
-    lm, local = model.config.lm, model.local
-    frames = min(lm.window, int(found.longest_s * model.config.frame_rate) + 1)
-    total = int(found.audio_s * model.config.frame_rate)
+    config, local = model.config, model.local
+    frames = min(config.lm.window, int(found.longest_s * config.frame_rate) + 1)
+    total = int(found.audio_s * config.frame_rate)
     size = Size(batch.batch_size, frames, found.todo, total)
-    dense = choose_for(local, batch.compute, lm, many=size.many).dense
-    found.weights_gb = loaded_gb(local, lm, dense=dense)
-    positions = min(lm.window, frames + PROMPT_FRAMES)
-    found.row_gb = 2 * lm.num_layers * lm.dim * positions * (4 if on_cpu() else 2) / 1e9
-    info = mx.device_info(mx.default_device())
-    total = info.get("total_memory") or info.get("memory_size") or 0
-    found.memory_gb = float(total) / 1e9 or _system_memory_gb()
-    fitting = (0.85 * found.memory_gb - found.weights_gb) / max(found.row_gb, 1e-9) / 2
-    most = MAX_ROWS_GPU
-    if on_cpu():
-        most = rows_on_cpu(lm, positions, found.weights_gb * 1e9)
-    rows = batch.batch_size or max(1, min(most, int(fitting)))
+    tensors = lm_tensors(local.folder, config.lm)
+    if choose_form(batch.compute, config, tensors, many=size.many).dense:
+        tensors = tensors.write_out()
+    cost = cost_of(config, tensors)
+    found.weights_gb = cost.held / 1e9
+    positions = min(config.lm.window, frames + PROMPT_FRAMES)
+    found.row_gb = cost.position * positions / 1e9
+    found.memory_gb = memory_gb()[0] or _system_memory_gb()
+    free = 1e9 * found.memory_gb - cost.held
+    rows = batch.batch_size or batch_size(config, cost, positions, free)
     found.batch_size = min(rows, found.todo if batch.batch_size else size.busy_rows)
 
 

@@ -14,7 +14,7 @@ from pplex.batch.describe import Description, describe
 from pplex.batch.plan import OutputOptions, Selection, in_shard, make_plan
 from pplex.batch.records import check_name
 from pplex.checkpoint.hub import resolve
-from pplex.conversation.compute import Compute
+from pplex.engine.choose import Compute
 from pplex.errors import PplexError
 from pplex.respond.manifest import Manifest
 from pplex.respond.request import Request, Settings

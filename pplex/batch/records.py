@@ -11,7 +11,6 @@ from typing import Any
 from pplex.audio.files import Recording
 from pplex.batch.decoding import Answered
 from pplex.batch.describe import Description
-from pplex.conversation.session import Reply
 from pplex.errors import PplexError
 from pplex.respond.manifest import DONE, FAILED, FilePrint, Line, Manifest, file_print
 from pplex.respond.outputs import spoken_words, write_outputs
@@ -65,7 +64,7 @@ def write_answer(
     the recording's share; loading the model and its prompts is nobody's.
     """
     start = time.perf_counter()
-    result, timings = answered.result, answered.result.timings
+    answer, timings = answered.answer, answered.answer.timings
     recording, outputs = read.recording, request.outputs
     voice = model.voice_of(request)
     folder = outputs.audio.parent
@@ -73,8 +72,7 @@ def write_answer(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
-    reply = Reply(result.agent_pcm, result.text, result.agent, result.user)
-    write_outputs(model, request, recording.pcm, reply, voice)
+    write_outputs(model, request, recording.pcm, answer, voice)
     seconds = {
         "read": read.seconds,
         "encode": timings.encode_s,
@@ -98,7 +96,7 @@ def write_answer(
         stats.write(outputs.stats)
     outcomes: list[Outcome] = []
     if check is not None:
-        spoken = spoken_words(model, reply.text)
+        spoken = spoken_words(model, answer.text)
         outcomes = check(request.source, outputs.files(), stats, spoken)
     line = _line(model, request, DONE, asdict(read.print)) | {
         "outputs": manifest.describe(outputs.files()),

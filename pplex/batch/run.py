@@ -22,7 +22,6 @@ from pplex.batch.decoding import (
     Failure,
     Job,
     Size,
-    load_for,
 )
 from pplex.batch.describe import Description
 from pplex.batch.lock import FolderLock
@@ -41,6 +40,7 @@ from pplex.batch.records import (
     write_answer,
 )
 from pplex.checkpoint.hub import LocalModel
+from pplex.conversation.session import load
 from pplex.conversation.worker import num_cores
 from pplex.errors import PplexError
 from pplex.respond.manifest import Line, Manifest
@@ -190,14 +190,8 @@ class _Run:
                 self._fail(request, str(error))
         if not good:
             return
-        rate = self._model.config.frame_rate
-        longest = max(self._seconds[r.key] for r in good)
-        unknown = any(known[r.key] is None for r in good)
-        window = self._model.config.lm.window
-        frames = window if unknown else int(longest * rate) + 1
-        total = sum(int(self._seconds[r.key] * rate) + 1 for r in good)
-        total = len(good) * frames if unknown else total
-        size = Size(self._batch.batch_size, frames, len(good), total)
+        lengths = [s for s in known.values() if not isinstance(s, PplexError)]
+        size = Size.of(self._batch.batch_size, lengths, self._model.config)
         start = time.perf_counter()
         workers = self._workers(size)
         self._summary.load_s = time.perf_counter() - start
@@ -235,8 +229,8 @@ class _Run:
                 self._report.note,
             )
         self._report.loading(self._model.local)
-        model, form = load_for(self._model.local, size, self._batch.compute)
-        self._report.computing(str(form))
+        model = load(self._model.local, compute=self._batch.compute, many=size.many)
+        self._report.computing(str(model.form))
         return Decoder(model, sampling, size, self._report.note)
 
     def _answer(self, workers: Workers, requests: list[Request]) -> None:
@@ -250,7 +244,7 @@ class _Run:
                         self._reads.pop(outcome.key, None)
                         self._fail(by_key[outcome.key], outcome.error)
                         continue
-                    request = by_key[str(outcome.result.key)]
+                    request = by_key[outcome.key]
                     read = self._reads.pop(request.key)
                     files = request.outputs.files().values()
                     self._lock.begin(self._manifest.relative(p) for p in files)

@@ -14,17 +14,16 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.layouts import Quantization
 from pplex.checkpoint.tokenizer import TextTokenizer
-from pplex.codec.codec import make_codec
-from pplex.codec.mimi import Mimi
-from pplex.conversation.prompt import Prompt, make_prompt
+from pplex.checkpoint.weights import LmTensors
 from pplex.conversation.session import Model
+from pplex.engine.choose import Compute, choose_form, cost_of, make_engine
+from pplex.engine.device import memory_gb
 from pplex.errors import PplexError
-from pplex.layers.device import on_cpu
-from pplex.layers.memory import memory_gb
 from pplex.model.config import (
     CodecTransformerConfig,
     LmConfig,
@@ -34,6 +33,9 @@ from pplex.model.config import (
     SeanetConfig,
 )
 from pplex.model.lm import Lm
+from pplex.model.mimi import Mimi
+from pplex.model.prompt import Prompt, make_prompt
+from pplex.model.transformer import RmsNorm
 
 TINY = ModelConfig(
     lm=LmConfig(
@@ -79,62 +81,65 @@ _VOICE_FRAMES = 50
 _ROLE_IDS = 60
 
 
-def random_model(size: str, bits: int, *, dense: bool = False) -> Model:
+def random_model(
+    size: str, bits: int, compute: Compute = "auto", *, many: bool = False
+) -> Model:
     """A model of ``size`` (a key of ``SIZES``), stored with ``bits`` (4, 8 or 16).
 
-    Quantized are the layers that the published conversions quantize; with ``dense``
-    they are written out. It has no tokenizer and no voices: see ``random_prompt``.
+    It has no tokenizer and no voices: see ``random_prompt``.
     """
     start = time.perf_counter()
     config = SIZES[size]
-    dtype = mx.float32 if on_cpu() else mx.bfloat16
-    lm = random_lm(config.lm, DENSE_BITS if dense else bits, dtype)
-    mimi = random_mimi(config.mimi)
-    if not on_cpu():
-        lm.compile()
+    tensors = random_lm(config.lm, bits)
+    form = choose_form(compute, config, tensors, many=many)
+    if form.dense:
+        tensors = tensors.write_out()
+    _check_memory(config, tensors)
     name = f"random {size}"
     return Model(
         local=LocalModel(name, Path(name), None, None),
         config=config,
-        lm=lm,
-        codec=make_codec(mimi, config.mimi),
+        engine=make_engine(config, tensors, random_codec(config.mimi)),
         tokenizer=cast(TextTokenizer, None),
         voices={},
         layout="random",
         bits=(bits,),
-        dtype=str(dtype).removeprefix("mlx.core."),
+        form=form,
         load_s=time.perf_counter() - start,
     )
 
 
-def random_lm(config: LmConfig, bits: int, dtype: mx.Dtype) -> Lm:
-    """A language model as published with ``bits``, its other weights in ``dtype``."""
+def random_lm(config: LmConfig, bits: int) -> LmTensors:
+    """A language model as published with ``bits``; nothing is computed yet.
+
+    Quantized are the layers that the published conversions quantize; the others are in
+    float16 there, and everything in bfloat16 where nothing is quantized.
+    """
     lm = Lm(config, config.num_codebooks)
     if bits < DENSE_BITS:
-        # Nothing is computed yet: what these would hold is replaced below.
         nn.quantize(lm, GROUP_SIZE, bits, class_predicate=_is_quantized)
-    _check_memory(lm, dtype)
+    dtype = mx.bfloat16 if bits == DENSE_BITS else mx.float16
     keys = _Keys()
+    weights, forms = {}, {}
     for path, module in lm.named_modules():
         if isinstance(module, nn.QuantizedLinear):
-            _fill_quantized(module, dtype, keys.next())
+            forms[path] = Quantization(bits, GROUP_SIZE)
+            for part, array in _quantized(module, keys.next()).items():
+                weights[f"{path}.{part}"] = array
         elif isinstance(module, nn.Linear | nn.Embedding):
             scale = 0.3
             if isinstance(module, nn.Linear):
                 scale = _gain(path) / math.sqrt(module.weight.shape[1])
             noise = _noise(module.weight.shape, keys.next())
-            module.weight = (scale * noise).astype(dtype)
-        else:
-            continue
-        mx.eval(module.parameters())  # one at a time: no two large ones at once
-    mx.eval(lm.parameters())
-    return lm
+            weights[f"{path}.weight"] = (scale * noise).astype(dtype)
+        elif isinstance(module, RmsNorm):
+            weights[f"{path}.weight"] = module.weight
+    return LmTensors(weights, forms, "random", (bits,))
 
 
-def _check_memory(lm: Lm, dtype: mx.Dtype) -> None:
+def _check_memory(config: ModelConfig, tensors: LmTensors) -> None:
     """Refuse what the system would end for want of memory."""
-    sizes = {mx.uint32: 4, mx.float32: dtype.size}
-    need = sum(a.size * sizes[a.dtype] for _, a in tree_flatten(lm.parameters())) / 1e9
+    need = cost_of(config, tensors).held / 1e9
     _, free = memory_gb()
     if free is not None and need > free:
         raise PplexError(
@@ -153,7 +158,7 @@ def _gain(path: str) -> float:
     return {"text_linear": 6.0, "head": 3.0}.get(path.rsplit(".", 1)[-1], 1.0)
 
 
-def _fill_quantized(module: nn.QuantizedLinear, dtype: mx.Dtype, key: mx.array) -> None:
+def _quantized(module: nn.QuantizedLinear, key: mx.array) -> dict[str, mx.array]:
     """Random words, with scales that give the values a deviation of 1/sqrt(width)."""
     rows, words = module.weight.shape
     levels = 1 << module.bits
@@ -162,26 +167,26 @@ def _fill_quantized(module: nn.QuantizedLinear, dtype: mx.Dtype, key: mx.array) 
     # Keys are random words themselves, and made as fast as memory is written.
     count = -(-rows * words // 2)
     bits = mx.random.split(key, count).reshape(-1)[: rows * words]
-    module.weight = bits.reshape(rows, words)
     shape = module.scales.shape
-    module.scales = mx.full(shape, step, dtype)
-    module.biases = mx.full(shape, -step * (levels - 1) / 2, dtype)
+    return {
+        "weight": bits.reshape(rows, words),
+        "scales": mx.full(shape, step, mx.float16),
+        "biases": mx.full(shape, -step * (levels - 1) / 2, mx.float16),
+    }
 
 
-def random_mimi(config: MimiConfig) -> Mimi:
-    """A codec in float32."""
-    mimi, keys = Mimi(config), _Keys()
-    weights = []
-    for name, weight in tree_flatten(mimi.parameters()):
+def random_codec(config: MimiConfig) -> dict[str, mx.array]:
+    """A codec's tensors, float32."""
+    keys = _Keys()
+    weights: dict[str, mx.array] = dict(tree_flatten(Mimi(config).parameters()))
+    for name, weight in weights.items():
         noise = _noise(weight.shape, keys.next())
         if "codebooks" in name:
-            weights.append((name, noise))
+            weight = noise
         elif weight.ndim > 1:
-            fan_in = math.prod(weight.shape[1:])
-            weights.append((name, noise / math.sqrt(fan_in)))
-    mimi.update(tree_unflatten(weights))
-    mx.eval(mimi.parameters())
-    return mimi
+            weight = noise / math.sqrt(math.prod(weight.shape[1:]))
+        weights[name] = weight
+    return weights
 
 
 def _noise(shape: tuple[int, ...], key: mx.array) -> mx.array:

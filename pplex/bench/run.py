@@ -13,41 +13,37 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import mlx.core as mx
 import numpy as np
 
-from pplex.batch.decoding import is_out_of_memory
 from pplex.bench.parts import Parts, Traffic, measure_parts, traffic
-from pplex.bench.random_model import (
-    DENSE_BITS,
-    SIZES,
-    random_model,
-    random_prompt,
-)
+from pplex.bench.random_model import random_model, random_prompt
 from pplex.checkpoint.hub import resolve
-from pplex.conversation.compute import Choice, Compute, choose, load_as
-from pplex.conversation.many import Item, converse_many
-from pplex.conversation.prompt import Prefilled, prefill
+from pplex.conversation.answer import Timings
+from pplex.conversation.prompts import make_role
 from pplex.conversation.roles import DEFAULT_ROLE, ROLES
-from pplex.conversation.session import (
-    Conversation,
-    Model,
-    Timings,
-    chunk_frames,
-    make_role,
+from pplex.conversation.scheduler import converse, converse_many
+from pplex.conversation.session import Model, load
+from pplex.conversation.tracks import Conversation
+from pplex.engine.base import Start
+from pplex.engine.choose import Compute
+from pplex.engine.device import (
+    copy_bandwidth_gb_s,
+    device_name,
+    is_out_of_memory,
+    peak_memory_gb,
+    peak_process_gb,
+    reset_peak_memory,
 )
 from pplex.errors import PplexError
-from pplex.layers.device import on_cpu
-from pplex.layers.memory import copy_bandwidth_gb_s, peak_process_gb
 from pplex.model.sampling import SamplingConfig
-from pplex.respond.stats import Latency, device_name, latency
+from pplex.respond.stats import Latency, latency
 
 SCHEMA = 1
 SEED = 0
 SAMPLING = SamplingConfig()
 # Recordings a row where lengths are mixed, so that rows change hands.
 _TURNS = 3
-_WARM_UP_FRAMES_CPU = 4
+_WARM_UP_FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -115,8 +111,8 @@ class Run:
 class Bench:
     """Everything ``pplex bench`` found out; seconds are wall time.
 
-    ``peak_process_gb`` is of the whole process, copies and all; a run's
-    ``peak_memory_gb`` is what MLX held.
+    ``engine`` is what ran the model. ``peak_process_gb`` is of the whole process; a
+    run's ``peak_memory_gb`` on a GPU is what MLX held, else the process so far.
     """
 
     schema: int
@@ -124,6 +120,7 @@ class Bench:
     mlx: str
     platform: str
     device: str
+    engine: str
     dtype: str
     model: str
     bits: tuple[int, ...]
@@ -145,13 +142,13 @@ def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
     note("loading" if plan.random is None else f"making a random {plan.random} model")
     model = _load(plan, note)
     start = time.perf_counter()
-    prefilled = _prefill(model, plan)
+    begin = _prefill(model, plan)
     prefill_s = time.perf_counter() - start
     sizes = sorted(set(plan.batch_sizes))
     runs = []
     for size in sizes:
         note(f"batch size {size}")
-        runs.append(_measured(plan, model, prefilled, size))
+        runs.append(_measured(plan, model, begin, size))
     peak_gb = peak_process_gb()
     # Last, as the arrays it copies may be larger than the model.
     bandwidth = copy_bandwidth_gb_s()
@@ -161,15 +158,16 @@ def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
         mlx=importlib.metadata.version("mlx"),
         platform=platform.platform(),
         device=device_name(),
-        dtype=model.dtype,
+        engine=model.engine.name,
+        dtype=model.engine.dtype,
         model=model.local.name,
         bits=model.bits,
-        compute=model.compute,
+        compute=model.engine.compute,
         frame_rate=model.config.frame_rate,
         frames=plan.frames,
         lengths=plan.lengths,
-        prompt_frames=prefilled.prompt.num_frames,
-        warm_up_frames=_warm_up_frames(_longest(plan)),
+        prompt_frames=begin.prompt.num_frames,
+        warm_up_frames=_warm_up_frames(model, _longest(plan)),
         load_s=model.load_s,
         prefill_s=prefill_s,
         copy_bandwidth_gb_s=bandwidth,
@@ -182,31 +180,30 @@ def _load(plan: Plan, note: Callable[[str], None]) -> Model:
     many = max(plan.batch_sizes) > 1
     if plan.random is None:
         local = resolve(plan.model_name, offline=plan.offline)
-        model, choice = load_as(local, plan.compute, many=many)
+        model = load(local, compute=plan.compute, many=many)
     else:
-        choice = Choice(True, f"stored in {plan.bits} bits")
-        if plan.bits < DENSE_BITS:
-            choice = choose(plan.compute, SIZES[plan.random].lm, many=many)
-        model = random_model(plan.random, plan.bits, dense=choice.dense)
-    note(f"compute {choice}")
+        model = random_model(plan.random, plan.bits, plan.compute, many=many)
+    note(f"compute {model.form}")
     return model
 
 
-def _prefill(model: Model, plan: Plan) -> Prefilled:
+def _prefill(model: Model, plan: Plan) -> Start:
     if plan.random is None:
-        return prefill(model.lm, make_role(model, None, ROLES[DEFAULT_ROLE]).prompt)
-    return prefill(model.lm, random_prompt(model.config))
+        prompt = make_role(model, None, ROLES[DEFAULT_ROLE]).prompt
+    else:
+        prompt = random_prompt(model.config)
+    return model.engine.prefill(prompt)
 
 
 def _longest(plan: Plan) -> int:
     return plan.frames if plan.lengths is None else plan.lengths[1]
 
 
-def _warm_up_frames(frames: int) -> int:
+def _warm_up_frames(model: Model, frames: int) -> int:
     """Frames that are run first, so that a GPU has seen every shape of chunk."""
-    if on_cpu():
-        return min(frames, _WARM_UP_FRAMES_CPU)
-    size = chunk_frames()
+    if not model.engine.is_async:
+        return min(frames, _WARM_UP_FRAMES)
+    size = model.engine.codec.chunk_frames
     return min(frames, size + frames % size)
 
 
@@ -216,9 +213,9 @@ def _against(run: Run, bandwidth_gb_s: float) -> Run:
     return replace(run, bandwidth_percent=100.0 * run.moved_gb_s / bandwidth_gb_s)
 
 
-def _measured(plan: Plan, model: Model, prefilled: Prefilled, size: int) -> Run:
+def _measured(plan: Plan, model: Model, start: Start, size: int) -> Run:
     try:
-        return _run(plan, model, prefilled, size)
+        return _run(plan, model, start, size)
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
@@ -228,17 +225,17 @@ def _measured(plan: Plan, model: Model, prefilled: Prefilled, size: int) -> Run:
     )
 
 
-def _run(plan: Plan, model: Model, prefilled: Prefilled, size: int) -> Run:
-    warm = _warm_up_frames(_longest(plan))
-    start = time.perf_counter()
-    _answer(model, prefilled, _recordings(model, [warm] * size), size)
-    warm_up_s = time.perf_counter() - start
-    mx.reset_peak_memory()
+def _run(plan: Plan, model: Model, start: Start, size: int) -> Run:
+    warm = _warm_up_frames(model, _longest(plan))
+    begun = time.perf_counter()
+    _answer(model, start, _recordings(model, [warm] * size), size)
+    warm_up_s = time.perf_counter() - begun
+    reset_peak_memory()
     lengths = _lengths(plan, size)
     recordings = _recordings(model, lengths)
-    start = time.perf_counter()
-    timings = _answer(model, prefilled, recordings, size)
-    wall_s = time.perf_counter() - start
+    begun = time.perf_counter()
+    timings = _answer(model, start, recordings, size)
+    wall_s = time.perf_counter() - begun
     audio_s = sum(lengths) / model.config.frame_rate
     run = Run(
         batch_size=size,
@@ -249,17 +246,17 @@ def _run(plan: Plan, model: Model, prefilled: Prefilled, size: int) -> Run:
         wall_s=wall_s,
         warm_up_s=warm_up_s,
         audio_s_per_s=audio_s / wall_s,
-        peak_memory_gb=mx.get_peak_memory() / 1e9,
+        peak_memory_gb=peak_memory_gb(),
     )
     if plan.lengths is not None:
         return run
-    return _with_frames(run, model, prefilled, timings)
+    return _with_frames(run, model, start, timings)
 
 
 def _with_frames(
     run: Run,
     model: Model,
-    prefilled: Prefilled,
+    start: Start,
     timings: Sequence[Timings],
 ) -> Run:
     """``run`` with what can be told where all rows step together from end to end."""
@@ -272,13 +269,13 @@ def _with_frames(
     spent_s = (encode_s, steps_s, decode_s, run.wall_s - encode_s - steps_s - decode_s)
     frame_s = [step + (run.wall_s - steps_s) / count for step in steps]
     frame_ms = latency(frame_s, config.frame_s)
-    position = prefilled.prompt.num_frames + (count + 1) / 2
-    moved = traffic(model, prefilled, rows, position)
+    position = start.prompt.num_frames + (count + 1) / 2
+    moved = traffic(model.engine, rows, position)
     return replace(
         run,
         frame_ms=frame_ms,
         loop_ms=Loop(*(1000.0 * s / count for s in spent_s)),
-        parts_ms=measure_parts(model, prefilled, SAMPLING, rows, count // 2),
+        parts_ms=measure_parts(model.engine, rows),
         late_percent=100.0 * frame_ms.late_frames / count,
         real_time_factor=frame_ms.mean / 1000.0 * config.frame_rate,
         moved_mb=moved,
@@ -305,24 +302,25 @@ def _recordings(model: Model, lengths: Sequence[int]) -> list[np.ndarray]:
 
 
 def _answer(
-    model: Model, prefilled: Prefilled, recordings: list[np.ndarray], size: int
+    model: Model, start: Start, recordings: list[np.ndarray], size: int
 ) -> list[Timings]:
     """Answer ``recordings``, ``size`` at a time; what each took."""
+    engine, chunk = model.engine, model.engine.codec.chunk_frames
+    timings = []
     if len(recordings) == 1:
-        conversation = Conversation(model, prefilled, SAMPLING, SEED)
-        chunk = chunk_frames()
         frames = recordings[0].reshape(-1, model.config.frame_size)
         chunks = (frames[i : i + chunk] for i in range(0, len(frames), chunk))
-        for reply in conversation.run(chunks, decode_frames=chunk):
-            _check(reply.pcm)
-        return [conversation.timings]
-    items = (
-        Item(idx, pcm, prefilled, SEED + idx) for idx, pcm in enumerate(recordings)
+        pieces = converse(engine, start, SEED, chunks, SAMPLING, decode_frames=chunk)
+        for piece in pieces:
+            _check(piece.pcm)
+        return [piece.timings]
+    conversations = (
+        Conversation(str(idx), pcm, start, SEED + idx)
+        for idx, pcm in enumerate(recordings)
     )
-    timings = []
-    for result in converse_many(model, items, SAMPLING, batch_size=size):
-        _check(result.agent_pcm)
-        timings.append(result.timings)
+    for _, answer in converse_many(engine, conversations, SAMPLING, batch_size=size):
+        _check(answer.pcm)
+        timings.append(answer.timings)
     return timings
 
 

@@ -6,7 +6,6 @@ Quantized matrices stay quantized; everything else is cast to the compute type o
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -17,7 +16,6 @@ from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.layouts import PARTS, Quantization
 from pplex.checkpoint.safetensors import load_tensors
 from pplex.checkpoint.source import Source, dequantize
-from pplex.codec.mimi import Mimi
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig, MimiConfig
 from pplex.model.lm import Lm
@@ -94,60 +92,26 @@ def lm_tensors(
 
 def codec_tensors(folder: CheckpointFolder, config: MimiConfig) -> Arrays:
     """The codec's tensors, with the names of ``Mimi``'s parameters, in float32."""
-    return _codec_tensors(folder.codec, config)
-
-
-def _codec_tensors(path: Path, config: MimiConfig) -> Arrays:
+    path = folder.codec
     return sanitize_codec(load_tensors(path), config, path)
 
 
-def load_mimi(path: Path, config: MimiConfig) -> Mimi:
-    """The codec of a safetensors file, in float32."""
-    mimi = Mimi(config)
-    _assign(mimi, _codec_tensors(path, config), path)
-    return mimi
+def make_lm(config: LmConfig, tensors: LmTensors, dtype: mx.Dtype) -> Lm:
+    """The specification with these weights, computing in ``dtype``; they are emptied.
 
-
-@dataclass(frozen=True)
-class LoadedLm:
-    """A language model, its layout's name, the bits of its transformers' weights."""
-
-    lm: Lm
-    layout: str
-    bits: tuple[int, ...]
-
-
-def load_lm(
-    path: Path,
-    config: LmConfig,
-    dtype: mx.Dtype,
-    num_steps: int | None = None,
-    *,
-    dense: bool = False,
-) -> LoadedLm:
-    """The language model in the folder or file ``path``, computing in ``dtype``.
-
-    With ``dense``, quantized matrices are written out in ``dtype``.
+    What is not in that type is not held twice.
     """
-    tensors = lm_tensors(CheckpointFolder(path), config, num_steps)
-    if dense:
-        tensors = tensors.write_out()
-    lm = Lm(config, config.num_codebooks if num_steps is None else num_steps)
+    heads = sum(name.endswith(".head.weight") for name in tensors.weights)
+    lm = Lm(config, heads)
 
     def form(name: str, _: Module) -> bool | dict[str, int]:
         found = tensors.forms.get(name)
         return asdict(found) if found else False
 
     quantize(lm, class_predicate=form)
-    _assign(lm, tensors.cast(dtype).weights, path)
-    return LoadedLm(lm, tensors.layout, tensors.bits)
-
-
-def _assign(module: Module, weights: Arrays, path: Path) -> None:
-    """Put ``weights``, whose shapes are checked, into ``module`` and read them."""
-    module.load_weights(list(weights.items()), strict=True)
-    try:
-        mx.eval(list(weights.values()))
-    except RuntimeError as e:  # the file ends before its tensors do
-        reason = str(e).splitlines()[0]
-        raise PplexError(f"{path}: cannot be read whole ({reason})") from e
+    weights = tensors.cast(dtype).weights
+    tensors.weights.clear()
+    lm.load_weights(list(weights.items()), strict=True)
+    weights.clear()
+    mx.eval(lm.parameters())
+    return lm

@@ -185,9 +185,6 @@ def batch_from(options: dict[str, Any]) -> Batch:
     """The job that the command line describes."""
     check_usage(options)
     text = role_text(options)
-    from pplex.backend import use_fast_blas
-
-    use_fast_blas()
     from pplex.batch.plan import OutputOptions, Selection
     from pplex.batch.prepare import Batch
 

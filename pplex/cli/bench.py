@@ -122,9 +122,6 @@ def bench(
     copy. Nothing is read but the model, and nothing else should run meanwhile.
     """
     check_usage(ctx, random, bits, options["lengths"], plot)
-    from pplex.backend import use_fast_blas
-
-    use_fast_blas()
     from dataclasses import asdict
 
     from pplex.bench.compare import changes, differences, read_bench
@@ -188,8 +185,8 @@ def report(found: Bench) -> None:
     """Print what was measured, a column a batch size."""
     bits = " and ".join(str(b) for b in found.bits)
     click.echo(
-        f"{found.model}, {bits} bits, {found.compute} in {found.dtype} on "
-        f"{found.device}; pplex {found.pplex}, MLX {found.mlx}"
+        f"{found.model}, {bits} bits, {found.compute} in {found.dtype} by the engine "
+        f"{found.engine} on {found.device}; pplex {found.pplex}, MLX {found.mlx}"
     )
     click.echo(
         f"ready in {found.load_s:.2f} s; voice and role ({found.prompt_frames} frames) "
@@ -201,7 +198,7 @@ def report(found: Bench) -> None:
         if any(cells):
             rows.append([name, *(cell or "-" for cell in cells)])
     echo_table(rows, right=range(1, len(rows[0])))
-    if found.peak_process_gb is not None:
+    if found.peak_process_gb is not None and not found.device.startswith("cpu"):
         click.echo(f"The process held at most {size(found.peak_process_gb)}.")
     click.echo(f"Left out: warming up with {found.warm_up_frames} frames.")
     if found.lengths is None:
@@ -239,8 +236,6 @@ _ROWS: tuple[tuple[str, Any], ...] = (
     ("    decode", _in("loop_ms", "decode")),
     ("    rest", _in("loop_ms", "rest")),
     ("ms alone: encode", _in("parts_ms", "encode")),
-    ("    temporal transformer", _in("parts_ms", "temporal")),
-    ("    depformer and sampling", _in("parts_ms", "depformer")),
     ("    decode", _in("parts_ms", "decode")),
     ("% of frames over 80 ms", _of("late_percent")),
     ("real-time factor", _of("real_time_factor")),
@@ -251,7 +246,7 @@ _ROWS: tuple[tuple[str, Any], ...] = (
     ("    codec", _in("moved_mb", "codec")),
     ("GB/s reached", _of("moved_gb_s")),
     ("% of copies", _of("bandwidth_percent")),
-    ("peak memory of MLX", lambda run: size(run.peak_memory_gb)),
+    ("peak memory", lambda run: size(run.peak_memory_gb)),
 )
 
 

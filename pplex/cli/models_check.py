@@ -117,9 +117,6 @@ def verify(
     SHA-256 of every file where a list of them is at hand: SHA256SUMS in the folder, or
     the names in the Hugging Face cache. Exits with 1 if a fault is found.
     """
-    from pplex.backend import use_fast_blas
-
-    use_fast_blas()
     from pplex.checkpoint.hub import locate
     from pplex.checkpoint.verify import verify as check
 

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import (
-    DEFAULT_SEED,
-    FiniteRange,
-    complete_model,
-    complete_voice,
-)
+from pplex.cli.options import FiniteRange, complete_model, complete_voice
 from pplex.cli.progress import size
 from pplex.cli.tables import echo_json, echo_table
-from pplex.conversation.roles import DEFAULT_ROLE, ROLES
+from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
 
 if TYPE_CHECKING:
     from pplex.quantization.compare_models import Comparison, Settings
@@ -89,9 +84,6 @@ def compare(
     DIFFER  frames whose sampled token differs even with the same luck
     PPL     perplexity of A's own tokens under A and under B
     """
-    from pplex.backend import use_fast_blas
-
-    use_fast_blas()
     from pplex.checkpoint.hub import resolve
     from pplex.plots import check_plot_path
     from pplex.quantization.compare_models import compare_models
@@ -177,9 +169,6 @@ def sensitivity(
     from the model itself, in nats a frame. `pplex models convert --recipe mixed
     --sensitivity OUT` makes its choice from it.
     """
-    from pplex.backend import use_fast_blas
-
-    use_fast_blas()
     from pplex.checkpoint.hub import resolve
     from pplex.quantization.sensitivity import measure, write_costs
 

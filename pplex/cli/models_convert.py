@@ -87,9 +87,6 @@ def convert(
     time: a few hundred MB of memory are enough for any model.
     """
     made = _conversion(options)
-    from pplex.backend import use_fast_blas
-
-    use_fast_blas()
     from pplex.checkpoint.hub import resolve
     from pplex.quantization.convert import convert as run
 

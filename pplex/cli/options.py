@@ -13,14 +13,13 @@ import click
 from click.shell_completion import CompletionItem
 
 from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
-from pplex.conversation.roles import DEFAULT_ROLE, ROLES
+from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
 from pplex.errors import PplexError
 
 if TYPE_CHECKING:
     from pplex.evaluation.checks import Checks
     from pplex.respond.request import Settings
 
-DEFAULT_SEED = 42424242
 
 Command = Callable[..., Any]
 

@@ -114,9 +114,6 @@ def respond(
     is_stream = input == PIPE
     check_pipes(is_stream, output == PIPE, raw, rate)
     refuse_checks(is_stream, output == PIPE, options["checks"])
-    from pplex.backend import use_fast_blas
-
-    use_fast_blas()
     from pplex.audio.streams import StreamFormat
     from pplex.respond import run
     from pplex.respond.live import respond_stream

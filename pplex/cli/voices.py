@@ -79,11 +79,8 @@ def make(
         raise PplexError(f"cannot write {output}: end its name in .safetensors")
     if output.exists() and not overwrite:
         raise PplexError(f"{output} exists already; give --overwrite or another name")
-    from pplex.backend import use_fast_blas
-
-    use_fast_blas()
     from pplex.checkpoint.hub import resolve
-    from pplex.conversation.own_voice import write_voice
+    from pplex.conversation.prompts import write_voice
     from pplex.conversation.session import load
 
     local = resolve(model_name, offline=offline)
@@ -108,9 +105,6 @@ def show(voice: str, model_name: str, offline: bool, as_json: bool) -> None:
 
     The model must be on this machine.
     """
-    from pplex.backend import use_fast_blas
-
-    use_fast_blas()
     found = _describe(voice, _local(model_name))
     if as_json:
         echo_json(found)

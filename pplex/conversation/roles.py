@@ -1,4 +1,4 @@
-"""The published role prompts, by name.
+"""The published role prompts, by name, and the seed published with them.
 
 The texts are those of the examples in the README and assets of NVIDIA's PersonaPlex.
 """
@@ -13,3 +13,4 @@ ROLES = {
     "Labor cost remains $60 per hour.",
 }
 DEFAULT_ROLE = "teacher"
+DEFAULT_SEED = 42424242  # that of NVIDIA's examples

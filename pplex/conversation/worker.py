@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from pplex.codec.codec import Codec
+from pplex.engine.base import Codec
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,11 +45,13 @@ class _Shared(Executor):
 
     def __init__(self, threads: Executor) -> None:
         self._threads = threads
-        self._waiting: deque[tuple[Future, Callable[[], object]]] = deque()
+        self._waiting: deque[tuple[Future[Any], Callable[[], object]]] = deque()
 
-    def submit(self, function: Callable[..., Result], /, *arguments) -> Future[Result]:
+    def submit(
+        self, function: Callable[..., Result], /, *arguments: Any, **named: Any
+    ) -> Future[Result]:
         call: Future[Result] = _Awaited(self._make_next)
-        self._waiting.append((call, partial(function, *arguments)))
+        self._waiting.append((call, partial(function, *arguments, **named)))
         self._threads.submit(self._make_next)
         return call
 
@@ -66,7 +68,7 @@ class _Shared(Executor):
         return True
 
 
-class _Awaited(Future):
+class _Awaited(Future[Any]):
     """A call whose result is waited for by making others."""
 
     def __init__(self, make_next: Callable[[], bool]) -> None:

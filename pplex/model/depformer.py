@@ -11,11 +11,10 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from pplex.layers.embedding import embed
-from pplex.layers.transformer import Gating, RmsNorm, add_norm
 from pplex.model.config import LmConfig
-
-NOT_FORCED = -2
+from pplex.model.embedding import embed
+from pplex.model.streams import NOT_FORCED
+from pplex.model.transformer import Gating, RmsNorm
 
 
 class DepformerLayer(nn.Module):
@@ -29,10 +28,10 @@ class DepformerLayer(nn.Module):
         self.norm2 = RmsNorm(dim)
         self.gating = Gating(dim, hidden_dim)
 
-    def finish(self, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
-        """From input and attended values (batch, dim), two terms of the output."""
-        x, h = add_norm(self.norm2, x, self.out_proj(y))
-        return x, self.gating(h)
+    def finish(self, x: mx.array, y: mx.array) -> mx.array:
+        """The layer's output from its input ``x`` and attended values (batch, dim)."""
+        x = x + self.out_proj(y)
+        return x + self.gating(self.norm2(x))
 
 
 class StepCache:
@@ -105,14 +104,12 @@ class Depformer(nn.Module):
         past = StepCache(config.depformer_num_layers, config.depformer_num_heads)
         token, codes = text, []
         for idx, step in enumerate(self.steps):
-            x, more = inputs[:, idx], self._embed(token, idx)
+            x = inputs[:, idx] + self._embed(token, idx)
             # The reference's ring has `dep_q` slots and hides the oldest when full.
             hide_first = idx == config.dep_q - 1 and idx > 0
             for number, layer in enumerate(step.layers):
-                x, h = add_norm(layer.norm1, x, more)
-                y = past.attend(number, layer.in_proj(h), hide_first)
-                x, more = layer.finish(x, y)
-            x = x + more
+                qkv = layer.in_proj(layer.norm1(x))
+                x = layer.finish(x, past.attend(number, qkv, hide_first))
             token = sample(step.head(x), idx)
             if forced is not None:
                 given = forced[:, idx]

@@ -5,30 +5,14 @@ Follows NVIDIA's PersonaPlex, ``models/lm.py``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from pplex.layers.cache import KvCache
-from pplex.layers.cuda.compiler import use_cuda
-from pplex.layers.cuda.rows import embed_column
-from pplex.layers.cuda.weights import DENSE, form_of
-from pplex.layers.embedding import embed
-from pplex.layers.transformer import (
-    Joint,
-    RmsNorm,
-    TemporalLayer,
-    joints,
-    run_layers,
-)
+from pplex.model.cache import Cache, KvCache
 from pplex.model.config import LmConfig
 from pplex.model.depformer import Depformer
-
-if TYPE_CHECKING:
-    from pplex.model.depformer_kernel import DepformerKernel
-    from pplex.model.frame_kernel import FrameKernel
-    from pplex.model.native import NativeLm
+from pplex.model.embedding import embed
+from pplex.model.transformer import RmsNorm, TemporalLayer, run_layers
 
 
 class Lm(nn.Module):
@@ -51,14 +35,6 @@ class Lm(nn.Module):
         self.out_norm = RmsNorm(config.dim)
         self.text_linear = nn.Linear(config.dim, config.text_card, bias=False)
         self.depformer = Depformer(config, steps)
-        self._joints: list[Joint] | None = None
-        self.native: NativeLm | None = None  # see native.py
-        self.kernel: FrameKernel | None = None  # see frame_kernel.py
-        self.depformer_kernel: DepformerKernel | None = None  # its module's
-
-    def compile(self) -> None:
-        """Compile what a frame does between attentions; for GPUs, once loaded."""
-        self._joints = [mx.compile(joint) for joint in joints(self.layers)]
 
     def make_cache(self) -> KvCache:
         """An empty cache for the temporal transformer."""
@@ -70,12 +46,7 @@ class Lm(nn.Module):
         Audio rows are added in order and the text row last, rounding after each sum, as
         saved voice prompts were made.
         """
-        config, tables = self.config, (self.text_emb, self.audio_emb)
-        if use_cuda() and all(form_of(table) == DENSE for table in tables):
-            b, streams, t = tokens.shape
-            columns = tokens.swapaxes(1, 2).reshape(b * t, streams)
-            x = embed_column(columns, *(table.weight for table in tables))
-            return x.reshape(b, t, config.dim)
+        config = self.config
         first_rows = mx.arange(config.n_q) * (config.card + 1)
         rows = embed(self.audio_emb, tokens[:, 1:], first_rows[:, None])
         total = rows[:, 0]
@@ -83,10 +54,9 @@ class Lm(nn.Module):
             total = total + rows[:, idx]
         return total + embed(self.text_emb, tokens[:, 0])
 
-    def temporal(self, x: mx.array, cache: KvCache) -> mx.array:
+    def temporal(self, x: mx.array, cache: Cache) -> mx.array:
         """Run inputs (batch, t, dim) as the next ``t`` positions; before the norm."""
-        between = self._joints if x.shape[1] == 1 else None
-        return run_layers(self.layers, x, cache, self.config.max_period, between)
+        return run_layers(self.layers, x, cache, self.config.max_period)
 
     def head(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Normalised output and text logits of temporal output ``x`` (..., dim)."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from pplex.model.config import LmConfig
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -42,8 +44,13 @@ class Sampler:
         self.audio_noise = card if config.temp > 0 else 0
         self.noise_width = self.text_noise + num_codebooks * self.audio_noise
 
+    @classmethod
+    def of(cls, lm: LmConfig, config: SamplingConfig) -> Sampler:
+        """The sampler for a model's heads."""
+        return cls(config, lm.text_card, lm.card, lm.num_codebooks)
+
     def layout(self) -> dict[str, float]:
-        """The sampling as the compiled step takes it (``Sampling`` in ``_lm.c``)."""
+        """The sampling as the compiled step takes it (``Sampling`` in ``lm.c``)."""
         return {
             "text_temp": self.config.text_temp,
             "temp": self.config.temp,

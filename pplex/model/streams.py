@@ -12,6 +12,7 @@ import numpy as np
 from pplex.model.config import LmConfig
 
 TEXT_ROW = 0
+NOT_FORCED = -2  # of a token that is for the model to choose
 
 
 def agent_rows(config: LmConfig) -> slice:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from pplex.engine.base import Engine, Logits
 from pplex.errors import PplexError
-from pplex.model.lm import Lm
 from pplex.model.sampling import SamplingConfig
-from pplex.quantization.forced import Logits, Script, forced_logits
+from pplex.quantization.forced import Script, forced_logits
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,9 @@ class StreamFigures:
     perplexity_b: float
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A model's logits of one script, stretch by stretch, out of MLX's hands."""
-
-    text: list[np.ndarray]
-    agent: list[np.ndarray]
-
-
-def keep_logits(lm: Lm, script: Script) -> Kept:
-    """Run ``script`` through ``lm`` and keep what it says, so that it can be freed."""
-    kept = Kept([], [])
-    for logits in forced_logits(lm, script):
-        kept.text.append(np.array(logits.text))
-        kept.agent.append(np.array(logits.agent))
-    return kept
+def keep_logits(engine: Engine, script: Script) -> list[Logits]:
+    """What a model says of ``script``, stretch by stretch, so that it can be freed."""
+    return [logits for logits, _ in forced_logits(engine, script)]
 
 
 class Tally:
@@ -62,19 +50,21 @@ class Tally:
         self._sums: np.ndarray | float = 0.0
         self.num_frames = 0
 
-    def add(self, text: np.ndarray, agent: np.ndarray, other: Logits) -> None:
-        """Count A's logits, and B's ``other`` for the same frames."""
+    def add(self, ours: Logits, other: Logits, targets: np.ndarray) -> None:
+        """Count A's logits, and B's ``other`` for the same frames.
+
+        ``targets`` (frames, streams) are the tokens that A chose.
+        """
         s = self._sampling
-        pairs = [(mx.array(text), other.text, s.text_temp, s.text_top_k)]
-        ours = mx.array(agent)
-        for idx in range(ours.shape[1]):
-            pairs.append((ours[:, idx], other.agent[:, idx], s.temp, s.top_k))
+        pairs = [(ours.text, other.text, s.text_temp, s.text_top_k)]
+        for idx in range(ours.agent.shape[1]):
+            pairs.append((ours.agent[:, idx], other.agent[:, idx], s.temp, s.top_k))
         rows = [
-            _sums(a, b, other.targets[:, idx], temp, top_k)
+            _sums(mx.array(a), mx.array(b), mx.array(targets[:, idx]), temp, top_k)
             for idx, (a, b, temp, top_k) in enumerate(pairs)
         ]
         self._sums = self._sums + np.array(mx.stack(rows))
-        self.num_frames += len(text)
+        self.num_frames += len(ours.text)
 
     def figures(self) -> list[StreamFigures]:
         """The figures of each stream."""
@@ -119,15 +109,18 @@ def _drawn_from(logits: mx.array, temp: float, top_k: int) -> mx.array:
     return mx.softmax(logits / temp, axis=-1)
 
 
-def compare_lms(
-    kept: Sequence[Kept], lm: Lm, scripts: Iterable[Script], sampling: SamplingConfig
+def compare(
+    kept: Sequence[Sequence[Logits]],
+    engine: Engine,
+    scripts: Iterable[Script],
+    sampling: SamplingConfig,
 ) -> list[StreamFigures]:
     """B's figures against what was kept of A, over all ``scripts``."""
     tally = Tally(sampling)
     for ours, script in zip(kept, scripts, strict=True):
-        stretches = zip(ours.text, ours.agent, forced_logits(lm, script), strict=True)
-        for text, agent, other in stretches:
-            tally.add(text, agent, other)
+        stretches = zip(ours, forced_logits(engine, script), strict=True)
+        for logits, (other, targets) in stretches:
+            tally.add(logits, other, targets)
     return tally.figures()
 
 

@@ -13,14 +13,15 @@ import numpy as np
 from pplex.audio.files import read_pcm
 from pplex.checkpoint.describe import describe
 from pplex.checkpoint.hub import LocalModel
-from pplex.conversation.session import Model, load, make_role
+from pplex.conversation.prompts import make_role
+from pplex.conversation.session import Model, load
+from pplex.engine.device import device_name
 from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
 from pplex.model.sampling import GREEDY, SamplingConfig
 from pplex.quantization.compare import (
-    Kept,
     StreamFigures,
-    compare_lms,
+    compare,
     keep_logits,
     mean_kl,
 )
@@ -79,21 +80,21 @@ def compare_models(
     config = model.config
     users = read_users(recordings, config, settings.seconds)
     scripts = make_scripts(model, users, settings)
-    kept: list[Kept] = [keep_logits(model.lm, script) for script in scripts]
+    kept = [keep_logits(model.engine, script) for script in scripts]
     figures_a = _figures(model, a, users[0], settings)
     del model
     gc.collect()
     mx.clear_cache()
     model = load(b)
     check_alike(config, model.config, b)
-    streams = compare_lms(kept, model.lm, scripts, settings.sampling)
+    streams = compare(kept, model.engine, scripts, settings.sampling)
     return Comparison(
         a=figures_a,
         b=_figures(model, b, users[0], settings),
         recordings=[str(path) for path in recordings],
         frames=sum(script.num_frames for script in scripts),
         seed=settings.seed,
-        device=str(mx.default_device().type).rpartition(".")[2],
+        device=device_name().partition(" ")[0],
         mean_kl=mean_kl(streams),
         streams=streams,
     )
@@ -116,7 +117,9 @@ def make_scripts(
     """What ``model`` makes of each user."""
     role = make_role(model, settings.voice, settings.text)
     return [
-        write_script(model, role.prompt, pcm, settings.sampling, settings.seed)[0]
+        write_script(model.engine, role.prompt, pcm, settings.sampling, settings.seed)[
+            0
+        ]
         for pcm in users
     ]
 
@@ -142,7 +145,7 @@ def _figures(
     info = describe(local)
     prompt = make_role(model, settings.voice, "")
     short = pcm[: TIMED_FRAMES * model.config.frame_size]
-    _, seconds = write_script(model, prompt.prompt, short, GREEDY, 0)
+    _, seconds = write_script(model.engine, prompt.prompt, short, GREEDY, 0)
     return ModelFigures(
         name=local.name,
         layout=info.layout,

@@ -14,8 +14,8 @@ import numpy as np
 
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.verify import Finding
-from pplex.checkpoint.weights import load_lm
-from pplex.layers.device import on_cpu
+from pplex.checkpoint.weights import lm_tensors, make_lm
+from pplex.engine.device import compute_dtype
 from pplex.model.config import TEXT_PAD, LmConfig
 from pplex.model.lm import Lm
 
@@ -44,7 +44,7 @@ def check_numbers(local: LocalModel) -> Iterator[Finding]:
         text = "the published values are for the 7B's sizes and do not apply"
         yield Finding("note", "numbers", text)
         return
-    lm = load_lm(local.path, config.lm, mx.float32 if on_cpu() else mx.bfloat16).lm
+    lm = make_lm(config.lm, lm_tensors(local.folder, config.lm), compute_dtype())
     codes = [*config.silence_codes, *config.sine_codes]
     states = dict(_states(lm, mx.array([[[code] for code in (TEXT_PAD, *codes)]])))
     values = np.array(states["input"].astype(mx.float32)).ravel()[:5]
@@ -57,8 +57,10 @@ def check_numbers(local: LocalModel) -> Iterator[Finding]:
     best = int(mx.argmax(logits))
     found = (best, float(logits.reshape(-1)[best]))
     yield _finding("text logits", found, (TEXT_ID, TEXT_LOGIT), 0.1)
-    text = mx.array([TEXT_ID])
-    chain = np.array(lm.depformer(hidden, text, lambda x, _: mx.argmax(x, axis=-1)))[0]
+    drawn = lm.depformer(
+        hidden, mx.array([TEXT_ID]), lambda x, _: mx.argmax(x, axis=-1)
+    )
+    chain = np.array(drawn)[0]
     agrees = any((chain == expected).all() for expected in CODES)
     yield _said("depformer", agrees, list(chain), [list(codes) for codes in CODES])
 

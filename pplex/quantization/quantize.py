@@ -7,14 +7,13 @@ least squared error, which a group's outliers otherwise decide.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 
 import mlx.core as mx
 import numpy as np
 
 from pplex.checkpoint.layouts import Quantization
-from pplex.layers.device import on_cpu
+from pplex.engine.device import streams
 
 STORED = mx.float16  # of scales and biases, as the published folders have them
 ROUNDS = 4
@@ -41,10 +40,10 @@ def quantize_blocks(
 
     One block is computed while the next is made.
     """
-    streams = _streams()
+    queues = streams()
     done = []
     for number, block in enumerate(blocks):
-        with mx.stream(streams[number % len(streams)]):
+        with mx.stream(queues[number % len(queues)]):
             parts = mx.quantize(block, group_size=form.group_size, bits=form.bits)
             packed, scales, biases = parts
             parts = packed, scales.astype(STORED), biases.astype(STORED)
@@ -54,15 +53,6 @@ def quantize_blocks(
     packed, scales, biases = (mx.concatenate(list(p)) for p in zip(*done, strict=True))
     mx.eval(packed, scales, biases)
     return packed, scales, biases
-
-
-@functools.cache
-def _streams() -> list[mx.Stream]:
-    """Where to compute: on a CPU two threads, else the GPU's one queue."""
-    device = mx.default_device()
-    if not on_cpu():
-        return [mx.default_stream(device)]
-    return [mx.new_stream(device) for _ in range(2)]
 
 
 def _refine(

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.layouts import Quantization, published_matrices
+from pplex.checkpoint.weights import LmTensors, codec_tensors, lm_tensors
 from pplex.conversation.session import load
+from pplex.engine.base import Engine
+from pplex.engine.choose import make_engine
 from pplex.errors import PplexError
 from pplex.files import write_text
-from pplex.model.lm import Lm
+from pplex.model.config import LmConfig
 from pplex.model.sampling import SamplingConfig
-from pplex.quantization.compare import compare_lms, keep_logits, mean_kl
+from pplex.quantization.compare import compare, keep_logits, mean_kl
 from pplex.quantization.compare_models import Settings, make_scripts, read_users
 from pplex.quantization.forced import Script
 from pplex.quantization.quantize import quantize
@@ -41,11 +44,15 @@ def measure(
         )
     users = read_users(recordings, model.config, settings.seconds)
     scripts = make_scripts(model, users, settings)
-    yield from sensitivity(model.lm, scripts, FORM, settings.sampling)
+    tensors = lm_tensors(local.folder, model.config.lm)
+    codec = codec_tensors(local.folder, model.config.mimi)
+    yield from sensitivity(
+        model.engine, tensors, codec, scripts, FORM, settings.sampling
+    )
 
 
 def write_costs(path: Path, local: LocalModel, costs: dict[str, float]) -> None:
-    """Write what was measured, for ``checkpoint.sensitivity.read_costs``."""
+    """Write what was measured, for ``costs.read_costs``."""
     record = {
         "model": local.name,
         "revision": local.revision,
@@ -56,9 +63,9 @@ def write_costs(path: Path, local: LocalModel, costs: dict[str, float]) -> None:
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 
-def module_parts(lm: Lm) -> dict[str, list[str]]:
-    """The modules of ours in each part of ``checkpoint.recipe``."""
-    config, steps = lm.config, lm.config.num_codebooks
+def module_parts(config: LmConfig) -> dict[str, list[str]]:
+    """The modules of ours in each part of ``quantization.recipe``."""
+    steps = config.num_codebooks
     parts: dict[str, dict[str, None]] = {}
     for matrix in published_matrices(config, steps, steps):
         part = part_of(matrix, config.num_layers, steps)
@@ -70,21 +77,25 @@ def module_parts(lm: Lm) -> dict[str, list[str]]:
 
 
 def sensitivity(
-    lm: Lm, scripts: Sequence[Script], form: Quantization, sampling: SamplingConfig
+    engine: Engine,
+    tensors: LmTensors,
+    codec: Mapping[str, mx.array],
+    scripts: Sequence[Script],
+    form: Quantization,
+    sampling: SamplingConfig,
 ) -> Iterator[tuple[str, float]]:
     """For each part, the mean divergence when its weights are rounded to ``form``.
 
-    ``lm`` must not be quantized; it is as before when the iterator is done.
+    ``engine`` runs the model of these ``tensors``, none of them quantized; the rounded
+    ones are run by engines of its kind.
     """
-    kept = [keep_logits(lm, script) for script in scripts]
-    lm.native = None  # what is compiled has weights of its own
-    weights = dict(tree_flatten(lm.parameters()))
-    for part, modules in module_parts(lm).items():
-        before = [(f"{name}.weight", weights[f"{name}.weight"]) for name in modules]
-        lm.load_weights([(n, _rounded(w, form)) for n, w in before], strict=False)
-        yield part, mean_kl(compare_lms(kept, lm, scripts, sampling))
-        lm.load_weights(before, strict=False)
-        lm.native = None
+    kept = [keep_logits(engine, script) for script in scripts]
+    for part, modules in module_parts(engine.config.lm).items():
+        weights = dict(tensors.weights)
+        for name in modules:
+            weights[f"{name}.weight"] = _rounded(weights[f"{name}.weight"], form)
+        rounded = make_engine(engine.config, replace(tensors, weights=weights), codec)
+        yield part, mean_kl(compare(kept, rounded, scripts, sampling))
 
 
 def _rounded(weight: mx.array, form: Quantization) -> mx.array:

@@ -11,11 +11,14 @@ from time import perf_counter
 import numpy as np
 
 from pplex.audio.streams import Feed, LiveFrame, UserStream, read_header
-from pplex.conversation.session import Conversation, Model, Reply
+from pplex.conversation.answer import Answer, Timings
+from pplex.conversation.scheduler import converse
+from pplex.conversation.session import Model
+from pplex.engine.base import Start
 from pplex.errors import PplexError
 from pplex.respond.outputs import open_sink, spoken_words, write_tokens, write_words
-from pplex.respond.request import Request, check_outputs
-from pplex.respond.run import Clock, Config, Report, load_model, start
+from pplex.respond.request import Request, Settings, check_outputs
+from pplex.respond.run import Clock, Config, Report, begin, load_model
 from pplex.respond.stats import (
     Histogram,
     Latency,
@@ -45,7 +48,7 @@ class _Record:
         self._frame_s = frame_s
         self.num_samples = self.start_up_frames = 0
 
-    def add(self, reply: Reply, frame: LiveFrame, step_s: float, now: float) -> None:
+    def add(self, reply: Answer, frame: LiveFrame, step_s: float, now: float) -> None:
         """Count a frame that was answered ``now``."""
         self.num_samples += frame.num_samples
         self.steps.add(step_s)
@@ -86,25 +89,26 @@ def respond_stream(
     clock.lap("read")
     model = load_model(config, report)
     clock.lap("load")
-    role, conversation = start(model, settings, clock)
+    role, start = begin(model, settings, clock)
     rate = model.config.sample_rate
     keeps_text = outputs.transcript is not None or config.check is not None
     keeps_tokens = outputs.tokens is not None
     record = _Record(keeps_text, keeps_tokens, model.config.frame_s)
     closed: BrokenPipeError | None = None
+    timings = Timings()
     waited_s = feed.waited_s
     with stop.deferred(feed.stop):
         files = outputs.files()
         with open_sink(outputs.layout, files, rate, replace=config.overwrite) as write:
-            replies = _converse(model, conversation, user, settings.tail_s)
+            replies = _converse(model, start, user, settings)
             report.answering(None)
             captions = Captions(model.tokenizer.piece, model.config.frame_rate)
             try:
                 for reply, frame in replies:
                     count = frame.num_samples
                     write(frame.pcm[:count], reply.pcm[:count])
-                    step_s = conversation.timings.steps.pop()
-                    record.add(reply, frame, step_s, perf_counter())
+                    timings = reply.timings
+                    record.add(reply, frame, timings.steps.pop(), perf_counter())
                     report.said(captions.add(int(reply.text[0])))
                     report.advance(model.config.frame_s)
             except BrokenPipeError as e:
@@ -136,9 +140,9 @@ def respond_stream(
             clock.parts
             | {
                 # A frame is waited for when its codes are asked for.
-                "encode": conversation.timings.encode_s - waited_s,
+                "encode": timings.encode_s - waited_s,
                 "steps": step_ms.mean * frames / 1000.0,
-                "decode": conversation.timings.decode_s,
+                "decode": timings.decode_s,
             },
             voice=role.voice,
             prompt_frames=role.prompt.num_frames,
@@ -170,16 +174,24 @@ def respond_stream(
 
 
 def _converse(
-    model: Model, conversation: Conversation, user: UserStream, tail_s: float
-) -> Iterator[tuple[Reply, LiveFrame]]:
+    model: Model, start: Start, user: UserStream, settings: Settings
+) -> Iterator[tuple[Answer, LiveFrame]]:
     """Yield each frame of the user with the reply to it, before the next is read."""
     under_way: deque[LiveFrame] = deque()
 
     def chunks() -> Iterator[np.ndarray]:
-        config = model.config
-        for frame in user.frames(config.sample_rate, config.frame_size, tail_s):
+        sizes = model.config.sample_rate, model.config.frame_size
+        for frame in user.frames(*sizes, settings.tail_s):
             under_way.append(frame)
             yield frame.pcm[None]
 
-    for reply in conversation.run(chunks(), ahead=False, decode_frames=1):
+    for reply in converse(
+        model.engine,
+        start,
+        settings.seed,
+        chunks(),
+        settings.sampling,
+        decode_frames=1,
+        live=True,
+    ):
         yield reply, under_way.popleft()

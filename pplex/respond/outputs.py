@@ -16,7 +16,7 @@ from pplex.audio.files import to_pcm16, write_wav
 from pplex.audio.streams import wav_header
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
-from pplex.conversation.session import Reply
+from pplex.conversation.answer import Answer
 from pplex.errors import PplexError
 from pplex.files import PIPE, atomic_write, is_pipe, write_stdout, write_text
 from pplex.model.config import ModelConfig
@@ -49,7 +49,7 @@ def write_outputs(
     model: Described,
     request: Request,
     user_pcm: np.ndarray,
-    reply: Reply,
+    reply: Answer,
     voice: str,
     *,
     replace: bool = True,

@@ -14,17 +14,12 @@ import numpy as np
 from pplex.audio.files import Recording, frames_of, read_pcm
 from pplex.audio.streams import StreamFormat
 from pplex.checkpoint.hub import LocalModel, resolve
-from pplex.conversation.compute import Compute, load_as
-from pplex.conversation.prompt import prefill
-from pplex.conversation.session import (
-    Conversation,
-    Model,
-    Reply,
-    Role,
-    chunk_frames,
-    make_role,
-    warm_up,
-)
+from pplex.conversation.answer import Answer, join
+from pplex.conversation.prompts import Role, make_role
+from pplex.conversation.scheduler import converse
+from pplex.conversation.session import Model, load, warm_up
+from pplex.engine.base import Start
+from pplex.engine.choose import Compute
 from pplex.files import PIPE
 from pplex.model.config import MimiConfig
 from pplex.respond.outputs import Write, open_sink, spoken_words, write_outputs
@@ -129,13 +124,13 @@ def respond(
     if rate != MimiConfig().sample_rate:
         recording = read_user(request.source, settings, rate)
     clock.lap("load")
-    role, conversation = start(model, settings, clock)
+    role, start = begin(model, settings, clock)
     user_pcm, write = recording.pcm, None
     with ExitStack() as stack:
         if outputs.audio == PIPE:
             sink = open_sink(outputs.layout, outputs.files(), rate, len(user_pcm))
             write = stack.enter_context(sink)
-        reply = answer(model, user_pcm, conversation, report, write)
+        reply = answer(model, user_pcm, start, settings, report, write)
     clock.lap("answer")
     with stop.deferred():
         # Another program may have written there in the meantime.
@@ -144,7 +139,7 @@ def respond(
             model, request, user_pcm, reply, role.voice, replace=config.overwrite
         )
         clock.lap("write")
-        timings = conversation.timings
+        timings = reply.timings
         stats = make_stats(
             request,
             Source(
@@ -179,55 +174,56 @@ def load_model(config: Config, report: Report) -> Model:
         config.model_name, offline=config.offline, progress=report.shows_bars
     )
     report.loading(local)
-    model, choice = load_as(local, config.compute, many=False)
-    report.computing(str(choice))
+    model = load(local, compute=config.compute)
+    report.computing(str(model.form))
     return model
 
 
-def start(model: Model, settings: Settings, clock: Clock) -> tuple[Role, Conversation]:
-    """The prompt that was asked for, and a conversation that begins after it."""
+def begin(model: Model, settings: Settings, clock: Clock) -> tuple[Role, Start]:
+    """The prompt that was asked for, read; the engine has seen a frame."""
     role = make_role(model, settings.voice, settings.text)
-    prefilled = prefill(model.lm, role.prompt)
+    start = model.engine.prefill(role.prompt)
     clock.lap("prefill")
-    warm_up(model, prefilled)
+    warm_up(model.engine, start)
     clock.lap("warm_up")
-    return role, Conversation(model, prefilled, settings.sampling, settings.seed)
+    return role, start
 
 
 def answer(
     model: Model,
     user_pcm: np.ndarray,
-    conversation: Conversation,
+    start: Start,
+    settings: Settings,
     report: Report,
     write: Write | None = None,
-) -> Reply:
-    """Run ``conversation`` over the whole of ``user_pcm`` (samples,).
+) -> Answer:
+    """The agent's answer to the whole of ``user_pcm`` (samples,).
 
-    ``write`` is given both sides of each reply as soon as it is there.
+    ``write`` is given both sides of each piece as soon as it is there.
     """
     frames = frames_of(user_pcm, model.config.frame_size)
-    frame_rate = model.config.frame_rate
-
-    size = chunk_frames()
+    frame_rate, size = model.config.frame_rate, model.engine.codec.chunk_frames
     chunks = (frames[i : i + size] for i in range(0, len(frames), size))
 
     report.answering(len(frames) / frame_rate)
     captions = Captions(model.tokenizer.piece, frame_rate)
-    replies: list[Reply] = []
+    pieces: list[Answer] = []
     done = 0
-    for reply in conversation.run(chunks, decode_frames=size):
-        replies.append(reply)
+    for piece in converse(
+        model.engine,
+        start,
+        settings.seed,
+        chunks,
+        settings.sampling,
+        decode_frames=size,
+    ):
+        pieces.append(piece)
         if write is not None:
-            user = user_pcm[done : done + len(reply.pcm)]
-            write(user, reply.pcm[: len(user)])
+            user = user_pcm[done : done + len(piece.pcm)]
+            write(user, piece.pcm[: len(user)])
             done += len(user)
-        report.advance(len(reply.text) / frame_rate)
-        for idx in reply.text:
+        report.advance(len(piece.text) / frame_rate)
+        for idx in piece.text:
             report.said(captions.add(int(idx)))
     report.said(captions.end())
-    return Reply(
-        pcm=np.concatenate([reply.pcm for reply in replies])[: len(user_pcm)],
-        text=np.concatenate([reply.text for reply in replies]),
-        agent=np.concatenate([reply.agent for reply in replies], axis=1),
-        user=np.concatenate([reply.user for reply in replies], axis=1),
-    )
+    return join(pieces, len(user_pcm))

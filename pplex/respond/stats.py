@@ -168,7 +168,7 @@ _PARTS = ("load", "read", "prefill", "warm_up", "encode", "steps", "decode", "wr
 class ModelInfo:
     """What the figures of a run say of a loaded model and of its machine.
 
-    ``peak_memory_gb`` is the most that MLX has held so far.
+    ``peak_memory_gb`` is the most held so far, on a GPU by MLX, else by this process.
     """
 
     device: str
@@ -181,27 +181,16 @@ class ModelInfo:
 
 def model_info(model: Model) -> ModelInfo:
     """The facts as they are now."""
-    import mlx.core as mx
+    from pplex.engine.device import device_name, peak_memory_gb
 
     return ModelInfo(
         device=device_name(),
-        dtype=model.dtype,
+        dtype=model.engine.dtype,
         bits=model.bits,
-        compute=model.compute,
+        compute=model.engine.compute,
         layout=model.layout,
-        peak_memory_gb=mx.get_peak_memory() / 1e9,
+        peak_memory_gb=peak_memory_gb(),
     )
-
-
-def device_name() -> str:
-    """The device that MLX computes on, with its name where MLX knows one."""
-    import mlx.core as mx
-
-    from pplex.layers.device import on_cpu
-
-    name = mx.device_info(mx.default_device()).get("device_name", "")
-    kind = "cpu" if on_cpu() else "gpu"
-    return f"{kind} ({name})" if name else kind
 
 
 @dataclass(frozen=True)

@@ -126,13 +126,27 @@ def cues(words: Sequence[Word]) -> list[Word]:
     return grouped
 
 
+class PieceText:
+    """Turns one text id after another into text, as far as its characters are whole."""
+
+    def __init__(self, piece: Callable[[int], str]) -> None:
+        self._piece = piece
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, idx: int) -> str:
+        """The text of the next id; empty for most."""
+        if idx < _NUM_SPECIAL:
+            return ""
+        text = self._utf8.decode(_piece_bytes(self._piece(idx)))
+        return "".join(c if c.isprintable() else " " for c in text)
+
+
 class Captions:
     """Turns one text id a frame into what to print; a line begins with its time."""
 
     def __init__(self, piece: Callable[[int], str], frame_rate: float) -> None:
-        self._piece = piece
+        self._spoken = PieceText(piece)
         self._frame_rate = frame_rate
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._frame = 0
         self._last: int | None = None
 
@@ -141,8 +155,7 @@ class Captions:
         frame, self._frame = self._frame, self._frame + 1
         if idx < _NUM_SPECIAL:
             return ""
-        text = self._utf8.decode(_piece_bytes(self._piece(idx)))
-        text = "".join(c if c.isprintable() else " " for c in text)
+        text = self._spoken.add(idx)
         gap = None if self._last is None else (frame - self._last) / self._frame_rate
         if gap is not None and gap <= MAX_GAP_S:
             self._last = frame

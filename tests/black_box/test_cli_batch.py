@@ -145,7 +145,7 @@ def test_a_dry_run_checks_all_and_writes_nothing(batch, calls, tmp_path, monkeyp
     def no_model(*args, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(session, "load_lm", no_model)
+    monkeypatch.setattr(session, "make_engine", no_model)
     (calls / "bad.wav").write_text("no sound")
     result = batch(calls, "--dry-run", "--tail", "1", code=SOME)
     assert "2 recordings, 2.3 s of audio, the longest 1.2 s" in result.stdout

@@ -10,8 +10,9 @@ import pytest
 from pplex.checkpoint import voice_codes
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.voices import read_voice_file
-from pplex.conversation import session
-from pplex.conversation.session import load, make_role
+from pplex.conversation import prompts
+from pplex.conversation.prompts import make_role
+from pplex.conversation.session import load
 from pplex.errors import PplexError
 
 
@@ -37,15 +38,13 @@ def made(run, wav, tiny, tmp_path):
 
 def test_a_made_voice_starts_the_same_conversation(made, wav, tiny_model):
     """As fed from the recording: the same grid, and the same inputs before it."""
-    from pplex.conversation.prompt import prefill
-
     saved = make_role(tiny_model, str(made), "hello there").prompt
     direct = make_role(tiny_model, str(wav), "hello there").prompt
     assert saved.num_frames == direct.num_frames
     start = len(saved.embeddings)
     np.testing.assert_array_equal(saved.columns[:, start:], direct.columns[:, start:])
     np.testing.assert_array_equal(saved.pending, direct.pending)
-    caches = [prefill(tiny_model.lm, prompt).cache for prompt in (saved, direct)]
+    caches = [tiny_model.engine.prefill(prompt).memory for prompt in (saved, direct)]
     for one, other in zip(caches[0].arrays(), caches[1].arrays(), strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), atol=1e-5)
 
@@ -145,18 +144,18 @@ def test_outputs_that_will_not_do_are_refused(run, wav, tiny, tmp_path, output, 
 
 
 def test_the_codes_of_a_recording_are_kept(wav, tiny_model, cache, monkeypatch):
-    first = session.encode_voice(tiny_model, wav)
+    first = prompts.encode_voice(tiny_model, wav)
     kept = list((cache / "pplex" / "voice-codes").iterdir())
     assert len(kept) == 1
 
     def again(*arguments):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(session, "encode_frames", again)
-    np.testing.assert_array_equal(session.encode_voice(tiny_model, wav), first)
+    monkeypatch.setattr(prompts, "_encode", again)
+    np.testing.assert_array_equal(prompts.encode_voice(tiny_model, wav), first)
     kept[0].write_bytes(b"damaged")
     with pytest.raises(AssertionError, match="encoded again"):
-        session.encode_voice(tiny_model, wav)
+        prompts.encode_voice(tiny_model, wav)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(cache):

@@ -127,16 +127,6 @@ def test_every_link_to_a_file_in_the_readme_leads_somewhere():
 
 def test_packages_hold_nothing_but_a_docstring():
     for path in (ROOT / "pplex").rglob("__init__.py"):
-        lines = path.read_text(encoding="utf-8").strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith('"""'), path
-
-
-def test_the_library_example_runs(data, tiny, capsys):
-    page = TOPICS["library"]
-    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert '"mini"' in example and '"call.wav"' in example
-    call = data / "respond" / "user_c.wav"
-    example = example.replace('"mini"', repr(str(tiny)))
-    exec(compile(example.replace('"call.wav"', repr(str(call))), "README.md", "exec"))
-    whole_frames = 13 * 1920  # 24 000 samples begin a 13th frame
-    assert capsys.readouterr().out.startswith(f"{whole_frames} ")
+        if path != ROOT / "pplex" / "__init__.py":  # the library's lazy front door
+            lines = path.read_text(encoding="utf-8").strip().splitlines()
+            assert len(lines) == 1 and lines[0].startswith('"""'), path

@@ -13,13 +13,14 @@ import numpy as np
 from random_checkpoint import Arrays, lm_arrays, mimi_arrays
 
 from pplex.bench.random_model import TINY
-from pplex.checkpoint.weights import load_lm, load_mimi
-from pplex.codec.mimi import Mimi
-from pplex.conversation.prompt import Prompt, make_prompt
+from pplex.checkpoint.folder import CheckpointFolder
+from pplex.checkpoint.weights import LmTensors, codec_tensors, lm_tensors, make_lm
 from pplex.model.config import LmConfig, ModelConfig
-from pplex.model.depformer import NOT_FORCED
 from pplex.model.lm import Lm
+from pplex.model.mimi import Mimi, make_mimi
+from pplex.model.prompt import Prompt, make_prompt
 from pplex.model.sampling import GREEDY, SamplingConfig
+from pplex.model.streams import NOT_FORCED
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,21 @@ class Checkpoint:
 
         With ``dense``, quantized weights are written out: the specification.
         """
-        return load_lm(self.folder, self.config.lm, mx.float32, dense=dense).lm
+        tensors = self.tensors()
+        tensors = tensors.write_out() if dense else tensors
+        return make_lm(self.config.lm, tensors, mx.float32)
+
+    def tensors(self) -> LmTensors:
+        """The language model's tensors, of which an engine is made."""
+        return lm_tensors(CheckpointFolder(self.folder), self.config.lm)
+
+    def codec(self) -> Arrays:
+        """The codec's tensors."""
+        return codec_tensors(CheckpointFolder(self.folder), self.config.mimi)
 
     def mimi(self) -> Mimi:
         """The codec, a new one at each call."""
-        file = next(self.folder.glob("tokenizer-*.safetensors"))
-        return load_mimi(file, self.config.mimi)
+        return make_mimi(self.config.mimi, self.codec())
 
 
 def write(folder: Path, form: Form) -> Checkpoint:

@@ -29,9 +29,8 @@ from cases import (
 )
 from engines import NAMES, Engine, Logits, Start, make
 
-from pplex.conversation.prompt import Prompt
-from pplex.model.depformer import NOT_FORCED
 from pplex.model.lm import Lm
+from pplex.model.prompt import Prompt
 from pplex.model.sampling import (
     GREEDY,
     Sampler,
@@ -39,7 +38,7 @@ from pplex.model.sampling import (
     kth_largest,
     noise_keys,
 )
-from pplex.model.streams import shift, unshift, user_rows
+from pplex.model.streams import NOT_FORCED, shift, unshift, user_rows
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = DATA / "reference"
@@ -64,17 +63,10 @@ def checkpoint(request, tmp_path_factory) -> Checkpoint:
     return write(tmp_path_factory.mktemp("model"), request.param)
 
 
-def engine_or_skip(name: str, checkpoint: Checkpoint) -> Engine:
-    engine = make(name, checkpoint)
-    if engine is None:
-        pytest.skip(f"no engine {name} here")
-    return engine
-
-
 @pytest.fixture(scope="session", params=NAMES)
 def engine(request, checkpoint) -> Engine:
     """Each engine with each model."""
-    return engine_or_skip(request.param, checkpoint)
+    return make(request.param, checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +78,7 @@ def recorded_checkpoint(tiny_model) -> Checkpoint:
 @pytest.fixture(scope="session", params=NAMES)
 def recorded_engine(request, recorded_checkpoint) -> Engine:
     """Each engine with the model whose outputs were recorded."""
-    return engine_or_skip(request.param, recorded_checkpoint)
+    return make(request.param, recorded_checkpoint)
 
 
 @functools.cache

@@ -1,1 +1,0 @@
-"""Mimi: PCM to codes and back."""

@@ -1,0 +1,179 @@
+"""Voice and role of the agent: from names, files and words to a prompt, and back.
+
+A voice is a saved one or a recording; of a recording a voice file can be made, which is
+what the reference saves of a voice prompt.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pplex.audio.files import Channel, frames_of, read_pcm
+from pplex.audio.loudness import normalize_loudness, trim_silence
+from pplex.checkpoint import voice_codes, voices
+from pplex.checkpoint.folder import VOICE_SUFFIXES
+from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.voices import MADE_FOR, RING_LENGTH, write_voice_file
+from pplex.conversation.session import Model
+from pplex.errors import PplexError
+from pplex.model.prompt import Prompt, initial_column, make_prompt
+
+DEFAULT_VOICE = "NATF2"
+_MIN_FRAMES = 2
+
+
+class HasVoices(Protocol):
+    """What is asked for voices: a model, loaded or not."""
+
+    @property
+    def local(self) -> LocalModel: ...
+
+    @property
+    def voices(self) -> dict[str, Path]: ...
+
+
+@dataclass(frozen=True)
+class Role:
+    """A prompt laid out for a model, with the names to report."""
+
+    prompt: Prompt
+    voice: str
+    text: str
+
+
+def choose_voice(model: HasVoices, voice: str | None) -> str:
+    """The voice to use: ``voice`` itself, else NATF2, else the first by name."""
+    if voice is not None:
+        return voice
+    if not model.voices:
+        raise PplexError(
+            f"{model.local.path}: the checkpoint has no voices; give one with "
+            "--voice FILE.wav"
+        )
+    return DEFAULT_VOICE if DEFAULT_VOICE in model.voices else next(iter(model.voices))
+
+
+def make_role(model: Model, voice: str | None, text: str) -> Role:
+    """Lay out the prompt of ``voice`` (a name or a file) and the role ``text``."""
+    name = choose_voice(model, voice)
+    text_ids = model.tokenizer.encode_prompt(text)
+    path = model.voices.get(name)
+    if path is None:
+        path = Path(name)
+        if not path.is_file():
+            known = ", ".join(model.voices) or "none"
+            raise PplexError(
+                f"voice {name!r}: neither a voice of this model ({known}) nor a file"
+            )
+    if path.suffix.lower() in VOICE_SUFFIXES:
+        saved = voices.read_voice_file(path)
+        lm = model.config.lm
+        voices.check_voice(saved, lm.dim, text_card=lm.text_card, card=lm.card)
+        voices.check_made_for(saved, _first_input(model))
+        prompt = make_prompt(
+            model.config, text_ids, saved_voice=(saved.embeddings, saved.cache)
+        )
+    else:
+        codes = encode_voice(model, path)
+        prompt = make_prompt(model.config, text_ids, voice_codes=codes)
+    return Role(prompt, name, text)
+
+
+def _first_input(model: Model) -> np.ndarray:
+    """The model's input before the first frame, float32 (dim,)."""
+    first: np.ndarray = model.engine.embed(initial_column(model.config.lm)[:, None])[0]
+    return first
+
+
+def encode_voice(
+    model: Model, path: Path, *, channel: Channel = 1, trim: bool = False
+) -> np.ndarray:
+    """Codes (codebooks, frames) of a voice recording, normalised to -24 LUFS.
+
+    With ``trim``, without the silence at both ends. The codes are kept in the user's
+    cache, for the next time.
+    """
+    rate = model.config.sample_rate
+    try:
+        pcm = read_pcm(path, sample_rate=rate, channel=channel).pcm
+        pcm = normalize_loudness(trim_silence(pcm, rate) if trim else pcm, rate)
+    except PplexError as e:
+        raise PplexError(f"voice {path}: {e}") from e
+    key = voice_codes.key(pcm, model.local.folder.codec, model.engine.name)
+    codes = voice_codes.read(key)
+    if codes is None:
+        codes = _encode(model, pcm)
+        voice_codes.write(key, codes)
+    return codes
+
+
+def _encode(model: Model, pcm: np.ndarray) -> np.ndarray:
+    """Codes (codebooks, frames) of a whole recording (samples,)."""
+    codec, frames = model.engine.codec, frames_of(pcm, model.config.frame_size)
+    state, size = codec.make_state(), codec.chunk_frames
+    chunks = [frames[i : i + size] for i in range(0, len(frames), size)]
+    return np.concatenate([codec.encode(chunk, state) for chunk in chunks], axis=1)
+
+
+@dataclass(frozen=True)
+class OwnVoice:
+    """A voice made from a recording of ``frames`` frames.
+
+    ``embeddings`` is float32 (frames - 1, dim), ``cache`` int32 (streams, ring), as in
+    ``VoicePrompt``.
+    """
+
+    embeddings: np.ndarray
+    cache: np.ndarray
+    frames: int
+    duration_s: float
+
+
+def make_voice(
+    model: Model, recording: Path, *, channel: Channel = 1, trim: bool = False
+) -> OwnVoice:
+    """Run a voice recording through the model's codec and tables.
+
+    A conversation that starts from the result is the one that starts from the
+    recording itself.
+    """
+    codes = encode_voice(model, recording, channel=channel, trim=trim)
+    frames = codes.shape[1]
+    if frames < _MIN_FRAMES:
+        raise PplexError(f"voice {recording}: it has {frames} frame, too few")
+    prompt = make_prompt(model.config, [], voice_codes=codes)
+    columns = prompt.columns
+    # The ring at the end: the last columns, and of the one after them the rows that
+    # are delayed, so that their last codes lie in it.
+    ring = np.repeat(columns[:, :1], RING_LENGTH, axis=1)
+    for idx in range(max(0, frames - RING_LENGTH), frames):
+        ring[:, idx % RING_LENGTH] = columns[:, idx]
+    delayed = np.array(model.config.lm.delays) > 0
+    ring[delayed, frames % RING_LENGTH] = columns[delayed, frames]
+    embeddings = model.engine.embed(columns[:, : frames - 1])
+    return OwnVoice(embeddings, ring, frames, frames / model.config.frame_rate)
+
+
+def write_voice(
+    model: Model,
+    recording: Path,
+    output: Path,
+    *,
+    channel: Channel = 1,
+    trim: bool = False,
+) -> OwnVoice:
+    """Make a voice and write it to ``output``, with a note of the model it is for."""
+    made = make_voice(model, recording, channel=channel, trim=trim)
+    local = model.local
+    notes = {
+        MADE_FOR: f"{local.repo}@{local.revision}" if local.repo else local.name,
+        "pplex_source": recording.name,
+        "pplex_version": importlib.metadata.version("pplex"),
+    }
+    write_voice_file(output, made.embeddings, made.cache, notes=notes)
+    return made

@@ -1,0 +1,198 @@
+"""The one loop: join, step, leave, for a stream, a recording, or many at once.
+
+A place is taken by the next recording as soon as the one before has no more to say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from pplex.conversation.answer import Answer
+from pplex.conversation.tracks import (
+    Conversation,
+    GroupedTrack,
+    RecordingTrack,
+    StreamedTrack,
+    Track,
+    decode_group,
+    encode_group,
+)
+from pplex.conversation.worker import codec_worker
+from pplex.engine.base import Engine, Pending, Start
+from pplex.model.sampling import SamplingConfig
+
+AnyTrack = TypeVar("AnyTrack", bound=Track)
+
+
+@dataclass(frozen=True)
+class _Step(Generic[AnyTrack]):
+    """A step that has begun, and who has which place in it."""
+
+    pending: Pending
+    seated: list[tuple[int, AnyTrack]]
+
+    def finish(self, start: float) -> list[AnyTrack]:
+        """Wait for it, give each track its column; the tracks."""
+        tokens = self.pending.tokens()
+        share = (time.perf_counter() - start) / len(self.seated)
+        for place, track in self.seated:
+            track.push(tokens[place], share)
+        return [track for _, track in self.seated]
+
+
+def run(
+    engine: Engine,
+    tracks: Iterable[AnyTrack],
+    sampling: SamplingConfig,
+    *,
+    capacity: int,
+    live: bool = False,
+) -> Iterator[list[AnyTrack]]:
+    """Step ``tracks`` to their ends, at most ``capacity`` at a time.
+
+    Yields after each step the tracks that it gave a column. The next step is already
+    under way then, where the engine can do that; but not with ``live``, where every
+    frame is answered before the next is asked for.
+    """
+    rows = engine.rows(capacity, sampling, live=live)
+    coming = iter(tracks)
+    seated: dict[int, AnyTrack] = {}
+    user = np.zeros((capacity, engine.config.lm.num_codebooks), np.int32)
+    waiting: _Step[AnyTrack] | None = None
+    while True:
+        for place, track in list(seated.items()):
+            column = next(track.columns, None)
+            if column is None:
+                rows.leave(place)
+                del seated[place]
+            else:
+                user[place] = column
+        while len(seated) < capacity and (new := next(coming, None)) is not None:
+            column = next(new.columns, None)
+            if column is not None:
+                place = rows.join(new.start, new.seed, new.num_frames)
+                seated[place], user[place] = new, column
+        if not seated:
+            break
+        start = time.perf_counter()
+        step = _Step(rows.step(user), list(seated.items()))
+        if live or not engine.is_async:
+            yield step.finish(start)
+            continue
+        before, waiting = waiting, step
+        if before is not None:
+            yield before.finish(start)
+    if waiting is not None:
+        yield waiting.finish(time.perf_counter())
+
+
+def converse(
+    engine: Engine,
+    start: Start,
+    seed: int,
+    chunks: Iterable[np.ndarray],
+    sampling: SamplingConfig,
+    *,
+    decode_frames: int,
+    live: bool = False,
+) -> Iterator[Answer]:
+    """One conversation: a piece for each ``decode_frames`` frames, the last shorter.
+
+    ``chunks`` are (frames, frame_size) PCM of the user. For a live stream give chunks
+    of one frame, ``live`` and ``decode_frames=1``: every frame is answered before the
+    next is asked for.
+    """
+    with codec_worker(engine.codec, beside=0 if live else 1) as worker:
+        track = StreamedTrack(engine, start, seed, chunks, decode_frames, worker)
+        for _ in run(engine, [track], sampling, capacity=1, live=live):
+            yield from track.pieces()
+        yield from track.rest()
+
+
+def converse_many(
+    engine: Engine,
+    conversations: Iterable[Conversation],
+    sampling: SamplingConfig,
+    *,
+    batch_size: int,
+) -> Iterator[tuple[Conversation, Answer]]:
+    """Answer recordings, at most ``batch_size`` at a time, in the order they end.
+
+    One more than there are places is asked for, whose codes are made before a place is
+    free; or, where the codec works on many at a time, a group of them.
+    """
+    if engine.codec.group > 1:
+        yield from _converse_grouped(engine, conversations, sampling, batch_size)
+        return
+    with codec_worker(engine.codec, beside=batch_size) as worker:
+        tracks = _prepared(engine, conversations, worker)
+        done: deque[RecordingTrack] = deque()
+        for stepped in run(engine, tracks, sampling, capacity=batch_size):
+            done.extend(track for track in stepped if track.is_complete)
+            # Where decoding cannot keep up it is waited for: nothing piles up.
+            while done and (done[0].is_decoded or len(done) > batch_size):
+                first = done.popleft()
+                yield first.conversation, first.answer()
+        for track in done:
+            yield track.conversation, track.answer()
+
+
+def _prepared(
+    engine: Engine, conversations: Iterable[Conversation], worker: Executor | None
+) -> Iterator[RecordingTrack]:
+    """Tracks of recordings; with a ``worker`` the next begins to be encoded early."""
+    coming = (RecordingTrack(engine, one, worker) for one in conversations)
+    if worker is None:
+        yield from coming
+        return
+    ready = next(coming, None)
+    while ready is not None:
+        following = next(coming, None)
+        yield ready
+        ready = following
+
+
+def _converse_grouped(
+    engine: Engine,
+    conversations: Iterable[Conversation],
+    sampling: SamplingConfig,
+    batch_size: int,
+) -> Iterator[tuple[Conversation, Answer]]:
+    """``converse_many`` with the codec's work done in groups.
+
+    A group is encoded whole before its rows start, and decoded whole when they are
+    done. A result a step is given away: what is done with it runs beside the step that
+    the GPU makes meanwhile.
+    """
+    group = engine.codec.group
+    done: list[GroupedTrack] = []
+    decoded: deque[tuple[Conversation, Answer]] = deque()
+
+    def decode() -> None:
+        answers = decode_group(engine.codec, done)
+        decoded.extend((t.conversation, a) for t, a in zip(done, answers, strict=True))
+        done.clear()
+
+    def tracks() -> Iterator[GroupedTrack]:
+        coming, size = iter(conversations), max(group, batch_size)
+        while some := list(itertools.islice(coming, size)):
+            yield from encode_group(engine, some)
+            size = group
+
+    for stepped in run(engine, tracks(), sampling, capacity=batch_size):
+        done.extend(track for track in stepped if track.is_complete)
+        if len(done) >= group:
+            decode()
+        if decoded:
+            yield decoded.popleft()
+    if done:
+        decode()
+    yield from decoded

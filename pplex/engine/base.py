@@ -1,0 +1,174 @@
+"""What an engine is: one loaded model on one device, NumPy in, NumPy out.
+
+An engine is made from a checkpoint's tensors and owns its weights' form, its memory of
+past positions and its codec. The loop around it (``conversation``) is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from pplex.model.config import MimiConfig, ModelConfig
+from pplex.model.mimi import Mimi
+from pplex.model.prompt import Prompt
+from pplex.model.sampling import SamplingConfig
+
+FORCED_FRAMES = 32  # positions whose logits are computed at a time
+
+
+class Codec(Protocol):
+    """PCM to codes and back, in chunks of whole frames of any number.
+
+    ``concurrent``: calls may run in a thread beside the steps. ``chunk_frames`` are
+    best taken at a time where nobody waits for them; ``group`` recordings are best
+    coded together, 1 for one by one.
+    """
+
+    @property
+    def concurrent(self) -> bool: ...
+
+    @property
+    def chunk_frames(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+    def make_state(self) -> Any:
+        """A fresh state, for one direction of one stream."""
+
+    def encode(self, frames: np.ndarray, state: Any) -> np.ndarray:
+        """PCM (frames, frame_size) to codes int32 (codebooks, frames)."""
+
+    def decode(self, codes: np.ndarray, state: Any) -> np.ndarray:
+        """Codes (codebooks, frames) to PCM (frames * frame_size,)."""
+
+    def encode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """``encode`` of recordings (frames, frame_size), each from its start."""
+
+    def decode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """``decode`` of codes (codebooks, frames), each from its start."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A prompt that was read; rows begin after it. ``memory`` is the engine's own."""
+
+    prompt: Prompt
+    memory: Any
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Text (frames, text_card) and agent (frames, codebooks, card), float32."""
+
+    text: np.ndarray
+    agent: np.ndarray
+
+
+class Pending(Protocol):
+    """A step that has begun."""
+
+    def tokens(self) -> np.ndarray:
+        """The agent's column int32 (capacity, agent streams), once it is there.
+
+        What it holds for places that nobody has means nothing.
+        """
+
+
+class Rows(Protocol):
+    """Conversations that step together, each in a place of its own."""
+
+    def join(self, start: Start, seed: int, frames: int | None = None) -> int:
+        """Begin a conversation after a prompt, of ``frames`` if known; its place."""
+
+    def step(self, user: np.ndarray) -> Pending:
+        """Give every row its next user tokens int32 (capacity, codebooks), by place.
+
+        The next step may be asked for before this one's tokens are.
+        """
+
+    def leave(self, row: int) -> None:
+        """End the conversation in a place; another may join there."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model takes on an engine, in bytes.
+
+    ``step``: weights that a step reads, once for all its rows; ``position``: keys and
+    values of one position of one row; ``codec``: weights of the codec, read once a
+    chunk, and ``codec_state`` what it keeps of one direction of a stream; ``held``: all
+    weights in memory.
+    """
+
+    step: int
+    position: int
+    codec: int
+    codec_state: int
+    held: int
+
+
+class Engine(Protocol):
+    """Runs one loaded model on one device.
+
+    ``dtype`` is what it computes in, ``compute`` whether any of its weights stay
+    ``quantized``, or all are ``dense``. With ``is_async`` a step goes on while the host
+    does something else.
+    """
+
+    name: str
+    config: ModelConfig
+    dtype: str
+    compute: str
+    is_async: bool
+    codec: Codec
+
+    def prefill(self, prompt: Prompt) -> Start:
+        """Read a prompt, so that conversations can start after it."""
+
+    def rows(
+        self, capacity: int, sampling: SamplingConfig, *, live: bool = False
+    ) -> Rows:
+        """Places for ``capacity`` conversations whose tokens are drawn so.
+
+        With ``live`` memory is taken at the start: no frame waits for it later.
+        """
+
+    def forced(self, start: Start, columns: np.ndarray) -> Iterator[Logits]:
+        """The logits of each of ``columns`` (streams, frames), given all before it.
+
+        They are the columns after a prompt; in stretches of ``FORCED_FRAMES``.
+        """
+
+    def embed(self, columns: np.ndarray) -> np.ndarray:
+        """The model's inputs float32 (frames, dim) for columns (streams, frames)."""
+
+    def cost(self) -> Cost:
+        """What the model takes."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step whose tokens are there already."""
+
+    column: np.ndarray
+
+    def tokens(self) -> np.ndarray:
+        """The agent's column int32 (capacity, agent streams)."""
+        return self.column
+
+
+def codec_bytes(config: MimiConfig) -> tuple[int, int]:
+    """Bytes of a codec's weights, and of what one direction of a stream keeps.
+
+    In float32, as every engine has them.
+    """
+    weights = dict(tree_flatten(Mimi(config).parameters()))
+    t = config.transformer
+    kept = 2 * t.num_layers * t.d_model * t.window
+    return 4 * sum(array.size for array in weights.values()), 4 * kept

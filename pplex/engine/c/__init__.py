@@ -1,0 +1,1 @@
+"""The engine of plain CPUs: language model and codec as compiled C."""

@@ -1,0 +1,479 @@
+"""The engine of CPUs: one call of compiled code makes a step, reads a prompt, codes.
+
+The arithmetic is in ``lm.c``; it computes what ``model.lm.Lm`` does, and draws as
+``Sampler`` does. A row's result is the same bits whatever rows stand beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.checkpoint.layouts import Quantization
+from pplex.checkpoint.weights import LmTensors
+from pplex.engine.base import (
+    FORCED_FRAMES,
+    Codec,
+    Cost,
+    Done,
+    Logits,
+    Start,
+    codec_bytes,
+)
+from pplex.engine.c.binding import load_library
+from pplex.engine.c.codec import CCodec
+from pplex.engine.c.memory import Pool, RowCache
+from pplex.engine.c.structures import (
+    BFLOAT16,
+    FLOAT32,
+    LANES,
+    Layer,
+    Matrix,
+    Model,
+    Row,
+    Sampling,
+)
+from pplex.model.config import LmConfig, ModelConfig
+from pplex.model.prompt import Prompt
+from pplex.model.sampling import Sampler, SamplingConfig, noise_key
+from pplex.model.streams import NOT_FORCED
+
+_Item = TypeVar("_Item", bound=ctypes.Structure)
+
+_POSITIONS = 128  # read at once: what they need in memory is bounded
+_KEPT_ROWS = 16  # whose memory is kept from step to step
+
+
+class CEngine:
+    """A language model and a codec made ready for the compiled code."""
+
+    name = "c"
+    dtype = "float32"
+    is_async = False
+
+    def __init__(
+        self, config: ModelConfig, lm: LmTensors, codec: Mapping[str, mx.array]
+    ) -> None:
+        """Pack ``lm``, which is emptied on the way, and the codec's weights.
+
+        ValueError where the libraries are missing.
+        """
+        self.config = config
+        self.compute = "quantized" if lm.forms else "dense"
+        self.codec: Codec = CCodec(config.mimi, codec)
+        self.lm = CompiledLm(config.lm, lm)
+
+    def prefill(self, prompt: Prompt) -> Start:
+        """Read a prompt, so that conversations can start after it."""
+        saved = 0 if prompt.embeddings is None else len(prompt.embeddings)
+        inputs = self.lm.embed(prompt.columns[:, saved:-1].T)
+        if prompt.embeddings is not None:
+            inputs = np.concatenate([prompt.embeddings, inputs])
+        cache = self.lm.make_cache()
+        self.lm.read(cache, inputs)
+        return Start(prompt, cache)
+
+    def rows(
+        self, capacity: int, sampling: SamplingConfig, *, live: bool = False
+    ) -> CRows:
+        """Places for ``capacity`` conversations."""
+        return CRows(self.lm, capacity, sampling, live)
+
+    def forced(self, start: Start, columns: np.ndarray) -> Iterator[Logits]:
+        """The logits of each of ``columns`` (streams, frames), given all before it."""
+        config, cache = self.config.lm, start.memory.copy()
+        grid = np.concatenate([start.prompt.columns[:, -1:], columns], axis=1).T
+        for first in range(0, len(grid) - 1, FORCED_FRAMES):
+            last = min(first + FORCED_FRAMES, len(grid) - 1)
+            given = grid[first + 1 : last + 1, : config.num_agent_streams]
+            logits = self.lm.force(cache, grid[first:last], given)
+            text, agent = np.split(logits, [config.text_card], axis=1)
+            yield Logits(text, agent.reshape(len(agent), -1, config.card))
+
+    def embed(self, columns: np.ndarray) -> np.ndarray:
+        """The model's inputs float32 (frames, dim) for columns (streams, frames)."""
+        return self.lm.embed(columns.T)
+
+    def cost(self) -> Cost:
+        """What the model takes."""
+        return _cost(self.config, self.lm.matrix_bytes, self.lm.table_bytes)
+
+
+def cost_of(config: ModelConfig, lm: LmTensors) -> Cost:
+    """What a model takes once it is packed; nothing is read but names and shapes."""
+    matrices = tables = 0
+    for name, weight in lm.weights.items():
+        if not name.endswith(".weight") or weight.ndim != 2:
+            continue
+        form = lm.forms.get(name.removesuffix(".weight"))
+        if name.endswith("_emb.weight"):
+            tables += weight.size * 4 + _scale_bytes(weight, form)
+        else:
+            matrices += _packed_bytes(weight, form)
+    return _cost(config, matrices, tables)
+
+
+def _cost(config: ModelConfig, matrices: int, tables: int) -> Cost:
+    codec, codec_state = codec_bytes(config.mimi)
+    return Cost(
+        step=matrices,
+        position=config.lm.kv_bytes(1, 4),
+        codec=codec,
+        codec_state=codec_state,
+        held=matrices + tables + codec,
+    )
+
+
+def _packed_bytes(weight: mx.array, form: Quantization | None) -> int:
+    rows, columns = weight.shape
+    padded = -(-rows // LANES) * LANES
+    if form is None:
+        is_half = weight.dtype == mx.bfloat16 and columns % 2 == 0
+        return padded * columns * (2 if is_half else 4)
+    columns = columns * 32 // form.bits
+    bits = 4 if form.bits <= 4 else 8
+    return padded * (columns * bits // 8 + 8 * columns // form.group_size)
+
+
+def _scale_bytes(weight: mx.array, form: Quantization | None) -> int:
+    """Bytes of a table's scales and biases, in float32."""
+    if form is None:
+        return 0
+    rows, words = weight.shape
+    return 8 * rows * words * 32 // form.bits // form.group_size
+
+
+class CRows:
+    """Conversations side by side, each with its own keys and values."""
+
+    def __init__(
+        self, lm: CompiledLm, capacity: int, sampling: SamplingConfig, live: bool
+    ) -> None:
+        config = lm.config
+        self._lm, self._live = lm, live
+        self._sampling = Sampling(**Sampler.of(config, sampling).layout())
+        self._num_agent = config.num_agent_streams
+        self._caches: list[RowCache | None] = [None] * capacity
+        self._keys = np.zeros((capacity, 2), np.uint32)
+        self._columns = np.zeros((capacity, config.num_streams), np.int32)
+        self._given = np.full((capacity, self._num_agent), NOT_FORCED, np.int32)
+        self._is_given = False
+        self._taken: list[int] = []
+
+    def join(self, start: Start, seed: int, frames: int | None = None) -> int:
+        """Begin a conversation after a prompt, of ``frames`` if known; its place."""
+        place = self._caches.index(None)
+        cache = start.memory.copy(room=frames or 0)
+        if self._live:
+            cache.reserve()
+        self._caches[place] = cache
+        self._keys[place] = noise_key(seed, 0)
+        self._columns[place] = start.prompt.columns[:, -1]
+        self._given[place] = start.prompt.pending[: self._num_agent]
+        self._is_given = True
+        self._taken = sorted([*self._taken, place])
+        return place
+
+    def leave(self, row: int) -> None:
+        """End the conversation in a place; another may join there."""
+        cache = self._caches[row]
+        assert cache is not None
+        cache.release()
+        self._caches[row] = None
+        self._taken.remove(row)
+
+    def step(self, user: np.ndarray) -> Done:
+        """Make a step of all rows."""
+        places = self._taken
+        whole = len(places) == len(self._caches)
+        columns = self._columns if whole else self._columns[places]
+        given = None
+        if self._is_given:
+            given = self._given if whole else self._given[places]
+        caches = [cache for cache in self._caches if cache is not None]
+        rows = (Row * len(caches))()
+        for place, row, cache in zip(places, rows, caches, strict=True):
+            cache.fill((row,))
+            row.key[:] = self._keys[place]
+        agent = self._lm.step(rows, columns, given, self._sampling)
+        for cache in caches:
+            cache.end += 1
+        self._keys[:, 1] += 1
+        if self._is_given:
+            self._given[:] = NOT_FORCED
+            self._is_given = False
+        if whole:
+            self._columns[:, : self._num_agent] = agent
+            self._columns[:, self._num_agent :] = user
+            return Done(agent)
+        self._columns[places, : self._num_agent] = agent
+        self._columns[places, self._num_agent :] = user[places]
+        column = np.zeros((len(self._caches), self._num_agent), np.int32)
+        column[places] = agent
+        return Done(column)
+
+
+class CompiledLm:
+    """A language model's weights as the compiled code reads them."""
+
+    def __init__(self, config: LmConfig, tensors: LmTensors) -> None:
+        """Pack the matrices one after another, taking them out of ``tensors``."""
+        library = load_library("lm")
+        if library is None:
+            raise ValueError("the compiled language model is missing")
+        self.config = config
+        self._library = library
+        self._held: list[object] = []  # what the library reads
+        self._pool = Pool()
+        self._kept = threading.local()
+        self.matrix_bytes = 0  # of packed matrices, each of which every step reads
+        self.table_bytes = 0
+        self._weights, self._forms = tensors.weights, tensors.forms
+        steps = config.num_codebooks
+        # The reference's ring has `dep_q` slots and hides the oldest when full.
+        hiding = config.dep_q - 1
+        self._model = Model(
+            dim=config.dim,
+            heads=config.num_heads,
+            layers=config.num_layers,
+            hidden=config.hidden_dim,
+            window=config.window,
+            text_card=config.text_card,
+            card=config.card,
+            streams=config.num_streams,
+            steps=steps,
+            hiding_step=hiding if 0 < hiding < steps else -1,
+            dep_dim=config.depformer_dim,
+            dep_heads=config.depformer_num_heads,
+            dep_layers=config.depformer_num_layers,
+            dep_hidden=config.depformer_hidden_dim,
+            text_emb=self._table("text_emb"),
+            audio_emb=self._table("audio_emb"),
+            dep_text_emb=self._table("depformer.text_emb"),
+            dep_audio_emb=self._table("depformer.audio_emb"),
+            temporal=self._array(
+                Layer,
+                [
+                    self._layer(f"layers.{idx}", "self_attn.")
+                    for idx in range(config.num_layers)
+                ],
+            ),
+            out_norm=self._floats("out_norm.weight"),
+            text_linear=self._matrix("text_linear"),
+            dep_input=self._matrix("depformer.input"),
+            depformer=self._array(
+                Layer,
+                [
+                    self._layer(f"depformer.steps.{step}.layers.{idx}")
+                    for step in range(steps)
+                    for idx in range(config.depformer_num_layers)
+                ],
+            ),
+            dep_heads_out=self._array(
+                Matrix,
+                [self._matrix(f"depformer.steps.{step}.head") for step in range(steps)],
+            ),
+        )
+
+    def make_cache(self) -> RowCache:
+        """An empty cache for the temporal transformer."""
+        return RowCache(self.config, self._pool)
+
+    def embed(self, columns: np.ndarray) -> np.ndarray:
+        """Inputs float32 (t, dim) of columns (t, streams): the sums of their rows."""
+        columns = _whole(columns, (len(columns), self.config.num_streams))
+        inputs = np.empty((len(columns), self.config.dim), np.float32)
+        known = self._library.pplex_lm_embed(
+            ctypes.byref(self._model),
+            len(columns),
+            columns.ctypes.data,
+            inputs.ctypes.data,
+        )
+        _check_known(known)
+        return inputs
+
+    def read(self, cache: RowCache, inputs: np.ndarray) -> None:
+        """Add positions to ``cache`` whose embeddings are ``inputs``, float32 (t, dim).
+
+        The same bits as by steps that are given their tokens.
+        """
+        inputs = np.ascontiguousarray(inputs, np.float32)
+        for start in range(0, len(inputs), _POSITIONS):
+            part = inputs[start : start + _POSITIONS]
+            rows = (Row * len(part))()
+            cache.fill(rows[:])
+            size = self._library.pplex_lm_read_scratch(
+                ctypes.byref(self._model), len(rows)
+            )
+            scratch = np.empty(size, np.float32)
+            self._library.pplex_lm_read(
+                ctypes.byref(self._model),
+                len(rows),
+                ctypes.addressof(rows),
+                part.ctypes.data,
+                scratch.ctypes.data,
+            )
+            cache.end += len(rows)
+
+    def force(
+        self, cache: RowCache, columns: np.ndarray, given: np.ndarray
+    ) -> np.ndarray:
+        """The logits (t, text_card + codebooks * card) of positions that are all given.
+
+        ``columns`` (t, streams) are one conversation's next, ``given`` (t, agent
+        streams) the agent's columns after each; int32. They are added to ``cache``.
+        """
+        config = self.config
+        rows = (Row * len(columns))()
+        cache.fill(rows[:])
+        width = config.text_card + config.num_codebooks * config.card
+        logits = np.empty((len(columns), width), np.float32)
+        self.step(rows, columns, given, Sampling(), logits)
+        cache.end += len(columns)
+        return logits
+
+    def step(
+        self,
+        rows: ctypes.Array[Row],
+        columns: np.ndarray,
+        given: np.ndarray | None,
+        sampling: Sampling,
+        logits: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The agent's columns (rows, agent streams) that follow ``columns``.
+
+        ``columns`` (rows, streams) and ``given`` (rows, agent streams) are int32.
+        ``logits``, float32 (rows, text_card + codebooks * card), is filled if it is
+        there. A position is added to each row's keys and values; counting it is the
+        caller's.
+        """
+        config, num_rows = self.config, len(rows)
+        columns = _whole(columns, (num_rows, config.num_streams))
+        shape = (num_rows, config.num_agent_streams)
+        given = None if given is None else _whole(given, shape)
+        agent, scratch = np.empty(shape, np.int32), self._scratch(num_rows)
+        known = self._library.pplex_lm_step(
+            ctypes.byref(self._model),
+            ctypes.byref(sampling),
+            num_rows,
+            ctypes.addressof(rows),
+            columns.ctypes.data,
+            None if given is None else given.ctypes.data,
+            agent.ctypes.data,
+            None if logits is None else logits.ctypes.data,
+            scratch.ctypes.data,
+        )
+        _check_known(known)
+        return agent
+
+    def _scratch(self, num_rows: int) -> np.ndarray:
+        """Memory for a step, this thread's own; kept if it is that of a few rows."""
+        size = self._library.pplex_lm_scratch(ctypes.byref(self._model), num_rows)
+        scratch: np.ndarray | None = getattr(self._kept, "scratch", None)
+        if scratch is None or len(scratch) < size:
+            scratch = np.empty(size, np.float32)
+            if num_rows <= _KEPT_ROWS:
+                self._kept.scratch = scratch
+        return scratch
+
+    def _array(self, kind: type[_Item], items: Sequence[_Item]) -> ctypes.Array[_Item]:
+        array = (kind * len(items))(*items)
+        self._held.append(array)
+        return array
+
+    def _hold(self, array: np.ndarray) -> int:
+        self._held.append(array)
+        return int(array.ctypes.data)
+
+    def _take(self, name: str) -> np.ndarray:
+        """A tensor out of the checkpoint's, floats as float32, contiguous."""
+        array = self._weights.pop(name)
+        if array.dtype != mx.uint32:
+            array = array.astype(mx.float32)
+        return np.ascontiguousarray(np.asarray(array))
+
+    def _floats(self, name: str) -> int:
+        return self._hold(self._take(name))
+
+    def _layer(self, name: str, attention: str = "") -> Layer:
+        return Layer(
+            norm1=self._floats(f"{name}.norm1.weight"),
+            norm2=self._floats(f"{name}.norm2.weight"),
+            in_proj=self._matrix(f"{name}.{attention}in_proj"),
+            out_proj=self._matrix(f"{name}.{attention}out_proj"),
+            linear_in=self._matrix(f"{name}.gating.linear_in"),
+            linear_out=self._matrix(f"{name}.gating.linear_out"),
+        )
+
+    def _table(self, name: str) -> Matrix:
+        """An embedding table, row after row."""
+        weight, form = self._take(f"{name}.weight"), self._forms.get(name)
+        parts = [weight]
+        if form is not None:
+            parts += [self._take(f"{name}.{part}") for part in ("scales", "biases")]
+        self.table_bytes += sum(part.nbytes for part in parts)
+        places = [self._hold(part) for part in parts] + [None] * (3 - len(parts))
+        rows, columns = weight.shape
+        if form is None:
+            return Matrix(*places, rows, columns, FLOAT32, 0)
+        return Matrix(
+            *places, rows, columns * 32 // form.bits, form.bits, form.group_size
+        )
+
+    def _matrix(self, name: str) -> Matrix:
+        """A packed matrix; in bfloat16 where that holds it exactly."""
+        weight, form = self._take(f"{name}.weight"), self._forms.get(name)
+        rows, columns = weight.shape
+        if form is None:
+            for bits in (BFLOAT16, FLOAT32):
+                words = self._pack(weight, columns, FLOAT32, bits)
+                if words is not None:
+                    break
+            assert words is not None
+            return Matrix(self._hold(words), None, None, rows, columns, bits, 0)
+        columns = columns * 32 // form.bits
+        bits = 4 if form.bits <= 4 else 8
+        parts = [self._pack(weight, columns, form.bits, bits)]
+        for part in ("scales", "biases"):
+            values = self._take(f"{name}.{part}")
+            parts.append(self._pack(values, values.shape[1], FLOAT32, FLOAT32))
+        places = [self._hold(part) for part in parts if part is not None]
+        return Matrix(*places, rows, columns, bits, form.group_size)
+
+    def _pack(
+        self, values: np.ndarray, columns: int, source_bits: int, bits: int
+    ) -> np.ndarray | None:
+        """Values (rows, ...) in blocks of lanes; None if bfloat16 does not hold them.
+
+        The last block is whole, and so is the last pair of bfloat16.
+        """
+        if bits == BFLOAT16 and columns % 2:
+            return None
+        rows = len(values)
+        blocks = -(-rows // LANES)
+        words = np.empty((blocks, columns * bits // 32, LANES), np.uint32)
+        packed = self._library.pplex_lm_pack(
+            values.ctypes.data, rows, columns, source_bits, bits, words.ctypes.data
+        )
+        if not packed:
+            return None
+        self.matrix_bytes += words.nbytes
+        return words
+
+
+def _check_known(known: int) -> None:
+    if not known:
+        raise ValueError("a token is beyond the end of its embedding table")
+
+
+def _whole(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """``array`` as contiguous int32 of ``shape``; ValueError if it has another."""
+    array = np.ascontiguousarray(array, np.int32)
+    if array.shape != shape:
+        raise ValueError(f"expected int32 of shape {shape}, found {array.shape}")
+    return array

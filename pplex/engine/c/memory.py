@@ -1,0 +1,194 @@
+"""Keys and values of the past positions of a row, and the memory they lie in.
+
+What every step reads is found faster in few huge pages, which take longer to get.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import mmap
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from pplex.engine.c.structures import LANES, Row
+from pplex.model.cache import GROWTH
+from pplex.model.config import LmConfig
+from pplex.model.rotary import angles
+
+HUGE_PAGE = 2 << 20
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike, *, huge: bool = True) -> np.ndarray:
+    """Zeros of ``shape``, if they are large and the system can in huge pages.
+
+    A page is taken from the system when a part of it is first written to. Of a huge one
+    that may take it 100 ms: without ``huge`` pages are small.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    advice = getattr(mmap, "MADV_HUGEPAGE" if huge else "MADV_NOHUGEPAGE", None)
+    if size < HUGE_PAGE // 2 or advice is None:
+        return np.zeros(shape, dtype)
+    pages = -(-size // HUGE_PAGE) + 1  # one more, for the first to begin at a page
+    memory = mmap.mmap(-1, pages * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+    try:
+        memory.madvise(advice)
+    except OSError:  # a system built without them
+        return np.zeros(shape, dtype)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE
+    return whole[start : start + size].view(dtype).reshape(shape)
+
+
+class Pool:
+    """Memory that is used again: for a new huge page the system may move others."""
+
+    def __init__(self, most_bytes: int = 32 * HUGE_PAGE) -> None:
+        """Of what is given back, ``most_bytes`` are kept."""
+        self._most_bytes = most_bytes
+        self._spare: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> np.ndarray:
+        """At least ``count`` float32 values, whatever they are."""
+        with self._lock:
+            for idx, array in enumerate(self._spare):
+                if len(array) >= count:
+                    return self._spare.pop(idx)
+        return zeros((count,), np.float32)
+
+    def give_back(self, array: np.ndarray) -> None:
+        """Take an array back that nobody uses."""
+        with self._lock:
+            self._spare.append(array)
+            while sum(a.nbytes for a in self._spare) > self._most_bytes:
+                self._spare.pop(0)
+
+
+class RowCache:
+    """Keys and values of the past positions of one row, as the compiled code has them.
+
+    ``end`` is how many were written since the start; the last ``window`` are kept,
+    position ``p`` in slot ``p % window``. Until it is full, a copy reads its first
+    positions where its source has them: rows that start from one prompt read that once
+    for all of them.
+    """
+
+    _keys: np.ndarray
+    _values: np.ndarray
+
+    def __init__(self, config: LmConfig, pool: Pool) -> None:
+        """An empty cache for the temporal transformer.
+
+        Of ``pool`` is the memory of copies whose size is known: it may take longer to
+        get than a frame, and is faster to read.
+        """
+        self.window, self.end = config.window, 0
+        self._pool, self._is_pooled = pool, False
+        self._max_period = config.max_period
+        self._layers, self._heads = config.num_layers, config.num_heads
+        self._head_dim = config.dim // config.num_heads
+        self._slots = 0
+        self._source: RowCache | None = None
+        self._num_first = 0
+        self._grow(1)
+
+    def copy(self, room: int = 0) -> RowCache:
+        """A cache with the same contents that can go its own way.
+
+        It has room for ``room`` more positions.
+        """
+        other = copy.copy(self)
+        other._is_pooled = room > 0
+        other._source, other._num_first = self, self.end // LANES * LANES
+        other._make_room(self.end + room if room else self._slots)
+        return other
+
+    def release(self) -> None:
+        """Give its memory back: neither it nor a copy of it is used any more."""
+        if self._is_pooled:
+            self._pool.give_back(self._memory)
+
+    def arrays(self) -> list[np.ndarray]:
+        """The arrays held."""
+        return [self._keys, self._values]
+
+    def reserve(self) -> None:
+        """Make room for the whole window now: growing later would keep a frame waiting.
+
+        Memory that is not written to is not taken from the system yet.
+        """
+        if self._slots < self.window:
+            self._make_room(self.window, huge=False)
+
+    def fill(self, rows: Sequence[Row]) -> None:
+        """Describe the next positions, a row each, with room for them."""
+        last = self.end + len(rows)
+        if last > self._slots and self._slots < self.window:
+            self._grow(last)
+        source = self._source
+        if source and max(last, source.end) > self.window:
+            source = self._source = None  # one of them writes over its first positions
+        for position, row in enumerate(rows, self.end):
+            row.keys, row.values = self._places
+            row.slots, row.end = self._slots, position
+            row.cosines, row.sines = _angles_of(
+                position, self._head_dim, self._max_period
+            )
+            if source:
+                row.first_keys, row.first_values = source._places
+                row.first_slots, row.num_first = source._slots, self._num_first
+
+    def _grow(self, need: int) -> None:
+        """Make room for ``need`` positions, twice as many as before or the window."""
+        self._make_room(max(2 * self._slots, -(-need // GROWTH) * GROWTH))
+
+    def _make_room(self, size: int, *, huge: bool = True) -> None:
+        """Move to arrays of ``size`` slots, but no more than the window."""
+        size = -(-min(size, self.window) // LANES) * LANES
+        layers, heads, width = self._layers, self._heads, self._head_dim
+        padded = -(-width // LANES) * LANES
+        num_keys, num_values = (layers * heads * size * n for n in (width, padded))
+        count = num_keys + num_values
+        if not huge:
+            memory = zeros((count,), np.float32, huge=False)
+        elif self._is_pooled:
+            memory = self._pool.take(count)
+        else:
+            memory = np.zeros(count, np.float32)
+        key_shape = layers, heads, size // LANES, width, LANES
+        keys: np.ndarray = memory[:num_keys].reshape(key_shape)
+        values: np.ndarray = memory[num_keys : num_keys + num_values]
+        values = values.reshape(layers, heads, size, padded)
+        if self.end:
+            held = min(self.end, self.window)
+            blocks = -(-held // LANES)
+            keys[:, :, :blocks] = self._keys[:, :, :blocks]
+            values[:, :, :held] = self._values[:, :, :held]
+        self._slots, self._memory = size, memory
+        self._keys, self._values = keys, values
+        self._places = keys.ctypes.data, values.ctypes.data
+
+
+_BLOCK = 128  # positions whose angles are made at once
+
+
+def _angles_of(position: int, width: int, max_period: float) -> tuple[int, int]:
+    """Where the cosines and the sines of a position lie."""
+    block, idx = divmod(position, _BLOCK)
+    _, cosines, sines = _block_angles(block, width, max_period)
+    start = idx * (width // 2) * 4
+    return cosines + start, sines + start
+
+
+@functools.lru_cache(maxsize=512)
+def _block_angles(
+    block: int, width: int, max_period: float
+) -> tuple[tuple[np.ndarray, np.ndarray], int, int]:
+    """Arrays of cosines and sines, and where they lie."""
+    both = cosines, sines = angles(block * _BLOCK, _BLOCK, width, max_period)
+    return both, cosines.ctypes.data, sines.ctypes.data

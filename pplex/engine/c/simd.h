@@ -1,0 +1,72 @@
+/* Vectors of floats of one instruction set's width: see each_cpu.h. */
+
+#define INLINE TARGET static inline __attribute__((always_inline))
+#define WIDTH (VECTOR_BYTES / 4) /* floats of a vector */
+#define vec NAME(vec)
+#define ints NAME(ints)
+#define uints NAME(uints)
+
+typedef float vec __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef uint32_t uints __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(4)));
+typedef vec NAME(loose) __attribute__((aligned(4)));
+typedef ints NAME(loose_ints) __attribute__((aligned(4)));
+
+INLINE vec NAME(splat)(float x) { return x - (vec){0}; }
+
+INLINE vec NAME(load)(const float *x) { return *(const NAME(loose) *)x; }
+
+INLINE ints NAME(load_ints)(const int32_t *x) { return *(const NAME(loose_ints) *)x; }
+
+INLINE void NAME(store)(float *to, vec x) { *(NAME(loose) *)to = x; }
+
+/* `x` where `mask` has all bits set, `other` where it has none. */
+INLINE vec NAME(either)(ints mask, vec x, vec other) {
+  return (vec)(((ints)x & mask) | ((ints)other & ~mask));
+}
+
+INLINE vec NAME(larger)(vec a, vec b) {
+#if VECTOR_BYTES == 64
+  return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif VECTOR_BYTES == 32
+  return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return NAME(either)(a > b, a, b);
+#endif
+}
+
+INLINE vec NAME(smaller)(vec a, vec b) {
+#if VECTOR_BYTES == 64
+  return (vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif VECTOR_BYTES == 32
+  return (vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return NAME(either)(a < b, a, b);
+#endif
+}
+
+/* Sum of `count` floats, a power of two, which are written over; in a fixed order. */
+INLINE float NAME(fold)(float *x, int count) {
+  for (int width = count / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) x[i] += x[i + width];
+  return x[0];
+}
+
+/* e^x of x kept from -87 to 88, to 2 units in the last place.
+
+   x = n ln 2 + r, and e^r = 1 + r + r^2 p(r): p was fitted to the least largest error
+   for |r| <= ln 2 / 2, which is 3e-9. */
+INLINE vec NAME(exp)(vec x) {
+  const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to whole numbers */
+  x = NAME(smaller)(NAME(larger)(x, NAME(splat)(-87.0f)), NAME(splat)(88.0f));
+  vec shifted = x * 1.44269504f + round, n = shifted - round;
+  /* ln 2 in two parts, the first of few bits */
+  vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec p = r * 1.3950490392744541e-3f + 8.368889801204205e-3f;
+  p = p * r + 4.166620597243309e-2f;
+  p = p * r + 0.166665181517601f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  return (vec)((ints)p + ((ints)shifted << 23));
+}

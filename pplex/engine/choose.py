@@ -1,0 +1,186 @@
+"""Which engine runs here, and in what form weights compute: the one table of both.
+
+What is faster depends on what computes and on how many recordings there are at a time.
+``KINDS`` records what was found, and why; memory has the last word. A new engine is a
+module of its own and a line there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from pplex.checkpoint.weights import LmTensors
+from pplex.engine.base import Cost, Engine
+from pplex.engine.c import binding
+from pplex.engine.c import engine as c
+from pplex.engine.cuda import compiler
+from pplex.engine.cuda.engine import CudaEngine
+from pplex.engine.device import memory_gb, on_cpu
+from pplex.engine.mlx import engine as mlx
+from pplex.model.config import ModelConfig
+
+Compute = Literal["auto", "quantized", "dense"]
+
+# Of the free memory, what weights that are written out may take, and what rows may.
+_WEIGHTS_SHARE = 0.5
+_ROWS_SHARE = 0.85
+
+MIN_ROWS_C = 4  # so many are computed with each vector of weights that is read
+FULL_ROWS_C = 8  # more than these share in no vector of weights (lm.h)
+MAX_ROWS_C = 16
+# Keys and values are read by every step: twice as fast from a cache as from memory.
+# `mini`: 0.25 ms a frame with 4 rows, 0.225 with 8 at 325 positions; 0.74 and 1.25 at
+# 1500. These are of the longest recordings at their end, twice what is read on average.
+CACHE_BYTES = 96 << 20
+MAX_ROWS_GPU = 256
+
+
+@dataclass(frozen=True)
+class Form:
+    """Whether quantized weights are written out, and why, in a clause."""
+
+    dense: bool
+    reason: str
+
+    def __str__(self) -> str:
+        """In words, for messages."""
+        return f"{'dense' if self.dense else 'quantized'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An engine where it is the best, and what is best for it.
+
+    ``is_available`` tells whether MLX's default device is one for it; ``make`` makes it
+    and ``cost`` tells before what a model takes on it. ``one`` and
+    ``many`` are the faster forms of weights for one recording at a time and for many;
+    ``max_rows`` how many rows of so many bytes may step together, of a model's cost and
+    with so many bytes free.
+    """
+
+    is_available: Callable[[], bool]
+    make: Callable[[ModelConfig, LmTensors, Mapping[str, mx.array]], Engine]
+    cost: Callable[[ModelConfig, LmTensors], Cost]
+    one: Form
+    many: Form
+    max_rows: Callable[[Cost, int, float], int]
+
+
+def _rows_in_cache(cost: Cost, row_bytes: int, free: float) -> int:
+    """As many as a cache holds keys and values of, up to a product's.
+
+    Or, where weights take more, as weights take, for each row's share in reading these
+    is less the more rows there are.
+    """
+    rows = max(min(CACHE_BYTES // row_bytes, FULL_ROWS_C), cost.step // row_bytes)
+    return min(max(rows, MIN_ROWS_C), MAX_ROWS_C)
+
+
+def _rows_in_memory(cost: Cost, row_bytes: int, free: float) -> int:
+    """The ring is copied when it grows, an array of many at a time."""
+    return min(int(_ROWS_SHARE * free / (1.1 * row_bytes)), MAX_ROWS_GPU)
+
+
+def _one_row(cost: Cost, row_bytes: int, free: float) -> int:
+    """Rows share nothing there."""
+    return 1
+
+
+_FEWER_BYTES = "a frame reads fewer bytes so"
+
+# The first that is available is taken.
+KINDS: dict[str, Kind] = {
+    # Our C on a CPU. Medium random model on 2 cores, AVX-512: 12.9 ms a step against
+    # 24.1 written out, with 8 rows 37 ms against 54.
+    "c": Kind(
+        is_available=lambda: on_cpu() and binding.is_built(),
+        make=c.CEngine,
+        cost=c.cost_of,
+        one=Form(False, "the compiled step reads fewer bytes so"),
+        many=Form(False, "the compiled step reads fewer bytes so"),
+        max_rows=_rows_in_cache,
+    ),
+    # MLX on a CPU. 4096 x 4096, one row: 0.83 ns a weight at 4 bits, 0.27 in float32.
+    "cpu": Kind(
+        is_available=on_cpu,
+        make=functools.partial(mlx.MlxEngine, on_gpu=False),
+        cost=functools.partial(mlx.cost_of, float_bytes=4),
+        one=Form(True, "MLX's CPU products are 3 times as fast so"),
+        many=Form(True, "MLX's CPU products are 3 times as fast so"),
+        max_rows=_one_row,
+    ),
+    # H200, 7B: 4.9 ms a frame at 4 bits; in bfloat16 it reads 4 times as many bytes.
+    # MLX's CUDA kernels for quantized weights take the rows one by one.
+    "cuda": Kind(
+        is_available=lambda: not on_cpu() and compiler.is_usable(),
+        make=CudaEngine,
+        cost=functools.partial(mlx.cost_of, float_bytes=2),
+        one=Form(False, "one kernel makes a frame, and reads fewer bytes so"),
+        many=Form(True, "CUDA's products of many rows are faster so"),
+        max_rows=_rows_in_memory,
+    ),
+    # Metal, and GPUs that our kernels do not know; nothing here was measured on a Mac.
+    "gpu": Kind(
+        is_available=lambda: not on_cpu(),
+        make=functools.partial(mlx.MlxEngine, on_gpu=True),
+        cost=functools.partial(mlx.cost_of, float_bytes=2),
+        one=Form(False, _FEWER_BYTES),
+        many=Form(False, _FEWER_BYTES),
+        max_rows=_rows_in_memory,
+    ),
+}
+
+
+def kind_here() -> str:
+    """The key in ``KINDS`` of what is best on MLX's default device."""
+    return next(name for name, kind in KINDS.items() if kind.is_available())
+
+
+def choose_form(
+    wanted: Compute, config: ModelConfig, lm: LmTensors, *, many: bool
+) -> Form:
+    """How quantized weights are to compute, if there are any."""
+    if not lm.forms:
+        return Form(True, "no weights are stored quantized")
+    if wanted != "auto":
+        return Form(wanted == "dense", "as asked for")
+    kind = KINDS[kind_here()]
+    best = kind.many if many else kind.one
+    if not best.dense:
+        return best
+    need = kind.cost(config, lm.write_out()).held / 1e9
+    _, free = memory_gb()
+    if free is None or need > _WEIGHTS_SHARE * free:
+        room = "unknown" if free is None else f"{free:.1f} GB"
+        return Form(False, f"written out they take {need:.1f} GB, and {room} is free")
+    return best
+
+
+def make_engine(
+    config: ModelConfig, lm: LmTensors, codec: Mapping[str, mx.array]
+) -> Engine:
+    """The best engine here, made from a checkpoint's tensors; ``lm`` is emptied."""
+    return KINDS[kind_here()].make(config, lm, codec)
+
+
+def cost_of(config: ModelConfig, lm: LmTensors) -> Cost:
+    """What a model takes on the best engine here; no tensor is read."""
+    return KINDS[kind_here()].cost(config, lm)
+
+
+def batch_size(
+    config: ModelConfig, cost: Cost, frames: int, free_bytes: float | None = None
+) -> int:
+    """How many recordings to answer at once, none with more than ``frames`` frames.
+
+    Prompts included. Of the free memory, or of ``free_bytes``.
+    """
+    if free_bytes is None:
+        free_bytes = 1e9 * (memory_gb()[1] or 0.0)
+    row_bytes = cost.position * min(config.lm.window, frames)
+    return max(1, KINDS[kind_here()].max_rows(cost, row_bytes, free_bytes))

@@ -1,0 +1,1 @@
+"""The engine of NVIDIA GPUs: kernels of ours around MLX's products."""

@@ -1,0 +1,127 @@
+"""SEANet on CUDA: convolutions, and one kernel for all that lies between two of them.
+
+By itself each bias, activation, residual and carried input is a pass over arrays of up
+to a gigabyte, and those take longer than the convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from pplex.engine.cuda.convolutions import elu_behind
+from pplex.model.conv import StreamConv, StreamConvTranspose, tail
+from pplex.model.mimi import Mimi
+
+_LEAST_OUTPUTS = 8  # of fewer, cuDNN turns whole arrays around
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A product of ``kernel`` inputs; ``place`` is where its state is kept.
+
+    With ``keeps``, what goes into its activation is added to what comes out of the
+    next one, which ``adds`` it.
+    """
+
+    place: int
+    weight: mx.array
+    bias: mx.array
+    stride: int
+    overlap: int
+    channels: int
+    upsamples: bool
+    keeps: bool = False
+    adds: bool = False
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``x`` (batch, overlap + t, in) to (batch, t', channels), without the bias."""
+        y = mx.conv1d(x, self.weight, stride=self.stride)
+        if self.upsamples:
+            return y.reshape(len(y), -1, self.channels)
+        return y[..., : self.channels]
+
+
+def fuse(mimi: Mimi) -> None:
+    """Let the kernels run the convolutional parts of ``mimi`` where they can."""
+    for name in ("encoder", "decoder"):
+        fused = FusedSeanet(mimi[name].model)
+        if fused.is_served:
+            setattr(mimi, name, fused)
+
+
+class FusedSeanet:
+    """A ``Seanet``'s layers, with the state that it has."""
+
+    def __init__(self, model: Sequence[nn.Module]) -> None:
+        """``model`` is residual blocks, and convolutions with an ELU before them.
+
+        The first convolution has none.
+        """
+        self._num_layers = len(model)
+        self._convolutions: list[_Convolution] = []
+        for place, layer in enumerate(model):
+            if isinstance(layer, StreamConv | StreamConvTranspose):
+                self._convolutions.append(_convolution(place, layer))
+            elif "conv1" in layer:
+                self._convolutions.append(_convolution(place, layer.conv1, keeps=True))
+                self._convolutions.append(_convolution(place, layer.conv2, adds=True))
+        # Whether there is a kernel for what lies between the convolutions.
+        between = self._convolutions[:-1]
+        self.is_served = all(conv.channels % 4 == 0 for conv in between)
+
+    def __call__(
+        self, x: mx.array, state: list[Any] | None
+    ) -> tuple[mx.array, list[Any]]:
+        """Run a chunk ``x`` (batch, t, channels) through all layers."""
+        after: list[Any] = [None] * self._num_layers
+        first, *rest = self._convolutions
+        x = mx.concatenate([_before(first, x, state), x], axis=1)
+        after[first.place] = tail(x, first.overlap)
+        x, bias, skip, kept = first(x), first.bias, None, None
+        for conv in rest:
+            before = _before(conv, x, state) if conv.overlap else None
+            x, total = elu_behind(x, bias, skip, before, keep=conv.keeps)
+            if conv.overlap:
+                after[conv.place] = tail(x, conv.overlap)
+            kept = total if conv.keeps else kept
+            x, bias, skip = conv(x), conv.bias, kept if conv.adds else None
+        return x + bias, after
+
+
+def _before(conv: _Convolution, x: mx.array, state: list[Any] | None) -> mx.array:
+    """The inputs (batch, overlap, channels) before ``x``."""
+    if state is not None:
+        kept: mx.array = state[conv.place]
+        return kept
+    return mx.zeros((x.shape[0], conv.overlap, x.shape[2]), x.dtype)
+
+
+def _convolution(
+    place: int, layer: StreamConv | StreamConvTranspose, **how: bool
+) -> _Convolution:
+    if isinstance(layer, StreamConvTranspose):
+        # A block of outputs from two inputs side by side.
+        now, before = mx.split(layer.weight, 2)
+        weight = mx.stack([before, now], axis=1).transpose(2, 1, 0)
+        stride, upsamples = 1, True
+    else:
+        weight, stride, upsamples = layer.weight, layer.stride, False
+        if (short := _LEAST_OUTPUTS - len(weight)) > 0:
+            weight = mx.pad(weight, [(0, short), (0, 0), (0, 0)])
+    weight = mx.contiguous(weight)
+    mx.eval(weight)
+    return _Convolution(
+        place=place,
+        weight=weight,
+        bias=layer.bias,
+        stride=stride,
+        overlap=layer.overlap,
+        channels=len(layer.bias),
+        upsamples=upsamples,
+        **how,
+    )

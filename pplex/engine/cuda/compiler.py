@@ -1,0 +1,172 @@
+"""CUDA sources of ours to kernels that MLX launches.
+
+They are compiled by NVRTC, which MLX itself needs, and include no header: reading those
+is what takes MLX's own kernels two seconds each to compile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import resources
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.errors import PplexError
+from pplex.files import atomic_write, cache_folder
+
+NVRTC = "libnvrtc.so.13", "libnvrtc.so.12"
+MIN_CAPABILITY = 8  # bfloat16, and 100 KB of shared memory
+
+
+@functools.cache
+def is_usable() -> bool:
+    """Whether there is a CUDA device that can run these kernels."""
+    return mx.cuda.is_available() and capability()[0] >= MIN_CAPABILITY
+
+
+def capability() -> tuple[int, int]:
+    """The GPU's compute capability."""
+    info = mx.device_info(mx.Device(mx.gpu))
+    major, minor = (info[f"compute_capability_{name}"] for name in ("major", "minor"))
+    return int(major), int(minor)
+
+
+def num_multiprocessors() -> int:
+    """How many multiprocessors the GPU has."""
+    return _attribute(16)
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a block may have."""
+    return _attribute(97)
+
+
+def _attribute(number: int) -> int:
+    """A ``CUdevice_attribute`` of the first device, MLX's; 0 where nobody says."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    value = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(value), number, 0):
+        return 0
+    return value.value
+
+
+Output = tuple[tuple[int, ...], mx.Dtype]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel ``name`` with ``threads`` to a block."""
+
+    name: str
+    code: bytes
+    threads: int
+    shared_memory: int = 0
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        outputs: Sequence[Output],
+        scalars: Sequence[int | float],
+        blocks: tuple[int, int],
+        init_value: float | None = None,
+    ) -> list[mx.array]:
+        """The outputs; the kernel is given inputs, outputs, scalars in this order."""
+        return mx.fast.precompiled_cuda_kernel(
+            name=self.name,
+            compiled_source=self.code,
+            inputs=inputs,
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+            # MLX 0.32 refuses floats; a parameter takes the bits as they are.
+            scalars=[_bits(x) if isinstance(x, float) else x for x in scalars],
+            grid=(blocks[0] * self.threads, blocks[1], 1),
+            threadgroup=(self.threads, 1, 1),
+            shared_memory=self.shared_memory,
+            init_value=init_value,
+            ensure_row_contiguous=True,
+        )
+
+
+def _bits(x: float) -> int:
+    return int(np.float32(x).view(np.int32))
+
+
+def read_source(name: str) -> str:
+    """The text of a CUDA file beside this module."""
+    return resources.files("pplex.engine.cuda").joinpath(name).read_text()
+
+
+def with_constants(constants: dict[str, int], *sources: str) -> str:
+    """``sources`` one after the other, with integers that they know by name."""
+    lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
+    return "\n".join([*lines, *sources])
+
+
+def compile_cuda(source: str) -> bytes:
+    """Machine code of ``source`` for this GPU, kept on disk for the next time.
+
+    Raises RuntimeError with the compiler's words, which only a mistake in the source
+    or an installation of CUDA without NVRTC brings about.
+    """
+    nvrtc, versions = _nvrtc(), (ctypes.c_int(), ctypes.c_int())
+    nvrtc.nvrtcVersion(*map(ctypes.byref, versions))
+    target = capability()
+    made_of = source, target, [version.value for version in versions]
+    name = hashlib.sha256(repr(made_of).encode()).hexdigest()
+    path = cache_folder() / "kernels" / f"{name}.cubin"
+    with suppress(OSError):
+        return path.read_bytes()
+    code, _ = compile_for(nvrtc, source, target)
+    # Without a place to keep it, it is compiled again.
+    with suppress(OSError, PplexError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(code)
+    return code
+
+
+def compile_for(
+    nvrtc: ctypes.CDLL, source: str, target: tuple[int, int]
+) -> tuple[bytes, str]:
+    """Machine code of ``source`` for a compute capability; what the compiler says."""
+    program = ctypes.c_void_p()
+    major, minor = target
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
+    options.append("--device-as-default-execution-space")  # lambdas, before NVRTC 13.5
+    texts = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), b"pplex.cu", 0, None, None
+    )
+    try:
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), texts)
+        said = _bytes_of(nvrtc, "ProgramLog", program).decode().rstrip("\0")
+        if failed:
+            raise RuntimeError(f"CUDA's compiler refuses a kernel: {said}")
+        return _bytes_of(nvrtc, "CUBIN", program), said
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _bytes_of(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """The library that MLX has loaded, whichever of them it is."""
+    for name in NVRTC:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise RuntimeError(f"none of {', '.join(NVRTC)} can be loaded; MLX needs one too")

@@ -1,0 +1,144 @@
+"""The engine of NVIDIA GPUs.
+
+One conversation's frame is one kernel. Of a batch, MLX multiplies and kernels of ours
+do what lies between its products: launching MLX's own takes the host longer than their
+work takes the GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from pplex.checkpoint.weights import LmTensors
+from pplex.engine.base import Codec, Rows
+from pplex.engine.cuda import depformer, frame
+from pplex.engine.cuda.cache import SharedCache
+from pplex.engine.cuda.codec import fuse
+from pplex.engine.cuda.rows import (
+    MOST_DIM,
+    add_norm_rows,
+    choose_text,
+    embed_column,
+    swiglu_rows,
+)
+from pplex.engine.cuda.weights import DENSE, form_of
+from pplex.engine.mlx.engine import Frame, MlxEngine, RowsCache
+from pplex.model.cache import KvCache
+from pplex.model.config import ModelConfig
+from pplex.model.mimi import Mimi
+from pplex.model.sampling import Sampler, SamplingConfig
+from pplex.model.transformer import Gating, RmsNorm, TemporalLayer
+
+
+class CudaEngine(MlxEngine):
+    """MLX's engine with kernels of ours where they can run the model."""
+
+    name = "cuda"
+
+    def __init__(
+        self, config: ModelConfig, lm: LmTensors, codec: Mapping[str, mx.array]
+    ) -> None:
+        """Take over ``lm``, which is emptied, and the codec's weights."""
+        # Plans of convolutions that are kept: more than the shapes used here.
+        os.environ.setdefault("MLX_CUDA_CONV_CACHE_SIZE", "2048")
+        super().__init__(config, lm, codec, on_gpu=True)
+        self._by_kernels = config.lm.dim % 16 == 0 and config.lm.dim <= MOST_DIM
+
+    def rows(
+        self, capacity: int, sampling: SamplingConfig, *, live: bool = False
+    ) -> Rows:
+        """Places for ``capacity`` conversations."""
+        if capacity == 1 and self._frame_kernel is not None:
+            return frame.FrameRows(self._frame_kernel, self.config.lm, sampling)
+        return super().rows(capacity, sampling, live=live)
+
+    @functools.cached_property
+    def _frame_kernel(self) -> frame.FrameKernel | None:
+        return frame.FrameKernel(self.lm) if frame.supports(self.lm) else None
+
+    @functools.cached_property
+    def _depformer_kernel(self) -> depformer.DepformerKernel | None:
+        served = form_of(self.lm.text_linear) == DENSE and depformer.supports(self.lm)
+        return depformer.DepformerKernel(self.lm) if served else None
+
+    def inputs(self, tokens: mx.array) -> mx.array:
+        """Summed rows (batch, t, dim) of tokens (batch, streams, t)."""
+        tables = self.lm.text_emb, self.lm.audio_emb
+        if any(form_of(table) != DENSE for table in tables):
+            return super().inputs(tokens)
+        b, streams, t = tokens.shape
+        columns = tokens.swapaxes(1, 2).reshape(b * t, streams)
+        x = embed_column(columns, *(table.weight for table in tables))
+        return x.reshape(b, t, self.config.lm.dim)
+
+    def lead(
+        self, before: TemporalLayer, after: TemporalLayer, x: mx.array, y: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """A ``Joint`` of two layers."""
+        x, h = self._add_norm(before.norm2, x, before.self_attn.join(y))
+        x, h = self._add_norm(after.norm1, x, self._gated(before.gating, h))
+        return x, after.self_attn.split(h)
+
+    def finish(self, x: mx.array, y: mx.array) -> mx.array:
+        """The last layer's output."""
+        layer = self.lm.layers[-1]
+        x, h = self._add_norm(layer.norm2, x, layer.self_attn.join(y))
+        return x + self._gated(layer.gating, h)
+
+    def _add_norm(
+        self, norm: RmsNorm, x: mx.array, y: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """``x + y`` and its normalisation."""
+        if self._by_kernels:
+            return add_norm_rows(x, y, norm.weight.astype(mx.float32))
+        x = x + y
+        return x, norm(x)
+
+    def _gated(self, gating: Gating, x: mx.array) -> mx.array:
+        x = gating.linear_in(x)
+        if x.shape[-1] % 16 == 0:
+            return gating.linear_out(swiglu_rows(x))
+        gate, value = mx.split(x, 2, axis=-1)
+        return gating.linear_out(nn.silu(gate) * value)
+
+    def make_ring(self, like: KvCache, num_rows: int) -> RowsCache:
+        """The keys and values of ``num_rows`` rows that step together."""
+        if SharedCache.serves(like):
+            return SharedCache(like, num_rows)
+        return super().make_ring(like, num_rows)
+
+    def make_frame(self, sampler: Sampler) -> Frame:
+        """All of a frame after the temporal transformer.
+
+        What is chosen stays on the GPU, in the next column of tokens.
+        """
+        kernel = self._depformer_kernel
+        if kernel is None:
+            return super().make_frame(sampler)
+        lm = self.lm
+
+        def by_kernels(x: mx.array, inputs: dict[str, mx.array]) -> mx.array:
+            keys, given = inputs.get("keys"), inputs.get("given")
+            hidden, logits = lm.head(x)
+            column = choose_text(
+                logits,
+                inputs["user"],
+                keys,
+                given,
+                width=sampler.noise_width,
+                temp=sampler.config.text_temp,
+                top_k=sampler.text_top_k,
+            )
+            return kernel(lm.depformer.input(hidden), column, keys, given, sampler)
+
+        return mx.compile(by_kernels)
+
+    def _make_codec(self, mimi: Mimi) -> Codec:
+        codec = super()._make_codec(mimi)
+        fuse(mimi)
+        return codec

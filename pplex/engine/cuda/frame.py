@@ -1,0 +1,331 @@
+"""A frame of the language model as one CUDA kernel, for one conversation at a time.
+
+MLX launches a kernel for each operation, over a thousand for a frame of the 7B, which
+takes longer than their work. ``frame.cu`` does the whole frame in one: its blocks stay
+on the GPU and wait for each other between phases. Activations are float32; keys and
+values are bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.engine.base import Start
+from pplex.engine.cuda.compiler import (
+    Kernel,
+    compile_cuda,
+    num_multiprocessors,
+    read_source,
+    with_constants,
+)
+from pplex.engine.cuda.weights import DENSE, form_of, stack
+from pplex.engine.mlx.engine import Waiting
+from pplex.model.cache import GROWTH, KvCache
+from pplex.model.config import LmConfig
+from pplex.model.depformer import DepformerLayer
+from pplex.model.lm import Lm
+from pplex.model.rotary import frequencies
+from pplex.model.sampling import Sampler, SamplingConfig, noise_key
+from pplex.model.streams import NOT_FORCED
+
+THREADS = 512
+NAME = "pplex_frame"
+MAX_SPLITS = 8
+OTHER_FLOATS = 8192  # more than all else in `Shared` of frame.cu
+
+# The kernel's matrices: the modules each is made of, a stack where there are many, and
+# the name of its input width. The order is that of `Weights` in frame.cu.
+MATRICES: dict[str, tuple[Callable[[Lm], list[Any]], str]] = {
+    "text": (lambda lm: [lm.text_emb], "DIM"),
+    "audio": (lambda lm: [lm.audio_emb], "DIM"),
+    "qkv": (lambda lm: [x.self_attn.in_proj for x in lm.layers], "DIM"),
+    "out": (lambda lm: [x.self_attn.out_proj for x in lm.layers], "DIM"),
+    "up": (lambda lm: [x.gating.linear_in for x in lm.layers], "DIM"),
+    "down": (lambda lm: [x.gating.linear_out for x in lm.layers], "HIDDEN"),
+    "head": (lambda lm: [lm.text_linear], "DIM"),
+    "dep_in": (lambda lm: [lm.depformer.input], "DIM"),
+    "dep_text": (lambda lm: [lm.depformer.text_emb], "DEP_DIM"),
+    "dep_audio": (lambda lm: [lm.depformer.audio_emb], "DEP_DIM"),
+    "dep_qkv": (lambda lm: [x.in_proj for x in _steps(lm)], "DEP_DIM"),
+    "dep_out": (lambda lm: [x.out_proj for x in _steps(lm)], "DEP_DIM"),
+    "dep_up": (lambda lm: [x.gating.linear_in for x in _steps(lm)], "DEP_DIM"),
+    "dep_down": (lambda lm: [x.gating.linear_out for x in _steps(lm)], "DEP_HIDDEN"),
+    "dep_head": (lambda lm: [x.head for x in lm.depformer.steps], "DEP_DIM"),
+}
+NORMS: dict[str, Callable[[Lm], list[Any]]] = {
+    "norm1": lambda lm: [x.norm1 for x in lm.layers],
+    "norm2": lambda lm: [x.norm2 for x in lm.layers],
+    "out_norm": lambda lm: [lm.out_norm],
+    "dep_norm1": lambda lm: [x.norm1 for x in _steps(lm)],
+    "dep_norm2": lambda lm: [x.norm2 for x in _steps(lm)],
+}
+
+
+def _steps(lm: Lm) -> Iterator[DepformerLayer]:
+    """Every layer of every depformer step, in the kernel's order."""
+    return (layer for step in lm.depformer.steps for layer in step.layers)
+
+
+class FrameCache:
+    """The ring of keys and values that the kernel writes into.
+
+    ``keys`` and ``values`` are (layers, heads, slots, head_dim) bfloat16; position
+    ``p`` lies in slot ``p % window``. MLX is not told that the kernel writes to them:
+    nothing else may hold these arrays.
+    """
+
+    def __init__(self, source: KvCache) -> None:
+        """Start from what the temporal transformer has kept of a prompt."""
+        self.window, self.end = source.window, source.end
+        arrays = [a[0].astype(mx.bfloat16) for a in source.arrays()]
+        half = len(arrays) // 2
+        self.keys, self.values = mx.stack(arrays[:half]), mx.stack(arrays[half:])
+        mx.eval(self.keys, self.values)
+
+    def place(self) -> list[int]:
+        """The next position, its slot, the positions then visible, the slots."""
+        visible = min(self.end + 1, self.window)
+        if visible > self.keys.shape[2]:
+            self._grow()
+        slots = self.keys.shape[2]
+        return [self.end, self.end % self.window, visible, slots]
+
+    def _grow(self) -> None:
+        layers, heads, slots, head_dim = self.keys.shape
+        size = min(self.window, (slots // GROWTH + 1) * GROWTH)
+        room = mx.zeros((layers, heads, size - slots, head_dim), mx.bfloat16)
+        mx.synchronize()  # frames under way still write to the old arrays
+        self.keys = mx.concatenate([self.keys, room], axis=2)
+        self.values = mx.concatenate([self.values, room], axis=2)
+        mx.eval(self.keys, self.values)
+
+
+class FrameKernel:
+    """The kernel for one model. Its matrices are stacked, the modules hold views."""
+
+    def __init__(self, lm: Lm) -> None:
+        self.config = lm.config
+        self._nothing = mx.full(lm.config.num_agent_streams, NOT_FORCED, mx.int32)
+        self._blocks = num_multiprocessors()
+        self._splits = max(1, min(MAX_SPLITS, self._blocks // lm.config.num_heads))
+        self._arrays: list[mx.array] = []
+        forms = {}
+        for name, (modules, _) in MATRICES.items():
+            parts, bits, group = stack(modules(lm))
+            self._arrays += parts
+            forms[name] = bits, group
+        for modules in NORMS.values():
+            self._arrays.append(mx.concatenate([m.weight for m in modules(lm)]))
+        head_dim = lm.config.dim // lm.config.num_heads
+        angles = frequencies(head_dim, lm.config.max_period)
+        self._arrays.append(mx.array(angles))
+        mx.eval(self._arrays)
+        self.offsets, self._work = _workspace(_sizes(lm.config, self._splits))
+        text, floats = source(lm.config, forms, self._splits)
+        self._kernel = Kernel(NAME, compile_cuda(text), THREADS, 4 * floats)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        user: mx.array,
+        cache: FrameCache,
+        sampler: Sampler,
+        key: tuple[int, int],
+        given: mx.array | None,
+    ) -> mx.array:
+        """The column (streams,) after ``tokens`` (streams,).
+
+        ``user`` (codebooks,) are the user's tokens in it; ``key`` is the noise's;
+        ``given`` (agent streams,) holds ids to take instead, ``NOT_FORCED`` elsewhere.
+        The cache moves on by a position.
+        """
+        return self.run(tokens, user, cache, sampler, key, given)[0]
+
+    def run(
+        self,
+        tokens: mx.array,
+        user: mx.array,
+        cache: FrameCache,
+        sampler: Sampler,
+        key: tuple[int, int],
+        given: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
+        """The column, and the kernel's workspace, laid out as ``offsets`` says."""
+        config = sampler.config
+        place = cache.place()
+        given = self._nothing if given is None else given
+        column, work = self._kernel(
+            [*self._arrays, tokens, user, given, cache.keys, cache.values],
+            [((self.config.num_streams,), mx.int32), ((self._work,), mx.float32)],
+            [*place, *np.array(key, np.uint32).view(np.int32).tolist()]
+            + [float(config.text_temp), float(config.temp)]
+            + [sampler.text_top_k, sampler.top_k]
+            + [sampler.text_noise, sampler.noise_width],
+            blocks=(self._blocks, 1),
+            init_value=0,
+        )
+        cache.end += 1
+        return column, work
+
+
+def supports(lm: Lm) -> bool:
+    """Whether the kernel can run ``lm`` on this device: how its matrices are stored."""
+    config = lm.config
+    widths = {"DIM": config.dim, "HIDDEN": config.hidden_dim}
+    widths |= {"DEP_DIM": config.depformer_dim}
+    widths |= {"DEP_HIDDEN": config.depformer_hidden_dim}
+    for modules, width in MATRICES.values():
+        forms = {form_of(module) for module in modules(lm)}
+        if len(forms) != 1 or (form := forms.pop()) is None:
+            return False
+        bits, group = form
+        if widths[width] % max(group, 128 // bits):
+            return False
+    heads = config.dim // config.num_heads, config.depformer_dim
+    return heads[0] in (16, 32, 64, 128) and num_multiprocessors() >= config.num_heads
+
+
+def source(
+    config: LmConfig, forms: dict[str, tuple[int, int]], splits: int
+) -> tuple[str, int]:
+    """The kernel's text, and the floats of shared memory that it needs.
+
+    ``forms`` are bits and group size of each of ``MATRICES``; ``splits`` is how many
+    blocks attend for a head.
+    """
+    sizes = _sizes(config, splits)
+    longest = max(
+        -(-sizes[width] // (4096 // bits)) * (4096 // bits)
+        for (_, width), (bits, _) in zip(MATRICES.values(), forms.values(), strict=True)
+    )
+    floats = longest + longest // 8 + sizes["MAX_SCORES"] + OTHER_FLOATS
+    sizes |= {"LONGEST": longest, "THREADS": THREADS, **_workspace(sizes)[0]}
+    names = [f"#define {n.upper()} {b}, {group}" for n, (b, group) in forms.items()]
+    texts = [read_source("common.cu"), read_source("grid.cu")]
+    texts.append(read_source("frame.cu"))
+    return with_constants(sizes, *names, *texts, _entry(forms)), floats
+
+
+def _sizes(config: LmConfig, splits: int) -> dict[str, int]:
+    return {
+        "DIM": config.dim,
+        "HEADS": config.num_heads,
+        "LAYERS": config.num_layers,
+        "HIDDEN": config.hidden_dim,
+        "TEXT_CARD": config.text_card,
+        "CARD": config.card,
+        "N_Q": config.n_q,
+        "DEP_Q": config.dep_q,
+        "STEPS": config.num_codebooks,
+        "DEP_DIM": config.depformer_dim,
+        "DEP_HEADS": config.depformer_num_heads,
+        "DEP_LAYERS": config.depformer_num_layers,
+        "DEP_HIDDEN": config.depformer_hidden_dim,
+        "SPLITS": splits,
+        "MAX_SCORES": -(-config.window // splits) + 1,
+    }
+
+
+def _workspace(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Where the kernel's vectors lie in its workspace, and its size, in floats."""
+    s = sizes
+    steps, dep = s["STEPS"], s["DEP_DIM"]
+    vectors = {
+        "X": s["DIM"],
+        "QKV": 3 * s["DIM"],
+        "Y": s["DIM"],
+        "HIDDEN": s["HIDDEN"],
+        "LOGITS": s["TEXT_CARD"],
+        "PARTS": s["HEADS"] * s["SPLITS"] * (s["DIM"] // s["HEADS"] + 2),
+        "DEP_IN": steps * dep,
+        "DEP_X": dep,
+        "DEP_QKV": s["DEP_LAYERS"] * steps * 3 * dep,
+        "DEP_HIDDEN": s["DEP_HIDDEN"],
+        "DEP_LOGITS": steps * s["CARD"],
+    }
+    offsets, end = {}, 32 + s["LAYERS"] * s["HEADS"]  # counters first
+    for name, size in vectors.items():
+        end = -(-end // 32) * 32
+        offsets[f"WORK_{name}"] = end
+        end += size
+    return offsets, end
+
+
+def _entry(forms: dict[str, tuple[int, int]]) -> str:
+    """The kernel's own text: it gathers its parameters into structures."""
+    parameters, fields = [], []
+    for name, (bits, _) in forms.items():
+        if bits == DENSE[0]:
+            parameters.append(f"const bf16* {name}")
+            fields.append(f"{{{name}, nullptr, nullptr}}")
+        else:
+            parts = "const void* {0}, const bf16* {0}_s, const bf16* {0}_b"
+            parameters.append(parts.format(name))
+            fields.append(f"{{{name}, {name}_s, {name}_b}}")
+    for name in (*NORMS, "frequencies"):
+        parameters.append(f"const float* {name}")
+        fields.append(name)
+    parameters += [
+        *("const int* tokens", "const int* user", "const int* given"),
+        *("bf16* keys", "bf16* values", "int* column", "float* work"),
+        *(f"int {name}" for name in ("position", "slot", "visible", "capacity")),
+        *("unsigned key", "unsigned frame_number"),
+        *("float text_temperature", "float temperature"),
+        *(f"int {name}" for name in ("text_top_k", "top_k")),
+        *(f"int {name}" for name in ("text_noise", "noise_width")),
+    ]
+    return (
+        f'extern "C" __global__ __launch_bounds__({THREADS}, 1)\n'
+        f"void {NAME}({', '.join(parameters)}) {{\n"
+        f"  Weights weights{{{', '.join(fields)}}};\n"
+        "  Place place{position, slot, visible, capacity};\n"
+        "  Sampling sampling{make_uint2(key, frame_number), text_temperature,\n"
+        "    temperature, text_top_k, top_k, text_noise, noise_width};\n"
+        "  frame(weights, tokens, user, given, place, sampling, keys, values,\n"
+        "    column, work);\n}\n"
+    )
+
+
+class FrameRows:
+    """The one row that the kernel steps."""
+
+    def __init__(
+        self, kernel: FrameKernel, config: LmConfig, sampling: SamplingConfig
+    ) -> None:
+        self._kernel, self._num_agent = kernel, config.num_agent_streams
+        self._sampler = Sampler.of(config, sampling)
+        self._cache: FrameCache | None = None
+        self._seed = self._frame = 0
+        self._column: mx.array
+        self._given: mx.array | None = None
+
+    def join(self, start: Start, seed: int, frames: int | None = None) -> int:
+        """Begin a conversation after a prompt; its place."""
+        assert self._cache is None
+        self._cache = FrameCache(start.memory)
+        self._seed, self._frame = seed, 0
+        self._column = mx.array(start.prompt.columns[:, -1])
+        self._given = mx.array(start.prompt.pending[: self._num_agent])
+        return 0
+
+    def leave(self, row: int) -> None:
+        """End the conversation; another may begin."""
+        self._cache = None
+
+    def step(self, user: np.ndarray) -> Waiting:
+        """Make a step."""
+        assert self._cache is not None
+        key = noise_key(self._seed, self._frame)
+        tokens, cache = mx.array(user[0]), self._cache
+        self._column = self._kernel(
+            self._column, tokens, cache, self._sampler, key, self._given
+        )
+        self._given, self._frame = None, self._frame + 1
+        # What the host has read stays slow to write to: not the column itself.
+        agent = mx.contiguous(self._column[None, : self._num_agent])
+        mx.async_eval(agent, self._column)
+        return Waiting(agent, [0], 1)

@@ -1,0 +1,161 @@
+"""CUDA kernels for a batch of rows in bfloat16: what lies between matrix products."""
+
+from __future__ import annotations
+
+import functools
+
+import mlx.core as mx
+
+from pplex.engine.cuda.compiler import Kernel, compile_cuda, read_source, with_constants
+from pplex.model.rotary import frequencies
+
+MOST_DIM = 8192  # add_norm.cu
+TILE = 16  # rows that attend to their prompt together
+WIDTHS = 64, 128  # of heads, that attention knows
+# The kernels, each a file of its name, and the threads of its blocks.
+THREADS = {
+    "attend": 128,
+    "attend_prompts": 128,
+    "choose_text": 1024,
+    "embed_column": 512,
+    "add_norm": 512,
+    "swiglu": 512,
+}
+
+KeysValues = tuple[mx.array, mx.array]
+
+
+def attend_rows(
+    qkv: mx.array,
+    ring: KeysValues,
+    prompts: KeysValues,
+    rows: mx.array,
+    tiles: mx.array,
+    slot: int,
+    window: int,
+    max_period: float,
+) -> mx.array:
+    """Attention (rows, heads, 1, head_dim) of one new position a row.
+
+    ``qkv`` (rows, 3 heads, 1, head_dim) is the new position's, ``ring`` (rows, heads,
+    slots, head_dim) holds what came after the prompts and ``prompts`` (prompts, heads,
+    slots, head_dim) those. ``rows`` int32 (rows, 4): positions so far, how many of them
+    the prompt has, the first of them that is kept, the prompt's number. ``tiles``
+    int32 (tiles, 1 + ``TILE``): a prompt's number and rows that have it, -1 for none.
+    No more than ``window`` positions are seen. The new position is written **into**
+    ``slot`` of the ring, of which MLX knows nothing: what else touches those arrays
+    must be separated by ``mx.synchronize``.
+    """
+    num_rows, three_heads, _, head_dim = qkv.shape
+    heads = three_heads // 3
+    angles = _frequencies(head_dim, max_period)
+    sizes = {"HEAD_DIM": head_dim, "WINDOW": window}
+    (parts,) = _kernel("attend_prompts", **sizes)(
+        [qkv, *prompts, tiles, rows, angles],
+        [((num_rows, heads, head_dim + 2), mx.float32)],
+        [prompts[0].shape[2]],
+        blocks=(heads, len(tiles)),
+    )
+    floats = (3 + THREADS["attend"] // 32) * head_dim + window + 512
+    (y,) = _kernel("attend", 4 * floats, **sizes)(
+        [qkv, *ring, parts, rows, angles],
+        [((num_rows, heads, 1, head_dim), mx.bfloat16)],
+        [slot, ring[0].shape[2]],
+        blocks=(heads, num_rows),
+    )
+    return y
+
+
+@functools.cache
+def _frequencies(head_dim: int, max_period: float) -> mx.array:
+    return mx.array(frequencies(head_dim, max_period))
+
+
+def choose_text(
+    logits: mx.array,
+    user: mx.array,
+    keys: mx.array | None,
+    given: mx.array | None,
+    *,
+    width: int,
+    temp: float,
+    top_k: int,
+) -> mx.array:
+    """Columns int32 (rows, streams): text ids, room for the agent's codes, the user's.
+
+    From ``logits`` (rows, card) bfloat16 ids are drawn with the noise of ``keys``
+    (rows, 2), ``width`` numbers a row, or the largest taken where there are none;
+    ``given`` (rows, agent streams) holds ids to take instead, ``NOT_FORCED`` elsewhere.
+    ``user`` (rows, codebooks) are the user's codes.
+    """
+    rows, card = logits.shape
+    codebooks = user.shape[1]
+    streams = 1 + 2 * codebooks
+    (column,) = _kernel("choose_text")(
+        [
+            logits,
+            user if keys is None else keys,
+            user if given is None else given,
+            user.astype(mx.int32),
+        ],
+        [((rows, streams), mx.int32)],
+        [card, streams, codebooks, 1 + codebooks, int(keys is not None)]
+        + [int(given is not None), width, 0.0 if keys is None else float(temp), top_k],
+        blocks=(1, rows),
+    )
+    return column
+
+
+def embed_column(column: mx.array, text: mx.array, audio: mx.array) -> mx.array:
+    """Summed rows (rows, 1, dim) of tokens (rows, streams), as ``Lm.embed`` sums them.
+
+    ``text`` (ids, dim) and ``audio`` (audio streams * ids, dim) are bfloat16 tables.
+    """
+    rows, streams = column.shape
+    dim = text.shape[1]
+    (x,) = _kernel("embed_column")(
+        [column.astype(mx.int32), text, audio],
+        [((rows, 1, dim), mx.bfloat16)],
+        [streams, audio.shape[0] // (streams - 1), dim],
+        blocks=(-(-dim // (2 * THREADS["embed_column"])), rows),
+    )
+    return x
+
+
+def add_norm_rows(
+    x: mx.array, y: mx.array, weight: mx.array
+) -> tuple[mx.array, mx.array]:
+    """``x + y`` (..., dim) bfloat16, and its RMSNorm with ``weight`` (dim,) float32."""
+    dim = y.shape[-1]
+    total, normed = _kernel("add_norm")(
+        [x, y, weight],
+        [(y.shape, mx.bfloat16)] * 2,
+        [dim],
+        blocks=(1, y.size // dim),
+    )
+    return total, normed
+
+
+def swiglu_rows(x: mx.array) -> mx.array:
+    """``silu(gate) * value`` (..., width) of ``x`` (..., 2 width), gate first."""
+    *batch, width = x.shape
+    width //= 2
+    (y,) = _kernel("swiglu")(
+        [x],
+        [((*batch, width), mx.bfloat16)],
+        [width],
+        blocks=(-(-width // (8 * THREADS["swiglu"])), x.size // (2 * width)),
+    )
+    return y
+
+
+def source(name: str, **sizes: int) -> str:
+    """The text of a kernel; those that attend know ``HEAD_DIM`` and ``WINDOW``."""
+    texts = read_source("common.cu"), read_source(f"{name}.cu")
+    return with_constants({"THREADS": THREADS[name], **sizes}, *texts)
+
+
+@functools.cache
+def _kernel(name: str, shared_memory: int = 0, **sizes: int) -> Kernel:
+    code = compile_cuda(source(name, **sizes))
+    return Kernel(name, code, THREADS[name], shared_memory)

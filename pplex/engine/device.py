@@ -1,0 +1,149 @@
+"""What computes here: its name, how much memory it has, and how fast that is."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+_COPY_BYTES = 256 << 20
+_COPY_SHARE = 64  # a copy takes at most one part in so many of the device's memory
+_COPIES = 8  # launched together, so that launching does not count
+_ROUNDS = 5
+_MAX_THREADS = 8
+
+
+def on_cpu() -> bool:
+    """Whether MLX's default device is a CPU."""
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
+def compute_dtype() -> mx.Dtype:
+    """What is computed in: float32 on a CPU, bfloat16 on a GPU."""
+    return mx.float32 if on_cpu() else mx.bfloat16
+
+
+@functools.cache
+def streams() -> list[mx.Stream]:
+    """Where work that comes in pieces is done: a CPU's two threads, a GPU's queue."""
+    device = mx.default_device()
+    if not on_cpu():
+        return [mx.default_stream(device)]
+    return [mx.new_stream(device) for _ in range(2)]
+
+
+def device_name() -> str:
+    """The device that MLX computes on, with its name where MLX knows one."""
+    device = mx.default_device()
+    kind = "cpu" if on_cpu() else "gpu"
+    name = mx.device_info(device).get("device_name", "")
+    return f"{kind} ({name})" if name else kind
+
+
+def memory_gb() -> tuple[float | None, float | None]:
+    """Total and free memory of what computes, in GB; None where nobody says."""
+    if not on_cpu():
+        mx.clear_cache()  # memory that MLX only keeps for later is free
+        info = mx.device_info(mx.default_device())
+        total = info.get("total_memory") or info.get("memory_size")
+        free = info.get("free_memory")
+        if free is None and (most := info.get("max_recommended_working_set_size")):
+            free = int(most) - mx.get_active_memory()
+        return tuple(int(x) / 1e9 if x else None for x in (total, free))  # type: ignore
+    if sys.platform != "linux":
+        return None, None
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    sizes = {
+        key: int(rest.split()[0]) for key, _, rest in (x.partition(":") for x in lines)
+    }
+    return tuple(
+        sizes[key] * 1024 / 1e9 if key in sizes else None
+        for key in ("MemTotal", "MemAvailable")
+    )  # type: ignore
+
+
+def peak_memory_gb() -> float:
+    """The most that was held so far: by MLX on a GPU, by this process on a CPU."""
+    if on_cpu() and (peak := peak_process_gb()) is not None:
+        return peak
+    return mx.get_peak_memory() / 1e9
+
+
+def reset_peak_memory() -> None:
+    """Count what MLX holds at most from now on; of a process nobody can."""
+    mx.reset_peak_memory()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether MLX, on any of its backends, or Python could not get memory."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        sign in text
+        for sign in (
+            "out of memory",
+            "outofmemory",
+            "unable to allocate",
+            "malloc",
+            "bad_alloc",
+            "cudaerrormemoryallocation",
+            "insufficient memory",
+            "maximum allowed buffer size",
+        )
+    )
+
+
+def peak_process_gb() -> float | None:
+    """The most that this process has held so far, in GB; None where nobody says."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def copy_bandwidth_gb_s() -> float:
+    """GB/s of copies of large arrays, read and written bytes both counted.
+
+    The best of some rounds; on a CPU with a thread a core.
+    """
+    total_gb, _ = memory_gb()
+    size = _COPY_BYTES
+    if total_gb is not None:
+        size = min(size, int(total_gb * 1e9) // _COPY_SHARE)
+    seconds = _copies_on_cpu(size) if on_cpu() else _copies_on_gpu(size)
+    return 2 * _COPIES * size / seconds / 1e9
+
+
+def _copies_on_gpu(size: int) -> float:
+    source = mx.zeros((size // 4,), mx.int32)
+    mx.eval(source)
+    spent = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        # Nothing on a GPU is a plain copy but this: read everything, write everything.
+        mx.eval([source + i for i in range(_COPIES)])
+        mx.synchronize()
+        spent.append(time.perf_counter() - start)
+    mx.clear_cache()
+    return min(spent)
+
+
+def _copies_on_cpu(size: int) -> float:
+    threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    shape = (threads, size // 4 // threads)
+    source, target = np.ones(shape, np.int32), np.zeros(shape, np.int32)
+    spent = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            for _ in range(_COPIES):
+                list(pool.map(np.copyto, target, source))
+            spent.append(time.perf_counter() - start)
+    return min(spent)

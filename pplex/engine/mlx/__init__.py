@@ -1,0 +1,1 @@
+"""The engine of MLX's own operations: Macs, and wherever no other is there."""

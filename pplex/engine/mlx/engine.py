@@ -1,0 +1,399 @@
+"""The engine of MLX's own operations, on a CPU or a GPU.
+
+On a GPU what lies between two attentions is compiled, many rows share each step, and a
+step is under way while the host does something else. On a CPU rows step one after the
+other, as MLX's products of several rows would not be the same bits as those of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.checkpoint.layouts import Quantization
+from pplex.checkpoint.weights import LmTensors, make_lm
+from pplex.engine.base import (
+    FORCED_FRAMES,
+    Codec,
+    Cost,
+    Done,
+    Logits,
+    Rows,
+    Start,
+    codec_bytes,
+)
+from pplex.engine.mlx.codec import MlxCodec
+from pplex.engine.mlx.ring import FastCache, SlotCache
+from pplex.model.cache import Cache, KvCache
+from pplex.model.config import ModelConfig
+from pplex.model.mimi import Mimi, make_mimi
+from pplex.model.prompt import Prompt
+from pplex.model.sampling import Sampler, SamplingConfig, noise_keys
+from pplex.model.streams import NOT_FORCED, TEXT_ROW
+from pplex.model.transformer import TemporalLayer
+
+# From a layer's input and attended values to its output and the next layer's queries,
+# keys and values: all that happens between two attentions.
+Joint = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+
+# From the temporal transformer's output (rows, dim), the user's tokens, the noise's
+# keys and what is given (only where there is any) to the next column (rows, streams).
+Frame = Callable[[mx.array, dict[str, mx.array]], mx.array]
+
+
+class RowsCache(Cache, Protocol):
+    """Keys and values of rows that come and go."""
+
+    def put(self, row: int, source: KvCache) -> None:
+        """Replace ``row`` by one that starts after the prompt in ``source``."""
+
+    def leave(self, row: int) -> None:
+        """Forget what ``row`` had; nobody uses it for now."""
+
+    def take(self, rows: list[int]) -> None:
+        """Make the rows copies of these; a row may be there more than once."""
+
+
+class MlxEngine:
+    """A language model and a codec as MLX's modules."""
+
+    name = "mlx"
+    is_async = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        lm: LmTensors,
+        codec: Mapping[str, mx.array],
+        *,
+        on_gpu: bool,
+    ) -> None:
+        """Take over ``lm``, which is emptied, and the codec's weights."""
+        dtype = mx.bfloat16 if on_gpu else mx.float32
+        self.config = config
+        self.dtype = str(dtype).removeprefix("mlx.core.")
+        self.compute = "quantized" if lm.forms else "dense"
+        self.on_gpu = on_gpu
+        self._cost = cost_of(config, lm, dtype.size)
+        self.lm = make_lm(config.lm, lm, dtype)
+        pairs = zip(self.lm.layers[:-1], self.lm.layers[1:], strict=True)
+        self._joints = [self._joint(*pair) for pair in pairs]
+        compile_ = mx.compile if on_gpu else _as_it_is
+        self._compiled_joints = [compile_(joint) for joint in self._joints]
+        self.codec: Codec = self._make_codec(make_mimi(config.mimi, codec))
+
+    def prefill(self, prompt: Prompt) -> Start:
+        """Read a prompt, so that conversations can start after it."""
+        saved = 0 if prompt.embeddings is None else len(prompt.embeddings)
+        inputs = self.inputs(mx.array(prompt.columns[None, :, saved:-1]))
+        if prompt.embeddings is not None:
+            embeddings = mx.array(prompt.embeddings[None]).astype(inputs.dtype)
+            inputs = mx.concatenate([embeddings, inputs], axis=1)
+        kind = FastCache if self.on_gpu else KvCache
+        cache = kind(self.config.lm.num_layers, self.config.lm.window)
+        self.temporal(inputs, cache)
+        mx.eval(cache.arrays())
+        return Start(prompt, cache)
+
+    def rows(
+        self, capacity: int, sampling: SamplingConfig, *, live: bool = False
+    ) -> Rows:
+        """Places for ``capacity`` conversations."""
+        frame = self.make_frame(Sampler.of(self.config.lm, sampling))
+        if capacity > 1 and not self.on_gpu:
+            return RowsApart(
+                [MlxRows(self, 1, sampling, frame) for _ in range(capacity)]
+            )
+        return MlxRows(self, capacity, sampling, frame)
+
+    def forced(self, start: Start, columns: np.ndarray) -> Iterator[Logits]:
+        """The logits of each of ``columns`` (streams, frames), given all before it."""
+        cache = start.memory.copy()
+        grid = np.concatenate([start.prompt.columns[:, -1:], columns], axis=1)
+        for first in range(0, grid.shape[1] - 1, FORCED_FRAMES):
+            last = min(first + FORCED_FRAMES, grid.shape[1] - 1)
+            given = grid[: self.config.lm.num_agent_streams, first + 1 : last + 1].T
+            x = self.temporal(self.inputs(mx.array(grid[None, :, first:last])), cache)
+            yield self._logits(x[0], mx.array(given))
+
+    def _logits(self, x: mx.array, given: mx.array) -> Logits:
+        """What is said of temporal outputs ``x`` (t, dim), if ``given`` is chosen."""
+        hidden, text = self.lm.head(x)
+        heads: list[mx.array] = []
+
+        def keep(logits: mx.array, _: int) -> mx.array:
+            heads.append(logits.astype(mx.float32))
+            return mx.zeros((logits.shape[0],), mx.int32)
+
+        self.lm.depformer(hidden, given[:, TEXT_ROW], keep, given[:, 1:])
+        agent = mx.stack(heads, axis=1)
+        return Logits(np.array(text.astype(mx.float32)), np.array(agent))
+
+    def embed(self, columns: np.ndarray) -> np.ndarray:
+        """The model's inputs float32 (frames, dim) for columns (streams, frames)."""
+        return np.array(self.inputs(mx.array(columns[None]))[0].astype(mx.float32))
+
+    def cost(self) -> Cost:
+        """What the model takes."""
+        return self._cost
+
+    # What engines of other kernels do their own way.
+
+    def inputs(self, tokens: mx.array) -> mx.array:
+        """Summed rows (batch, t, dim) of tokens (batch, streams, t)."""
+        return self.lm.embed(tokens)
+
+    def lead(
+        self, before: TemporalLayer, after: TemporalLayer, x: mx.array, y: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """A ``Joint`` of two layers."""
+        x = before.finish(x, y)
+        return x, after.split(x)
+
+    def finish(self, x: mx.array, y: mx.array) -> mx.array:
+        """The last layer's output."""
+        return self.lm.layers[-1].finish(x, y)
+
+    def make_frame(self, sampler: Sampler) -> Frame:
+        """All of a frame after the temporal transformer."""
+        frame = self.plain_frame(sampler)
+        return mx.compile(frame) if self.on_gpu else frame
+
+    def make_ring(self, like: KvCache, num_rows: int) -> RowsCache:
+        """The keys and values of ``num_rows`` rows that step together."""
+        return SlotCache(like, num_rows)
+
+    def _make_codec(self, mimi: Mimi) -> Codec:
+        return MlxCodec(mimi, on_gpu=self.on_gpu)
+
+    def _joint(self, before: TemporalLayer, after: TemporalLayer) -> Joint:
+        return lambda x, y: self.lead(before, after, x, y)
+
+    def temporal(self, x: mx.array, cache: Cache) -> mx.array:
+        """Run inputs (batch, t, dim) as the next ``t`` positions; before the norm."""
+        t, max_period = x.shape[1], self.config.lm.max_period
+        joints = self._compiled_joints if t == 1 else self._joints
+        mask = cache.mask(t)
+        qkv = self.lm.layers[0].split(x)
+        for idx, joint in enumerate(joints):
+            x, qkv = joint(x, cache.attend(idx, qkv, max_period, mask))
+        x = self.finish(x, cache.attend(len(joints), qkv, max_period, mask))
+        cache.advance(t)
+        return x
+
+    def plain_frame(self, sampler: Sampler) -> Frame:
+        """All of a frame after the temporal transformer, as specified."""
+        lm = self.lm
+
+        def frame(x: mx.array, inputs: dict[str, mx.array]) -> mx.array:
+            noise = sampler.noise(inputs["keys"]) if "keys" in inputs else None
+            given = inputs.get("given")
+            hidden, logits = lm.head(x)
+            text = sampler.text(logits, noise)
+            if given is not None:
+                text = mx.where(given[:, 0] == NOT_FORCED, text, given[:, 0])
+            codes = lm.depformer(
+                hidden,
+                text,
+                lambda logits, idx: sampler.audio(logits, noise, idx),
+                None if given is None else given[:, 1:],
+            )
+            parts = [text[:, None].astype(mx.int32), codes.astype(mx.int32)]
+            return mx.concatenate([*parts, inputs["user"]], axis=1)
+
+        return frame
+
+
+def _as_it_is(joint: Joint) -> Joint:
+    return joint
+
+
+def cost_of(config: ModelConfig, lm: LmTensors, float_bytes: int) -> Cost:
+    """What a model takes with floats of this size; of ``lm`` only shapes are read."""
+    matrices = tables = 0
+    for name, weight in lm.weights.items():
+        module, _, part = name.rpartition(".")
+        if part != "weight" or weight.ndim != 2:
+            continue
+        size = stored_bytes(weight, lm.forms.get(module), float_bytes)
+        if module.endswith("_emb"):
+            tables += size
+        else:
+            matrices += size
+    codec, codec_state = codec_bytes(config.mimi)
+    return Cost(
+        step=matrices,
+        position=config.lm.kv_bytes(1, float_bytes),
+        codec=codec,
+        codec_state=codec_state,
+        held=matrices + tables + codec,
+    )
+
+
+def stored_bytes(weight: mx.array, form: Quantization | None, float_bytes: int) -> int:
+    """Bytes of a matrix, its scales and biases included."""
+    if form is None:
+        return weight.size * float_bytes
+    values = weight.size * 32 // form.bits
+    return weight.nbytes + 2 * float_bytes * values // form.group_size
+
+
+class MlxRows:
+    """Rows that make each step together; one row has keys and values of its own.
+
+    A row that nobody takes idles. When half of them idle, the rest move together.
+    """
+
+    def __init__(
+        self, engine: MlxEngine, capacity: int, sampling: SamplingConfig, frame: Frame
+    ) -> None:
+        config = engine.config.lm
+        self._engine, self._frame = engine, frame
+        self._draws = Sampler.of(config, sampling).draws
+        self._capacity, self._num_agent = capacity, config.num_agent_streams
+        self._cache: Any = None  # a RowsCache, or one row's KvCache
+        self._places: list[int | None] = []  # by row
+        self._column = mx.zeros((0, config.num_streams), mx.int32)
+        self._given: mx.array | None = None
+        self._seeds: list[int] = []
+        self._frames: list[int] = []
+
+    def join(self, start: Start, seed: int, frames: int | None = None) -> int:
+        """Begin a conversation after a prompt; its place."""
+        taken = set(self._places)
+        place = next(i for i in range(self._capacity) if i not in taken)
+        row = self._free_row(start)
+        if self._capacity == 1:
+            self._cache = start.memory.copy()
+        else:
+            self._cache.put(row, start.memory)
+        self._places[row] = place
+        self._seeds[row], self._frames[row] = seed, 0
+        column, given = mx.array(self._column), self._given
+        column[row] = mx.array(start.prompt.columns[:, -1])
+        if given is None:
+            given = mx.full((len(column), self._num_agent), NOT_FORCED, mx.int32)
+        given = mx.array(given)
+        given[row] = mx.array(start.prompt.pending[: self._num_agent])
+        self._column, self._given = column, given
+        return place
+
+    def leave(self, row: int) -> None:
+        """End the conversation in a place; another may join there."""
+        idx = self._places.index(row)
+        self._places[idx] = None
+        if self._capacity > 1:
+            self._cache.leave(idx)
+
+    def step(self, user: np.ndarray) -> Waiting:
+        """Make a step of all rows."""
+        taken = [i for i, place in enumerate(self._places) if place is not None]
+        if 2 * len(taken) <= len(self._places):
+            self._take(taken)
+        tokens = np.zeros((len(self._places), user.shape[1]), np.int32)
+        for row, place in enumerate(self._places):
+            if place is not None:
+                tokens[row] = user[place]
+        inputs = {"user": mx.array(tokens)}
+        if self._draws:
+            inputs["keys"] = noise_keys(self._seeds, self._frames)
+        if self._given is not None:
+            inputs["given"] = self._given
+        engine = self._engine
+        x = engine.temporal(engine.inputs(self._column[..., None]), self._cache)
+        self._column, self._given = self._frame(x[:, 0], inputs), None
+        self._frames = [number + 1 for number in self._frames]
+        # On CUDA what the host has read stays slow for a GPU to write to, and MLX gives
+        # it to whoever asks for that size next: so it is not to be a column's.
+        agent = mx.contiguous(self._column[:, : self._num_agent])
+        mx.async_eval(agent, self._column)
+        return Waiting(agent, list(self._places), self._capacity)
+
+    def _free_row(self, start: Start) -> int:
+        """A row that nobody has; made if there is none."""
+        count = len(self._places)
+        if None in self._places:
+            return self._places.index(None)
+        if count == 0:
+            self._places = [None] * self._capacity
+            self._column = mx.repeat(
+                mx.array(start.prompt.columns[None, :, -1]), self._capacity, axis=0
+            )
+            self._seeds, self._frames = [0] * self._capacity, [0] * self._capacity
+            if self._capacity > 1:
+                self._cache = self._engine.make_ring(start.memory, self._capacity)
+            return 0
+        more = min(count, self._capacity - count)
+        self._take([*range(count), *[0] * more])
+        self._places[count:] = [None] * more
+        for row in range(count, count + more):
+            self._cache.leave(row)
+        return count
+
+    def _take(self, rows: list[int]) -> None:
+        """Make the rows copies of these."""
+        chosen = mx.array(rows)
+        if self._capacity > 1:
+            self._cache.take(rows)
+        self._places = [self._places[i] for i in rows]
+        self._column = self._column[chosen]
+        self._given = None if self._given is None else self._given[chosen]
+        self._seeds = [self._seeds[i] for i in rows]
+        self._frames = [self._frames[i] for i in rows]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A step under way; ``places`` are those of its rows."""
+
+    agent: mx.array
+    places: Sequence[int | None]
+    capacity: int
+
+    def tokens(self) -> np.ndarray:
+        """The agent's column int32 (capacity, agent streams), once it is there."""
+        agent = np.array(self.agent)
+        column = np.zeros((self.capacity, agent.shape[1]), np.int32)
+        for row, place in enumerate(self.places):
+            if place is not None:
+                column[place] = agent[row]
+        return column
+
+
+class RowsApart:
+    """Rows that step one after the other."""
+
+    def __init__(self, rows: Sequence[MlxRows]) -> None:
+        """Each of ``rows`` has one place."""
+        self._rows = rows
+        self._is_taken = [False] * len(rows)
+
+    def join(self, start: Start, seed: int, frames: int | None = None) -> int:
+        """Begin a conversation after a prompt; its place."""
+        place = self._is_taken.index(False)
+        self._rows[place].join(start, seed, frames)
+        self._is_taken[place] = True
+        return place
+
+    def leave(self, row: int) -> None:
+        """End the conversation in a place; another may join there."""
+        self._rows[row].leave(0)
+        self._is_taken[row] = False
+
+    def step(self, user: np.ndarray) -> Done:
+        """Make a step of every row."""
+        pending = {
+            place: self._rows[place].step(user[place : place + 1])
+            for place, is_taken in enumerate(self._is_taken)
+            if is_taken
+        }
+        columns = {place: step.tokens() for place, step in pending.items()}
+        width = next(iter(columns.values())).shape[1]
+        column = np.zeros((len(self._rows), width), np.int32)
+        for place, tokens in columns.items():
+            column[place] = tokens[0]
+        return Done(column)

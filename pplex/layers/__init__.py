@@ -1,1 +1,0 @@
-"""Building blocks shared by the codec and the language model."""

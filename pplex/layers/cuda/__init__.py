@@ -1,1 +1,0 @@
-"""CUDA kernels of our own, where MLX's take longer to launch or to run."""

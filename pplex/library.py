@@ -1,0 +1,263 @@
+"""Use from Python: load a model, let it answer recordings, many of them, and streams.
+
+The names here are those of ``pplex`` itself: ``pplex.load`` and what it returns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pplex.audio.files import write_wav
+from pplex.audio.probe import probe
+from pplex.batch.decoding import Answered, Decoder, Job, Size
+from pplex.checkpoint.hub import resolve
+from pplex.checkpoint.known import DEFAULT_MODEL
+from pplex.conversation import answer, session
+from pplex.conversation.prompts import choose_voice, make_role
+from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
+from pplex.conversation.scheduler import converse, converse_many
+from pplex.conversation.tracks import Conversation
+from pplex.engine.base import Start
+from pplex.engine.choose import Compute
+from pplex.errors import PplexError
+from pplex.model.sampling import SamplingConfig
+from pplex.respond.outputs import spoken_words
+from pplex.respond.request import Settings
+from pplex.respond.run import read_user
+from pplex.respond.transcript import PieceText, Word
+
+Recording = str | os.PathLike[str] | np.ndarray  # a file, or samples (samples,)
+
+_SAMPLING = SamplingConfig()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the agent said: ``audio`` float32 (samples,) and its ``words`` with times.
+
+    ``text`` and ``agent`` tokens are kept as ids: (frames,) and (codebooks, frames).
+    """
+
+    audio: np.ndarray
+    sample_rate: int
+    words: list[Word]
+    text_ids: np.ndarray
+    codes: np.ndarray
+
+    @property
+    def text(self) -> str:
+        """What was said, by the model's own text stream."""
+        return " ".join(word.text for word in self.words)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a 16-bit mono WAV file, whole or not at all.
+
+        PplexError if the file exists, unless ``overwrite``, or cannot be written.
+        """
+        write_wav(Path(path), self.audio, self.sample_rate, replace=overwrite)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The answer to one frame: ``audio`` float32 (samples,), ``text`` said in it."""
+
+    audio: np.ndarray
+    text: str
+
+
+class Model:
+    """A loaded model; ``voices`` are the names of its voices, sounds are at
+    ``sample_rate``, one frame is ``frame_size`` samples.
+
+    ``voice`` is a name or a file, by default the command's; ``prompt`` the role in
+    words. What cannot be done raises ``PplexError``, whose text is one sentence.
+    """
+
+    def __init__(self, model: session.Model) -> None:
+        """The model of a session, as ``load`` returns it."""
+        self._model = model
+        self._last: tuple[tuple[str, str], Start] | None = None
+        self.voices = list(model.voices)
+        self.sample_rate = model.config.sample_rate
+        self.frame_size = model.config.frame_size
+
+    def respond(
+        self,
+        recording: Recording,
+        *,
+        voice: str | None = None,
+        prompt: str | None = None,
+        tail: float = 0.0,
+        seed: int = DEFAULT_SEED,
+        sampling: SamplingConfig = _SAMPLING,
+    ) -> Answer:
+        """Answer a file, or samples float32 (samples,) at ``sample_rate``.
+
+        ``tail`` is how many seconds of silence follow it.
+        """
+        settings = self._settings(voice, prompt, tail, seed, sampling)
+        pcm = self._read(recording, settings)
+        one = Conversation("", pcm, self._start(settings), seed)
+        ((_, said),) = converse_many(self._model.engine, [one], sampling, batch_size=1)
+        return self._answer(said)
+
+    def batch(
+        self,
+        recordings: Iterable[Recording],
+        *,
+        voice: str | None = None,
+        prompt: str | None = None,
+        tail: float = 0.0,
+        seed: int = DEFAULT_SEED,
+        sampling: SamplingConfig = _SAMPLING,
+        batch_size: int | None = None,
+    ) -> Iterator[Answer]:
+        """Answer many, several at a time, each as ``respond`` does; in their order.
+
+        ``batch_size`` is how many at a time, by default what memory holds.
+        """
+        settings = self._settings(voice, prompt, tail, seed, sampling)
+        every = list(recordings)
+        if not every:
+            return
+        seconds = [self._seconds(recording, tail) for recording in every]
+        size = Size.of(batch_size, seconds, self._model.config)
+        decoder = Decoder(self._model, sampling, size, lambda note: None)
+        name = choose_voice(self._model, voice)
+        jobs = (
+            Job(str(idx), self._read(recording, settings), name, settings.text, seed)
+            for idx, recording in enumerate(every)
+        )
+        done: dict[str, Answered] = {}
+        given = 0
+        for result in decoder.run(jobs):
+            if not isinstance(result, Answered):
+                raise PplexError(result.error)
+            done[result.key] = result
+            while (first := done.pop(str(given), None)) is not None:
+                given += 1
+                yield self._answer(first.answer)
+
+    def stream(
+        self,
+        chunks: Iterable[np.ndarray],
+        *,
+        voice: str | None = None,
+        prompt: str | None = None,
+        seed: int = DEFAULT_SEED,
+        sampling: SamplingConfig = _SAMPLING,
+    ) -> Iterator[Piece]:
+        """Answer sound as it comes, each frame before the next is asked for.
+
+        ``chunks`` are float32 (samples,) at ``sample_rate``, of any length.
+        """
+        settings = self._settings(voice, prompt, 0.0, seed, sampling)
+        start = self._start(settings)
+        lengths: deque[int] = deque()
+        spoken = PieceText(self._model.tokenizer.piece)
+        for said in converse(
+            self._model.engine,
+            start,
+            seed,
+            self._frames(chunks, lengths),
+            sampling,
+            decode_frames=1,
+            live=True,
+        ):
+            text = spoken.add(int(said.text[0]))
+            yield Piece(said.pcm[: lengths.popleft()], text)
+
+    def _settings(
+        self,
+        voice: str | None,
+        prompt: str | None,
+        tail: float,
+        seed: int,
+        sampling: SamplingConfig,
+    ) -> Settings:
+        text = ROLES[DEFAULT_ROLE] if prompt is None else prompt
+        return Settings(voice, text, sampling, seed, tail_s=tail)
+
+    def _start(self, settings: Settings) -> Start:
+        """The prompt, read; a named voice's last one is kept."""
+        voice = choose_voice(self._model, settings.voice)
+        key = voice, settings.text
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        role = make_role(self._model, voice, settings.text)
+        start = self._model.engine.prefill(role.prompt)
+        if voice in self._model.voices:
+            self._last = key, start
+        return start
+
+    def _read(self, recording: Recording, settings: Settings) -> np.ndarray:
+        """Samples float32 (samples,), the tail included."""
+        if isinstance(recording, np.ndarray):
+            pcm = _samples(recording)
+            if not len(pcm):
+                raise PplexError("the recording holds no samples")
+            tail = np.zeros(round(settings.tail_s * self.sample_rate), np.float32)
+            return np.concatenate([pcm, tail])
+        return read_user(Path(recording), settings, self.sample_rate).pcm
+
+    def _seconds(self, recording: Recording, tail: float) -> float | None:
+        """How long it is with its tail, None where its file does not say."""
+        if isinstance(recording, np.ndarray):
+            return len(recording) / self.sample_rate + tail
+        seconds = probe(Path(recording)).duration_s
+        return None if seconds is None else seconds + tail
+
+    def _frames(
+        self, chunks: Iterable[np.ndarray], lengths: deque[int]
+    ) -> Iterator[np.ndarray]:
+        """Frames (1, frame_size), the last filled with silence; ``lengths`` of each."""
+        waiting, size = np.zeros(0, np.float32), self.frame_size
+        for chunk in chunks:
+            waiting = np.concatenate([waiting, _samples(chunk)])
+            while len(waiting) >= size:
+                lengths.append(size)
+                yield waiting[None, :size]
+                waiting = waiting[size:]
+        if len(waiting):
+            lengths.append(len(waiting))
+            yield np.pad(waiting, (0, size - len(waiting)))[None]
+
+    def _answer(self, said: answer.Answer) -> Answer:
+        words = spoken_words(self._model, said.text)
+        return Answer(said.pcm, self.sample_rate, words, said.text, said.agent)
+
+
+def load(
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    offline: bool = False,
+    compute: Compute = "auto",
+    many: bool = False,
+) -> Model:
+    """Load what ``--model`` names: a known name, a folder or file, owner/name.
+
+    Without ``offline`` a model that is not on disk is downloaded. ``many`` says that
+    ``batch`` will be asked for: on some devices another form of the weights is faster
+    then. PplexError for a model that is not there or cannot be read.
+    """
+    local = resolve(os.fspath(model), offline=offline)
+    return Model(session.load(local, compute=compute, many=many))
+
+
+def _samples(pcm: np.ndarray) -> np.ndarray:
+    """Checked samples, float32 (samples,)."""
+    pcm = np.asarray(pcm)
+    if pcm.ndim != 1 or pcm.dtype.kind != "f":
+        raise PplexError(
+            f"samples are floating-point numbers in an array of one dimension, from -1 "
+            f"to 1: {pcm.dtype} of shape {pcm.shape} was given"
+        )
+    if not np.isfinite(pcm).all():
+        raise PplexError("samples hold values that are no numbers; leave them out")
+    return pcm.astype(np.float32)

@@ -1,0 +1,179 @@
+"""Keys and values of past positions: growing at first, then a ring of fixed size.
+
+The window follows NVIDIA's PersonaPlex (``modules/transformer.py``), whose ring of
+``context`` slots hides one slot once it is full: ``context - 1`` keys are visible,
+counted back from the last position written. When positions are written in blocks (the
+codec brings two latents a frame), the earlier ones of a block therefore see fewer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.model.rotary import rotate
+
+GROWTH = 256  # slots a cache grows by
+
+Mask = mx.array | str | None
+
+
+class Cache(Protocol):
+    """What a transformer needs of a cache."""
+
+    def mask(self, t: int) -> Mask:
+        """What ``t`` new positions may see; made once for all layers."""
+
+    def attend(
+        self, layer: int, qkv: mx.array, max_period: float, mask: Mask
+    ) -> mx.array:
+        """Attention of new positions (batch, 3 heads, t, head_dim), which are added."""
+
+    def advance(self, t: int) -> None:
+        """Count ``t`` positions as written, once every layer has attended."""
+
+
+class KvCache:
+    """Keys and values of every layer of one transformer, for a batch of rows.
+
+    ``window`` is the number of positions kept, ``block`` how many positions arrive at
+    a time in streaming use, ``end`` how many were written since the start. Arrays are
+    ``(batch, heads, slots, head_dim)``; position ``p`` lies in slot ``p % window``.
+    """
+
+    def __init__(self, num_layers: int, window: int, block: int = 1) -> None:
+        self.window = window
+        self.block = block
+        self.end = 0
+        self._keys: list[mx.array | None] = [None] * num_layers
+        self._values: list[mx.array | None] = [None] * num_layers
+
+    def copy(self) -> KvCache:
+        """A cache with the same contents that can go its own way."""
+        other = copy.copy(self)
+        # New array objects: assignment to a slice changes the object it is done to.
+        other._keys = [None if a is None else mx.array(a) for a in self._keys]
+        other._values = [None if a is None else mx.array(a) for a in self._values]
+        return other
+
+    def arrays(self) -> list[mx.array]:
+        """The arrays held, for evaluation."""
+        return [a for a in self._keys + self._values if a is not None]
+
+    def mask(self, t: int) -> Mask:
+        """What ``t`` new positions may see of the keys ``update`` will return.
+
+        Boolean ``(t, keys)``, or what stands for it in MLX's attention.
+        """
+        if t > self.block:
+            if self.end == 0 and self.block == 1 and t <= self.window:
+                return "causal"
+            past = min(self.end, self.window)
+            keys = np.arange(self.end - past, self.end + t)
+            return mx.array(self._visible(np.arange(self.end, self.end + t), keys))
+        if t == 1:
+            return None
+        filled = min(self.end + t, self.window)
+        slots = np.arange(filled)
+        last = self.end + t - 1
+        positions = last - (last - slots) % self.window
+        queries = np.arange(self.end, self.end + t)
+        return mx.array(self._visible(queries, positions))
+
+    def _visible(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        queries = queries[:, None]
+        block_end = (queries // self.block + 1) * self.block
+        return (keys <= queries) & (keys >= block_end - self.window)
+
+    def attend(
+        self, layer: int, qkv: mx.array, max_period: float, mask: Mask
+    ) -> mx.array:
+        """Attention of new positions (batch, 3 heads, t, head_dim), which are added."""
+        heads = qkv.shape[1] // 3
+        rotated = self.rotate(qkv[:, : 2 * heads], max_period)
+        keys, values = self.update(layer, rotated[:, heads:], qkv[:, 2 * heads :])
+        return scaled_attention(rotated[:, :heads], keys, values, mask)
+
+    def rotate(self, x: mx.array, max_period: float) -> mx.array:
+        """``x`` (batch, heads, t, head_dim) turned by the next ``t`` positions."""
+        return rotate(x, max_period, self.end)
+
+    def update(
+        self, layer: int, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Add new positions ``(batch, heads, t, head_dim)``; all visible ones.
+
+        ``advance`` must follow once every layer has been updated.
+        """
+        t = keys.shape[2]
+        return (
+            self._update(self._keys, layer, keys, t),
+            self._update(self._values, layer, values, t),
+        )
+
+    def advance(self, t: int) -> None:
+        """Count ``t`` positions as written, once every layer has attended."""
+        self.end += t
+
+    def ordered(self, length: int) -> list[mx.array]:
+        """The last ``length`` positions of ``arrays()``, in order."""
+        whole = [self._in_order(array) for array in self.arrays()]
+        return [array[:, :, -length:] for array in whole if array is not None]
+
+    def _update(
+        self, store: list[mx.array | None], layer: int, new: mx.array, t: int
+    ) -> mx.array:
+        if t > self.block:
+            return self._append(store, layer, new, t)
+        buffer = self._grown(store[layer], new, t)
+        start = self.end % self.window
+        first = min(t, self.window - start)
+        buffer[:, :, start : start + first] = new[:, :, :first]
+        if first < t:
+            buffer[:, :, : t - first] = new[:, :, first:]
+        store[layer] = buffer
+        filled = min(self.end + t, self.window)
+        return buffer if filled == buffer.shape[2] else buffer[:, :, :filled]
+
+    def _append(
+        self, store: list[mx.array | None], layer: int, new: mx.array, t: int
+    ) -> mx.array:
+        """Add many positions at once: keys in order, whole old window included."""
+        past = self._in_order(store[layer])
+        everything = new if past is None else mx.concatenate([past, new], axis=2)
+        kept = everything[:, :, -self.window :]
+        if kept.shape[2] == self.window:
+            # Put each position in its slot.
+            kept = mx.roll(kept, (self.end + t) % self.window, 2)
+        store[layer] = kept
+        return everything
+
+    def _in_order(self, buffer: mx.array | None) -> mx.array | None:
+        if buffer is None or self.end == 0:
+            return None
+        if self.end <= self.window:
+            return buffer[:, :, : self.end]
+        return mx.roll(buffer, -(self.end % self.window), 2)
+
+    def _grown(self, buffer: mx.array | None, new: mx.array, t: int) -> mx.array:
+        have = 0 if buffer is None else buffer.shape[2]
+        need = min(self.end + t, self.window)
+        if need <= have:
+            assert buffer is not None
+            return buffer
+        size = min(self.window, -(-need // GROWTH) * GROWTH)
+        b, h, _, d = new.shape
+        room = mx.zeros((b, h, size - have, d), new.dtype)
+        return room if buffer is None else mx.concatenate([buffer, room], axis=2)
+
+
+def scaled_attention(
+    q: mx.array, keys: mx.array, values: mx.array, mask: Mask
+) -> mx.array:
+    """Attention scaled by the root of the head's width."""
+    return mx.fast.scaled_dot_product_attention(
+        q, keys, values, scale=q.shape[-1] ** -0.5, mask=mask
+    )
