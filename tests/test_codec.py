@@ -289,6 +289,16 @@ def test_on_gpus_the_last_chunk_may_be_ragged(config, last):
     np.testing.assert_allclose(np.concatenate(pcm), whole, atol=1e-5)
 
 
+def test_on_gpus_nothing_may_follow_a_ragged_chunk():
+    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True)
+    codes = codec.encode(speech(3), codec.make_state())
+    for run, chunk in ((codec.encode, speech(3)), (codec.decode, codes)):
+        state = codec.make_state()
+        run(chunk, state)
+        with pytest.raises(ValueError, match="no power of two"):
+            run(chunk, state)
+
+
 @needs_library
 def test_recordings_coded_after_each_other_are_the_same_bits_as_alone(pair):
     _, codec = pair

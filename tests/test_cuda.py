@@ -19,7 +19,7 @@ from pplex.engine.cuda.codec import FusedSeanet, fuse
 from pplex.engine.cuda.engine import CudaEngine
 from pplex.engine.cuda.frame import FrameCache, FrameKernel
 from pplex.engine.cuda.rows import add_norm_rows, choose_text, swiglu_rows
-from pplex.engine.mlx.ring import SlotCache
+from pplex.engine.mlx.ring import FastCache, SlotCache
 from pplex.model.cache import KvCache
 from pplex.model.config import LmConfig, ModelConfig, SeanetConfig
 from pplex.model.lm import Lm
@@ -128,7 +128,7 @@ def rounded_sum(lm: Lm, tokens: mx.array) -> mx.array:
     return total
 
 
-class RoundedCache(KvCache):
+class RoundedCache(FastCache):  # products of matrices are in TF32 here
     """Keys and values as the kernel keeps them."""
 
     def update(

@@ -92,17 +92,25 @@ class Diagnosis:
         return self.runs and not any(m.faults for m in self.models)
 
 
-def diagnose(names: tuple[str, ...], network: Callable[[], Online] | None) -> Diagnosis:
+def diagnose(
+    names: tuple[str, ...],
+    network: Callable[[], Online] | None,
+    looking: Callable[[str], None],
+) -> Diagnosis:
     """Look at everything, or at the models of these ``names``.
 
-    ``network`` asks online, None for not at all.
+    ``network`` asks online, None for not at all; ``looking`` is told what comes next.
     """
     machine = look_at_machine()
+    looking(TEST_MODEL)
     factor, test_run = try_model()
     entries = [entry_of(name) for name in names] if names else list_models()
-    models = tuple(look_at_model(entry, machine, factor) for entry in entries)
+    models = []
+    for entry in entries:
+        looking(entry.name)
+        models.append(look_at_model(entry, machine, factor))
     online = network() if network else None
-    return Diagnosis(machine, models, factor is not None, test_run, online)
+    return Diagnosis(machine, tuple(models), factor is not None, test_run, online)
 
 
 def look_at_machine() -> Machine:

@@ -1,31 +1,38 @@
 """How fast a model will be here, from a short measurement of the engine that runs it.
 
 A small model is run as it is. Of a large one two are made that have its widths and few
-of its layers: what one layer takes and what the rest takes follows from both.
+of its layers: what one layer takes and what the rest takes follows from both. As such
+parts may lie in a server's cache, which the whole would not, other memory is read
+before each step.
 """
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from pplex.bench.parts import measure_parts
-from pplex.bench.random_model import random_codec, random_lm, random_prompt
+from pplex.bench.random_model import TINY, random_codec, random_lm, random_prompt
 from pplex.conversation.scheduler import converse
 from pplex.engine.base import Engine, Start
 from pplex.engine.choose import choose_form, cost_of, make_engine
 from pplex.engine.device import memory_gb
-from pplex.model.config import ModelConfig
+from pplex.model.config import MimiConfig, ModelConfig
+from pplex.model.prompt import Prompt, initial_column
 from pplex.model.sampling import SamplingConfig
+from pplex.model.streams import NOT_FORCED
 
 SMALL_BYTES = 400 << 20  # of weights a step reads: such a model is run as it is
 FRAMES = 128  # ten seconds
-_LAYERS = 2, 4
+_LAYERS = 1, 3
 _TEXT_CARD = 2048
-_STEPS = 10
+_WARM_UP, _STEPS = 4, 12
+_CACHE_BYTES = 1 << 29
 
 
 def estimate_frame_s(config: ModelConfig, bits: int) -> float | None:
@@ -37,65 +44,79 @@ def estimate_frame_s(config: ModelConfig, bits: int) -> float | None:
     dense = choose_form("auto", config, tensors, many=False).dense
     whole = cost_of(config, tensors.write_out() if dense else tensors)
     if whole.step <= SMALL_BYTES:
-        return loop_frame_s(*_begin(config, bits, dense))
-    few, more = (
-        replace(config, lm=replace(config.lm, num_layers=n, text_card=_TEXT_CARD))
-        for n in _LAYERS
-    )
-    if (probe := _part(few, bits, dense)) is None:
-        return None
-    step_s, layer_bytes, codec_s, is_concurrent = probe
-    if (other := _part(more, bits, dense)) is None:
-        return None
-    layer_s = (other[0] - step_s) / (_LAYERS[1] - _LAYERS[0])
-    per_layer = (other[1] - layer_bytes) / (_LAYERS[1] - _LAYERS[0])
+        engine = _make_engine(config, bits, dense)
+        return loop_frame_s(engine, engine.prefill(random_prompt(config)))
+    parts = []
+    for layers in _LAYERS:
+        lm = replace(config.lm, num_layers=layers, text_card=_TEXT_CARD)
+        if (part := _part(replace(config, lm=lm), bits, dense)) is None:
+            return None
+        parts.append(part)
+    (step_s, more_s), (read, more_read) = _steps(parts)
     # What is left to read, most of it layers: at a layer's pace.
-    step_s += layer_s * (whole.step - layer_bytes) / per_layer
+    step_s += (more_s - step_s) / (more_read - read) * (whole.step - read)
+    codec_s, is_concurrent = _codec_s(config.mimi)
     return max(step_s, codec_s) if is_concurrent else step_s + codec_s
 
 
-def _part(
-    config: ModelConfig, bits: int, dense: bool
-) -> tuple[float, int, float, bool] | None:
-    """A step's seconds, the bytes it reads, the codec's seconds, if it runs beside."""
+def _part(config: ModelConfig, bits: int, dense: bool) -> Engine | None:
+    """A model that is small enough to be tried; None where memory does not suffice."""
     tensors = random_lm(config.lm, bits)
     _, free = memory_gb()
     need = cost_of(config, tensors.write_out() if dense else tensors).held
     if free is not None and 2 * need > 1e9 * free:
         return None
-    engine, start = _begin(config, bits, dense)
+    return _make_engine(config, bits, dense)
+
+
+@functools.cache
+def _codec_s(config: MimiConfig) -> tuple[float, bool]:
+    """The codec's seconds of a frame, and whether it works beside the steps."""
+    engine = _make_engine(replace(TINY, mimi=config), bits=16, dense=False)
     parts = measure_parts(engine, 1)
-    codec_s = (parts.encode + parts.decode) / 1000.0
-    return (
-        step_s(engine, start),
-        engine.cost().step,
-        codec_s,
-        engine.codec.concurrent,
-    )
+    return (parts.encode + parts.decode) / 1000.0, engine.codec.concurrent
 
 
-def _begin(config: ModelConfig, bits: int, dense: bool) -> tuple[Engine, Start]:
+def _make_engine(config: ModelConfig, bits: int, dense: bool) -> Engine:
     tensors = random_lm(config.lm, bits)
     if dense:
         tensors = tensors.write_out()
     # Rows of tables are looked up, whatever they hold: zeros are made faster.
     table = tensors.weights["audio_emb.weight"]
     tensors.weights["audio_emb.weight"] = mx.zeros(table.shape, table.dtype)
-    engine = make_engine(config, tensors, random_codec(config.mimi))
-    return engine, engine.prefill(random_prompt(config))
+    return make_engine(config, tensors, random_codec(config.mimi))
 
 
-def step_s(engine: Engine, start: Start) -> float:
-    """The median seconds of a step of one row."""
+def _steps(engines: Sequence[Engine]) -> tuple[list[float], list[int]]:
+    """Median seconds of a step of one row of each, and the bytes it reads.
+
+    No cache holds the weights. The engines take turns: what slows a machine down for a
+    while slows all of them.
+    """
+    steps = [_stepper(engine) for engine in engines]
+    other = np.zeros(_CACHE_BYTES // 8)
+    spent: list[list[float]] = [[] for _ in engines]
+    for _ in range(_STEPS):
+        for step, seconds in zip(steps, spent, strict=True):
+            other += 1.0
+            begun = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - begun)
+    medians = [float(np.median(seconds)) for seconds in spent]
+    return medians, [engine.cost().step for engine in engines]
+
+
+def _stepper(engine: Engine) -> Callable[[], object]:
+    """A function that makes another step of one row, which has made some."""
+    config = engine.config.lm
+    nothing = np.full(config.num_streams, NOT_FORCED, np.int32)
+    columns = np.stack([initial_column(config)] * 2, axis=1)
     rows = engine.rows(1, SamplingConfig())
-    rows.join(start, 0, 2 * _STEPS)
-    user = np.zeros((1, engine.config.lm.num_codebooks), np.int32)
-    spent = []
-    for _ in range(2 * _STEPS):
-        begun = time.perf_counter()
+    rows.join(engine.prefill(Prompt(None, columns, nothing)), 0)
+    user = np.zeros((1, config.num_codebooks), np.int32)
+    for _ in range(_WARM_UP):
         rows.step(user).tokens()
-        spent.append(time.perf_counter() - begun)
-    return float(np.median(spent[_STEPS:]))
+    return lambda: rows.step(user).tokens()
 
 
 def loop_frame_s(engine: Engine, start: Start) -> float:

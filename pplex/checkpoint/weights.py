@@ -5,6 +5,7 @@ Quantized matrices stay quantized; everything else is cast to the compute type o
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
 import mlx.core as mx
@@ -37,13 +38,13 @@ class LmTensors:
     layout: str
     bits: tuple[int, ...]
 
-    def write_out(self) -> LmTensors:
-        """The same with every quantized matrix as the values it stands for."""
-        weights = dict(self.weights)
-        for name, form in self.forms.items():
+    def write_out(self, names: Collection[str] | None = None) -> LmTensors:
+        """The same with quantized matrices, all or those, as what they stand for."""
+        weights, forms = dict(self.weights), dict(self.forms)
+        for name in list(forms) if names is None else names:
             parts = {part: weights.pop(f"{name}.{part}") for part in PARTS}
-            weights[f"{name}.weight"] = dequantize(parts, form)
-        return replace(self, weights=weights, forms={})
+            weights[f"{name}.weight"] = dequantize(parts, forms.pop(name))
+        return replace(self, weights=weights, forms=forms)
 
     def cast(self, dtype: mx.Dtype) -> LmTensors:
         """The same with every floating tensor in ``dtype``, norms in float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -44,7 +45,11 @@ def doctor(
     from pplex.bench.doctor import diagnose
     from pplex.checkpoint.download import check_network
 
-    found = diagnose(models, check_network if network else None)
+    def looking(name: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"running {name}, or a part of it", err=True)
+
+    found = diagnose(models, check_network if network else None, looking)
     if as_json:
         content = asdict(found) | {"is_well": found.is_well}
         click.echo(json.dumps(content, indent=1, ensure_ascii=False))

@@ -22,8 +22,9 @@ FORCED_FRAMES = 32  # positions whose logits are computed at a time
 
 
 class Codec(Protocol):
-    """PCM to codes and back, in chunks of whole frames of any number.
+    """PCM to codes and back, in chunks of whole frames.
 
+    A chunk has a power of two of frames, and the last of a stream any number.
     ``concurrent``: calls may run in a thread beside the steps. ``chunk_frames`` are
     best taken at a time where nobody waits for them; ``group`` recordings are best
     coded together, 1 for one by one.

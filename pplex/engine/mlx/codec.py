@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,14 @@ from pplex.model.mimi import CodecState, Mimi
 GROUP_SIZES = 1, 4, 16
 GROUP_ROWS = GROUP_SIZES[-1]
 CHUNK_SIZES = 32, 128
+
+
+@dataclass
+class StreamState:
+    """One direction of a stream; after the last chunk, which was padded, it is over."""
+
+    codec: CodecState
+    is_over: bool = False
 
 
 class MlxCodec:
@@ -32,27 +41,29 @@ class MlxCodec:
         self.chunk_frames = 128 if on_gpu else 32
         self.group = GROUP_ROWS if on_gpu else 1
 
-    def make_state(self) -> CodecState:
+    def make_state(self) -> StreamState:
         """A fresh state, for one direction of one stream."""
-        return self._mimi.make_state()
+        return StreamState(self._mimi.make_state())
 
-    def encode(self, frames: np.ndarray, state: CodecState) -> np.ndarray:
+    def encode(self, frames: np.ndarray, state: StreamState) -> np.ndarray:
         """PCM (frames, frame_size) to codes int32 (codebooks, frames)."""
         num_frames = len(frames)
-        padded = np.pad(frames, ((0, self._padding(num_frames)), (0, 0)))
+        padded = np.pad(frames, ((0, self._padding(num_frames, state)), (0, 0)))
         pcm = mx.array(padded.reshape(1, -1))
-        return np.array(self._mimi.encode(pcm, state)[0, :, :num_frames])
+        return np.array(self._mimi.encode(pcm, state.codec)[0, :, :num_frames])
 
-    def decode(self, codes: np.ndarray, state: CodecState) -> np.ndarray:
+    def decode(self, codes: np.ndarray, state: StreamState) -> np.ndarray:
         """Codes (codebooks, frames) to PCM (frames * frame_size,)."""
         num_frames = codes.shape[1]
         if not self._on_gpu:
             # The order in which sums are taken depends on the length of a chunk.
             frames = [codes[None, :, i : i + 1] for i in range(num_frames)]
-            parts = [self._mimi.decode(mx.array(frame), state)[0] for frame in frames]
+            parts = [
+                self._mimi.decode(mx.array(frame), state.codec)[0] for frame in frames
+            ]
             return np.array(mx.concatenate(parts))
-        padded = np.pad(codes, ((0, 0), (0, self._padding(num_frames))))
-        pcm = np.array(self._mimi.decode(mx.array(padded[None]), state)[0])
+        padded = np.pad(codes, ((0, 0), (0, self._padding(num_frames, state))))
+        pcm = np.array(self._mimi.decode(mx.array(padded[None]), state.codec)[0])
         return pcm.reshape(padded.shape[1], -1)[:num_frames].reshape(-1)
 
     def encode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -119,7 +130,7 @@ class MlxCodec:
         longest, width = group[-1].shape
         num_rows = next(n for n in GROUP_SIZES if n >= len(group))
         size = next((n for n in CHUNK_SIZES if n >= longest), CHUNK_SIZES[-1])
-        state = self.make_state()
+        state = self._mimi.make_state()
         chunk = np.zeros((num_rows, size, width), group[0].dtype)
         for start in range(0, longest, size):
             for row, frames in enumerate(group):
@@ -130,6 +141,12 @@ class MlxCodec:
             mx.async_eval(computed, state.arrays())
             yield start, computed
 
-    def _padding(self, num_frames: int) -> int:
+    def _padding(self, num_frames: int, state: StreamState) -> int:
         """Frames to add to a chunk, the last of its stream if it is a ragged one."""
-        return (1 << (num_frames - 1).bit_length()) - num_frames if self._on_gpu else 0
+        if not self._on_gpu:
+            return 0
+        if state.is_over:
+            raise ValueError("a chunk came after one of no power of two of frames")
+        padding = (1 << (num_frames - 1).bit_length()) - num_frames
+        state.is_over = padding > 0
+        return padding

@@ -78,6 +78,9 @@ class MlxEngine:
         self.dtype = str(dtype).removeprefix("mlx.core.")
         self.compute = "quantized" if lm.forms else "dense"
         self.on_gpu = on_gpu
+        # MLX 0.32.4, H100: NaN of 4-bit weights of one group of 64, from 2 rows on.
+        if on_gpu and (narrow := [n for n in lm.forms if _has_one_group(lm, n)]):
+            lm = lm.write_out(narrow)
         self._cost = cost_of(config, lm, dtype.size)
         self.lm = make_lm(config.lm, lm, dtype)
         pairs = zip(self.lm.layers[:-1], self.lm.layers[1:], strict=True)
@@ -206,6 +209,11 @@ class MlxEngine:
             return mx.concatenate([*parts, inputs["user"]], axis=1)
 
         return frame
+
+
+def _has_one_group(lm: LmTensors, name: str) -> bool:
+    """Whether each row of a quantized matrix has one scale."""
+    return lm.weights[f"{name}.scales"].shape[-1] == 1
 
 
 def _as_it_is(joint: Joint) -> Joint:
