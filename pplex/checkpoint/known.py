@@ -13,7 +13,6 @@ class KnownModel:
     description: str
     download_gb: float
     memory_gb: float
-    gated: bool = False
 
 
 KNOWN_MODELS: dict[str, KnownModel] = {
@@ -34,7 +33,6 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "PersonaPlex 7B as NVIDIA published it; accept its licence first",
         17.2,
         20.0,
-        gated=True,
     ),
     "mini": KnownModel(
         None,

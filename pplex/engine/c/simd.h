@@ -68,5 +68,5 @@ INLINE vec NAME(exp)(vec x) {
   p = p * r + 0.166665181517601f;
   p = p * r + 0.5f;
   p = p * (r * r) + r + 1.0f;
-  return (vec)((ints)p + ((ints)shifted << 23));
+  return (vec)((uints)p + ((uints)shifted << 23));
 }
