@@ -438,3 +438,27 @@ def test_importing_the_module_loads_no_hugging_face_client():
     )
     root = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", check], cwd=root, check=True)
+
+
+# Licences.
+
+
+def test_each_known_model_has_the_licence_of_its_page():
+    licences = {entry.name: entry.licence for entry in list_models()}
+    assert licences["bf16"] == "NVIDIA Open Model License"
+    assert licences["mini"] == "MIT"
+    for name in ("8bit", "4bit"):
+        assert licences[name] == "CC BY-NC 4.0, the base NVIDIA Open Model License"
+        assert "for commercial use pull bf16" in KNOWN_MODELS[name].terms
+    assert KNOWN_MODELS["bf16"].terms == licences["bf16"]
+
+
+def test_a_download_says_the_licence_before_it_begins(cache, online, capsys):
+    online(KNOWN_MODELS["4bit"].repo, SPLIT)
+    resolve("4bit", offline=False)
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "licence" in x]
+    assert line.startswith(f"{KNOWN_MODELS['4bit'].repo}: licence CC BY-NC 4.0")
+    assert "pplex models convert" in line
+    fill_cache(cache, KNOWN_MODELS["4bit"].repo, SPLIT)
+    resolve("4bit", offline=False)
+    assert "licence" not in capsys.readouterr().err

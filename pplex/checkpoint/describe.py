@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.known import KNOWN_MODELS, known_repo
 from pplex.checkpoint.layouts import form_name
 from pplex.checkpoint.safetensors import read_specs
 from pplex.checkpoint.source import Source
@@ -33,7 +34,7 @@ class PartInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model on disk; sizes in bytes.
+    """A model on disk; sizes in bytes; ``licence`` that of its weights, if known.
 
     ``bytes_per_frame`` are the weights of the language model that a frame of a
     conversation reads, ``codec_bytes_per_frame`` those of the codec,
@@ -45,6 +46,7 @@ class ModelInfo:
     path: str
     repo: str | None
     revision: str | None
+    licence: str | None
     layout: str
     depformer_steps: int
     parameters: int
@@ -78,13 +80,14 @@ def describe(local: LocalModel) -> ModelInfo:
     folder = local.folder
     config = folder.read_config()
     source = Source(local.folder, config.lm)
-    lm = config.lm
+    lm, known = config.lm, KNOWN_MODELS.get(local.name) or known_repo(local.repo)
     codec, codec_frame = _codec_bytes(folder, config)
     return ModelInfo(
         name=local.name,
         path=str(local.path),
         repo=local.repo,
         revision=local.revision,
+        licence=known.licence if known else None,
         layout=source.layout,
         depformer_steps=source.steps,
         parameters=sum(stored.num_values for stored in source.matrices),

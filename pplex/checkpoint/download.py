@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pplex.checkpoint.folder import CheckpointFolder, IncompleteError, needed_files
 from pplex.checkpoint.hub_cache import bad_name, cache_folder, cached_snapshot
+from pplex.checkpoint.known import known_repo
 from pplex.errors import PplexError
 
 _SPARE_BYTES = 100_000_000  # left free on the disk after a download
@@ -28,7 +29,9 @@ def download(repo: str, revision: str | None, progress: bool) -> Path:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         needed = needed_files(list(sizes))
-        _check_space(repo, info.sha, {file: sizes[file] for file in needed})
+        missing = _check_space(repo, info.sha, {file: sizes[file] for file in needed})
+        if missing and progress and (known := known_repo(repo)):
+            sys.stderr.write(f"{where}: licence {known.terms}\n")
         with _progress_bars(progress):
             folder = snapshot_download(
                 repo,
@@ -117,8 +120,8 @@ def _connection_errors() -> tuple[type[BaseException], ...]:
     return tuple(classes)
 
 
-def _check_space(repo: str, sha: str | None, sizes: dict[str, int]) -> None:
-    """Refuse a download that cannot fit, before its first byte."""
+def _check_space(repo: str, sha: str | None, sizes: dict[str, int]) -> int:
+    """Refuse a download that cannot fit, before its first byte; the bytes of it."""
     from huggingface_hub import try_to_load_from_cache
 
     missing = sum(
@@ -135,6 +138,7 @@ def _check_space(repo: str, sha: str | None, sizes: dict[str, int]) -> None:
             f"{free / 1e9:.1f} GB free; free some space or set HF_HUB_CACHE to a "
             "folder on a larger disk"
         )
+    return missing
 
 
 @contextmanager

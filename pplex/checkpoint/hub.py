@@ -91,6 +91,7 @@ def list_models() -> list[ModelEntry]:
                 description=known.description,
                 download_gb=known.download_gb,
                 memory_gb=known.memory_gb,
+                licence=known.licence,
                 path=path,
                 revision=entry.revision if entry else None,
                 size_bytes=size,

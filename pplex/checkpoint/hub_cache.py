@@ -10,7 +10,7 @@ from pplex.checkpoint.folder import (
     SPLIT_FILES,
     CheckpointFolder,
 )
-from pplex.checkpoint.known import KNOWN_MODELS
+from pplex.checkpoint.known import known_repo
 from pplex.errors import PplexError
 
 _MAIN = "main"
@@ -28,7 +28,7 @@ class ModelEntry:
     """A line of the list of models: what is known of one, and what is on disk.
 
     `path`, `revision` and `size_bytes` are None where nothing is; `complete` is false
-    too when files are missing.
+    too when files are missing. `licence` is that of the weights, where it is known.
     """
 
     name: str
@@ -40,6 +40,7 @@ class ModelEntry:
     revision: str | None
     size_bytes: int | None
     complete: bool
+    licence: str | None = None
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Path | None:
@@ -74,8 +75,7 @@ def cached_models() -> Iterator[ModelEntry]:
             repo.revisions, key=lambda r: (_MAIN in r.refs, r.last_modified or 0)
         )
         complete = CheckpointFolder(newest.snapshot_path).fault is None
-        known = any(model.repo == repo.repo_id for model in KNOWN_MODELS.values())
-        if not (known or complete):
+        if not (known_repo(repo.repo_id) or complete):
             continue
         yield ModelEntry(
             name=repo.repo_id,

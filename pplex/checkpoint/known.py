@@ -4,15 +4,33 @@ from dataclasses import dataclass
 
 DEFAULT_MODEL = "8bit"
 
+NVIDIA = "NVIDIA Open Model License"
+# What the conversions' pages say; the base that they were made of is NVIDIA's.
+CONVERTED = f"CC BY-NC 4.0, the base {NVIDIA}"
+
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model with a short name; sizes in GB (1e9 bytes), 0 for nothing to download."""
+    """A model with a short name; sizes in GB (1e9 bytes), 0 for nothing to download.
+
+    ``licence`` is what the page says of the weights, and of what they were made of.
+    """
 
     repo: str | None
     description: str
     download_gb: float
     memory_gb: float
+    licence: str
+
+    @property
+    def terms(self) -> str:
+        """What to know of the licence before a download, in a clause or two."""
+        if self.licence != CONVERTED:
+            return self.licence
+        return (
+            f"{self.licence}; for commercial use pull bf16, accept its licence, and "
+            "make your own by `pplex models convert`"
+        )
 
 
 KNOWN_MODELS: dict[str, KnownModel] = {
@@ -21,23 +39,33 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "PersonaPlex 7B in 8 bits: close to the original (default)",
         9.8,
         12.0,
+        CONVERTED,
     ),
     "4bit": KnownModel(
         "aufklarer/PersonaPlex-7B-MLX-4bit",
         "PersonaPlex 7B in 4 bits: smallest and fastest, less faithful",
         5.8,
         8.0,
+        CONVERTED,
     ),
     "bf16": KnownModel(
         "nvidia/personaplex-7b-v1",
         "PersonaPlex 7B as NVIDIA published it; accept its licence first",
         17.2,
         20.0,
+        NVIDIA,
     ),
     "mini": KnownModel(
         None,
         "small built-in model for trying things out; needs no download",
         0.0,
         1.0,
+        "MIT",
     ),
 }
+
+
+def known_repo(repo: str | None) -> KnownModel | None:
+    """The known model that lies in this repository."""
+    models = (known for known in KNOWN_MODELS.values() if known.repo == repo)
+    return next(models, None) if repo else None

@@ -77,7 +77,7 @@ def list_models(as_json: bool) -> None:
     if as_json:
         echo_json([_as_json(entry, memory_gb) for entry in entries()])
         return
-    rows = [("NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "WHAT")]
+    rows = [("NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "WHAT", "LICENCE")]
     for entry in entries():
         fits = _fits(entry, memory_gb)
         rows.append(
@@ -88,6 +88,7 @@ def list_models(as_json: bool) -> None:
                 _gb(entry.memory_gb),
                 "-" if fits is None else "yes" if fits else "no",
                 entry.description,
+                entry.licence or "-",
             )
         )
     echo_table(rows)

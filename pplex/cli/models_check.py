@@ -82,6 +82,8 @@ def _lines(found: ModelInfo, bandwidth: float | None) -> list[str]:
         f"{found.kv_bytes_per_frame:,} bytes for each frame remembered",
         f"voices: {', '.join(found.voices) or 'none'}",
     ]
+    if found.licence:
+        lines.append(f"licence of the weights: {found.licence}")
     if bandwidth:
         budget = 1000 / found.frame_rate
         for count, when in ((0, "at first"), (found.context, "with a full memory")):
