@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from random_checkpoint import config_json, lm_arrays, write_checkpoint
 from small import SMALL, converse, speech
 
+from pplex.checkpoint.config import load_config
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.layouts import Quantization
@@ -279,6 +280,16 @@ def test_an_extra_tensor_stops_the_load_by_its_name(tmp_path, published):
         logits(save(tmp_path / "m", {"model": more}))
 
 
+def test_what_a_fine_tuning_adds_is_left_out(tmp_path, published):
+    more = {
+        "condition_provider.conditioners.description.embed.weight": mx.ones((3, 4)),
+        "extra_heads.0.weight": mx.ones((2, 64)),
+    }
+    found = logits(save(tmp_path / "more", {"model": published | more}))
+    expected = logits(save(tmp_path / "m", {"model": published}))
+    np.testing.assert_array_equal(np.array(found[0]), np.array(expected[0]))
+
+
 @pytest.mark.parametrize("part", ["scales", "biases"])
 def test_a_quantized_matrix_without_a_part_stops_the_load(tmp_path, part):
     files = lm_arrays(SMALL.lm, "mlx-split", bits=4, group_size=32)
@@ -354,6 +365,36 @@ def test_a_truncated_weights_file_is_refused(tmp_path):
         path.write_bytes(content[:size])
         with pytest.raises(PplexError, match="model.safetensors"):
             load(resolve(str(folder), offline=True))
+
+
+def test_a_flat_config_gives_the_sizes(tmp_path):
+    """As Kyutai's and the reinforced models', with keys for other programs."""
+    write_checkpoint(tmp_path / "m", SMALL)
+    nested = load_config(tmp_path / "m" / "config.json")
+    raw = config_json(SMALL)
+    flat = raw["lm"] | {
+        **{key: raw[key] for key in ("mimi", "silence_codes", "sine_codes")},
+        "causal": True,
+        "norm": "rms_norm_f32",
+        "model_type": "moshi",
+        "mimi_name": "codec.safetensors",
+        "cross_attention": False,
+        "lora": False,
+    }
+    (tmp_path / "flat.json").write_text(json.dumps(flat))
+    assert load_config(tmp_path / "flat.json").lm == nested.lm == SMALL.lm
+    del flat["depformer_dim_feedforward"], flat["hidden_scale"]
+    flat |= {"depformer_dim_feedforward": None, "hidden_scale": 6.0}
+    (tmp_path / "flat.json").write_text(json.dumps(flat))
+    lm = load_config(tmp_path / "flat.json").lm
+    assert lm.hidden_dim == 2 * (6 * lm.dim) // 3
+    assert lm.depformer_hidden_dim == 2 * (6 * lm.depformer_dim) // 3
+    flat["gating"] = "none"
+    (tmp_path / "flat.json").write_text(json.dumps(flat))
+    with pytest.raises(PplexError, match="gating"):
+        load_config(tmp_path / "flat.json")
+    (tmp_path / "flat.json").write_text('{"model_type": "personaplex", "version": "1"}')
+    assert load_config(tmp_path / "flat.json") == ModelConfig()
 
 
 def test_config_keys_are_checked_by_name(tmp_path):

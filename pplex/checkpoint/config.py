@@ -108,8 +108,8 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         lm = _parse_lm(_object(sizes, "lm"))
     elif "temporal" in raw:
         lm = _parse_split_lm(raw)
-    else:
-        lm = LmConfig()
+    else:  # as Kyutai's, among keys for other programs; NVIDIA's has no sizes at all
+        lm = _parse_lm({key: raw[key] for key in raw.keys() & _LM_KEYS})
     # The split folders describe their codec in part: the sizes are there if seanet is.
     mimi = MimiConfig()
     if "mimi" in sizes and "seanet" in _object(sizes, "mimi"):
@@ -141,6 +141,12 @@ _LM_FIXED = {
 }
 # Read by the reference, without effect on what it computes.
 _LM_IGNORED = {"depformer_context", "depformer_max_period", "depformer_norm"}
+_LM_KEYS = {
+    *(field.name for field in fields(LmConfig)),
+    *_LM_FIXED,
+    *_LM_IGNORED,
+    *("hidden_scale", "dim_feedforward", "depformer_dim_feedforward"),
+} - {"hidden_dim", "depformer_hidden_dim"}
 
 
 def _parse_lm(raw: dict[str, Any]) -> LmConfig:

@@ -53,6 +53,10 @@ class Stored:
         return math.prod(self.matrix.shape)
 
 
+# What Kyutai's fine-tunings have beside the model; moshi_mlx skips it too.
+_FINE_TUNED = "condition_provider.", "extra_heads."
+
+
 class Source:
     """The checked headers of a language model's files; values are read when asked for.
 
@@ -73,8 +77,8 @@ class Source:
             _stored(matrix, file, specs[file])
             for file, matrix in self._table(self.steps)
         ]
-        for file, left in specs.items():
-            if left:
+        for file, unused in specs.items():
+            if left := [name for name in unused if not name.startswith(_FINE_TUNED)]:
                 more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
                 raise PplexError(
                     f"{file}: has the tensor `{min(left)}`, which this layout and "
