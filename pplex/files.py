@@ -29,8 +29,8 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
     The body writes to the yielded path and does nothing else: an OSError inside it
     is reported as a failure to write `path`. On any failure the temporary file is
-    removed and an older file at `path` is left as it was. Links are followed. Without
-    `replace` a file that is there by then is such a failure.
+    removed and an older file at `path` is left as it was; a new one has its mode. Links
+    are followed. Without `replace` a file that is there by then is such a failure.
     """
     target = Path(os.path.realpath(path))
     _check_target(path, target)
@@ -43,6 +43,8 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
         yield temporary
         if not replace:
             _claim(path, temporary, target)
+        elif target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
         # Of two names for one file neither goes by this; the body's is removed below.
         os.replace(temporary, target)
     except OSError as e:

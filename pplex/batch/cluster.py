@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pplex.errors import PplexError
+from pplex.errors import PplexError, first_line
 
 if TYPE_CHECKING:
     from pplex.batch.decoding import Answered, Decoder, Failure, Job, Size
@@ -206,7 +206,7 @@ class Cluster:
                 worker.starting = worker.actor.start.remote()
                 return
             reason = getattr(e, "cause", None) or e
-            self._last_error = f"{worker.host}: {str(reason).strip().splitlines()[0]}"
+            self._last_error = f"{worker.host}: {first_line(reason)}"
             if is_start:
                 self._note(f"no worker on {self._last_error}")
                 self._workers.remove(worker)
@@ -275,7 +275,7 @@ def _connect(ray: Any, address: str) -> None:
             logging_level="error",
         )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as e:
-        reason = str(e).strip().splitlines()[0]
+        reason = first_line(e)
         raise PplexError(f"there is no Ray cluster at {address}: {reason}") from e
 
 

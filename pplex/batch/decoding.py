@@ -22,7 +22,7 @@ from pplex.conversation.tracks import Conversation
 from pplex.engine.base import Start
 from pplex.engine.choose import batch_size
 from pplex.engine.device import is_out_of_memory
-from pplex.errors import PplexError
+from pplex.errors import PplexError, first_line
 from pplex.model.config import ModelConfig
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.stats import ModelInfo, model_info
@@ -125,7 +125,7 @@ class Decoder:
             except (RuntimeError, MemoryError) as e:
                 if not is_out_of_memory(e):
                     raise
-                out_of_memory = str(e).strip().splitlines()[0]
+                out_of_memory = first_line(e)
             # Only here has the exception let go of the arrays.
             if out_of_memory is not None:
                 yield from self._shrink(stream, out_of_memory)

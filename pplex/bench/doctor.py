@@ -27,7 +27,7 @@ from pplex.engine.device import (
     device_name,
     memory_gb,
 )
-from pplex.errors import PplexError
+from pplex.errors import PplexError, first_line
 from pplex.model.config import ModelConfig
 
 TEST_MODEL = "mini"
@@ -140,7 +140,7 @@ def try_model() -> tuple[float | None, str]:
         start = model.engine.prefill(make_role(model, None, "").prompt)
         frame_s = loop_frame_s(model.engine, start)
     except (PplexError, RuntimeError) as e:
-        return None, f"the built-in model does not run: {str(e).splitlines()[0]}"
+        return None, f"the built-in model does not run: {first_line(e)}"
     if math.isnan(frame_s):
         return None, "the built-in model gave sound that is no finite number"
     factor = frame_s * model.config.frame_rate

@@ -14,7 +14,7 @@ from pathlib import Path
 from pplex.checkpoint.folder import CheckpointFolder, IncompleteError, needed_files
 from pplex.checkpoint.hub_cache import bad_name, cache_folder, cached_snapshot
 from pplex.checkpoint.known import known_repo
-from pplex.errors import PplexError
+from pplex.errors import PplexError, first_line
 
 _SPARE_BYTES = 100_000_000  # left free on the disk after a download
 
@@ -189,4 +189,4 @@ def check_network() -> Online:
         status = getattr(e.response, "status_code", None)
         return Online(True, None, f"Hugging Face answered {status}")
     except Exception as e:  # every kind of network fault, of any HTTP library
-        return Online(False, None, str(e).splitlines()[0][:200] or type(e).__name__)
+        return Online(False, None, first_line(e)[:200])

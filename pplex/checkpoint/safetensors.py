@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pplex.errors import PplexError
+from pplex.errors import PplexError, first_line
 from pplex.files import atomic_write
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def load_tensors(path: Path) -> dict[str, mx.array]:
     try:
         arrays = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as e:
-        raise _broken(path, str(e).splitlines()[0]) from e
+        raise _broken(path, first_line(e)) from e
     assert isinstance(arrays, dict)
     return arrays
 

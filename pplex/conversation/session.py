@@ -15,7 +15,7 @@ from pplex.checkpoint.weights import codec_tensors, lm_tensors
 from pplex.conversation.scheduler import converse
 from pplex.engine.base import Engine, Start
 from pplex.engine.choose import Compute, Form, choose_form, make_engine
-from pplex.errors import PplexError
+from pplex.errors import PplexError, first_line
 from pplex.model.config import ModelConfig
 from pplex.model.sampling import SamplingConfig
 
@@ -62,7 +62,7 @@ def load(local: LocalModel, *, compute: Compute = "auto", many: bool = False) ->
     try:
         engine = make_engine(config, lm, codec)
     except RuntimeError as e:  # a file that ends before its tensors do, or no memory
-        reason = str(e).splitlines()[0]
+        reason = first_line(e)
         raise PplexError(f"{local.path}: cannot be read whole ({reason})") from e
     return Model(
         local=local,
