@@ -69,7 +69,8 @@ def remove(model: str, yes: bool) -> None:
 def list_models(as_json: bool) -> None:
     """Print the known models and those on this machine; never goes online.
 
-    MEMORY is what a conversation takes; FITS says whether this machine has it.
+    MEMORY is what a conversation takes; FITS says whether this machine has it. WHAT
+    ends with the licence of the weights.
     """
     from pplex.checkpoint.hub import list_models as entries
 
@@ -77,7 +78,7 @@ def list_models(as_json: bool) -> None:
     if as_json:
         echo_json([_as_json(entry, memory_gb) for entry in entries()])
         return
-    rows = [("NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "WHAT", "LICENCE")]
+    rows = [("NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "WHAT")]
     for entry in entries():
         fits = _fits(entry, memory_gb)
         rows.append(
@@ -87,8 +88,7 @@ def list_models(as_json: bool) -> None:
                 _gb(entry.download_gb),
                 _gb(entry.memory_gb),
                 "-" if fits is None else "yes" if fits else "no",
-                entry.description,
-                entry.licence or "-",
+                entry.description + (f"; {entry.licence}" if entry.licence else ""),
             )
         )
     echo_table(rows)

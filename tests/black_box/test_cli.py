@@ -162,15 +162,7 @@ def test_models_are_listed_with_their_sizes(run):
     result = run("models", "list")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == [
-        "NAME",
-        "DISK",
-        "DOWNLOAD",
-        "MEMORY",
-        "FITS",
-        "WHAT",
-        "LICENCE",
-    ]
+    assert lines[0].split() == ["NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "WHAT"]
     assert [line.split()[0] for line in lines[1:]] == ["8bit", "4bit", "bf16", "mini"]
 
 
