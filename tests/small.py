@@ -8,11 +8,27 @@ import numpy as np
 
 from pplex.bench.random_model import TINY
 from pplex.conversation.scheduler import converse as run
-from pplex.model.sampling import GREEDY
+from pplex.engine.base import Rows
+from pplex.engine.mlx.engine import MlxEngine, MlxRows
+from pplex.model.sampling import GREEDY, Sampler, SamplingConfig
 
 FRAME = 1920
 # Published checkpoints hold depformer steps that no conversation runs; so has this.
 SMALL = replace(TINY, lm=replace(TINY.lm, dep_q=16))
+
+
+class SharedSteps(MlxEngine):
+    """MLX's engine on a CPU with rows that share each step, as on GPUs."""
+
+    def __init__(self, *tensors) -> None:
+        super().__init__(*tensors, on_gpu=False)
+
+    def rows(
+        self, capacity: int, sampling: SamplingConfig, *, live: bool = False
+    ) -> Rows:
+        """Places for ``capacity`` conversations."""
+        frame = self.make_frame(Sampler.of(self.config.lm, sampling))
+        return MlxRows(self, capacity, sampling, frame)
 
 
 def speech(frames: int, seed: int = 0) -> np.ndarray:

@@ -7,40 +7,25 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from small import converse, speech
+from small import SharedSteps, converse, speech
 
 from pplex.batch.decoding import PROMPT_FRAMES, Decoder, Size
 from pplex.checkpoint.weights import codec_tensors, lm_tensors
 from pplex.conversation.prompts import make_role
 from pplex.conversation.scheduler import converse_many
 from pplex.conversation.tracks import Conversation
-from pplex.engine.base import Codec, Cost, Engine, Rows
+from pplex.engine.base import Codec, Cost, Engine
 from pplex.engine.choose import KINDS, batch_size
 from pplex.engine.cuda.cache import SharedCache
 from pplex.engine.mlx.codec import MlxCodec
-from pplex.engine.mlx.engine import MlxEngine, MlxRows
 from pplex.engine.mlx.ring import SlotCache
 from pplex.model.cache import GROWTH, KvCache, scaled_attention
 from pplex.model.config import LmConfig
 from pplex.model.mimi import Mimi
 from pplex.model.rotary import rotate
-from pplex.model.sampling import GREEDY, Sampler, SamplingConfig
+from pplex.model.sampling import GREEDY, SamplingConfig
 
 LENGTHS = [40, 3, 1, 75, 20, 33, 2, 120, 9]
-
-
-class SharedSteps(MlxEngine):
-    """MLX's engine whose rows share each step, as on GPUs."""
-
-    def __init__(self, *tensors) -> None:
-        super().__init__(*tensors, on_gpu=False)
-
-    def rows(
-        self, capacity: int, sampling: SamplingConfig, *, live: bool = False
-    ) -> Rows:
-        """Places for ``capacity`` conversations."""
-        frame = self.make_frame(Sampler.of(self.config.lm, sampling))
-        return MlxRows(self, capacity, sampling, frame)
 
 
 class InGroups(SharedSteps):
