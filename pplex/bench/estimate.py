@@ -18,6 +18,7 @@ import numpy as np
 
 from pplex.bench.parts import measure_parts
 from pplex.bench.random_model import TINY, random_codec, random_lm, random_prompt
+from pplex.checkpoint.weights import LmTensors
 from pplex.conversation.scheduler import converse
 from pplex.engine.base import Engine, Start
 from pplex.engine.choose import choose_form, cost_of, make_engine
@@ -42,7 +43,7 @@ def estimate_frame_s(config: ModelConfig, bits: int) -> float | None:
     """
     tensors = random_lm(config.lm, bits)
     dense = choose_form("auto", config, tensors, many=False).dense
-    whole = cost_of(config, tensors.write_out() if dense else tensors)
+    whole = cost_of(config, _tensors(config, bits, dense))
     if whole.step <= SMALL_BYTES:
         engine = _make_engine(config, bits, dense)
         return loop_frame_s(engine, engine.prefill(random_prompt(config)))
@@ -61,9 +62,8 @@ def estimate_frame_s(config: ModelConfig, bits: int) -> float | None:
 
 def _part(config: ModelConfig, bits: int, dense: bool) -> Engine | None:
     """A model that is small enough to be tried; None where memory does not suffice."""
-    tensors = random_lm(config.lm, bits)
     _, free = memory_gb()
-    need = cost_of(config, tensors.write_out() if dense else tensors).held
+    need = cost_of(config, _tensors(config, bits, dense)).held
     if free is not None and 2 * need > 1e9 * free:
         return None
     return _make_engine(config, bits, dense)
@@ -77,10 +77,14 @@ def _codec_s(config: MimiConfig) -> tuple[float, bool]:
     return (parts.encode + parts.decode) / 1000.0, engine.codec.concurrent
 
 
-def _make_engine(config: ModelConfig, bits: int, dense: bool) -> Engine:
+def _tensors(config: ModelConfig, bits: int, dense: bool) -> LmTensors:
+    """In the form that is faster; nothing is computed yet."""
     tensors = random_lm(config.lm, bits)
-    if dense:
-        tensors = tensors.write_out()
+    return tensors.write_out() if dense else tensors
+
+
+def _make_engine(config: ModelConfig, bits: int, dense: bool) -> Engine:
+    tensors = _tensors(config, bits, dense)
     # Rows of tables are looked up, whatever they hold: zeros are made faster.
     table = tensors.weights["audio_emb.weight"]
     tensors.weights["audio_emb.weight"] = mx.zeros(table.shape, table.dtype)

@@ -53,7 +53,7 @@ def words(
     start = end = 0
 
     def close() -> None:
-        text = _printable(content.decode("utf-8", errors="replace"))
+        text = _printable(content.decode("utf-8", errors="replace")).strip()
         if text:
             found.append(Word(text, start / frame_rate, end / frame_rate, start))
         content.clear()
@@ -137,8 +137,7 @@ class PieceText:
         """The text of the next id; empty for most."""
         if idx < _NUM_SPECIAL:
             return ""
-        text = self._utf8.decode(_piece_bytes(self._piece(idx)))
-        return "".join(c if c.isprintable() else " " for c in text)
+        return _printable(self._utf8.decode(_piece_bytes(self._piece(idx))))
 
 
 class Captions:
@@ -217,5 +216,5 @@ def _piece_bytes(piece: str) -> bytes:
 
 
 def _printable(text: str) -> str:
-    """Drop control characters, and spaces at the ends."""
-    return "".join(c if c.isprintable() else " " for c in text).strip()
+    """A space for each control character."""
+    return "".join(c if c.isprintable() else " " for c in text)
