@@ -118,7 +118,9 @@ def tokenizer_bytes(num_pieces: int) -> bytes:
     for idx in range(num_pieces):
         text, kind = special.get(idx, (_piece(idx - 4), 1))
         score = bytes([2 << 3 | 5]) + struct.pack("<f", -float(idx))
-        piece = field(1, text.encode()) + score + bytes([3 << 3]) + _varint(kind)
+        piece = field(1, text.encode()) + score
+        if kind != 1:  # what a piece is unless it says so
+            piece += bytes([3 << 3]) + _varint(kind)
         model += field(1, piece)
     return model
 
