@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +9,13 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.options import FiniteRange
+from pplex.cli.tables import echo_json
 
 if TYPE_CHECKING:
     from pplex.evaluation.asr import Recogniser
 
 _FILE = click.Path(path_type=Path)
+_WORSE = "worse"
 
 
 @click.command(epilog="Example: pplex score replies/ --format csv > scores.csv")
@@ -82,7 +83,26 @@ _FILE = click.Path(path_type=Path)
     help="Full-Duplex-Bench's icc_gt_distribution.json, if it is not beside the "
     "samples.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace existing transcripts.")
+@click.option(
+    "--against",
+    metavar="DIR",
+    multiple=True,
+    type=_FILE,
+    help="Compare PATHS (A) with DIR (B): differences with intervals and verdicts.",
+)
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=_FILE,
+    help="With --against: draw the differences (.png, .svg, .pdf).",
+)
+@click.option(
+    "--fail-if",
+    metavar="LIMIT",
+    multiple=True,
+    help="Exit with 1 if so: reply_delay.median>1.2, or with --against, worse.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 def score(
     paths: tuple[Path, ...],
     form: str,
@@ -94,6 +114,9 @@ def score(
     transcript_format: str,
     agent_lag: float,
     human_timing: Path | None,
+    against: tuple[Path, ...],
+    plot: Path | None,
+    fail_if: tuple[str, ...],
     overwrite: bool,
 ) -> None:
     """Score how the agent takes turns in PATHS: a batch's folder, or WAV files.
@@ -107,23 +130,63 @@ def score(
     ):
         if given and asr is None:
             raise click.UsageError(f"{option} needs --asr")
+    for option, given in (("--plot", plot), ("--fail-if worse", _WORSE in fail_if)):
+        if given and not against:
+            raise click.UsageError(f"{option} needs --against")
+    if against and form == "csv":
+        raise click.UsageError("--against has no CSV: give --format json")
+    from pplex.errors import PplexError
+    from pplex.evaluation.against import as_table as as_comparison
+    from pplex.evaluation.against import compare_sets, plot_differences, without_folder
     from pplex.evaluation.asr import make_recogniser
     from pplex.evaluation.find import find
-    from pplex.evaluation.score import Method, as_csv, as_table
-    from pplex.evaluation.score import score as score_all
+    from pplex.evaluation.limits import Limit
+    from pplex.evaluation.score import Method, as_csv, as_table, score_and_measure
     from pplex.files import plan_files
+    from pplex.plots import check_plot_path
 
+    limits = [Limit.parse(text) for text in fail_if if text != _WORSE]
+    if plot is not None:
+        check_plot_path(plot)
+        if plot.exists() and not overwrite:
+            raise PplexError(f"{plot} exists already; another name, or --overwrite")
     method = Method(vad, words, agent_lag, human_timing=human_timing)
     recogniser: Recogniser | None = make_recogniser(asr, asr_sentences) if asr else None
-    found = find(paths)
+    found = [find(side) for side in (paths, against) if side]
     planned: dict[str, Path] = {}
     if transcripts is not None:
-        names = [item.name for item in found.items if item.agent is not None]
+        names = [item.name for item in found[0].items if item.agent is not None]
         ending = f".dialogue.{transcript_format}"
         planned = plan_files(transcripts, names, ending, overwrite)
-    with tqdm(total=len(found.items), disable=None, unit="file") as bar:
-        result = score_all(found, method, recogniser, lambda _: bar.update(), planned)
-    if form == "json":
-        click.echo(json.dumps(result, ensure_ascii=False, indent=1))
+    count = sum(len(side.items) for side in found)
+    with tqdm(total=count, disable=None, unit="file") as bar:
+        results = [
+            score_and_measure(side, method, recogniser, lambda _: bar.update(), written)
+            for side, written in zip(found, (planned, {}), strict=False)
+        ]
+    result = results[0][0]
+    failures = [limit.broken(result["total"]) for limit in limits]
+    if against:
+        compared = compare_sets(
+            *(
+                without_folder(measured, side)
+                for (_, measured), side in zip(results, (paths, against), strict=True)
+            )
+        )
+        sides = [", ".join(map(str, side)) for side in (paths, against)]
+        if plot is not None:
+            plot_differences(plot, compared, (sides[0], sides[1]))
+        if _WORSE in fail_if:
+            failures += [f"worse: {one.heading}" for one in compared.worse]
+        result |= {"against": results[1][0], "comparison": compared.as_json()}
+        table = as_comparison(compared, (sides[0], sides[1]))
     else:
-        click.echo(as_csv(result) if form == "csv" else as_table(result), nl=False)
+        table = as_table(result)
+    if form == "json":
+        echo_json(result)
+    else:
+        click.echo(as_csv(result) if form == "csv" else table, nl=False)
+    for failure in filter(None, failures):
+        click.echo(f"FAIL {failure}", err=True)
+    if any(failures):
+        click.get_current_context().exit(1)

@@ -49,6 +49,8 @@ class Metric:
 
     Without a ``title`` it is in JSON only; ``table`` shows it in score's table, and
     ``about``, its explanation, in the report. Above ``limit`` something is wrong.
+    ``better`` is 1 if more is better, -1 if less is, 0 if neither can be said; what is
+    not ``compared`` belongs to the recordings, not to the answers.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Metric:
     table: bool = True
     about: str = ""
     limit: float = math.inf
+    better: int = 0
+    compared: bool = True
 
     @property
     def heading(self) -> str:
@@ -76,11 +80,14 @@ class Metric:
 
     def of_all(self, recordings: Sequence[Measured]) -> Figure:
         """The figure of some recordings; None if none of them has what it takes."""
+        known = [value for value in self.values(recordings) if value is not None]
+        return self.total(known) if known else None
+
+    def values(self, recordings: Sequence[Measured]) -> list[Any]:
+        """What each recording gives ``total``, None where it has nothing."""
         parts = [getattr(one, self.of) if self.of else one for one in recordings]
         value = self.value or attrgetter(self.name)
-        values = [value(part) for part in parts if part is not None]
-        known = [value for value in values if value is not None]
-        return self.total(known) if known else None
+        return [None if part is None else value(part) for part in parts]
 
     def text(self, figure: Figure) -> str:
         """The figure for people, without its unit unless that is ``%``."""
@@ -124,8 +131,8 @@ def _real_time(stats: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("duration_s", "s", "length", digits=1, about="Seconds"),
-    Metric("user_turns", "", "turns", "turns"),
+    Metric("duration_s", "s", "length", digits=1, about="Seconds", compared=False),
+    Metric("user_turns", "", "turns", "turns", compared=False),
     Metric(
         "reply_delay_s",
         "s",
@@ -135,6 +142,7 @@ METRICS: tuple[Metric, ...] = (
         spread,
         digits=2,
         about="Median seconds from the user's end to the reply",
+        better=-1,
     ),
     Metric(
         "takeover_rate",
@@ -144,6 +152,7 @@ METRICS: tuple[Metric, ...] = (
         attrgetter("takeovers", "judged_turns"),
         ratio,
         about="Turns of the user after which the agent speaks",
+        better=1,
     ),
     Metric(
         "pauses_respected_rate",
@@ -153,6 +162,7 @@ METRICS: tuple[Metric, ...] = (
         attrgetter("pauses_respected", "pauses"),
         ratio,
         about="Pauses within the user's turns in which the agent does not begin",
+        better=1,
     ),
     Metric(
         "talk_over_s",
@@ -161,6 +171,7 @@ METRICS: tuple[Metric, ...] = (
         "turns",
         digits=1,
         about="Seconds of talking at once that the agent began, backchannels apart",
+        better=-1,
     ),
     Metric(
         "agent_interruptions",
@@ -168,6 +179,7 @@ METRICS: tuple[Metric, ...] = (
         "interrupts",
         "turns",
         about="Times the agent began while the user spoke",
+        better=-1,
     ),
     Metric(
         "backchannels",
@@ -179,7 +191,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("overlap_s", "s", "overlap", "turns", digits=1),
     Metric("silence_s", "s", "silence", "turns", digits=1),
     Metric("user_interruptions", "", "interrupted", "turns"),
-    Metric("yield_s", "s", "yields", "turns", attrgetter("yields_s"), spread, digits=2),
+    Metric(
+        "yield_s",
+        "s",
+        "yields",
+        "turns",
+        attrgetter("yields_s"),
+        spread,
+        digits=2,
+        better=-1,
+    ),
     Metric(
         "words",
         "",
@@ -196,6 +217,7 @@ METRICS: tuple[Metric, ...] = (
         attrgetter("errors", "words"),
         ratio,
         digits=1,
+        better=-1,
     ),
     Metric(
         "speech_db",
@@ -215,6 +237,7 @@ METRICS: tuple[Metric, ...] = (
         table=False,
         about="Stretches at full scale",
         limit=0.0,
+        better=-1,
     ),
     Metric(
         "real_time_factor",
@@ -227,6 +250,7 @@ METRICS: tuple[Metric, ...] = (
         table=False,
         about="Computing time over audio time; below 1 keeps up",
         limit=1.0,
+        compared=False,
     ),
     Metric("user_speech_s", "s", of="turns"),
     Metric("agent_speech_s", "s", of="turns"),

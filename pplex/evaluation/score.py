@@ -55,16 +55,29 @@ def score(
     ``told`` hears of each item when it is done; ``transcripts`` says by an item's name
     where to write what both sides said, the user by the recogniser.
     """
+    return score_and_measure(found, method, recogniser, told, transcripts)[0]
+
+
+def score_and_measure(
+    found: Found,
+    method: Method,
+    recogniser: Recogniser | None = None,
+    told: Callable[[Item], object] = lambda item: None,
+    transcripts: Mapping[str, Path] | None = None,
+) -> tuple[dict[str, Any], dict[str, Measured]]:
+    """What ``score`` gives, and what was measured of each recording, by its name."""
     detector = make_detector(method.vad)
     human = _human_timing(found, method)
-    rows, measured = [], []
+    rows: list[dict[str, Any]] = []
+    measured: dict[str, Measured] = {}
     for item in found.items:
         path = (transcripts or {}).get(item.name)
         row, one = _score_item(item, method, detector, recogniser, human, path)
         rows.append(row)
-        measured += [one] if one is not None else []
+        if one is not None:
+            measured[item.name] = one
         told(item)
-    total = figures(measured)
+    total = figures(list(measured.values()))
     result = {
         "method": _describe(method, detector, recogniser, rows),
         "notes": found.notes,
@@ -80,7 +93,7 @@ def score(
     tasks = bench.task_figures([row["bench"] for row in rows if row["bench"]])
     if tasks:
         result["full_duplex_bench"] = rounded(tasks)
-    return result
+    return result, measured
 
 
 def rounded(value: Any) -> Any:
@@ -209,7 +222,7 @@ def as_table(result: dict[str, Any]) -> str:
     if total["scored"]:
         cells = [metric.text(figure_of(metric, total)) for metric in shown]
         rows.append([f"all {total['scored']}", *cells])
-    parts = [_aligned(rows)]
+    parts = [aligned(rows)]
     parts += [_bench_table(result.get("full_duplex_bench", {}))]
     parts += [_disagreements(recordings)]
     parts += [_unscored(result)]
@@ -245,7 +258,7 @@ def _bench_table(totals: dict[str, Any]) -> str:
         cells = ["-" if value is None else f"{value:.3f}" for value in values]
         samples, sources = str(total["samples"]), ", ".join(total["words_from"])
         rows.append([task, samples, *cells, sources])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _disagreements(recordings: Sequence[dict[str, Any]]) -> str:
@@ -294,7 +307,8 @@ def _method(method: dict[str, Any]) -> str:
     return said + ". --format json has all parameters.\n"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
