@@ -4,13 +4,15 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pplex.errors import PplexError
 
 PIPE = Path("-")  # stdin or stdout
+# Gives a temporary file, which is whole, its name; what raises leaves an older one.
+Place = Callable[[Path, Path], None]
 
 _STDOUT = 1
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -23,14 +25,35 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "pplex"
 
 
+def put(temporary: Path, path: Path) -> None:
+    """Replace what is at `path`, whose mode stays. Links are followed."""
+    target = real_path(path)
+    if target.exists():
+        temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+    os.replace(temporary, target)
+
+
+def put_new(temporary: Path, path: Path) -> None:
+    """Give `path` its content if nobody else has; of several programs one does."""
+    target = real_path(path)
+    try:
+        os.link(temporary, target)
+    except OSError as e:
+        # Where files cannot have two names, looking has to do.
+        if isinstance(e, FileExistsError) or os.path.lexists(target):
+            raise PplexError(
+                f"{path} exists already; choose another name or give --overwrite"
+            ) from e
+        os.replace(temporary, target)
+
+
 @contextmanager
-def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a hidden temporary path beside `path`; rename it when the body is done.
+def atomic_write(path: Path, *, place: Place = put) -> Iterator[Path]:
+    """Yield a hidden temporary path beside `path`; `place` it when the body is done.
 
     The body writes to the yielded path and does nothing else: an OSError inside it
     is reported as a failure to write `path`. On any failure the temporary file is
-    removed and an older file at `path` is left as it was; a new one has its mode. Links
-    are followed. Without `replace` a file that is there by then is such a failure.
+    removed and an older file at `path` is left as it was. Links are followed.
     """
     target = Path(os.path.realpath(path))
     _check_target(path, target)
@@ -41,19 +64,14 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
     try:
         temporary.open("xb").close()
         yield temporary
-        if not replace:
-            _claim(path, temporary, target)
-        elif target.exists():
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-        # Of two names for one file neither goes by this; the body's is removed below.
-        os.replace(temporary, target)
+        place(temporary, path)
     except OSError as e:
         raise PplexError(_reason(path, e)) from e
     finally:
         _remove(temporary)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, place: Place = put) -> None:
     """Write `text` to `path` as UTF-8 with Unix line ends, whole or not at all.
 
     `-` is stdout; devices and pipes are written to as they are.
@@ -68,7 +86,7 @@ def write_text(path: Path, text: str) -> None:
         except OSError as e:
             raise PplexError(_reason(path, e)) from e
         return
-    with atomic_write(path) as temporary:
+    with atomic_write(path, place=place) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
 
 
@@ -131,18 +149,6 @@ def write_stdout(content: bytes) -> None:
         raise
     except OSError as e:
         raise PplexError(_reason(Path("stdout"), e)) from e
-
-
-def _claim(path: Path, temporary: Path, target: Path) -> None:
-    """Give `target` its content if nobody else has; of several programs one does."""
-    try:
-        os.link(temporary, target)
-    except OSError as e:
-        # Where files cannot have two names, looking has to do.
-        if isinstance(e, FileExistsError) or os.path.lexists(target):
-            raise PplexError(
-                f"{path} exists already; choose another name or give --overwrite"
-            ) from e
 
 
 def _check_target(path: Path, target: Path) -> None:

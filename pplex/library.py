@@ -26,6 +26,7 @@ from pplex.conversation.tracks import Conversation
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute
 from pplex.errors import PplexError
+from pplex.files import put, put_new
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.outputs import spoken_words
 from pplex.respond.request import Settings
@@ -60,7 +61,8 @@ class Answer:
 
         PplexError if the file exists, unless ``overwrite``, or cannot be written.
         """
-        write_wav(Path(path), self.audio, self.sample_rate, replace=overwrite)
+        place = put if overwrite else put_new
+        write_wav(Path(path), self.audio, self.sample_rate, place=place)
 
 
 @dataclass(frozen=True)

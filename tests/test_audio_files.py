@@ -11,7 +11,7 @@ import soundfile
 from pplex.audio import files
 from pplex.audio.files import frames_of, read_pcm, to_pcm16, write_wav
 from pplex.errors import PplexError
-from pplex.files import atomic_write, write_text
+from pplex.files import atomic_write, put_new, write_text
 
 DATA = Path(__file__).parent / "data"
 RATE = 24_000
@@ -302,9 +302,9 @@ def test_of_two_that_write_one_name_the_first_wins(tmp_path, monkeypatch, links)
     if not links:
         monkeypatch.setattr("pplex.files.os.link", refuse)
     with pytest.raises(PplexError, match="exists already"):
-        with atomic_write(path, replace=False) as late:
+        with atomic_write(path, place=put_new) as late:
             late.write_bytes(b"late")
-            with atomic_write(path, replace=False) as early:
+            with atomic_write(path, place=put_new) as early:
                 early.write_bytes(b"early")
     assert path.read_bytes() == b"early"
     assert [p.name for p in tmp_path.iterdir()] == ["o.wav"]

@@ -20,7 +20,7 @@ import soxr
 
 from pplex.audio.headers import missing_bytes
 from pplex.errors import PplexError
-from pplex.files import atomic_write
+from pplex.files import Place, atomic_write, put
 
 Channel = int | Literal["mix"]
 
@@ -112,11 +112,11 @@ def to_pcm16(pcm: np.ndarray) -> np.ndarray:
 
 
 def write_wav(
-    path: Path, tracks: np.ndarray, sample_rate: int, *, replace: bool = True
+    path: Path, tracks: np.ndarray, sample_rate: int, *, place: Place = put
 ) -> None:
     """Write float32 (samples,) or (samples, channels) as 16-bit WAV, atomically.
 
-    ``replace`` is that of ``atomic_write``.
+    ``place`` is that of ``atomic_write``.
     """
     path = Path(path)
     tracks = tracks if tracks.ndim == 2 else tracks[:, None]
@@ -128,7 +128,7 @@ def write_wav(
         )
     step = max(1, _BLOCK_SAMPLES // num_channels)
     with (
-        atomic_write(path, replace=replace) as temporary,
+        atomic_write(path, place=place) as temporary,
         temporary.open("wb") as file,
     ):
         with wave.open(file, "wb") as out:

@@ -16,6 +16,7 @@ from pplex.conversation.scheduler import converse
 from pplex.conversation.session import Model
 from pplex.engine.base import Start
 from pplex.errors import PplexError
+from pplex.files import put, put_new
 from pplex.respond.outputs import open_sink, spoken_words, write_tokens, write_words
 from pplex.respond.request import Request, Settings, check_outputs
 from pplex.respond.run import Clock, Config, Report, begin, load_model
@@ -98,8 +99,8 @@ def respond_stream(
     timings = Timings()
     waited_s = feed.waited_s
     with stop.deferred(feed.stop):
-        files = outputs.files()
-        with open_sink(outputs.layout, files, rate, replace=config.overwrite) as write:
+        files, place = outputs.files(), put if config.overwrite else put_new
+        with open_sink(outputs.layout, files, rate, place=place) as write:
             replies = _converse(model, start, user, settings)
             report.answering(None)
             captions = Captions(model.tokenizer.piece, model.config.frame_rate)
@@ -122,10 +123,10 @@ def respond_stream(
             check_outputs(request, config.overwrite)
         clock.lap("answer")
         audio_s = record.num_samples / rate
-        write_words(model, request, record.text(), audio_s, role.voice)
+        write_words(model, request, record.text(), audio_s, role.voice, place)
         if outputs.tokens is not None:
             user_codes, agent_codes = np.split(record.codes(), 2)
-            write_tokens(outputs.tokens, user_codes, agent_codes, record.text())
+            write_tokens(outputs.tokens, user_codes, agent_codes, record.text(), place)
         clock.lap("write")
         waited_s = feed.waited_s - waited_s
         clock.parts["read"] += waited_s
@@ -156,7 +157,7 @@ def respond_stream(
             source_pace=pace if math.isfinite(pace) else None,
         )
         if outputs.stats is not None:
-            stats.write(outputs.stats)
+            stats.write(outputs.stats, place)
     if config.check is not None:
         spoken = spoken_words(model, record.text())
         report.checked(config.check(request.source, files, stats, spoken))

@@ -18,7 +18,15 @@ from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.conversation.answer import Answer
 from pplex.errors import PplexError
-from pplex.files import PIPE, atomic_write, is_pipe, write_stdout, write_text
+from pplex.files import (
+    PIPE,
+    Place,
+    atomic_write,
+    is_pipe,
+    put,
+    write_stdout,
+    write_text,
+)
 from pplex.model.config import ModelConfig
 from pplex.respond.request import Layout, Request
 from pplex.respond.transcript import Word, words, write_transcript
@@ -52,9 +60,9 @@ def write_outputs(
     reply: Answer,
     voice: str,
     *,
-    replace: bool = True,
+    place: Place = put,
 ) -> None:
-    """Write everything but the stats, sound first; ``replace`` as ``atomic_write``.
+    """Write everything but the stats, sound first; ``place`` as ``atomic_write``.
 
     ``user_pcm`` is as long as the ``pcm`` of ``reply``, the whole answer.
     """
@@ -65,10 +73,10 @@ def write_outputs(
             tracks["audio"] = np.stack([user_pcm, reply.pcm], axis=1)
         for what, path in outputs.files().items():
             if what in tracks:
-                write_wav(path, tracks[what], rate, replace=replace)
-    write_words(model, request, reply.text, len(user_pcm) / rate, voice)
+                write_wav(path, tracks[what], rate, place=place)
+    write_words(model, request, reply.text, len(user_pcm) / rate, voice, place)
     if outputs.tokens is not None:
-        write_tokens(outputs.tokens, reply.user, reply.agent, reply.text)
+        write_tokens(outputs.tokens, reply.user, reply.agent, reply.text, place)
 
 
 def spoken_words(model: Described, text_tokens: np.ndarray) -> list[Word]:
@@ -82,6 +90,7 @@ def write_words(
     text_tokens: np.ndarray,
     duration_s: float,
     voice: str,
+    place: Place = put,
 ) -> None:
     """Write the transcript of ``text_tokens`` (frames,), if one is wanted."""
     path, settings = request.outputs.transcript, request.settings
@@ -98,14 +107,21 @@ def write_words(
         "prompt": settings.text,
         "seed": settings.seed,
     }
-    write_transcript(path, spoken, duration_s, metadata)
+    write_transcript(path, spoken, duration_s, metadata, place)
 
 
 def write_tokens(
-    path: Path, user: np.ndarray, agent: np.ndarray, text: np.ndarray
+    path: Path,
+    user: np.ndarray,
+    agent: np.ndarray,
+    text: np.ndarray,
+    place: Place = put,
 ) -> None:
     """Write token arrays as .npz."""
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with (
+        atomic_write(path, place=place) as temporary,
+        temporary.open("wb") as file,
+    ):
         np.savez_compressed(
             file,
             user=user.astype(np.int32),
@@ -121,13 +137,13 @@ def open_sink(
     sample_rate: int,
     num_samples: int | None = None,
     *,
-    replace: bool = True,
+    place: Place = put,
 ) -> Iterator[Write]:
     """Yield what writes both sides, 16 bits a sample, to the audio of ``files``.
 
     Files appear whole when the body is done, or not at all. Stdout gets each stretch
     at once; ``num_samples`` is the length its header names, None for an unknown one.
-    ``replace`` is that of ``atomic_write``.
+    ``place`` is that of ``atomic_write``.
     """
     channels = 2 if layout == "stereo" else 1
     with ExitStack() as stack:
@@ -139,7 +155,7 @@ def open_sink(
         names = ("user", "agent") if layout == "separate" else ("audio",)
         tracks = {
             name: stack.enter_context(
-                _wav_file(files[name], channels, sample_rate, replace)
+                _wav_file(files[name], channels, sample_rate, place)
             )
             for name in names
         }
@@ -161,11 +177,11 @@ def _pcm(layout: Layout, user: np.ndarray, agent: np.ndarray) -> bytes:
 
 @contextmanager
 def _wav_file(
-    path: Path, channels: int, sample_rate: int, replace: bool
+    path: Path, channels: int, sample_rate: int, place: Place
 ) -> Iterator[Callable[[bytes], None]]:
     """Yield what appends samples to a WAV file, whose header is written last."""
     with (
-        atomic_write(path, replace=replace) as temporary,
+        atomic_write(path, place=place) as temporary,
         temporary.open("wb") as file,
     ):
         file.write(wav_header(0, channels, sample_rate))

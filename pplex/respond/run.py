@@ -20,7 +20,7 @@ from pplex.conversation.scheduler import converse
 from pplex.conversation.session import Model, load, warm_up
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute
-from pplex.files import PIPE
+from pplex.files import PIPE, put, put_new
 from pplex.model.config import MimiConfig
 from pplex.respond.outputs import Write, open_sink, spoken_words, write_outputs
 from pplex.respond.request import Request, Settings, check_outputs
@@ -135,9 +135,8 @@ def respond(
     with stop.deferred():
         # Another program may have written there in the meantime.
         check_outputs(request, config.overwrite)
-        write_outputs(
-            model, request, user_pcm, reply, role.voice, replace=config.overwrite
-        )
+        place = put if config.overwrite else put_new
+        write_outputs(model, request, user_pcm, reply, role.voice, place=place)
         clock.lap("write")
         timings = reply.timings
         stats = make_stats(
@@ -161,7 +160,7 @@ def respond(
             steps_s=timings.steps,
         )
         if outputs.stats is not None:
-            stats.write(outputs.stats)
+            stats.write(outputs.stats, place)
     if config.check is not None:
         spoken = spoken_words(model, reply.text)
         report.checked(config.check(request.source, outputs.files(), stats, spoken))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pplex.files import PIPE, write_text
+from pplex.files import PIPE, Place, put, write_text
 from pplex.respond.request import Request
 from pplex.respond.transcript import Word
 
@@ -156,9 +156,10 @@ class Stats:
     source_pace: float | None = None
     step_ms_series: list[float] | None = None
 
-    def write(self, path: Path) -> None:
-        """Write the figures as JSON, whole or not at all."""
-        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+    def write(self, path: Path, place: Place = put) -> None:
+        """Write the figures as JSON, whole or not at all; ``place`` as there."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        write_text(path, text, place=place)
 
 
 _PARTS = ("load", "read", "prefill", "warm_up", "encode", "steps", "decode", "write")

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pplex.errors import PplexError
-from pplex.files import write_text
+from pplex.files import Place, put, write_text
 
 SUFFIXES = (".json", ".srt", ".vtt", ".txt")
 
@@ -82,7 +82,11 @@ def check_transcript_path(path: Path) -> None:
 
 
 def write_transcript(
-    path: Path, words: Sequence[Word], duration_s: float, metadata: Mapping[str, object]
+    path: Path,
+    words: Sequence[Word],
+    duration_s: float,
+    metadata: Mapping[str, object],
+    place: Place = put,
 ) -> None:
     """Write words in the format that the path's suffix names, atomically.
 
@@ -99,13 +103,14 @@ def write_transcript(
             "metadata": dict(metadata),
             "words": [asdict(word) for word in words],
         }
-        write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        write_text(path, text, place=place)
     elif suffix == ".srt":
-        write_text(path, _srt(cues(words)))
+        write_text(path, _srt(cues(words)), place=place)
     elif suffix == ".vtt":
-        write_text(path, _vtt(cues(words)))
+        write_text(path, _vtt(cues(words)), place=place)
     else:
-        write_text(path, text + "\n" if text else "")
+        write_text(path, text + "\n" if text else "", place=place)
 
 
 def cues(words: Sequence[Word]) -> list[Word]:
