@@ -118,3 +118,48 @@ def test_chunks_without_an_end_end_where_they_start(tmp_path):
     path.write_text('{"text": "a"}')
     with pytest.raises(PplexError, match="--words own"):
         bench.read_chunks(path)
+
+
+def test_overlaps_as_the_script_counts_them():
+    user = segments((1, 3), (3.5, 5), (9, 10))  # joined: 1 to 5
+    agent = segments((0.5, 2), (4, 6.2), (6.6, 8), (12, 13))  # joined: 4 to 8
+    row = bench.overlap_timing(user, agent, Segment(4.5, 5))
+    assert row["stops"] == [[1, 2], [4, 5]]
+    assert row["stop_s"] == pytest.approx(1.0)
+    assert row["responses"] == [[10, 12]]  # after 5 the next start is 12 too, later
+    assert row["response_s"] == pytest.approx(2.0)
+    assert row["event_stop_s"] == pytest.approx(3.5)  # it goes on until 8
+    assert row["event_response_s"] is None  # it never stopped
+
+
+def test_an_overlap_to_which_the_agent_yields():
+    row = bench.overlap_timing(
+        segments((0, 2), (5, 7)), segments((2.5, 5.7), (7.4, 9)), Segment(5, 7)
+    )
+    assert row["event_stop_s"] == pytest.approx(0.7)
+    assert row["event_response_s"] == pytest.approx(0.4)
+    assert row["stop_s"] == pytest.approx(0.7)
+    assert row["response_s"] == pytest.approx((0.5 + 0.4) / 2)
+
+
+def test_nothing_said_has_no_latency():
+    row = bench.overlap_timing(segments((0, 2)), [], Segment(1, 2))
+    assert {row[key] for key in row if key.endswith("_s")} == {None}
+
+
+def test_overlap_samples_are_known_by_their_annotation(tmp_path):
+    folder = tmp_path / "talking_to_other" / "7"
+    folder.mkdir(parents=True)
+    (folder / "input.wav").write_bytes(b"")
+    (folder / "metadata.json").write_text(
+        '{"context_text": "a", "current_turn_text": "b", "timestamps": [7.2, 11.4]}'
+    )
+    sample = bench.read_sample(folder)
+    assert sample.task == "v1.5_talking_to_other"
+    assert sample.overlap == Segment(7.2, 11.4)
+    assert sample.text == ("a", "b")
+    (folder / "metadata.json").write_text('{"other": 1}')
+    assert bench.read_sample(folder) is None
+    (folder / "metadata.json").write_text('{"timestamps": [1]}')
+    with pytest.raises(PplexError, match="v1.5"):
+        bench.read_sample(folder)

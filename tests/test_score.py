@@ -324,3 +324,32 @@ def test_what_makes_no_sense_is_refused(tmp_path, run):
         assert refused.exit_code == 2 and "needs --asr" in refused.stderr
     unknown = run("score", tmp_path, "--asr", "ears")
     assert unknown.exit_code == 1 and "no recogniser ears" in unknown.stderr
+
+
+def test_an_overlap_sample_is_scored_with_its_clean_pair(tmp_path):
+    folder = tmp_path / "user_interruption" / "1"
+    folder.mkdir(parents=True)
+    answers = {"": ((3.0, 6.5), (9.0, 12.0)), "clean_": ((3.4, 6.5),)}
+    for name, times in answers.items():
+        user = ((1.0, 2.5), (6.0, 8.0)) if not name else ((1.0, 2.5),)
+        for side, spoken in (("input", user), ("output", times)):
+            voice = "user" if side == "input" else "agent"
+            path = folder / f"{name}{side}.wav"
+            write_wav(path, track(voice, spoken, 13.0), 16_000)
+    (folder / "metadata.json").write_text('{"timestamps": [6.0, 8.0]}')
+    result = score(find([tmp_path / "user_interruption"]), ENERGY)
+    (row,) = result["recordings"]
+    near = {
+        "stop_s": 0.5,
+        "response_s": 0.75,
+        "event_stop_s": 0.5,
+        "event_response_s": 1.0,
+        "clean_response_s": 0.9,
+    }
+    for key, value in near.items():
+        assert row["bench"][key] == pytest.approx(value, abs=0.12), key
+    total = result["full_duplex_bench"]["v1.5_user_interruption"]
+    assert total["samples"] == 1
+    assert total["clean_response_s"] == row["bench"]["clean_response_s"]
+    assert any("v1.5" in note for note in result["method"]["full_duplex_bench"])
+    assert "event stop s" in as_table(result)

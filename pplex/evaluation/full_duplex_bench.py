@@ -1,7 +1,8 @@
-"""Full-Duplex-Bench v1.0: its folders and its definitions.
+"""Full-Duplex-Bench v1.0 and v1.5: their folders and their definitions.
 
-Follows ``v1_v1.5/evaluation/eval_*.py`` of DanielLin94144/Full-Duplex-Bench at commit
-d7336bd. What differs is said in ``NOTES``, which goes into every score.
+Follows ``v1_v1.5/evaluation/{eval_*,get_timing}.py`` of Full-Duplex-Bench
+(github.com/DanielLin94144) at commit d7336bd. What differs is said in ``NOTES`` and
+``OVERLAP_NOTES``, which go into every score.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pplex.errors import PplexError
-from pplex.evaluation.speech_activity import Segment
+from pplex.evaluation.speech_activity import Segment, common, merge
 from pplex.files import real_path
 from pplex.respond.transcript import Word
 
@@ -27,6 +28,19 @@ ANNOTATIONS = {
 }
 BACKCHANNEL = "backchannel"
 HUMAN_TIMING = "icc_gt_distribution.json"
+# Version 1.5: each sample is an overlap, and the same without it.
+OVERLAP_TASKS = tuple(
+    f"v1.5_{name}"
+    for name in (
+        "user_interruption",
+        "user_backchannel",
+        "talking_to_other",
+        "background_speech",
+    )
+)
+METADATA = "metadata.json"
+_TEXTS = "context", "current_turn"
+CLEAN_INPUT, CLEAN_OUTPUT = "clean_input.wav", "clean_output.wav"
 
 NOTES = (
     "Definitions of Full-Duplex-Bench v1.0, evaluation scripts at commit d7336bd.",
@@ -39,6 +53,16 @@ NOTES = (
     "Backchannel: times are true seconds; the script hands 24 kHz sound to a "
     "detector that is told 16 kHz.",
 )
+OVERLAP_NOTES = (
+    "Timing of Full-Duplex-Bench v1.5, get_timing.py at commit d7336bd: 'stop_s' is "
+    "the mean length of a sample's overlaps, whoever began them, 'response_s' the mean "
+    "from an end of the user's to the agent's next start; speech is joined over 0.6 s "
+    "(the user's) and 0.5 s (the agent's), where the comments say 0.3 and 0.05.",
+    "'event_stop_s' and 'event_response_s' are of the annotated overlap alone: from "
+    "its start until the agent, who speaks then, is silent; from its end to the "
+    "agent's next start, where it does not speak then. 'clean_response_s' is "
+    "'response_s' of the sample without the overlap.",
+)
 
 # Of a sample, and of a task's samples: key, its name in the mean of all, its heading.
 FIGURES = (
@@ -47,20 +71,31 @@ FIGURES = (
     ("latency_s", "latency_s", "latency s"),
     ("frequency_hz", "frequency_hz", "per s"),
     ("timing_distance", "timing_distance", "JSD"),
+    ("stop_s", "stop_s", "stop s"),
+    ("response_s", "response_s", "response s"),
+    ("event_stop_s", "event_stop_s", "event stop s"),
+    ("event_response_s", "event_response_s", "event response s"),
+    ("clean_response_s", "clean_response_s", "clean response s"),
 )
 
 TURN_S = 1.0
 TURN_WORDS = 3
 LONG_S = 3.0
 WINDOW_S = 0.2
+USER_GAP_S, AGENT_GAP_S = 0.6, 0.5
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample's folder: its task and, for two tasks, the reference time."""
+    """One sample's folder: its task, and a reference time or an overlap if it has one.
+
+    ``text`` are the words of version 1.5: the context, and those of the overlap.
+    """
 
     task: str
-    reference_s: float | None
+    reference_s: float | None = None
+    overlap: Segment | None = None
+    text: tuple[str, str] = ("", "")
 
 
 def read_sample(folder: Path) -> Sample | None:
@@ -70,8 +105,10 @@ def read_sample(folder: Path) -> Sample | None:
         if path.is_file():
             return Sample(task, _reference_s(path, task))
     parent = real_path(folder).parent
+    if (folder / METADATA).is_file() and (folder / "input.wav").is_file():
+        return _read_overlap(folder / METADATA, parent.name)
     if BACKCHANNEL in parent.name and (folder / "input.wav").is_file():
-        return Sample(BACKCHANNEL, None)
+        return Sample(BACKCHANNEL)
     return None
 
 
@@ -205,6 +242,48 @@ def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
     return float(np.sqrt(max(0.0, divergence(p) + divergence(q)) / 2))
 
 
+def overlap_timing(
+    user: Sequence[Segment], agent: Sequence[Segment], event: Segment | None = None
+) -> dict[str, Any]:
+    """A v1.5 sample's stop and response latencies, and those of its ``event``."""
+    user, agent = merge(user, USER_GAP_S, 0.0), merge(agent, AGENT_GAP_S, 0.0)
+    stops = _shortest(common(user, agent))
+    starts = [segment.start_s for segment in agent]
+    waits = []
+    for turn in user:
+        after_it = [start for start in starts if start > turn.end_s]
+        waits += [Segment(turn.end_s, after_it[0])] if after_it else []
+    responses = _shortest(waits)
+    row: dict[str, Any] = {
+        "stops": [[s.start_s, s.end_s] for s in stops],
+        "responses": [[s.start_s, s.end_s] for s in responses],
+        "stop_s": _mean_s(stops),
+        "response_s": _mean_s(responses),
+    }
+    if event is None:
+        return row
+    talking = [s for s in agent if s.start_s <= event.start_s < s.end_s]
+    row["event_stop_s"] = talking[0].end_s - event.start_s if talking else None
+    silent = not any(s.start_s < event.end_s < s.end_s for s in agent)
+    later = [start for start in starts if start >= event.end_s] if silent else []
+    row["event_response_s"] = later[0] - event.end_s if later else None
+    return row
+
+
+def _shortest(found: Iterable[Segment]) -> list[Segment]:
+    """Of those that end in the same millisecond the shortest, in order."""
+    best: dict[int, Segment] = {}
+    for segment in found:
+        key = round(segment.end_s * 1000)
+        if key not in best or segment.duration_s < best[key].duration_s:
+            best[key] = segment
+    return sorted(best.values(), key=lambda segment: segment.end_s)
+
+
+def _mean_s(segments: Sequence[Segment]) -> float | None:
+    return mean(s.duration_s for s in segments) if segments else None
+
+
 def read_human_timing(path: Path) -> Mapping[str, Sequence[float]]:
     """The benchmark's ``icc_gt_distribution.json``: a histogram for each sample."""
     try:
@@ -226,6 +305,23 @@ def _segment_takeover(segment: Segment, words: Sequence[Word]) -> int:
         or (w.start_s <= segment.start_s and w.end_s > segment.start_s)
     ]
     return 0 if len(inside) <= 2 and segment.duration_s < 1 else 1
+
+
+def _read_overlap(path: Path, parent: str) -> Sample | None:
+    """What a sample of version 1.5 says; None if it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or "timestamps" not in found:
+            return None
+        start, end = (float(t) for t in found["timestamps"])
+        context, said = (str(found.get(f"{k}_text", "")) for k in _TEXTS)
+    except (OSError, ValueError, TypeError) as e:
+        raise PplexError(
+            f"{path} is not an annotation of Full-Duplex-Bench v1.5 ({e}); copy its "
+            "data set again"
+        ) from e
+    task = f"v1.5_{parent}" if f"v1.5_{parent}" in OVERLAP_TASKS else "v1.5_overlap"
+    return Sample(task, overlap=Segment(start, end), text=(context, said))
 
 
 def _reference_s(path: Path, task: str) -> float | None:

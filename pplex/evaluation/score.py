@@ -18,7 +18,7 @@ from pplex.errors import PplexError
 from pplex.evaluation import full_duplex_bench as bench
 from pplex.evaluation.asr import Recogniser
 from pplex.evaluation.dialogue import write_dialogue
-from pplex.evaluation.find import Found, Item
+from pplex.evaluation.find import Found, Item, Track
 from pplex.evaluation.measure import Measured, measure
 from pplex.evaluation.metrics import METRICS, Figure, figure_of, figures, single
 from pplex.evaluation.speech_activity import (
@@ -159,6 +159,8 @@ def _bench(
     """The benchmark's figures for one sample."""
     assert item.sample is not None and item.agent is not None
     row = {"task": item.sample.task, "words_from": measured.words_from}
+    if item.sample.overlap is not None:
+        return row | _overlap_timing(item)
     if item.sample.task != bench.BACKCHANNEL:
         return row | bench.turn_taking(item.sample, measured.words, measured.agent)
     pcm = item.agent.read(VAD_RATE)
@@ -166,6 +168,22 @@ def _bench(
     timing = (human or {}).get(item.folder.name if item.folder else "")
     duration_s = len(pcm) / VAD_RATE
     return row | bench.backchannel(speech, measured.words or [], duration_s, timing)
+
+
+def _overlap_timing(item: Item) -> dict[str, Any]:
+    """Timing of a v1.5 sample, and of the same without the overlap if it is there."""
+    assert item.sample is not None and item.agent is not None and item.user is not None
+    detector = make_detector("silero", BENCH_SETTINGS)
+    user, agent = (detector(t.read(VAD_RATE)) for t in (item.user, item.agent))
+    row = bench.overlap_timing(user, agent, item.sample.overlap)
+    folder = item.user.path.parent
+    clean = [folder / name for name in (bench.CLEAN_INPUT, bench.CLEAN_OUTPUT)]
+    if all(path.is_file() for path in clean):
+        agents = 2 if item.agent.channel == 2 else 1
+        sides = Track(clean[0]), Track(clean[1], agents)
+        user, agent = (detector(side.read(VAD_RATE)) for side in sides)
+        row["clean_response_s"] = bench.overlap_timing(user, agent)["response_s"]
+    return row
 
 
 def _human_timing(found: Found, method: Method) -> dict[str, Any] | None:
@@ -196,10 +214,14 @@ def _describe(
     }
     tasks = {row["bench"]["task"] for row in rows if row["bench"]}
     if tasks:
-        described["full_duplex_bench"] = list(bench.NOTES)
-        if bench.BACKCHANNEL in tasks:
+        overlaps = {task for task in tasks if task.startswith("v1.5")}
+        described["full_duplex_bench"] = [
+            *(bench.NOTES if tasks - overlaps else ()),
+            *(bench.OVERLAP_NOTES if overlaps else ()),
+        ]
+        if overlaps or bench.BACKCHANNEL in tasks:
             theirs = make_detector("silero", BENCH_SETTINGS)
-            described["backchannel_detector"] = theirs.describe()
+            described["bench_detector"] = theirs.describe()
     return described
 
 
@@ -251,10 +273,15 @@ def as_csv(result: dict[str, Any]) -> str:
 def _bench_table(totals: dict[str, Any]) -> str:
     if not totals:
         return ""
-    headings = ["samples", *(heading for _, _, heading in bench.FIGURES), "words from"]
-    rows = [["Full-Duplex-Bench v1.0", *headings]]
+    shown = [
+        (name, heading)
+        for _, name, heading in bench.FIGURES
+        if any(name in total for total in totals.values())
+    ]
+    headings = ["samples", *(heading for _, heading in shown), "words from"]
+    rows = [["Full-Duplex-Bench", *headings]]
     for task, total in totals.items():
-        values = [total.get(name) for _, name, _ in bench.FIGURES]
+        values = [total.get(name) for name, _ in shown]
         cells = ["-" if value is None else f"{value:.3f}" for value in values]
         samples, sources = str(total["samples"]), ", ".join(total["words_from"])
         rows.append([task, samples, *cells, sources])

@@ -50,12 +50,14 @@ class Segment:
         return Segment(self.start_s + seconds, self.end_s + seconds)
 
 
-def merge(segments: Iterable[Segment], gap_s: float) -> list[Segment]:
+def merge(
+    segments: Iterable[Segment], gap_s: float, tolerance_s: float = TOLERANCE_S
+) -> list[Segment]:
     """Join segments whose gap is at most ``gap_s``."""
     merged: list[Segment] = []
     for segment in sorted(segments):
         last = merged[-1] if merged else None
-        if last and segment.start_s - last.end_s <= gap_s + TOLERANCE_S:
+        if last and segment.start_s - last.end_s <= gap_s + tolerance_s:
             merged[-1] = Segment(last.start_s, max(last.end_s, segment.end_s))
         else:
             merged.append(segment)
