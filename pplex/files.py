@@ -1,20 +1,27 @@
-"""Output files that appear whole or not at all."""
+"""Output files that appear whole or not at all; input files opened with care."""
 
 import errno
+import fcntl
 import os
+import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from pplex.errors import PplexError
+from pplex.errors import PplexError, first_line
 
 PIPE = Path("-")  # stdin or stdout
 # Gives a temporary file, which is whole, its name; what raises leaves an older one.
 Place = Callable[[Path, Path], None]
 
 _STDOUT = 1
+_BLOCK = 1 << 20
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,6})")
+_STANDARD = {"-": _STDOUT, "/dev/stdout": _STDOUT, "/dev/stderr": 2}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -47,14 +54,72 @@ def put_new(temporary: Path, path: Path) -> None:
         os.replace(temporary, target)
 
 
+def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
+    """Open an ordinary file to read; whatever else is wrong with it is an OSError.
+
+    A pipe or device, which may have no end, is refused, and so is a file of over
+    `limit` bytes.
+    """
+    file = open(path, "rb", opener=_open_without_waiting)
+    status = os.fstat(file.fileno())
+    fault = None
+    if not stat.S_ISREG(status.st_mode):
+        fault = "is a device or pipe; give an ordinary file"
+    elif limit is not None and status.st_size > limit:
+        fault = f"has {status.st_size} bytes, where {limit} are the most"
+    if fault:
+        file.close()
+        raise PplexError(f"{path} {fault}")
+    return file
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The whole of an ordinary file of at most `limit` bytes."""
+    with open_regular(path, limit) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:  # some files tell no size, others grow
+        raise PplexError(f"{path} has over {limit} bytes, which are the most")
+    return content
+
+
+@contextmanager
+def reading(what: object, broken: str) -> Iterator[None]:
+    """Make one sentence of all that reading a file from outside may raise.
+
+    It begins with `what`; `broken` says what the file then is, or is not.
+    """
+    try:
+        yield
+    except PplexError:
+        raise
+    except Exception as e:  # of whichever library takes it apart
+        if isinstance(e, OSError) and e.errno is not None:
+            raise PplexError(f"{what} cannot be read: {e.strerror or e}") from e
+        raise PplexError(f"{what} {broken} ({first_line(e)[:200]})") from e
+
+
 @contextmanager
 def atomic_write(path: Path, *, place: Place = put) -> Iterator[Path]:
     """Yield a hidden temporary path beside `path`; `place` it when the body is done.
 
     The body writes to the yielded path and does nothing else: an OSError inside it
     is reported as a failure to write `path`. On any failure the temporary file is
-    removed and an older file at `path` is left as it was. Links are followed.
+    removed and an older file at `path` is left as it was. Links are followed. A
+    descriptor gets the bytes of the file.
     """
+    if is_descriptor(path):
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                temporary = Path(folder) / "output"
+                yield temporary
+                with open_pipe(path) as write, temporary.open("rb") as file:
+                    while content := file.read(_BLOCK):
+                        write(content)
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            raise PplexError(_reason(path, e)) from e
+        return
     target = Path(os.path.realpath(path))
     _check_target(path, target)
     # A long name is cut so that the temporary one stays within 255 bytes.
@@ -74,20 +139,45 @@ def atomic_write(path: Path, *, place: Place = put) -> Iterator[Path]:
 def write_text(path: Path, text: str, *, place: Place = put) -> None:
     """Write `text` to `path` as UTF-8 with Unix line ends, whole or not at all.
 
-    `-` is stdout; devices and pipes are written to as they are.
+    `-` is stdout; devices and pipes are written to as they are. What is no text, a
+    byte of a file's name, becomes \\udc80 to \\udcff: in JSON that stands for it.
     """
-    if path == PIPE:
-        write_stdout(text.encode("utf-8"))
-        return
+    content = text.encode("utf-8", "backslashreplace")
     if is_pipe(path):
-        try:
-            with path.open("wb", buffering=0) as file:
-                file.write(text.encode("utf-8"))
-        except OSError as e:
-            raise PplexError(_reason(path, e)) from e
+        with open_pipe(path) as write:
+            write(content)
         return
     with atomic_write(path, place=place) as temporary:
-        temporary.write_bytes(text.encode("utf-8"))
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def open_pipe(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Yield what writes bytes at once to what `is_pipe`.
+
+    A reader that has left is a BrokenPipeError.
+    """
+    number = descriptor(path)
+    try:
+        # A file that the shell has opened goes on where it is, which /dev/fd forgets.
+        fd = os.open(path, os.O_WRONLY) if number is None else os.dup(number)
+    except OSError as e:
+        raise PplexError(_reason(path, e)) from e
+
+    def write(content: bytes) -> None:
+        view = memoryview(content)
+        try:
+            while view:
+                view = view[os.write(fd, view) :]
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            raise PplexError(_reason(path, e)) from e
+
+    try:
+        yield write
+    finally:
+        os.close(fd)
 
 
 def plan_files(
@@ -128,9 +218,37 @@ def real_path(path: Path) -> Path:
         return path
 
 
+def is_descriptor(path: Path) -> bool:
+    """Whether `path` names an open descriptor: `-` for stdout, or `/dev/fd/N`."""
+    return descriptor(path) is not None
+
+
+def check_descriptor(path: Path) -> None:
+    """Refuse a descriptor that is not open for writing, before any work is done."""
+    try:
+        mode = fcntl.fcntl(descriptor(path) or 0, fcntl.F_GETFL) & os.O_ACCMODE
+    except OSError as e:
+        raise PplexError(f"cannot write {name_of(path)}: it is not open") from e
+    if mode == os.O_RDONLY:
+        raise PplexError(
+            f"cannot write {name_of(path)}: it is closed, or open to read only"
+        )
+
+
+def name_of(path: Path) -> str:
+    """An output as messages name it."""
+    return "stdout" if path == PIPE else str(path)
+
+
+def descriptor(path: Path) -> int | None:
+    """The number of the open descriptor that `path` names."""
+    match = _DESCRIPTOR.fullmatch(str(path))
+    return int(match[1]) if match else _STANDARD.get(str(path))
+
+
 def is_pipe(path: Path) -> bool:
-    """Whether `path` is stdout, a device or a pipe: nothing that can be replaced."""
-    if path == PIPE:
+    """Whether `path` is a descriptor, device or pipe: nothing that can be replaced."""
+    if is_descriptor(path):
         return True
     try:
         mode = path.stat().st_mode
@@ -139,16 +257,9 @@ def is_pipe(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def write_stdout(content: bytes) -> None:
-    """Write bytes to stdout at once; a reader that has left is a BrokenPipeError."""
-    view = memoryview(content)
-    try:
-        while view:
-            view = view[os.write(_STDOUT, view) :]
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        raise PplexError(_reason(Path("stdout"), e)) from e
+def _open_without_waiting(name: str, flags: int) -> int:
+    """Open a file; a named pipe that nobody writes to does not block the program."""
+    return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _check_target(path: Path, target: Path) -> None:
@@ -176,16 +287,16 @@ def _remove(temporary: Path) -> None:
 
 
 def _reason(path: Path, error: OSError) -> str:
-    folder = path.parent
+    folder, name = path.parent, name_of(path)
     if error.errno in _DISK_FULL:
-        return f"cannot write {path}: the disk is full; free some space and try again"
+        return f"cannot write {name}: the disk is full; free some space and try again"
     if error.errno in _DENIED:
         return (
-            f"cannot write {path}: no permission to write in {folder}; "
+            f"cannot write {name}: no permission to write in {folder}; "
             "choose another folder"
         )
     if error.errno in {errno.ENOENT, errno.ENOTDIR} and not folder.is_dir():
         return (
-            f"cannot write {path}: the folder {folder} does not exist; create it first"
+            f"cannot write {name}: the folder {folder} does not exist; create it first"
         )
-    return f"cannot write {path}: {error.strerror or error}"
+    return f"cannot write {name}: {error.strerror or error}"

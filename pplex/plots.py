@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pplex.errors import PplexError
-from pplex.files import atomic_write
+from pplex.files import atomic_write, check_descriptor, is_descriptor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,9 @@ _DPI = 120
 
 def check_plot_path(path: Path) -> None:
     """Refuse a name that tells no format, and a machine without matplotlib."""
-    if path.suffix.lower() not in _NO_METADATA:
+    if is_descriptor(path):
+        check_descriptor(path)
+    elif path.suffix.lower() not in _NO_METADATA:
         raise PplexError(f"cannot write {path}: end its name in .png, .svg or .pdf")
     if importlib.util.find_spec("matplotlib") is None:
         raise PplexError(
@@ -64,13 +66,14 @@ def check_plot_path(path: Path) -> None:
 def plot(path: Path, width: float, height: float) -> Iterator[Figure]:
     """Yield a figure of this many inches; write it when the body is done.
 
-    The suffix of ``path`` tells the format. The file is there whole or not at all.
+    The suffix of ``path`` tells the format; a descriptor gets PNG. The file is there
+    whole or not at all.
     """
     check_plot_path(path)
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    suffix = path.suffix.lower()
+    suffix = path.suffix.lower() or ".png"
     with style.context(["default", _STYLE]):
         figure = Figure((width, height), dpi=_DPI)
         yield figure

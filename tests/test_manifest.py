@@ -12,11 +12,13 @@ import pytest
 from dialogues import write_dialogue
 from test_score import ENERGY
 
+import pplex.respond.manifest
 from pplex.batch.lock import LOCK_NAME, FolderLock
 from pplex.errors import PplexError
 from pplex.evaluation.find import find
 from pplex.evaluation.report import make_entries
 from pplex.evaluation.score import score
+from pplex.files import read_regular
 from pplex.respond.manifest import Manifest, manifest_name, read_lines
 
 
@@ -89,10 +91,10 @@ def test_each_file_and_each_line_is_read_once(tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(Path, "read_bytes", counted(Path.read_bytes))
+    monkeypatch.setattr(pplex.respond.manifest, "read_regular", counted(read_regular))
     monkeypatch.setattr(json, "loads", counted(json.loads))
     assert len(Manifest(tmp_path).last) == 3000
-    assert (calls.count("read_bytes"), calls.count("loads")) == (3, 3000)
+    assert (calls.count("read_regular"), calls.count("loads")) == (3, 3000)
 
 
 def test_an_unsharded_run_takes_over_what_shards_did(tmp_path):

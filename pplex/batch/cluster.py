@@ -26,7 +26,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pplex.checkpoint.unpack import MAX_VOICE_BYTES
 from pplex.errors import PplexError, first_line
+from pplex.files import read_regular, reading
 
 if TYPE_CHECKING:
     from pplex.batch.decoding import Answered, Decoder, Failure, Job, Size
@@ -179,7 +181,8 @@ class Cluster:
         if job.voice not in self._model.voices:
             if job.voice not in self._voices:
                 path = Path(job.voice)
-                content = (path.suffix, path.read_bytes())
+                with reading(f"voice {path}", "cannot be read"):
+                    content = path.suffix, read_regular(path, MAX_VOICE_BYTES)
                 self._voices[job.voice] = self._ray.put(content)
             voice = self._voices[job.voice]
         worker.busy[worker.actor.answer.remote(job, voice)] = job

@@ -12,6 +12,7 @@ from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.conversation.prompts import choose_voice
 from pplex.errors import PplexError
+from pplex.files import open_regular, reading
 from pplex.model.config import ModelConfig
 from pplex.respond.manifest import file_print
 from pplex.respond.request import Request
@@ -70,10 +71,8 @@ class Description:
     def _voice_digest(self, request: Request) -> str:
         path = self.voice_file(self.voice_of(request))
         if path not in self._digests:
-            try:
+            with reading(f"voice {path}", "cannot be read"):
                 self._digests[path] = file_print(path).sha256
-            except OSError as e:
-                raise PplexError(f"voice {path}: {e.strerror or e}") from e
         return self._digests[path]
 
 
@@ -107,7 +106,7 @@ def _sampled(path: Path) -> list[object]:
     if size <= _WHOLE_BYTES:
         return [size, file_print(path).sha256]
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for idx in range(_NUM_SAMPLES):
             file.seek(idx * (size - _BLOCK) // (_NUM_SAMPLES - 1))
             digest.update(file.read(_BLOCK))

@@ -143,6 +143,6 @@ def _estimate(found: Forecast, manifest: Manifest, model: Description) -> float 
     audio_s = spent_s = 0.0
     for line in manifest.last.values():
         if line["status"] == DONE and line.get("weights") == model.identity:
-            audio_s += line["audio_s"]
-            spent_s += sum(line["timings"].values())
-    return found.audio_s * spent_s / audio_s if audio_s else None
+            audio_s += line["audio_s"] or 0.0
+            spent_s += sum((line["timings"] or {}).values())
+    return found.audio_s * spent_s / audio_s if audio_s > 0 else None

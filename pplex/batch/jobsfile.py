@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +12,13 @@ from typing import Any
 
 from pplex.conversation.roles import ROLES
 from pplex.errors import PplexError
+from pplex.files import open_regular, reading
+from pplex.values import parse_json, shown
 
 COLUMNS = ("input", "output", "voice", "prompt", "role", "seed", "tail")
 MAX_SEED = 2**63 - 1
 MAX_TAIL_S = 3600.0
+_MAX_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -42,27 +45,21 @@ def read_jobs(path: Path) -> list[Row]:
     kind = kinds.get(path.suffix.lower())
     if kind is None:
         raise PplexError(f"{path}: a jobs file ends in .jsonl or .csv")
-    try:
+    with reading(f"the jobs file {path}", "is not such a file in UTF-8"):
         rows = [_row(path, number, fields) for number, fields in kind(path)]
-    except OSError as e:
-        raise PplexError(f"the jobs file {path}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise PplexError(f"the jobs file {path} is not UTF-8 text") from e
-    except csv.Error as e:
-        raise PplexError(f"the jobs file {path} is not CSV: {e}") from e
     if not rows:
         raise PplexError(f"the jobs file {path} names no recordings")
     return rows
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
+    with open_regular(path, _MAX_BYTES) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as e:
+                fields = parse_json(line)
+            except ValueError as e:
                 raise PplexError(f"{path} line {number} is not JSON: {e}") from e
             if not isinstance(fields, dict):
                 raise PplexError(
@@ -72,7 +69,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with (
+        open_regular(path, _MAX_BYTES) as raw,
+        io.TextIOWrapper(raw, "utf-8-sig", newline="") as file,
+    ):
         reader = csv.DictReader(file, strict=True)
         for fields in reader:
             if None in fields or None in fields.values():
@@ -88,11 +88,14 @@ def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
     known = {name: fields[name] for name in COLUMNS if name in fields}
     for name in ("input", "output", "voice", "prompt", "role"):
         value = known.get(name, "text")
+        said = f"{where}: {name} is {shown(value)}"
         # An empty prompt is one; any other empty text is a slip.
         if not isinstance(value, str) or (not value and name != "prompt"):
-            raise PplexError(f"{where}: {name} is {value!r}, where text is expected")
+            raise PplexError(
+                f"{where}: {name} is {shown(value)}, where text is expected"
+            )
         if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
-            raise PplexError(f"{where}: {name} is {value!r}, which is not text")
+            raise PplexError(f"{said}, which is not text")
     if "input" not in known:
         raise PplexError(f"{where} has no input, the name of a recording")
     if "prompt" in known and "role" in known:
@@ -101,7 +104,7 @@ def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
     if "role" in known:
         if known["role"] not in ROLES:
             raise PplexError(
-                f"{where}: there is no role {known['role']!r}; give one of "
+                f"{where}: there is no role {shown(known['role'])}; give one of "
                 f"{', '.join(ROLES)}, or the words as prompt"
             )
         text = ROLES[known["role"]]
@@ -124,10 +127,12 @@ def _seed(where: str, value: Any) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise PplexError(
-            f"{where}: seed is {value!r}, where a whole number is expected"
+            f"{where}: seed is {shown(value)}, where a whole number is expected"
         )
     if not 0 <= value <= MAX_SEED:
-        raise PplexError(f"{where}: seed is {value}, where 0 to 2**63 - 1 is expected")
+        raise PplexError(
+            f"{where}: seed is {shown(value)}, where 0 to 2**63 - 1 is expected"
+        )
     return value
 
 
@@ -136,11 +141,11 @@ def _tail(where: str, value: Any) -> float | None:
         return None
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0.0 <= seconds <= MAX_TAIL_S:
         raise PplexError(
-            f"{where}: tail is {value!r}, where 0 to {MAX_TAIL_S:.0f} seconds are "
+            f"{where}: tail is {shown(value)}, where 0 to {MAX_TAIL_S:.0f} seconds are "
             "expected"
         )
     return seconds

@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from pplex.errors import PplexError
+from pplex.files import read_regular
 from pplex.respond.manifest import LOCK_PATTERN
+from pplex.values import fit, parse_json
 
 LOCK_NAME = ".pplex-batch.lock"
+
+_LINE = {"begun": ([str], None), "pid": (int, None), "host": (str, None)}
+_MAX_BYTES = 1 << 28
 
 
 class FolderLock:
@@ -40,7 +45,7 @@ class FolderLock:
                 path
                 for file in outdir.glob(LOCK_PATTERN)
                 for line in _lines(file)
-                for path in line.get("begun", ())
+                for path in line["begun"] or ()
             }
             self._files[-1].append({"pid": os.getpid(), "host": socket.gethostname()})
         except OSError as e:
@@ -68,13 +73,13 @@ class FolderLock:
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     try:
-        content = path.read_bytes()
+        content = read_regular(path, _MAX_BYTES)
     except FileNotFoundError:
         return []
     for raw in content.splitlines():
         try:
-            found.append(json.loads(raw))
-        except ValueError:  # torn
+            found.append(fit(parse_json(raw), _LINE))
+        except ValueError:  # torn, or none of ours
             continue
     return found
 
@@ -105,7 +110,7 @@ class _LockFile:
             return False
 
     def _holder(self) -> str:
-        named = [line for line in _lines(self._path) if "pid" in line]
+        named = [line for line in _lines(self._path) if line["pid"] is not None]
         return f" (process {named[-1]['pid']} on {named[-1]['host']})" if named else ""
 
     def append(self, line: dict[str, Any]) -> None:
@@ -113,7 +118,7 @@ class _LockFile:
 
     def release(self, remove: bool) -> None:
         try:
-            told = any("begun" in line for line in _lines(self._path))
+            told = any(line["begun"] is not None for line in _lines(self._path))
             if self.shared:  # the last shard removes it
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove = False  # what it tells is another run's

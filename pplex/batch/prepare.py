@@ -95,7 +95,7 @@ def remaining(batch: Batch, work: Workload, manifest: Manifest) -> Remaining:
         elif manifest.is_done(key, digest, source, files):
             left.skipped.append(request)
         elif not batch.retry_failed and manifest.has_failed(key, digest, source):
-            left.failed[key] = manifest.last[key]["error"]
+            left.failed[key] = manifest.last[key]["error"] or "it failed"
         else:
             left.todo.append(request)
     return left

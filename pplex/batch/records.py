@@ -12,6 +12,7 @@ from pplex.audio.files import Recording
 from pplex.batch.decoding import Answered
 from pplex.batch.describe import Description
 from pplex.errors import PplexError
+from pplex.files import reading
 from pplex.respond.manifest import DONE, FAILED, FilePrint, Line, Manifest, file_print
 from pplex.respond.outputs import spoken_words, write_outputs
 from pplex.respond.request import Request
@@ -43,10 +44,8 @@ def read_request(request: Request, sample_rate: int) -> Read:
     start = time.perf_counter()
     check_name(request)
     recording = read_user(request.source, request.settings, sample_rate)
-    try:
+    with reading(request.source, "cannot be read"):
         print_ = file_print(request.source)
-    except OSError as e:
-        raise PplexError(f"{request.source}: {e.strerror or e}") from e
     return Read(recording, print_, time.perf_counter() - start)
 
 
@@ -110,7 +109,7 @@ def failed_line(model: Description, request: Request, error: str) -> Line:
     """The manifest's line of a recording that cannot be answered."""
     try:
         known: Any = asdict(file_print(request.source))
-    except OSError:
+    except (OSError, ValueError, PplexError):
         known = None
     return _line(model, request, FAILED, known) | {"error": error}
 

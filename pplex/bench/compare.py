@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pplex.errors import PplexError
+from pplex.files import reading
+from pplex.values import fit, read_json
 
 Json = dict[str, Any]
 
@@ -45,14 +46,11 @@ class Change:
 
 def read_bench(path: Path, schema: int) -> Json:
     """An earlier run's JSON."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+    with reading(f"--compare {path}", "is not a file of `pplex bench --json`"):
+        form = {"schema": int, "runs": [{"batch_size": int}]}
+        found: Json = fit(read_json(path), form)
         known = found["schema"]
-        runs = {int(run["batch_size"]): run for run in found["runs"]}
-    except OSError as e:
-        raise PplexError(f"--compare {path}: {e.strerror or e}") from e
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise PplexError(f"--compare {path}: not a file of `pplex bench --json`") from e
+        runs = {run["batch_size"]: run for run in found["runs"]}
     if known != schema:
         raise PplexError(
             f"--compare {path}: its schema is {known!r}, this version writes {schema}; "

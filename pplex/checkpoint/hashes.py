@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 
 from pplex.errors import PplexError
-from pplex.files import write_text
+from pplex.files import open_regular, read_regular, reading, write_text
 
 SUMS_FILE = "SHA256SUMS"
 
 _CHUNK_BYTES = 1 << 22
+_MAX_BYTES = 1 << 24
 
 
 def sha256(path: Path) -> str:
@@ -23,7 +24,7 @@ def copy(source: Path, target: Path) -> str:
     """Copy a file's content; its SHA-256."""
     digest = hashlib.sha256()
     try:
-        with source.open("rb") as reader, target.open("xb") as writer:
+        with open_regular(source) as reader, target.open("xb") as writer:
             while chunk := reader.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 writer.write(chunk)
@@ -40,10 +41,8 @@ def write_sums(path: Path, sums: dict[str, str]) -> None:
 
 def read_sums(path: Path) -> dict[str, str]:
     """Read a list as ``write_sums`` and ``sha256sum`` make it."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise PplexError(f"{path} cannot be read as a list of SHA-256 sums: {e}") from e
+    with reading(path, "is not a list of SHA-256 sums in UTF-8"):
+        lines = read_regular(path, _MAX_BYTES).decode("utf-8").splitlines()
     sums = {}
     for number, line in enumerate(lines, 1):
         match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
@@ -75,7 +74,7 @@ def cached_name(path: Path) -> tuple[str, str] | None:
 
 def _digest(path: Path, digest: hashlib._Hash) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as e:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pplex.errors import PplexError, first_line
-from pplex.files import atomic_write
+from pplex.files import atomic_write, open_regular
+from pplex.values import parse_json
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -116,7 +117,7 @@ def read_values(path: Path, spec: TensorSpec) -> np.ndarray:
     """
     count = math.prod(spec.shape)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(spec.begin)
             values = np.fromfile(file, _STORAGE[spec.dtype][1], count)
             if spec.num_bytes >= _PIECE_BYTES and hasattr(os, "posix_fadvise"):
@@ -214,15 +215,15 @@ def _read_header(
 ) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """A file's tensors by name, and its metadata."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 10 or not 2 <= length <= min(size - 8, max_bytes):
                 raise _broken(path, "its header does not fit in the file")
-            header = json.loads(file.read(length).decode("utf-8"))
+            header = parse_json(file.read(length))
     except OSError as e:
         raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise _broken(path, "its header is not JSON") from e
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a table of tensors")

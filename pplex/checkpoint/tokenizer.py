@@ -5,7 +5,10 @@ from pathlib import Path
 import sentencepiece
 
 from pplex.errors import PplexError
+from pplex.files import read_regular, reading
 from pplex.model.config import TEXT_EPAD, TEXT_PAD
+
+MAX_BYTES = 1 << 27
 
 _TAG = "<system>"
 _WORD_MARK = "\u2581"
@@ -20,25 +23,19 @@ class TextTokenizer:
     @classmethod
     def load(cls, path: Path) -> "TextTokenizer":
         """Read a `tokenizer_spm_*.model` file."""
-        try:
-            content = Path(path).read_bytes()
-        except FileNotFoundError as e:
-            raise PplexError(
-                f"the text tokenizer {path} does not exist; "
-                "the checkpoint is incomplete: download it again"
-            ) from e
-        except OSError as e:
-            raise PplexError(
-                f"the text tokenizer {path} cannot be read: {e.strerror or e}"
-            ) from e
-        broken = f"{path} is not a SentencePiece model; download the checkpoint again"
-        processor = sentencepiece.SentencePieceProcessor()
-        try:
+        broken = "is not a SentencePiece model; download the checkpoint again"
+        with reading(f"the text tokenizer {path}", broken):
+            try:
+                content = read_regular(path, MAX_BYTES)
+            except FileNotFoundError as e:
+                raise PplexError(
+                    f"the text tokenizer {path} does not exist; "
+                    "the checkpoint is incomplete: download it again"
+                ) from e
+            processor = sentencepiece.SentencePieceProcessor()
             loaded = bool(content) and processor.LoadFromSerializedProto(content)
-        except RuntimeError as e:
-            raise PplexError(broken) from e
-        if not loaded or not processor.get_piece_size():
-            raise PplexError(broken)
+            if not loaded or not processor.get_piece_size():
+                raise ValueError("it has no pieces")
         return cls(processor)
 
     @property

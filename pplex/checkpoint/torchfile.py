@@ -1,29 +1,24 @@
 """Read the tensors of a `torch.save` file without torch, executing nothing.
 
-Follows the zip layout of PyTorch's `torch.serialization`. The pickle inside may only
-name the handful of globals below, and these are replaced by objects that do no more
-than note down their arguments.
+Follows the zip layout of PyTorch's `torch.serialization`. The pickle inside is followed
+here: it may have the opcodes and name the handful of globals that a dict of tensors
+needs, and what these would do is noted down, not done.
 """
 
-import lzma
 import math
-import pickle
 import pickletools
-import struct
 import zipfile
-import zlib
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
 from pplex.checkpoint.safetensors import widen_bfloat16
-from pplex.errors import PplexError
+from pplex.errors import PplexError, first_line
+from pplex.files import open_regular, reading
 
 MAX_PICKLE_BYTES = 1 << 16
 MAX_STORAGE_BYTES = 1 << 28
-_MAX_MEMO = 10_000
 _MAX_ENTRIES = 1_000
 
 _STORAGES: dict[str, tuple[str, np.dtype[Any]]] = {
@@ -37,8 +32,8 @@ _STORAGES: dict[str, tuple[str, np.dtype[Any]]] = {
 
 def read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
     """Read the saved dict's tensors as (dtype name, array); bfloat16 as float32."""
-    try:
-        with zipfile.ZipFile(path) as archive:
+    with reading(path, "is not a whole voice file; get it again"):
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             entries = _entries(path, archive)
             root = _root(path, entries)
             content = _read(path, archive, entries, f"{root}data.pkl", MAX_PICKLE_BYTES)
@@ -50,25 +45,11 @@ def read_tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
             return {
                 name: _materialise(path, archive, entries, root, tensor)
                 for name, tensor in saved.items()
-                if isinstance(name, str) and isinstance(tensor, _Tensor)
+                if isinstance(tensor, _Tensor)
             }
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        RuntimeError,
-        ValueError,  # names that are not UTF-8
-        lzma.LZMAError,
-        struct.error,
-        zlib.error,
-    ) as e:
-        raise _broken(path, f"it is not a readable zip archive ({e})") from e
-    except EOFError as e:
-        raise _broken(path, "it ends too early") from e
-    except OSError as e:
-        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
 
 
-class _Storage(NamedTuple):  # a tuple: a pickle's BUILD cannot change it afterwards
+class _Storage(NamedTuple):
     kind: str
     key: str
     numel: int
@@ -81,106 +62,161 @@ class _Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class _StorageType:
-    """Stands for a `torch.*Storage` class; can be passed about, and nothing else."""
+class _Global(NamedTuple):
+    """Stands for a class or function that a pickle names."""
 
-    __slots__ = ("kind",)
-    kind: str
-
-    def __init__(self, kind: str) -> None:
-        object.__setattr__(self, "kind", kind)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise pickle.UnpicklingError("a storage type cannot be changed")
+    module: str
+    name: str
 
 
-class _MakeDict:
-    """Stands for `collections.OrderedDict`, called without arguments."""
+_MAKE_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
+_MAKE_DICT = _Global("collections", "OrderedDict")
+_GLOBALS = {_MAKE_TENSOR, _MAKE_DICT, *(_Global("torch", name) for name in _STORAGES)}
 
-    __slots__ = ()
-
-    def __call__(self) -> dict[object, object]:
-        return {}
-
-
-class _MakeTensor:
-    """Stands for `torch._utils._rebuild_tensor_v2`."""
-
-    __slots__ = ()
-
-    def __call__(
-        self,
-        storage: object,
-        offset: object,
-        size: object,
-        stride: object,
-        *ignored: object,
-    ) -> _Tensor:
-        if not (
-            isinstance(storage, _Storage)
-            and _is_size(offset)
-            and _are_sizes(size)
-            and _are_sizes(stride)
-            and len(size) == len(stride) <= 8
-            and len(ignored) <= 3
-        ):
-            raise pickle.UnpicklingError("a tensor is not described properly")
-        return _Tensor(storage, offset, size, stride)
+# Opcodes by what they do here: what torch.save writes for a dict of tensors, and of
+# notes beside them.
+_PUSH = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2"}
+_PUSH |= {"LONG1", "BINFLOAT"}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_PUTS, _GETS = {"BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if module == "torch" and name in _STORAGES:
-            return _StorageType(name)
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _MakeTensor()
-        if (module, name) == ("collections", "OrderedDict"):
-            return _MakeDict()
-        raise _ForbiddenGlobal(f"{module}.{name}")
-
-    def persistent_load(self, pid: object) -> _Storage:
-        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
-            raise pickle.UnpicklingError("a storage is not described properly")
-        _, kind, key, _location, numel = pid
-        if not (
-            isinstance(kind, _StorageType) and isinstance(key, str) and _is_size(numel)
-        ):
-            raise pickle.UnpicklingError("a storage is not described properly")
-        return _Storage(kind.kind, key, numel)
+class _Mark:
+    """Where a tuple or a row of items begins on the stack."""
 
 
-class _ForbiddenGlobal(Exception):
-    """Names a global that a voice file has no business to mention."""
+def _unpickle(path: Path, content: bytes) -> dict[str, object]:
+    """The saved dict: its pickle is followed here, step by step, nothing called.
 
-
-def _unpickle(path: Path, content: bytes) -> dict[object, object]:
+    Keys are text and nothing else is hashed: tuples of tuples of tuples would take
+    ages.
+    """
     try:
-        for opcode, argument, _ in pickletools.genops(content):
-            # An index far beyond what is stored would make the memo take gigabytes.
-            if opcode.name.endswith("PUT") and int(argument or 0) > _MAX_MEMO:
-                raise _broken(path, "its pickle asks for too much memory")
-        saved = _SafeUnpickler(BytesIO(content)).load()
+        saved = _follow(content)
     except _ForbiddenGlobal as e:
         raise PplexError(
             f"{path} is refused: it names {str(e)[:200]!r}, which no voice file needs "
             "and which could run code; get the voice from its publisher"
         ) from e
-    except (
-        pickle.UnpicklingError,
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        ImportError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as e:
-        raise _broken(path, f"its pickle cannot be read ({e})") from e
+    except (ValueError, TypeError, LookupError) as e:
+        raise _broken(path, f"its pickle cannot be read ({first_line(e)})") from e
     if not isinstance(saved, dict):
         raise _broken(path, "it does not hold a dict")
     return saved
+
+
+def _follow(content: bytes) -> object:
+    """What a pickle makes; ValueError, TypeError or LookupError where it is broken."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(content):
+        name = opcode.name
+        if name in ("PROTO", "FRAME"):
+            continue
+        if name == "STOP":
+            return stack.pop()
+        if name in _PUSH:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+            stack.append({} if name == "EMPTY_DICT" else [])
+        elif name == "MARK":
+            stack.append(_Mark)
+        elif name == "TUPLE":
+            stack.append(tuple(_to_mark(stack)))
+        elif name in _TUPLES:
+            items = [stack.pop() for _ in range(_TUPLES[name])]
+            stack.append(tuple(reversed(items)))
+        elif name in _PUTS:
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in _GETS:
+            stack.append(memo[argument])
+        elif name == "GLOBAL":
+            stack.append(_global(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            last, module = stack.pop(), stack.pop()
+            stack.append(_global(module, last))
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop()))
+        elif name == "REDUCE":
+            arguments, called = stack.pop(), stack.pop()
+            stack.append(_call(called, arguments))
+        elif name == "SETITEM":
+            _set(stack, [stack.pop(-2), stack.pop()])
+        elif name == "SETITEMS":
+            _set(stack, _to_mark(stack))
+        elif name == "APPEND":
+            _append(stack, [stack.pop()])
+        elif name == "APPENDS":
+            _append(stack, _to_mark(stack))
+        else:
+            raise ValueError(f"no voice needs its opcode {name}")
+    raise ValueError("it has no end")
+
+
+def _to_mark(stack: list[Any]) -> list[Any]:
+    """Take what lies above the last mark, and the mark."""
+    items = []
+    while (item := stack.pop()) is not _Mark:
+        items.append(item)
+    return items[::-1]
+
+
+def _set(stack: list[Any], items: list[Any]) -> None:
+    if not isinstance(stack[-1], dict) or len(items) % 2:
+        raise ValueError("it sets items of what is no dict")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str):
+            raise ValueError("a key of its dict is not text")
+        stack[-1][key] = value
+
+
+def _append(stack: list[Any], items: list[Any]) -> None:
+    if not isinstance(stack[-1], list):
+        raise ValueError("it appends to what is no list")
+    stack[-1] += items
+
+
+def _global(module: object, name: object) -> _Global:
+    if not (isinstance(module, str) and isinstance(name, str)):
+        raise ValueError("a name in it is not text")
+    found = _Global(module, name)
+    if found not in _GLOBALS:
+        raise _ForbiddenGlobal(f"{module}.{name}")
+    return found
+
+
+def _storage(pid: object) -> _Storage:
+    match pid:
+        case ("storage", _Global("torch", kind), str(key), _, numel) if _is_size(numel):
+            return _Storage(kind, key, numel)
+    raise ValueError("a storage is not described properly")
+
+
+def _call(called: object, arguments: object) -> object:
+    """What the two functions that a voice names would make."""
+    if called == _MAKE_DICT and arguments == ():
+        return {}
+    match arguments:
+        case (_Storage() as storage, offset, size, stride, *more) if (
+            called == _MAKE_TENSOR
+            and _is_size(offset)
+            and _are_sizes(size)
+            and _are_sizes(stride)
+            and len(size) == len(stride) <= 8
+            and len(more) <= 3
+        ):
+            return _Tensor(storage, offset, size, stride)
+    raise ValueError("a tensor is not described properly")
+
+
+class _ForbiddenGlobal(Exception):
+    """Names a global that a voice file has no business to mention."""
 
 
 def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

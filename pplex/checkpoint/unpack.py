@@ -4,12 +4,11 @@ import gzip
 import shutil
 import tarfile
 import tempfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 from pplex.checkpoint.hashes import sha256
 from pplex.errors import PplexError
-from pplex.files import cache_folder
+from pplex.files import cache_folder, open_regular, reading
 
 MAX_VOICE_BYTES = 1 << 26
 MAX_UNPACKED_BYTES = 1 << 29
@@ -26,26 +25,25 @@ def unpack_voices(archive: Path) -> Path:
     in .pt or .safetensors are written, flat; a path that leads elsewhere, a link or a
     device stops everything. The folder appears whole or not at all.
     """
-    try:
+    with reading(archive, "is not a whole tar.gz archive; download it again"):
         folder = cache_folder() / "voices" / sha256(archive)
         if folder.is_dir():
             return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
         try:
-            _unpack(archive, temporary)
-            _move(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as e:
-        raise PplexError(
-            f"{archive} is not a whole tar.gz archive ({e}); download it again"
-        ) from e
-    except OSError as e:
-        raise PplexError(
-            f"the voices of {archive} cannot be unpacked into {cache_folder()}: "
-            f"{e.strerror or e}"
-        ) from e
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+            try:
+                _unpack(archive, temporary)
+                _move(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except OSError as e:
+            if e.errno is None:  # gzip's, of the content
+                raise
+            raise PplexError(
+                f"the voices of {archive} cannot be unpacked into {cache_folder()}: "
+                f"{e.strerror or e}"
+            ) from e
     return folder
 
 
@@ -70,7 +68,7 @@ class _LimitedReader:
 
 def _unpack(archive: Path, folder: Path) -> None:
     names: set[str] = set()
-    with gzip.open(archive, "rb") as stream:
+    with open_regular(archive) as file, gzip.open(file) as stream:
         reader = _LimitedReader(archive, stream)
         # A stream is read once and in order: nothing seeks past the limit.
         with tarfile.open(fileobj=reader, mode="r|") as tar:  # type: ignore[call-overload]

@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,12 +21,22 @@ from pplex.cli.report import report
 from pplex.cli.respond import respond
 from pplex.cli.score import score
 from pplex.cli.signals import CLOSED_PIPE, exit_code, stop_on_signals
+from pplex.cli.standard import explain, give_up_stdout, open_standard_streams
 from pplex.cli.voices import voices
 from pplex.errors import PplexError
 
 
 class Cli(click.Group):
     """A group that shows a ``PplexError`` as one line and exits with 1."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program, whatever its standard streams are."""
+        open_standard_streams()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as e:  # of what click itself prints
+            click.echo(f"Error: {explain(e)}", err=True)
+            sys.exit(1)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse what is not text: it could be neither printed nor written as JSON."""
@@ -40,19 +51,24 @@ class Cli(click.Group):
         """Run the command line."""
         try:
             with stop_on_signals() as ctx.obj:
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
         except KeyboardInterrupt as e:
             ctx.exit(exit_code(e))
         except BrokenPipeError:
+            give_up_stdout()
             ctx.exit(CLOSED_PIPE)
         except PplexError as e:
             raise click.ClickException(str(e)) from e
         except OSError as e:
-            if e.errno != errno.ENAMETOOLONG:
-                raise
-            # Before there is a file: Python's tests whether a name is there raise it.
-            message = f"the name {e.filename!r} is longer than names can be"
+            message = explain(e)
+            if e.errno == errno.ENAMETOOLONG:
+                # Before there is a file: Python's tests whether a name is there do so.
+                message = f"the name {e.filename!r} is longer than names can be"
             raise click.ClickException(message) from e
+        except MemoryError as e:
+            raise click.ClickException("the memory does not suffice") from e
         except ImportError as e:
             if not _is_mlx(e):
                 raise

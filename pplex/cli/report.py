@@ -49,7 +49,7 @@ def report(
     from pplex.evaluation.find import find
     from pplex.evaluation.pictures import write_picture
     from pplex.evaluation.report import make_entries, write_report
-    from pplex.files import plan_files
+    from pplex.files import check_descriptor, is_descriptor, plan_files
     from pplex.plots import check_plot_path
 
     if png is not None:
@@ -57,9 +57,11 @@ def report(
     if output is None:
         folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
         output = folder / "report.html"
-    if output.suffix.lower() not in (".html", ".htm"):
+    if is_descriptor(output):
+        check_descriptor(output)
+    elif output.suffix.lower() not in (".html", ".htm"):
         raise PplexError(f"cannot write {output}: end the page's name in .html")
-    if output.exists() and not overwrite:
+    elif output.exists() and not overwrite:
         raise PplexError(
             f"{output} exists already; choose another name or give --overwrite"
         )

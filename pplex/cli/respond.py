@@ -21,7 +21,7 @@ from pplex.cli.options import (
     verbosity_options,
 )
 from pplex.cli.progress import Progress, size
-from pplex.files import PIPE
+from pplex.files import PIPE, is_descriptor
 from pplex.respond.stopping import Stop
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def respond(
     text = role_text(options)
     is_stream = input == PIPE
     check_pipes(is_stream, output == PIPE, raw, rate)
-    refuse_checks(is_stream, output == PIPE, options["checks"])
+    refuse_checks(is_stream, is_descriptor(output), options["checks"])
     from pplex.audio.streams import StreamFormat
     from pplex.respond import run
     from pplex.respond.live import respond_stream

@@ -11,6 +11,7 @@ from pplex.cli.options import ChannelType, complete_voice, model_options
 from pplex.cli.progress import size
 from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
+from pplex.files import check_descriptor, is_descriptor
 
 if TYPE_CHECKING:
     from pplex.audio.files import Channel
@@ -75,9 +76,11 @@ def make(
     OUT works with the model it was made for, at any bits, as --voice OUT. Use a voice
     only with the consent of the person it belongs to.
     """
-    if output.suffix.lower() != ".safetensors":
+    if is_descriptor(output):
+        check_descriptor(output)
+    elif output.suffix.lower() != ".safetensors":
         raise PplexError(f"cannot write {output}: end its name in .safetensors")
-    if output.exists() and not overwrite:
+    elif output.exists() and not overwrite:
         raise PplexError(f"{output} exists already; give --overwrite or another name")
     from pplex.checkpoint.hub import resolve
     from pplex.conversation.prompts import write_voice

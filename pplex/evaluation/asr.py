@@ -28,6 +28,7 @@ from pplex.evaluation.speech_activity import (
     energy_segments,
     merge,
 )
+from pplex.files import read_regular, reading
 from pplex.respond.transcript import Word
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ Hear = Callable[[np.ndarray], list[tuple[str, float, float]]]
 
 _CUT_AT_S = 0.5  # silences at which a track is cut into utterances
 _LONGEST_S = 30.0
+_MAX_TEXT_BYTES = 1 << 24  # of sentences to expect
 _MARGIN_S = 0.15
 _FRAME_RATE = 100  # pocketsphinx's
 _NOT_A_WORD = re.compile(r"[^\w' ]")
@@ -269,10 +271,8 @@ def _domain_decoder(sentences: Path) -> tuple[Decoder, dict[str, object]]:
 
 
 def _plain_lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise PplexError(f"cannot read the sentences in {path}: {e}") from e
+    with reading(f"the file of sentences {path}", "is not UTF-8 text"):
+        text = read_regular(path, _MAX_TEXT_BYTES).decode("utf-8")
     spoken = (plain([Word(line, 0, 0, 0)]) for line in text.splitlines())
     lines = [" ".join(word.text for word in words) for words in spoken]
     lines = [line for line in lines if line]

@@ -62,7 +62,7 @@ def run_checks(
     given they are looked for beside the output. A check whose figures are nowhere to
     be found fails.
     """
-    item = _item(audio)
+    item, notes = _item(audio)
     if item.agent is None:
         return [Outcome("readable", False, item.error or f"{audio} cannot be read")]
     try:
@@ -82,14 +82,14 @@ def run_checks(
     if checks.length_of is not None:
         found.append(_length(item.agent, checks.length_of, figures))
     if checks.max_rtf is not None:
-        found.append(_rtf(figures, checks.max_rtf))
+        found.append(_rtf(figures, checks.max_rtf, notes))
     if checks.max_late_frames is not None:
-        found.append(_late(figures, checks.max_late_frames))
+        found.append(_late(figures, checks.max_late_frames, notes))
     if checks.says is not None:
         said = words if words is not None else item.words
         if said is not None and not isinstance(said, str):
             said = " ".join(word.text for word in said)
-        found.append(_says(said, checks.says))
+        found.append(_says(said, checks.says, notes))
     return found
 
 
@@ -98,15 +98,17 @@ def passed(outcomes: Sequence[Outcome]) -> bool:
     return all(outcome.passed for outcome in outcomes)
 
 
-def _item(audio: Path) -> Item:
+def _item(audio: Path) -> tuple[Item, list[str]]:
+    """The output, and what is to be said of the files beside it."""
     if not audio.exists():
         agent = audio.with_suffix(".agent.wav")
         if not agent.exists():
-            return Item(audio.name, "missing", f"{audio} does not exist")
+            return Item(audio.name, "missing", f"{audio} does not exist"), []
         audio = agent
     if audio.is_dir():
         raise PplexError(f"{audio} is a folder; give one output in it")
-    return find([audio]).items[0]
+    found = find([audio])
+    return found.items[0], found.notes
 
 
 def _not_silent(pcm: Any) -> Outcome:
@@ -124,7 +126,7 @@ def _length(agent: Track, source: Path, stats: dict[str, Any] | None) -> Outcome
     """Same length after resampling, plus the tail where stats know of one."""
     ours = read_pcm(agent.path, sample_rate=SAMPLE_RATE, channel=agent.channel)
     theirs = read_pcm(source, sample_rate=SAMPLE_RATE)
-    tail_s = float((stats or {}).get("tail_s") or 0.0)
+    tail_s = (stats or {}).get("tail_s") or 0.0
     rate = ours.source_rate
     wanted = resampled_length(theirs.source_frames, theirs.source_rate, rate)
     wanted += round(tail_s * rate)
@@ -137,20 +139,19 @@ def _length(agent: Track, source: Path, stats: dict[str, Any] | None) -> Outcome
     )
 
 
-def _rtf(stats: dict[str, Any] | None, limit: float) -> Outcome:
-    value = _number(stats, "real_time_factor")
+def _rtf(stats: dict[str, Any] | None, limit: float, notes: list[str]) -> Outcome:
+    value = (stats or {}).get("real_time_factor")
     if value is None:
-        return Outcome("max-rtf", False, _NO_STATS)
+        return Outcome("max-rtf", False, "; ".join([_NO_STATS, *notes]))
     detail = f"real-time factor {value:.3f}, at most {limit:g}"
     return Outcome("max-rtf", value <= limit, detail)
 
 
-def _late(stats: dict[str, Any] | None, limit: float) -> Outcome:
-    steps = (stats or {}).get("step_ms")
-    late = _number(steps if isinstance(steps, dict) else None, "late_frames")
-    frames = _number(stats, "frames")
+def _late(stats: dict[str, Any] | None, limit: float, notes: list[str]) -> Outcome:
+    late = ((stats or {}).get("step_ms") or {}).get("late_frames")
+    frames = (stats or {}).get("frames")
     if late is None or not frames:
-        return Outcome("max-late-frames", False, _NO_STATS)
+        return Outcome("max-late-frames", False, "; ".join([_NO_STATS, *notes]))
     share = 100 * late / frames
     return Outcome(
         "max-late-frames",
@@ -160,19 +161,13 @@ def _late(stats: dict[str, Any] | None, limit: float) -> Outcome:
     )
 
 
-def _says(said: str | None, pattern: str) -> Outcome:
+def _says(said: str | None, pattern: str, notes: list[str]) -> Outcome:
     if said is None:
-        return Outcome(
-            "says", False, "no transcript: write one with --transcript NAME.json"
-        )
+        missing = "no transcript: write one with --transcript NAME.json"
+        return Outcome("says", False, "; ".join([missing, *notes]))
     shown = said if len(said) <= 200 else said[:197] + "..."
     hit = re.search(pattern, said, re.IGNORECASE)
     return Outcome("says", hit is not None, f'/{pattern}/ in "{shown}"')
 
 
 _NO_STATS = "no stats: give --stats, or write them beside the output"
-
-
-def _number(figures: dict[str, Any] | None, key: str) -> float | None:
-    value = (figures or {}).get(key)
-    return float(value) if isinstance(value, int | float) else None

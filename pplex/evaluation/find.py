@@ -6,7 +6,6 @@ plain folder of outputs. Side files are known by what they hold, not by their na
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ import numpy as np
 from pplex.audio.files import Channel, read_pcm
 from pplex.errors import PplexError
 from pplex.evaluation.full_duplex_bench import Sample, read_sample
-from pplex.files import real_path
+from pplex.files import reading, real_path
 from pplex.respond.manifest import (
     LOCK_PATTERN,
     Line,
@@ -27,10 +26,36 @@ from pplex.respond.manifest import (
     manifests_in,
 )
 from pplex.respond.transcript import Word
+from pplex.values import fit, read_json
 
 SAMPLE_RATE = 24_000
 USER, AGENT = ".user.wav", ".agent.wav"
-_MAX_JSON_BYTES = 64 << 20
+
+# What is looked into of stats and transcripts.
+_STATS = {
+    "input": (str, None),
+    "outputs": {str: str},
+    "audio_s": (float, None),
+    "tail_s": (float, None),
+    "frames": (int, None),
+    "step_ms": ({str: (float, None)}, None),
+    "step_ms_series": ([float], None),
+    "real_time_factor": float,
+    "channel": ("mix", int, None),
+    "voice": (str, None),
+    "prompt": (str, None),
+    "model": (str, None),
+    "device": (str, None),
+    "seed": (int, None),
+}
+_WORD = {
+    "text": str,
+    "start_s": float,
+    "end_s": float,
+    "frame": (int, None),
+    "speaker": (str, None),
+}
+_TRANSCRIPT = {"duration_s": (float, None), "words": [_WORD]}
 
 
 @dataclass(frozen=True)
@@ -81,7 +106,8 @@ def find(paths: Sequence[Path]) -> Found:
         if path.is_dir():
             _search(path, found)
         elif path.exists():
-            found.items.append(_outputs_item(path, side_files([path.parent])))
+            known = side_files([path.parent], found.notes)
+            found.items.append(_outputs_item(path, known))
         else:
             raise PplexError(f"{path} does not exist; check the name")
     if not found.items and not found.notes:
@@ -105,10 +131,10 @@ def _search(folder: Path, found: Found) -> None:
         and ((sub / "output.wav").is_file() or read_sample(sub))
     ]
     if samples:
-        found.items += [_sample_item(folder, sub) for sub in samples]
+        found.items += [_sample_item(folder, sub, found.notes) for sub in samples]
         return
     wavs = sorted(p for p in folder.rglob("*.wav") if not p.name.startswith("."))
-    known = side_files(sorted({p.parent for p in wavs} | {folder}))
+    known = side_files(sorted({p.parent for p in wavs} | {folder}), found.notes)
     for path in wavs:
         if path.name.endswith(USER) and path.with_name(_partner(path)).is_file():
             continue  # with the agent's
@@ -126,7 +152,7 @@ def _read_manifests(folder: Path, found: Found) -> None:
         )
     named: set[Path] = set()
     for _, line in sorted(lines.items()):
-        found.items.append(_manifest_item(line, folder))
+        found.items.append(_manifest_item(line, folder, found.notes))
         paths = [*_outputs_of(line, folder).values(), _input_of(line, folder)]
         named |= {real_path(path) for path in paths if path is not None}
     strange = [p for p in folder.rglob("*.wav") if real_path(p) not in named]
@@ -144,30 +170,31 @@ def _outputs_of(line: Line, folder: Path) -> dict[str, Path]:
 
 def _input_of(line: Line, folder: Path) -> Path | None:
     path = (line["input"] or {}).get("path")
-    return locate(folder, path) if isinstance(path, str) else None
+    return None if path is None else locate(folder, path)
 
 
-def _manifest_item(line: Line, folder: Path) -> Item:
-    name, status, error = line["recording"], str(line["status"]), line.get("error")
-    item = Item(name, status, str(error) if error else None, folder=folder)
+def _manifest_item(line: Line, folder: Path, notes: list[str]) -> Item:
+    name, status = line["recording"], line["status"]
+    item = Item(name, status, line["error"], folder=folder)
     if status != "done":
         return item
     paths, wrong = _outputs_of(line, folder), []
     for what, path in paths.items():
-        if not path.is_file():
+        if not os.path.isfile(path):
             wrong.append(f"{path} is not there any more")
-        elif line["outputs"][what].get("size") not in (None, path.stat().st_size):
+        elif line["outputs"][what]["size"] not in (None, path.stat().st_size):
             wrong.append(f"{path} was changed after the batch wrote it")
     audio = paths.get("audio") or paths.get("agent")
     if wrong or audio is None:
         error = "; ".join(wrong) or "the manifest names no sound"
         item = replace(item, status="missing", error=error)
-    if audio is None or not audio.is_file():
+    if audio is None or not os.path.isfile(audio):
         return item
-    stats = as_stats(read_json(paths["stats"])) if "stats" in paths else None
-    words = None
-    if "transcript" in paths:
-        words = as_words(read_json(paths["transcript"]))
+    stats = words = None
+    for path in (p for p in paths.values() if p.suffix == ".json"):
+        if os.path.isfile(path):
+            of_run, said = side_file(path, notes)
+            stats, words = stats or of_run, words if said is None else said
     known = SideFiles({} if stats is None else {real_path(audio): stats})
     spoken = _input_of(line, folder)
     done = _outputs_item(audio, known, folder, spoken, paths.get("user"))
@@ -183,14 +210,14 @@ def _manifest_item(line: Line, folder: Path) -> Item:
     )
 
 
-def _sample_item(root: Path, folder: Path) -> Item:
+def _sample_item(root: Path, folder: Path, notes: list[str]) -> Item:
     """A sample with its answer beside it, in mono or, as pplex has it, in stereo."""
     output = folder / "output.wav"
     name = str(folder.relative_to(root.parent) if folder != root else folder.name)
     item = Item(name, "no answer", f"{output} is not there", folder=folder)
     if output.is_file():
         source = folder / "input.wav"
-        item = _outputs_item(output, side_files([folder]), None, source)
+        item = _outputs_item(output, side_files([folder], notes), None, source)
     return _as_sample(replace(item, name=name), folder)
 
 
@@ -236,17 +263,17 @@ def _outputs_item(
     if channels == 2:
         return replace(item, user=Track(path, 1), agent=Track(path, 2), audio=path)
     channel: Channel = 1
-    if user_file is None or not user_file.is_file():
+    if user_file is None or not os.path.isfile(user_file):
         user_file = source or _source_of(stats, path.parent)
-        said = (stats or {}).get("channel", 1)
-        channel = said if said == "mix" or isinstance(said, int) else 1
-    user = Track(user_file, channel) if user_file and user_file.is_file() else None
+        channel = (stats or {}).get("channel") or 1
+    is_there = user_file is not None and os.path.isfile(user_file)
+    user = Track(user_file, channel) if user_file and is_there else None
     return replace(item, user=user, agent=Track(path), audio=path)
 
 
 def _source_of(stats: dict[str, Any] | None, folder: Path) -> Path | None:
     source = (stats or {}).get("input")
-    return locate(folder, source) if isinstance(source, str) else None
+    return None if source is None else locate(folder, source)
 
 
 def _partner(path: Path) -> str:
@@ -268,11 +295,10 @@ def _distinct(items: list[Item]) -> list[Item]:
 
 def read_stats(path: Path) -> dict[str, Any]:
     """The figures of a stats file."""
-    if not path.is_file():
+    if not path.exists():
         raise PplexError(f"{path} does not exist; check the name")
-    stats = as_stats(read_json(path))
-    if stats is None:
-        raise PplexError(f"{path} is not a stats file that pplex wrote")
+    with reading(path, "is not a stats file that pplex wrote"):
+        stats: dict[str, Any] = fit(read_json(path), _STATS)
     return stats
 
 
@@ -289,7 +315,7 @@ class SideFiles:
         words = None
         if stats is not None:
             name = stats["outputs"].get("transcript")
-            if isinstance(name, str):
+            if name is not None:
                 beside = real_path(locate(audio.parent, name))
                 words = self.words.get(beside)
         if words is None:
@@ -302,21 +328,17 @@ class SideFiles:
         return stats, words
 
 
-def side_files(folders: Iterable[Path]) -> SideFiles:
-    """Everything of that kind in some folders."""
+def side_files(folders: Iterable[Path], notes: list[str]) -> SideFiles:
+    """Everything of that kind in some folders; ``notes`` gets what was left out."""
     known = SideFiles()
     for folder in folders:
         for path in sorted(folder.glob("*.json")):
             if path.name.startswith(".") or path.name.endswith("output.json"):
                 continue
-            content = read_json(path)
-            stats = as_stats(content)
+            stats, words = side_file(path, notes)
             if stats is not None:
                 for name in stats["outputs"].values():
-                    if isinstance(name, str):
-                        audio = real_path(locate(folder, name))
-                        known.stats[audio] = stats
-            words = as_words(content)
+                    known.stats[real_path(locate(folder, name))] = stats
             if words is not None:
                 known.words[real_path(path)] = words
     return known
@@ -331,38 +353,30 @@ def locate(folder: Path, name: str) -> Path:
     return folder / path
 
 
-def read_json(path: Path) -> object:
-    """The content of a JSON file, None where it is none."""
+def side_file(
+    path: Path, notes: list[str]
+) -> tuple[dict[str, Any] | None, list[Word] | None]:
+    """The figures or the words of a file of pplex, None and None of any other.
+
+    One that is damaged is left out, and ``notes`` gets a sentence.
+    """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        with reading(path, "was left out, as it is damaged"):
+            content = read_json(path)
+            if isinstance(content, dict):
+                if {"real_time_factor", "outputs"} <= content.keys():
+                    return fit(content, _STATS), None
+                if {"duration_s", "words"} <= content.keys():
+                    return None, _words(fit(content, _TRANSCRIPT))
+    except PplexError as e:
+        notes.append(str(e))
+    return None, None
 
 
-def as_stats(content: object) -> dict[str, Any] | None:
-    """The figures, if that is what a JSON file holds."""
-    if isinstance(content, dict) and "real_time_factor" in content:
-        if isinstance(content.get("outputs"), dict):
-            return content
-    return None
-
-
-def as_words(content: object) -> list[Word] | None:
+def _words(content: dict[str, Any]) -> list[Word]:
     """Words of a transcript that pplex wrote; the agent's where it has both sides."""
-    if not isinstance(content, dict) or "duration_s" not in content:
-        return None
-    try:
-        return [
-            Word(
-                str(word["text"]),
-                float(word["start_s"]),
-                float(word["end_s"]),
-                int(word.get("frame", 0)),
-            )
-            for word in content["words"]
-            if word.get("speaker", "agent") == "agent"
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
+    return [
+        Word(word["text"], word["start_s"], word["end_s"], word["frame"] or 0)
+        for word in content["words"]
+        if word["speaker"] in (None, "agent")
+    ]

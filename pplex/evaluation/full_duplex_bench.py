@@ -7,7 +7,6 @@ Follows ``v1_v1.5/evaluation/{eval_*,get_timing}.py`` of Full-Duplex-Bench
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from pplex.errors import PplexError
 from pplex.evaluation.speech_activity import Segment, common, merge
-from pplex.files import real_path
+from pplex.files import reading, real_path
 from pplex.respond.transcript import Word
+from pplex.values import fit, read_json
 
 ANNOTATIONS = {
     "pause.json": "pause_handling",
@@ -115,18 +114,17 @@ def read_sample(folder: Path) -> Sample | None:
 def read_chunks(path: Path) -> list[Word]:
     """Words of the benchmark's own transcript; a missing end is the start."""
     found = []
-    try:
-        for chunk in json.loads(path.read_text(encoding="utf-8"))["chunks"]:
+    with reading(
+        path,
+        "is not a transcript of Full-Duplex-Bench; run its get_transcript/asr.py "
+        "again, or give --words own",
+    ):
+        chunk_form = {"text": str, "timestamp": [(float, None)]}
+        for chunk in fit(read_json(path), {"chunks": [chunk_form]})["chunks"]:
             start, end = chunk["timestamp"]
-            if start is None:
-                continue
-            end = start if end is None else end
-            found.append(Word(chunk["text"].strip(), float(start), float(end), 0))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise PplexError(
-            f"{path} is not a transcript of Full-Duplex-Bench ({e}); run its "
-            "get_transcript/asr.py again, or give --words own"
-        ) from e
+            if start is not None:
+                end = start if end is None else end
+                found.append(Word(chunk["text"].strip(), start, end, 0))
     return found
 
 
@@ -286,14 +284,16 @@ def _mean_s(segments: Sequence[Segment]) -> float | None:
 
 def read_human_timing(path: Path) -> Mapping[str, Sequence[float]]:
     """The benchmark's ``icc_gt_distribution.json``: a histogram for each sample."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {str(k): [float(x) for x in v] for k, v in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise PplexError(
-            f"{path} does not hold people's backchannel timing ({e}); give the "
-            f"benchmark's {HUMAN_TIMING}"
-        ) from e
+    with reading(
+        path,
+        "does not hold people's backchannel timing; give the benchmark's "
+        f"{HUMAN_TIMING}",
+    ):
+        found: dict[str, list[float]] = fit(read_json(path), {str: [float]})
+        for name, shares in found.items():
+            if not (min(shares, default=-1.0) >= 0 < sum(shares)):
+                raise ValueError(f"what it has of {name[:80]!r} is no histogram")
+    return found
 
 
 def _segment_takeover(segment: Segment, words: Sequence[Word]) -> int:
@@ -309,28 +309,22 @@ def _segment_takeover(segment: Segment, words: Sequence[Word]) -> int:
 
 def _read_overlap(path: Path, parent: str) -> Sample | None:
     """What a sample of version 1.5 says; None if it is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+    broken = "is not an annotation of Full-Duplex-Bench v1.5; copy its data set again"
+    with reading(path, broken):
+        found = read_json(path)
         if not isinstance(found, dict) or "timestamps" not in found:
             return None
-        start, end = (float(t) for t in found["timestamps"])
-        context, said = (str(found.get(f"{k}_text", "")) for k in _TEXTS)
-    except (OSError, ValueError, TypeError) as e:
-        raise PplexError(
-            f"{path} is not an annotation of Full-Duplex-Bench v1.5 ({e}); copy its "
-            "data set again"
-        ) from e
+        texts = {f"{kind}_text": (str, None) for kind in _TEXTS}
+        found = fit(found, {"timestamps": [float], **texts})
+        start, end = found["timestamps"]
+        context, said = (found[key] or "" for key in texts)
     task = f"v1.5_{parent}" if f"v1.5_{parent}" in OVERLAP_TASKS else "v1.5_overlap"
     return Sample(task, overlap=Segment(start, end), text=(context, said))
 
 
 def _reference_s(path: Path, task: str) -> float | None:
-    try:
-        first = json.loads(path.read_text(encoding="utf-8"))[0]
-        start, end = (float(t) for t in first["timestamp"])
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as e:
-        raise PplexError(
-            f"{path} is not an annotation of Full-Duplex-Bench ({e}); copy its "
-            "data set again"
-        ) from e
+    broken = "is not an annotation of Full-Duplex-Bench; copy its data set again"
+    with reading(path, broken):
+        first = fit(read_json(path), [{"timestamp": [float]}])[0]
+        start, end = first["timestamp"]
     return {"smooth_turn_taking": start, "user_interruption": end}.get(task)

@@ -123,10 +123,22 @@ def figure_of(metric: Metric, row: Mapping[str, Any]) -> Figure:
     return part.get(metric.name) if part else None
 
 
+def rounded(value: Any) -> Any:
+    """Numbers to four digits after the point, None for what is not finite."""
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(inner) for inner in value]
+    return value
+
+
 def _real_time(stats: Mapping[str, Any]) -> tuple[float, float] | None:
-    factor, audio_s = stats.get("real_time_factor"), stats.get("audio_s", 1.0)
-    if not isinstance(factor, int | float) or not isinstance(audio_s, int | float):
+    factor, audio_s = stats.get("real_time_factor"), stats.get("audio_s")
+    if factor is None:
         return None
+    audio_s = 1.0 if audio_s is None else audio_s
     return factor * audio_s, audio_s
 
 

@@ -25,9 +25,9 @@ import numpy as np
 from pplex.errors import PplexError
 from pplex.evaluation.find import SAMPLE_RATE, Found, Item
 from pplex.evaluation.measure import Measured, measure
-from pplex.evaluation.metrics import METRICS, Metric, single
+from pplex.evaluation.metrics import METRICS, Metric, rounded, single
 from pplex.evaluation.speech_activity import Segment, make_detector
-from pplex.files import real_path, write_text
+from pplex.files import is_descriptor, real_path, write_text
 
 _COLUMNS_PER_S = 20
 _MIN_COLUMNS, _MAX_COLUMNS = 300, 1500
@@ -90,6 +90,7 @@ def write_report(
     path: Path, entries: Sequence[Entry], notes: Sequence[str], vad: str, title: str
 ) -> None:
     """Write the page, whole or not at all."""
+    folder = Path() if is_descriptor(path) else path.parent
     page = importlib.resources.files("pplex.evaluation") / "page"
     parts = {
         "title": escape(title),
@@ -101,7 +102,7 @@ def write_report(
         "rows": "\n".join(table_row(i, entry) for i, entry in enumerate(entries)),
         "version": escape(importlib.metadata.version("pplex")),
         "vad": escape(vad),
-        "data": _script_json([_data(entry, path.parent) for entry in entries]),
+        "data": _script_json(rounded([_data(e, folder) for e in entries])),
     }
     text = (page / "page.html").read_text(encoding="utf-8")
     for name, part in parts.items():
@@ -221,16 +222,18 @@ def _data(entry: Entry, folder: Path) -> dict[str, Any]:
     }
     if entry.item.audio is not None:
         relative = os.path.relpath(real_path(entry.item.audio), real_path(folder))
-        data["a"] = quote(Path(relative).as_posix())
+        data["a"] = quote(os.fsencode(relative))
     stats = entry.item.stats or {}
     data["st"] = {
         key: stats[key]
-        for key in ("voice", "prompt", "seed", "model", "device", "step_ms")
+        for key in ("voice", "prompt", "seed", "model", "device")
         if key in stats
     }
-    steps = stats.get("step_ms_series")
-    if isinstance(steps, list) and steps:
-        data["lat"] = _thinned([float(step) for step in steps])
+    steps_ms = stats.get("step_ms") or {}
+    if None not in [steps_ms.get(key) for key in ("p50", "p95", "late_frames")]:
+        data["st"]["step_ms"] = steps_ms
+    if steps := stats.get("step_ms_series"):
+        data["lat"] = _thinned(steps)
     return data
 
 
@@ -255,7 +258,9 @@ def _thinned(steps: list[float]) -> list[float]:
 
 def _script_json(content: object) -> str:
     """JSON that may stand in a script element, whatever the names hold."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(
+        content, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    )
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

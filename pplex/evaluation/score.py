@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,14 @@ from pplex.evaluation.asr import Recogniser
 from pplex.evaluation.dialogue import write_dialogue
 from pplex.evaluation.find import Found, Item, Track
 from pplex.evaluation.measure import Measured, measure
-from pplex.evaluation.metrics import METRICS, Figure, figure_of, figures, single
+from pplex.evaluation.metrics import (
+    METRICS,
+    Figure,
+    figure_of,
+    figures,
+    rounded,
+    single,
+)
 from pplex.evaluation.speech_activity import (
     BENCH_SETTINGS,
     VAD_RATE,
@@ -94,17 +100,6 @@ def score_and_measure(
     if tasks:
         result["full_duplex_bench"] = rounded(tasks)
     return result, measured
-
-
-def rounded(value: Any) -> Any:
-    """Seconds and rates to a tenth of a millisecond, in lists and dicts too."""
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(inner) for inner in value]
-    return value
 
 
 def _score_item(

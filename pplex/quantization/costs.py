@@ -7,13 +7,12 @@ no better on conversations that they were not measured on.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from pplex.checkpoint.layouts import Matrix
 from pplex.errors import PplexError
+from pplex.files import reading
 from pplex.model.config import LmConfig
 from pplex.quantization.recipe import (
     Form,
@@ -23,6 +22,7 @@ from pplex.quantization.recipe import (
     recipe_bytes,
     uniform,
 )
+from pplex.values import fit, read_json
 
 # Mean divergence over the streams (nats) with this part alone at 4 bits in groups of
 # 64. Parts that are not here cost nothing: they are never run in a conversation.
@@ -60,14 +60,11 @@ def read_costs(path: Path | None) -> dict[str, float]:
     """Costs by part, as `pplex models sensitivity` wrote them; else ``COSTS``."""
     if path is None:
         return COSTS
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        costs = {str(part): float(cost) for part, cost in raw["parts"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise PplexError(
-            f"--sensitivity {path}: not a file of `pplex models sensitivity` ({e!r})"
-        ) from e
-    if not costs or not all(math.isfinite(c) and c >= 0 for c in costs.values()):
+    with reading(
+        f"--sensitivity {path}", "is not a file of `pplex models sensitivity`"
+    ):
+        costs: dict[str, float] = fit(read_json(path), {"parts": {str: float}})["parts"]
+    if not costs or not all(cost >= 0 for cost in costs.values()):
         raise PplexError(f"--sensitivity {path}: costs must be numbers from 0")
     return costs
 

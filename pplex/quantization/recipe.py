@@ -5,7 +5,6 @@ Matrices are named as NVIDIA's file names them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 from pplex.checkpoint.layouts import BITS, Matrix, Quantization
 from pplex.errors import PplexError
+from pplex.files import reading
+from pplex.values import read_json, shown
 
 GROUP_SIZES = (32, 64, 128)
 HALF_BYTES = 2  # a value that is not quantized
@@ -67,10 +68,8 @@ def from_file(path: Path, matrices: Iterable[Matrix], default: Form) -> Recipe:
     A value is a number of bits, or an object of ``bits`` and ``group_size``. What no
     pattern fits is as in ``uniform``. A pattern that fits nothing is refused.
     """
-    try:
-        rules = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise PplexError(f"--recipe {path}: not readable as JSON ({e})") from e
+    with reading(f"--recipe {path}", "is not readable as JSON"):
+        rules = read_json(path)
     if not isinstance(rules, dict) or not rules:
         raise PplexError(
             f"--recipe {path}: expected an object of name patterns, such as "
@@ -108,8 +107,8 @@ def _form(path: Path, pattern: str, value: Any, group_size: int) -> Form:
         return None
     if value not in BITS or group_size not in GROUP_SIZES or isinstance(value, bool):
         raise PplexError(
-            f"--recipe {path}: {pattern!r} asks for {value!r} bits in groups of "
-            f"{group_size!r}; bits are one of {', '.join(map(str, BITS))} or 16, "
+            f"--recipe {path}: {pattern!r} asks for {shown(value)} bits in groups of "
+            f"{shown(group_size)}; bits are one of {', '.join(map(str, BITS))} or 16, "
             f"groups one of {', '.join(map(str, GROUP_SIZES))}"
         )
     return Quantization(value, group_size)

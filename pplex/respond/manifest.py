@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pplex.errors import PplexError
+from pplex.files import open_regular, read_regular
+from pplex.values import fit, parse_json
 
 DONE = "done"
 FAILED = "failed"
@@ -25,8 +27,20 @@ FAILED = "failed"
 LOCK_PATTERN = ".pplex-batch*.lock"
 
 Line = dict[str, Any]
-_KEYS = {"recording", "status", "input", "settings", "outputs", "time"}
-
+# What is looked into of a line.
+_PRINT = {"size": (int, None), "mtime_ns": (int, None), "sha256": (str, None)}
+_LINE = {
+    "recording": str,
+    "status": str,
+    "error": (str, None),
+    "input": ({"path": (str, None), **_PRINT}, None),
+    "settings": str,
+    "outputs": {str: {"path": str, **_PRINT}},
+    "audio_s": (float, None),
+    "timings": ({str: float}, None),
+    "time": str,
+}
+_MAX_BYTES = 1 << 30
 
 _BLOCK = 1 << 20
 
@@ -41,8 +55,8 @@ class FilePrint:
 
 
 def file_print(path: Path) -> FilePrint:
-    """Read the whole file at ``path``."""
-    with path.open("rb") as file:
+    """Read the whole file at ``path``, an ordinary one."""
+    with open_regular(path) as file:
         status = os.fstat(file.fileno())
         digest = hashlib.sha256()
         while block := file.read(_BLOCK):
@@ -63,7 +77,7 @@ def is_unchanged(path: Path, known: Mapping[str, object]) -> bool:
         if status.st_mtime_ns == known.get("mtime_ns"):
             return True
         return file_print(path).sha256 == known.get("sha256")
-    except OSError:
+    except (OSError, ValueError, PplexError):
         return False
 
 
@@ -88,7 +102,7 @@ def read_lines(
     ``note`` is told what was passed over.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path, _MAX_BYTES)
     except FileNotFoundError:
         return []
     except OSError as e:
@@ -97,31 +111,19 @@ def read_lines(
     rows = content.split(b"\n")
     for number, raw in enumerate(rows, start=1):
         try:
-            line = json.loads(raw) if raw.strip() else None
-        except (ValueError, RecursionError):
+            line = parse_json(raw) if raw.strip() else None
+        except ValueError:
             why = "is not JSON and was left out"
             if number == len(rows):
                 why = "is cut off; the batch was stopped or is still running"
             note(f"{path}: line {number} {why}")
             continue
-        if isinstance(line, dict) and line.keys() >= _KEYS and _is_whole(line):
-            lines.append(line)
-        elif raw.strip():
-            note(f"{path}: line {number} is none of pplex batch and was left out")
+        try:
+            if raw.strip():
+                lines.append(fit(line, _LINE))
+        except ValueError as e:
+            note(f"{path}: line {number} is none of pplex batch and was left out: {e}")
     return lines
-
-
-def _is_whole(line: Line) -> bool:
-    """Whether the parts that are looked into have the types they were written with."""
-    outputs = line["outputs"]
-    return (
-        isinstance(line["recording"], str)
-        and isinstance(line["time"], str)
-        and isinstance(line["input"], (dict, type(None)))
-        and isinstance(outputs, dict)
-        and all(isinstance(o, dict) for o in outputs.values())
-        and all(isinstance(o.get("path"), str) for o in outputs.values())
-    )
 
 
 class Manifest:

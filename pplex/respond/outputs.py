@@ -19,12 +19,12 @@ from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.conversation.answer import Answer
 from pplex.errors import PplexError
 from pplex.files import (
-    PIPE,
     Place,
     atomic_write,
+    is_descriptor,
     is_pipe,
+    open_pipe,
     put,
-    write_stdout,
     write_text,
 )
 from pplex.model.config import ModelConfig
@@ -67,7 +67,7 @@ def write_outputs(
     ``user_pcm`` is as long as the ``pcm`` of ``reply``, the whole answer.
     """
     outputs, rate = request.outputs, model.config.sample_rate
-    if outputs.audio != PIPE:  # else it was written as it was made
+    if not is_descriptor(outputs.audio):  # else it was written as it was made
         tracks = {"user": user_pcm, "agent": reply.pcm, "audio": reply.pcm}
         if outputs.layout == "stereo":
             tracks["audio"] = np.stack([user_pcm, reply.pcm], axis=1)
@@ -141,15 +141,16 @@ def open_sink(
 ) -> Iterator[Write]:
     """Yield what writes both sides, 16 bits a sample, to the audio of ``files``.
 
-    Files appear whole when the body is done, or not at all. Stdout gets each stretch
-    at once; ``num_samples`` is the length its header names, None for an unknown one.
+    Files appear whole when the body is done, or not at all. A descriptor gets each
+    stretch at once; ``num_samples`` is what its header names, None for an unknown one.
     ``place`` is that of ``atomic_write``.
     """
     channels = 2 if layout == "stereo" else 1
     with ExitStack() as stack:
-        if files.get("audio") == PIPE:
-            write_stdout(wav_header(num_samples, channels, sample_rate))
-            write = write_stdout
+        audio = files.get("audio")
+        if audio is not None and is_descriptor(audio):
+            write = stack.enter_context(open_pipe(audio))
+            write(wav_header(num_samples, channels, sample_rate))
             yield lambda user, agent: write(_pcm(layout, user, agent))
             return
         names = ("user", "agent") if layout == "separate" else ("audio",)

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pplex.errors import PplexError
-from pplex.files import PIPE, is_pipe
+from pplex.files import (
+    PIPE,
+    check_descriptor,
+    descriptor,
+    is_descriptor,
+    is_pipe,
+    name_of,
+)
 from pplex.respond.transcript import check_transcript_path
 
 if TYPE_CHECKING:
@@ -82,9 +89,12 @@ class Request:
 def check_outputs(request: Request, overwrite: bool) -> None:
     """Refuse outputs that would destroy something, before any work is done."""
     source, outputs = request.source, request.outputs
-    if outputs.audio == PIPE:
+    if is_descriptor(outputs.audio):
         if outputs.layout == "separate":
-            raise PplexError("two files do not fit on stdout: choose another --layout")
+            raise PplexError(
+                f"two files do not fit on {name_of(outputs.audio)}: choose another "
+                "--layout"
+            )
     elif outputs.audio.suffix.lower() != ".wav":
         raise PplexError(
             f"cannot write {outputs.audio}: the output is a WAV file; end its name "
@@ -92,17 +102,25 @@ def check_outputs(request: Request, overwrite: bool) -> None:
         )
     if outputs.transcript is not None and not is_pipe(outputs.transcript):
         check_transcript_path(outputs.transcript)
-    if outputs.tokens is not None and outputs.tokens.suffix.lower() != ".npz":
+    tokens = outputs.tokens
+    if tokens is not None and not (
+        is_descriptor(tokens) or tokens.suffix.lower() == ".npz"
+    ):
         raise PplexError(
-            f"cannot write {outputs.tokens}: tokens are a NumPy archive; end its name "
-            "in .npz"
+            f"cannot write {tokens}: tokens are a NumPy archive; end its name in .npz"
         )
     files = outputs.files()
-    if sum(path == PIPE for path in files.values()) > 1:
-        raise PplexError("only one output fits on stdout: give the others file names")
     seen = {} if source == PIPE else {os.path.realpath(source): "the input"}
     for what, path in files.items():
-        if path == PIPE or (what in ("transcript", "stats") and is_pipe(path)):
+        if is_descriptor(path):
+            check_descriptor(path)
+            if seen.setdefault(f"{descriptor(path)}", what) != what:
+                raise PplexError(
+                    f"only one output fits on {name_of(path)}: give the others file "
+                    "names"
+                )
+            continue
+        if what in ("transcript", "stats") and is_pipe(path):
             continue
         other = seen.setdefault(os.path.realpath(path), f"the {what} output")
         if other != f"the {what} output":

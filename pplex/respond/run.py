@@ -20,7 +20,7 @@ from pplex.conversation.scheduler import converse
 from pplex.conversation.session import Model, load, warm_up
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute
-from pplex.files import PIPE, put, put_new
+from pplex.files import is_descriptor, put, put_new
 from pplex.model.config import MimiConfig
 from pplex.respond.outputs import Write, open_sink, spoken_words, write_outputs
 from pplex.respond.request import Request, Settings, check_outputs
@@ -127,7 +127,7 @@ def respond(
     role, start = begin(model, settings, clock)
     user_pcm, write = recording.pcm, None
     with ExitStack() as stack:
-        if outputs.audio == PIPE:
+        if is_descriptor(outputs.audio):
             sink = open_sink(outputs.layout, outputs.files(), rate, len(user_pcm))
             write = stack.enter_context(sink)
         reply = answer(model, user_pcm, start, settings, report, write)

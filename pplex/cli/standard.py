@@ -1,0 +1,77 @@
+"""stdin, stdout and stderr that are closed or full, and what is then the matter."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+_NULL_FLAGS = (os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)  # what is written to 1 is missed
+
+
+def open_standard_streams() -> None:
+    """Open closed descriptors 0 to 2 on the null device, and make stderr patient.
+
+    Else the first files that are opened would take their numbers, and what is meant
+    for a stream would be read from them or written into them. Reading stdin then gives
+    nothing, writing to stdout is an error, and what goes to stderr is gone.
+    """
+    for fd, flags in enumerate(_NULL_FLAGS):
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, flags)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            os.set_inheritable(fd, True)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False, encoding="utf-8")
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False, encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name may hold bytes that are not text.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is None or sys.stderr is sys.__stderr__:
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(_Patient(2, "wb", closefd=False)),
+            encoding=sys.stderr.encoding if sys.stderr else "utf-8",
+            errors="backslashreplace",
+            line_buffering=True,
+        )
+
+
+def give_up_stdout() -> bool:
+    """Let go of what stdout does not take, if so; else it fails again at the end."""
+    try:
+        sys.stdout.flush()
+        return False
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
+        return True
+
+
+def explain(error: OSError) -> str:
+    """What the system refused, in a sentence."""
+    reason = error.strerror or str(error)
+    if give_up_stdout():
+        return f"cannot write stdout: {reason}"
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the current folder is not there any more; change to another one"
+    return f"{error.filename or 'cannot read or write'}: {reason}"
+
+
+class _Patient(io.FileIO):
+    """A stream whose end is no reason to stop: messages are lost, results are not."""
+
+    def write(self, content: object) -> int:
+        view = memoryview(content)  # type: ignore[arg-type]
+        try:
+            written = super().write(view)
+        except OSError:
+            written = None
+        return view.nbytes if written is None else written
