@@ -9,6 +9,7 @@ import shutil
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dialogues import DATA, track, write_dialogue
 
@@ -303,7 +304,7 @@ def test_every_metric_is_in_json_csv_the_table_and_the_page(tmp_path, run):
     assert page.exit_code == 0
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for metric in METRICS:
-        if metric.of in ("stats", "round_trip"):  # neither is there
+        if metric.of in ("stats", "round_trip", "people"):  # none of them is there
             assert figure_of(metric, row) is None
             continue
         figure = single(figure_of(metric, row))
@@ -353,3 +354,28 @@ def test_an_overlap_sample_is_scored_with_its_clean_pair(tmp_path):
     assert total["clean_response_s"] == row["bench"]["clean_response_s"]
     assert any("v1.5" in note for note in result["method"]["full_duplex_bench"])
     assert "event stop s" in as_table(result)
+
+
+def test_rewards_of_a_run_on_one_side_of_a_call(tmp_path):
+    """The recording's other side is the person whom the agent stands in for."""
+    user = ((1.0, 5.0), (10.0, 14.0))
+    sides = [track("user", user, 20.0), track("agent", ((3.0, 3.5), (12, 12.4)), 20.0)]
+    write_wav(tmp_path / "call.wav", np.stack(sides, axis=1), 16_000)
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    agent = ((3.6, 4.1), (5.5, 7.0), (14.3, 18.0))
+    write_dialogue(folder / "reply.wav", user, agent, 20.0)
+    stats = {
+        "real_time_factor": 0.1,
+        "input": str(tmp_path / "call.wav"),
+        "channel": 1,
+        "source_channels": 2,
+        "outputs": {"audio": "reply.wav"},
+    }
+    (folder / "reply.json").write_text(json.dumps(stats))
+    result = score(find([folder]), ENERGY)
+    (row,) = result["recordings"]
+    assert row["people"]["backchannel_f1"] == pytest.approx(2 / 3, abs=1e-4)
+    assert row["turns"]["turn_reward_s"] == pytest.approx(-0.4, abs=FRAME_S)
+    assert row["turns"]["pause_reward"] is None  # no pause
+    assert result["total"]["people"]["backchannel_f1"] == pytest.approx(2 / 3, abs=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pplex.evaluation.speech_activity import Segment, common, gaps, merge, total_s
-from pplex.evaluation.turns import Turns, analyse
+from pplex.evaluation.turns import Turns, analyse, matching_backchannels
 from pplex.respond.transcript import Word
 
 
@@ -128,3 +128,27 @@ def test_silence_is_what_neither_says():
 def test_nothing_at_all_is_no_error():
     turns = analyse([], [], [], 5)
     assert turns.silence_s == 5 and turns.judged_turns == 0 and turns.words == 0
+
+
+def test_only_long_speech_begun_in_a_pause_counts_against_the_agent():
+    user = segments((1, 3), (3.8, 6))
+    short = analyse(user, segments((3.2, 4.1)), words((3.2, 3.4), (3.5, 4.1)), 8)
+    long = analyse(user, segments((3.2, 4.4)), None, 8)
+    assert (short.pauses, short.pauses_talked_in) == (1, 0)
+    assert (long.pauses, long.pauses_talked_in) == (1, 1)
+
+
+def test_replies_after_an_interruption_are_known():
+    user = segments((1, 3), (6, 8), (14, 16))
+    agent = segments((3.5, 6.8), (8.6, 12), (16.3, 18))
+    turns = analyse(user, agent, None, 20)
+    assert turns.reply_delays_s == pytest.approx([0.5, 0.6, 0.3])
+    assert turns.interruption_delays_s == pytest.approx([0.6])
+
+
+def test_backchannels_match_those_of_people_one_to_one():
+    human = segments((2, 2.4), (10, 10.5), (20, 24), (30, 30.3))
+    agent = segments((2.9, 3.2), (10.4, 10.8), (11.4, 11.8), (20.1, 20.5), (40, 43))
+    # 2 and 10 are met, 11.4 by nobody; 20 to 24 and 40 to 43 are none.
+    assert matching_backchannels(agent, human) == (2, 4 + 3)
+    assert matching_backchannels([], human) == (0, 3)

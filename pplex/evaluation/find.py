@@ -74,6 +74,7 @@ class Track:
 class Item:
     """One recording, done or not; ``stats`` and ``words`` are None where not known.
 
+    ``partner`` is the other side of the user's recording, whom the agent stands in for.
     ``status`` is ``done``, ``failed``, ``missing`` (said to be done, but a file is not
     there), ``unreadable``, ``no answer`` or what a manifest says.
     """
@@ -83,6 +84,7 @@ class Item:
     error: str | None = None
     user: Track | None = None
     agent: Track | None = None
+    partner: Track | None = None
     audio: Path | None = None
     stats: dict[str, Any] | None = None
     words: list[Word] | None = None
@@ -260,14 +262,17 @@ def _outputs_item(
         channels = read_pcm(path, sample_rate=SAMPLE_RATE).source_channels
     except PplexError as e:
         return replace(item, status="unreadable", error=str(e))
+    source = source or _source_of(stats, path.parent)
+    channel: Channel = (stats or {}).get("channel") or 1
+    if channel in (1, 2) and (stats or {}).get("source_channels") == 2:
+        if source is not None and os.path.isfile(source):
+            item = replace(item, partner=Track(source, 3 - channel))
     if channels == 2:
         return replace(item, user=Track(path, 1), agent=Track(path, 2), audio=path)
-    channel: Channel = 1
-    if user_file is None or not os.path.isfile(user_file):
-        user_file = source or _source_of(stats, path.parent)
-        channel = (stats or {}).get("channel") or 1
-    is_there = user_file is not None and os.path.isfile(user_file)
-    user = Track(user_file, channel) if user_file and is_there else None
+    if user_file is not None and os.path.isfile(user_file):
+        source, channel = user_file, 1
+    is_there = source is not None and os.path.isfile(source)
+    user = Track(source, channel) if source and is_there else None
     return replace(item, user=user, agent=Track(path), audio=path)
 
 

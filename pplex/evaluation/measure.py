@@ -12,7 +12,12 @@ from pplex.evaluation.asr import RoundTrip, compare
 from pplex.evaluation.find import SAMPLE_RATE, Item
 from pplex.evaluation.full_duplex_bench import read_chunks
 from pplex.evaluation.speech_activity import VAD_RATE, Detector, Segment
-from pplex.evaluation.turns import Turns, TurnSettings, analyse
+from pplex.evaluation.turns import (
+    Turns,
+    TurnSettings,
+    analyse,
+    matching_backchannels,
+)
 from pplex.respond.transcript import Word
 
 # Samples in a row at full scale that make a clip; single ones are peaks.
@@ -44,6 +49,8 @@ class Measured:
     ``words_from`` says whose the words are: the model's own text, Full-Duplex-Bench's
     transcript, a recogniser, or none's. ``levels`` are the agent's, ``round_trip``
     compares its own text with a recogniser's, ``stats`` are the run's.
+    ``people`` compares with the person whom the agent stands in for, where that side
+    is in the user's recording: backchannels of both, and how many of them match.
     """
 
     duration_s: float
@@ -55,6 +62,7 @@ class Measured:
     levels: Levels
     round_trip: RoundTrip | None
     stats: dict[str, Any] | None
+    people: dict[str, int] | None = None
 
 
 def measure(
@@ -84,11 +92,25 @@ def measure(
         duration_s = max(duration_s, len(user_pcm) / VAD_RATE)
         user = detector(user_pcm)
         turns = analyse(user, agent, words, duration_s, settings)
+    people = None
+    if item.partner is not None:
+        human = detector(item.partner.read(VAD_RATE))
+        matches, both = matching_backchannels(agent, human, settings)
+        people = {"matches": matches, "backchannels": both}
     trip = None
     if heard is not None and item.words is not None:
         trip = compare(item.words, heard)
     return Measured(
-        duration_s, user, agent, words, source, turns, levels, trip, item.stats
+        duration_s,
+        user,
+        agent,
+        words,
+        source,
+        turns,
+        levels,
+        trip,
+        item.stats,
+        people,
     )
 
 

@@ -134,6 +134,11 @@ def rounded(value: Any) -> Any:
     return value
 
 
+def _rewards(delays_s: Sequence[float]) -> tuple[float, float]:
+    """Minus the delays, none better than 0, and how many."""
+    return -sum(max(0.0, delay) for delay in delays_s), len(delays_s)
+
+
 def _real_time(stats: Mapping[str, Any]) -> tuple[float, float] | None:
     factor, audio_s = stats.get("real_time_factor"), stats.get("audio_s")
     if factor is None:
@@ -263,6 +268,51 @@ METRICS: tuple[Metric, ...] = (
         about="Computing time over audio time; below 1 keeps up",
         limit=1.0,
         compared=False,
+    ),
+    # What Kyutai's reinforcement learning of these models rewards (arXiv 2606.11167).
+    Metric(
+        "pause_reward",
+        "",
+        "pause reward",
+        "turns",
+        lambda turns: (-turns.pauses_talked_in, turns.pauses),
+        ratio,
+        digits=2,
+        table=False,
+        better=1,
+    ),
+    Metric(
+        "turn_reward_s",
+        "s",
+        "turn reward",
+        "turns",
+        lambda turns: _rewards(turns.reply_delays_s),
+        ratio,
+        digits=2,
+        table=False,
+        better=1,
+    ),
+    Metric(
+        "interruption_reward_s",
+        "s",
+        "interruption reward",
+        "turns",
+        lambda turns: _rewards(turns.interruption_delays_s),
+        ratio,
+        digits=2,
+        table=False,
+        better=1,
+    ),
+    Metric(
+        "backchannel_f1",
+        "",
+        "backchannel F1",
+        "people",
+        lambda people: (2 * people["matches"], people["backchannels"]),
+        ratio,
+        digits=2,
+        table=False,
+        better=1,
     ),
     Metric("user_speech_s", "s", of="turns"),
     Metric("agent_speech_s", "s", of="turns"),

@@ -53,6 +53,8 @@ class TurnSettings:
     takeover_s: float = 1.0
     takeover_words: int = 3
     user_backchannel_s: float = 1.0
+    pause_speech_s: float = 1.0
+    backchannel_apart_s: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,11 @@ class Event:
 
 @dataclass
 class Turns:
-    """What happened in one recording; a list has a value per occurrence."""
+    """What happened in one recording; a list has a value per occurrence.
+
+    ``interruption_delays_s`` are those of ``reply_delays_s`` after turns with which the
+    user interrupted; in ``pauses_talked_in`` speech of over ``pause_speech_s`` began.
+    """
 
     duration_s: float
     user_speech_s: float = 0.0
@@ -82,9 +88,11 @@ class Turns:
     reply_delays_s: list[float] = field(default_factory=list)
     pauses: int = 0
     pauses_respected: int = 0
+    pauses_talked_in: int = 0
     backchannels: int = 0
     agent_interruptions: int = 0
     user_interruptions: int = 0
+    interruption_delays_s: list[float] = field(default_factory=list)
     yields_s: list[float] = field(default_factory=list)
     words: int | None = None
     events: list[Event] = field(default_factory=list)
@@ -201,6 +209,13 @@ def _judge_replies(
         if first is not None:
             delay = speeches[first].start_s - turn.end_s
             result.reply_delays_s.append(delay)
+            before = [
+                s
+                for s, kind in zip(speeches, kinds, strict=True)
+                if kind != "backchannel"
+            ]
+            if _cut_into(turn, before, settings) and not _is_short(turn, settings):
+                result.interruption_delays_s.append(delay)
             kinds[first] = "reply"
             _rename_reply(result, speeches[first], delay)
         if spoken:
@@ -247,8 +262,11 @@ def _judge_pauses(
             if any(s.start_s < pause.start_s < s.end_s for s in talk):
                 continue
             result.pauses += 1
-            taken = any(pause.start_s <= s.start_s < pause.end_s for s in talk)
-            result.pauses_respected += not taken
+            begun = [s for s in talk if pause.start_s <= s.start_s < pause.end_s]
+            result.pauses_respected += not begun
+            result.pauses_talked_in += any(
+                s.duration_s > settings.pause_speech_s for s in begun
+            )
 
 
 def _judge_yields(
@@ -259,12 +277,9 @@ def _judge_yields(
 ) -> None:
     """Turns of the user that begin while the agent speaks."""
     for turn in turns:
-        for speech in talk:
+        for speech in _cut_into(turn, talk, settings):
             over_s = speech.end_s - turn.start_s
-            begins_inside = speech.start_s < turn.start_s < speech.end_s
-            if not begins_inside or over_s <= settings.early_s + TOLERANCE_S:
-                continue
-            if turn.duration_s < settings.user_backchannel_s:
+            if _is_short(turn, settings):
                 result.events.append(
                     Event("user_backchannel", turn.start_s, turn.end_s)
                 )
@@ -281,3 +296,49 @@ def _judge_yields(
                     value_s=over_s if yielded else None,
                 )
             )
+
+
+def _cut_into(
+    turn: Segment, talk: Sequence[Segment], settings: TurnSettings
+) -> list[Segment]:
+    """The agent's speech that is under way, and goes on, as a turn begins."""
+    return [
+        speech
+        for speech in talk
+        if speech.start_s < turn.start_s < speech.end_s
+        and speech.end_s - turn.start_s > settings.early_s + TOLERANCE_S
+    ]
+
+
+def _is_short(turn: Segment, settings: TurnSettings) -> bool:
+    """Whether a turn is a backchannel of the user."""
+    return turn.duration_s < settings.user_backchannel_s
+
+
+def matching_backchannels(
+    agent: Sequence[Segment],
+    human: Sequence[Segment],
+    settings: TurnSettings | None = None,
+) -> tuple[int, int]:
+    """Short stretches of both that begin close together, one to one; all of both.
+
+    Twice the first over the second is their F1.
+    """
+    settings = settings or TurnSettings()
+    ours, theirs = (
+        [
+            s.start_s
+            for s in merge(side, settings.agent_gap_s)
+            if s.duration_s <= settings.backchannel_s
+        ]
+        for side in (agent, human)
+    )
+    matches = i = j = 0
+    while i < len(ours) and j < len(theirs):
+        if abs(ours[i] - theirs[j]) <= settings.backchannel_apart_s + TOLERANCE_S:
+            matches, i, j = matches + 1, i + 1, j + 1
+        elif ours[i] < theirs[j]:
+            i += 1
+        else:
+            j += 1
+    return matches, len(ours) + len(theirs)
