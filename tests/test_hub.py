@@ -79,11 +79,15 @@ class FakeHub:
         ]
         return types.SimpleNamespace(sha=SHA, siblings=siblings)
 
-    def snapshot_download(self, repo, *, revision=None, allow_patterns=None):
-        self.patterns = allow_patterns
-        self.bars_disabled = are_progress_bars_disabled()
+    def hf_hub_download(self, repo, file, *, revision):
+        assert revision == SHA
+        if self.files[file] > 10_000_000:
+            self.bars_disabled = are_progress_bars_disabled()
         if self.download_error:
             raise self.download_error
+
+    def snapshot_download(self, repo, *, revision=None, allow_patterns=None):
+        self.patterns = allow_patterns
         wanted = {n: s for n, s in self.files.items() if n in allow_patterns}
         names = set(wanted) - self.skip
         return str(fill_cache(self.cache, repo, names, revision or "main"))
@@ -120,9 +124,8 @@ def online(cache, monkeypatch):
     def serve(repo: str, files: dict[str, int]) -> FakeHub:
         fake = FakeHub(cache, repo, files)
         monkeypatch.setattr(huggingface_hub, "HfApi", fake.client)
-        monkeypatch.setattr(
-            huggingface_hub, "snapshot_download", fake.snapshot_download
-        )
+        for name in ("hf_hub_download", "snapshot_download"):
+            monkeypatch.setattr(huggingface_hub, name, getattr(fake, name))
         return fake
 
     return serve
@@ -269,7 +272,7 @@ def test_a_revision_can_be_named_in_two_ways(online):
 @pytest.mark.parametrize("progress", [True, False])
 def test_progress_bars_are_shown_or_not_and_left_as_they_were(online, progress):
     before = are_progress_bars_disabled()
-    fake = online("o/n", SPLIT)
+    fake = online("o/n", {**SPLIT, "temporal.safetensors": 20_000_000})
     resolve("o/n", offline=False, progress=progress)
     assert fake.bars_disabled == (before or not progress)
     assert are_progress_bars_disabled() == before

@@ -443,7 +443,7 @@ class _Zeros(Weights):
     """Nothing but zeros."""
 
     def _make(self, name: str) -> mx.array:
-        return mx.zeros(self.shapes[name], mx.bfloat16)
+        return mx.broadcast_to(mx.array(0, mx.bfloat16), self.shapes[name])
 
 
 def write_sparse(path: Path, specs: list[TensorSpec]) -> None:

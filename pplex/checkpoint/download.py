@@ -17,11 +17,12 @@ from pplex.checkpoint.known import known_repo
 from pplex.errors import PplexError, first_line
 
 _SPARE_BYTES = 100_000_000  # left free on the disk after a download
+_LARGE_BYTES = 10_000_000  # from here on, a file's progress is shown
 
 
 def download(repo: str, revision: str | None, progress: bool) -> Path:
     """Bring the needed files of a repository into the cache; return their folder."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub import errors as hub_errors
 
     where = at(repo, revision)
@@ -32,7 +33,12 @@ def download(repo: str, revision: str | None, progress: bool) -> Path:
         missing = _check_space(repo, info.sha, {file: sizes[file] for file in needed})
         if missing and progress and (known := known_repo(repo)):
             sys.stderr.write(f"{where}: licence {known.terms}\n")
-        with _progress_bars(progress):
+        for file in needed:
+            # One after another, in this thread: those of snapshot_download cannot be
+            # interrupted before their file is whole.
+            with _progress_bars(progress and sizes[file] >= _LARGE_BYTES):
+                hf_hub_download(repo, file, revision=info.sha)
+        with _progress_bars(False):
             folder = snapshot_download(
                 repo,
                 revision=revision,

@@ -35,7 +35,7 @@ def pull_model(model: str, revision: str | None) -> None:
     """Download MODEL if it is not on this machine yet; print where it lies.
 
     MODEL is 8bit, 4bit, bf16 or owner/name[@revision]. A download that was cut off
-    goes on where it stopped.
+    goes on with the files that are not whole.
     """
     from pplex.checkpoint.hub import resolve
 
