@@ -15,11 +15,11 @@ from pplex.errors import PplexError
 from pplex.evaluation.asr import (
     Recogniser,
     compare,
-    make_recogniser,
     plain,
     utterances,
 )
 from pplex.evaluation.dialogue import write_dialogue
+from pplex.evaluation.recognisers import make_recogniser
 from pplex.files import plan_files
 from pplex.respond.transcript import Word
 
@@ -172,7 +172,9 @@ def test_parakeet_is_called_as_its_package_wants(tmp_path, monkeypatch):
 def test_what_cannot_be_had_is_named(tmp_path, monkeypatch):
     with pytest.raises(PplexError, match="has no config.json: hf download"):
         make_recogniser(f"parakeet={tmp_path}")
-    with pytest.raises(PplexError, match="known are pocketsphinx and parakeet"):
+    with pytest.raises(
+        PplexError, match="known are pocketsphinx, parakeet=FOLDER, onnx=FOLDER"
+    ):
         make_recogniser("whisper")
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(PplexError, match="holds no sentences"):
@@ -216,3 +218,46 @@ def test_both_sides_stand_in_the_order_of_their_times(tmp_path):
     content = json.loads(texts["json"])
     assert [word["speaker"] for word in content["words"]] == ["user", "agent", "agent"]
     assert content["cues"][1]["end_s"] == 1.0
+
+
+def noise(low_hz: float, high_hz: float, seconds: float) -> np.ndarray:
+    """Noise of one band."""
+    white = np.random.default_rng(1).normal(0, 0.2, round(16_000 * seconds))
+    spectrum, at = np.fft.rfft(white), np.fft.rfftfreq(len(white), 1 / 16_000)
+    spectrum[(at < low_hz) | (at > high_hz)] = 0
+    return np.fft.irfft(spectrum, len(white))
+
+
+@pytest.mark.parametrize("order", [("low", "high"), ("high", "low")])
+def test_onnx_asr_hears_words_at_their_times(order):
+    bands = {"low": (50, 1200), "high": (2500, 7500)}
+    pcm = np.random.default_rng(0).normal(0, 1e-4, 4 * 16_000)
+    for word, start in zip(order, (16_000, 25_600), strict=True):
+        sound = noise(*bands[word], 0.6)
+        pcm[start : start + len(sound)] += sound
+    recogniser = make_recogniser(f"onnx={DATA.parent / 'asr'}")
+    heard = recogniser(pcm.astype(np.float32))
+    assert [word.text for word in heard] == list(order)
+    assert [word.start_s for word in heard] == pytest.approx([1.0, 1.6], abs=0.1)
+    assert all(word.start_s < word.end_s <= 2.4 for word in heard)
+    described = recogniser.describe()
+    assert described["model"] == "nemo-conformer-ctc" and described["version"]
+
+
+@pytest.mark.parametrize(
+    "config", [None, "{", "[]", '{"model_type": "unknown"}', '{"model_type": "vosk"}']
+)
+def test_a_folder_without_a_model_for_onnx_asr_is_refused(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(PplexError, match=f"onnx={tmp_path}"):
+        make_recogniser(f"onnx={tmp_path}")
+
+
+def test_words_without_times_are_spread_over_their_utterance():
+    from pplex.evaluation.recognisers import _spread
+
+    heard = _spread(["a", "long", "word"], 6.0)
+    assert [word for word, _, _ in heard] == ["a", "long", "word"]
+    assert [start for _, start, _ in heard] == pytest.approx([0.0, 1.0, 3.5])
+    assert _spread([], 1.0) == []

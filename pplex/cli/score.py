@@ -47,7 +47,7 @@ _WORSE = "worse"
     "--asr",
     metavar="NAME",
     help="Recognise the agent's sound and count word errors against its own text: "
-    "pocketsphinx, or parakeet=FOLDER.",
+    "pocketsphinx, parakeet=FOLDER, or onnx=FOLDER.",
 )
 @click.option(
     "--asr-sentences",
@@ -138,9 +138,9 @@ def score(
     from pplex.errors import PplexError
     from pplex.evaluation.against import as_table as as_comparison
     from pplex.evaluation.against import compare_sets, plot_differences, without_folder
-    from pplex.evaluation.asr import make_recogniser
     from pplex.evaluation.find import find
     from pplex.evaluation.limits import Limit
+    from pplex.evaluation.recognisers import make_recogniser
     from pplex.evaluation.score import Method, as_csv, as_table, score_and_measure
     from pplex.files import plan_files
     from pplex.plots import check_plot_path

@@ -12,12 +12,13 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Final
 
 import numpy as np
 
 from pplex.errors import PplexError
 
-VAD_RATE = 16_000
+VAD_RATE: Final = 16_000
 DETECTORS = ("silero", "energy")
 
 _HOP = 160  # 10 ms
