@@ -20,6 +20,7 @@ from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.known import DEFAULT_MODEL
 from pplex.conversation import answer, session
 from pplex.conversation.prompts import choose_voice, make_role
+from pplex.conversation.quiet import Tail, longest
 from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
 from pplex.conversation.scheduler import converse, converse_many
 from pplex.conversation.tracks import Conversation
@@ -95,17 +96,17 @@ class Model:
         *,
         voice: str | None = None,
         prompt: str | None = None,
-        tail: float = 0.0,
+        tail: Tail = 0.0,
         seed: int = DEFAULT_SEED,
         sampling: SamplingConfig = _SAMPLING,
     ) -> Answer:
         """Answer a file, or samples float32 (samples,) at ``sample_rate``.
 
-        ``tail`` is how many seconds of silence follow it.
+        ``tail`` is how many seconds of silence follow it, or ``"auto"``.
         """
         settings = self._settings(voice, prompt, tail, seed, sampling)
         pcm = self._read(recording, settings)
-        one = Conversation("", pcm, self._start(settings), seed)
+        one = Conversation("", pcm, self._start(settings), seed, tail == "auto")
         ((_, said),) = converse_many(self._model.engine, [one], sampling, batch_size=1)
         return self._answer(said)
 
@@ -115,7 +116,7 @@ class Model:
         *,
         voice: str | None = None,
         prompt: str | None = None,
-        tail: float = 0.0,
+        tail: Tail = 0.0,
         seed: int = DEFAULT_SEED,
         sampling: SamplingConfig = _SAMPLING,
         batch_size: int | None = None,
@@ -133,7 +134,14 @@ class Model:
         decoder = Decoder(self._model, sampling, size, lambda note: None)
         name = choose_voice(self._model, voice)
         jobs = (
-            Job(str(idx), self._read(recording, settings), name, settings.text, seed)
+            Job(
+                key=str(idx),
+                pcm=self._read(recording, settings),
+                voice=name,
+                text=settings.text,
+                seed=seed,
+                until_quiet=tail == "auto",
+            )
             for idx, recording in enumerate(every)
         )
         done: dict[str, Answered] = {}
@@ -179,12 +187,12 @@ class Model:
         self,
         voice: str | None,
         prompt: str | None,
-        tail: float,
+        tail: Tail,
         seed: int,
         sampling: SamplingConfig,
     ) -> Settings:
         text = ROLES[DEFAULT_ROLE] if prompt is None else prompt
-        return Settings(voice, text, sampling, seed, tail_s=tail)
+        return Settings(voice, text, sampling, seed, tail=tail)
 
     def _start(self, settings: Settings) -> Start:
         """The prompt, read; a named voice's last one is kept."""
@@ -199,21 +207,22 @@ class Model:
         return start
 
     def _read(self, recording: Recording, settings: Settings) -> np.ndarray:
-        """Samples float32 (samples,), the tail included."""
+        """Samples float32 (samples,), with the tail if its length is given."""
         if isinstance(recording, np.ndarray):
             pcm = _samples(recording)
             if not len(pcm):
                 raise PplexError("the recording holds no samples")
-            tail = np.zeros(round(settings.tail_s * self.sample_rate), np.float32)
+            seconds = 0.0 if settings.tail == "auto" else settings.tail
+            tail = np.zeros(round(seconds * self.sample_rate), np.float32)
             return np.concatenate([pcm, tail])
         return read_user(Path(recording), settings, self.sample_rate).pcm
 
-    def _seconds(self, recording: Recording, tail: float) -> float | None:
-        """How long it is with its tail, None where its file does not say."""
+    def _seconds(self, recording: Recording, tail: Tail) -> float | None:
+        """How long it is with the longest tail, None where its file does not say."""
         if isinstance(recording, np.ndarray):
-            return len(recording) / self.sample_rate + tail
+            return len(recording) / self.sample_rate + longest(tail)
         seconds = probe(Path(recording)).duration_s
-        return None if seconds is None else seconds + tail
+        return None if seconds is None else seconds + longest(tail)
 
     def _frames(
         self, chunks: Iterable[np.ndarray], lengths: deque[int]

@@ -338,14 +338,119 @@ def test_a_changed_recording_and_a_new_one_are_done(calls, batch):
     assert soundfile.info(batch.outdir / "a/0.wav").frames == 5000
 
 
-def test_a_lost_or_damaged_output_is_made_again(calls, batch):
+def test_a_lost_output_is_made_again(calls, batch):
     go(batch)
     before = contents(batch.outdir)
     (batch.outdir / "a/0.npz").unlink()
-    (batch.outdir / "b/1.wav").write_bytes(b"x")
     summary, notes = go(batch)
-    assert set(notes.done) == {"a/0.wav", "b/1.wav"}
+    assert (set(notes.done), summary.replaced) == ({"a/0.wav"}, 1)
     assert contents(batch.outdir) == before
+
+
+def test_what_somebody_changed_is_kept_until_it_may_be_overwritten(calls, batch):
+    """Also where its recording, or the settings, changed as well."""
+    go(batch)
+    before = contents(batch.outdir)
+    path = batch.outdir / "b/1.transcript.json"
+    path.write_text("mine")
+    record(calls / "a/0.wav", 5000, seed=9)
+    for changes in ({}, {"settings": replace(SETTINGS, seed=8)}):
+        summary, _ = go(batch, **changes)
+        assert summary.kept.changed == ["b/1.wav"]
+        assert path.read_text() == "mine"
+        assert (batch.outdir / "b/1.wav").read_bytes() == before["b/1.wav"]
+    record(calls / "b/1.wav", 5000, seed=9)
+    assert go(batch)[0].kept.changed == ["b/1.wav"]
+    summary, _ = go(batch, overwrite=True)
+    assert (summary.done, summary.replaced, len(summary.kept)) == (5, 5, 0)
+    assert path.read_text() != "mine"
+
+
+def test_a_change_that_hides_behind_size_and_time_is_not_lost(calls, batch):
+    go(batch)
+    path = batch.outdir / "b/1.wav"
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    record(calls / "b/1.wav", 5000, seed=9)
+    summary, notes = go(batch)
+    assert "was changed by somebody" in notes.errors["b/1.wav"]
+    assert path.read_bytes() == content
+
+
+def test_what_is_changed_while_the_batch_runs_is_kept(calls, batch, monkeypatch):
+    go(batch)
+    path = batch.outdir / "b/1.npz"
+    record(calls / "b/1.wav", 5000, seed=9)
+    converse_many = decoding.converse_many
+
+    def meanwhile(*args, **options):
+        path.write_text("mine")
+        yield from converse_many(*args, **options)
+
+    monkeypatch.setattr(decoding, "converse_many", meanwhile)
+    before = contents(batch.outdir) | {"b/1.npz": b"mine"}
+    summary, notes = go(batch)
+    assert "was changed by somebody" in notes.errors["b/1.wav"]
+    assert contents(batch.outdir) == before
+
+
+def test_what_a_manifest_claims_but_no_run_wrote_is_kept(calls, batch):
+    go(batch)
+    path = batch.outdir / "a/0.wav"
+    path.write_text("not ours")
+    manifest = batch.outdir / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for line in lines:
+        line["outputs"] = {k: {"path": o["path"]} for k, o in line["outputs"].items()}
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary, _ = go(batch)
+    assert len(summary.kept.changed) == 5
+    assert path.read_text() == "not ours"
+
+
+def test_what_answers_another_recording_of_that_name_is_kept(calls, batch, tmp_path):
+    go(batch, selection=Selection((calls / "a",)))
+    before = contents(batch.outdir)
+    record(tmp_path / "other/0.wav", 3000, seed=4)
+    summary, _ = go(batch, selection=Selection((tmp_path / "other",)))
+    assert (summary.kept.others, contents(batch.outdir)) == (["0.wav"], before)
+    (calls / "a/0.wav").unlink()  # now it can only be the same one, moved
+    summary, _ = go(batch, selection=Selection((tmp_path / "other",)))
+    assert (summary.done, summary.replaced) == (1, 1)
+
+
+def test_an_output_that_a_killed_run_named_is_known_with_its_bytes(calls, batch):
+    """The manifest does not tell of it yet; the lock does."""
+    from pplex.batch.lock import LOCK_NAME
+    from pplex.respond.manifest import file_print
+
+    go(batch)
+    expected = contents(batch.outdir)
+    lines = read_lines(batch.outdir / "manifest.jsonl")
+    killed = [line for line in lines if line["recording"] in ("a/0.wav", "b/1.wav")]
+    begun = [
+        {"begun": o | {"recording": x["recording"], "settings": x["settings"]}}
+        for x in killed
+        for o in x["outputs"].values()
+    ]
+    (batch.outdir / LOCK_NAME).write_text("".join(json.dumps(x) + "\n" for x in begun))
+    (batch.outdir / "manifest.jsonl").unlink()
+    for key in set(last_names(batch.outdir)) - {o["begun"]["path"] for o in begun}:
+        (batch.outdir / key).unlink()
+    path = batch.outdir / "b/1.npz"
+    path.write_text("mine")
+    for _ in range(2):  # the second time the lock is gone
+        summary, _ = go(batch)
+        assert summary.kept.changed == ["b/1.wav"]
+        assert path.read_text() == "mine"
+    assert contents(batch.outdir) == expected | {"b/1.npz": b"mine"}
+    assert file_print(batch.outdir / "a/0.wav").size
+
+
+def last_names(outdir: Path) -> list[str]:
+    return [name for name in contents(outdir) if not name.startswith(".")]
 
 
 @pytest.mark.parametrize(
@@ -354,29 +459,49 @@ def test_a_lost_or_damaged_output_is_made_again(calls, batch):
         {"settings": replace(SETTINGS, seed=8)},
         {"settings": replace(SETTINGS, text="Pears.")},
         {"settings": replace(SETTINGS, voice="NATM0")},
-        {"settings": replace(SETTINGS, tail_s=0.1)},
+        {"settings": replace(SETTINGS, tail=0.1)},
         {"settings": replace(SETTINGS, sampling=SamplingConfig(top_k=3))},
         {"outputs": OutputOptions(transcript="srt", tokens=True)},
+        {"settings": replace(SETTINGS, tail="auto")},
         {"outputs": OutputOptions(layout="agent", transcript="json", tokens=True)},
-        {"overwrite": True},
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_with_other_settings_everything_is_done_again(calls, batch, change):
+def test_answers_of_other_settings_are_kept_until_they_may_be_overwritten(
+    calls, batch, change
+):
     selection = Selection((calls / "b",))
     go(batch, selection=selection)
+    before = contents(batch.outdir)
+    record(calls / "b/new.wav", 2000)
     summary, _ = go(batch, selection=selection, **change)
-    assert (summary.done, summary.skipped) == (2, 0)
+    assert summary.kept.other_settings == ["1.wav", "3.wav"]
+    assert (summary.done, summary.skipped) == (1, 0)
+    assert before.items() <= contents(batch.outdir).items()
+    summary, _ = go(batch, selection=selection, overwrite=True, **change)
+    assert (summary.done, len(summary.kept)) == (3, 0)
+    summary, _ = go(batch, selection=selection, **change)
+    assert (summary.skipped, len(summary.kept)) == (3, 0)
+
+
+def test_with_other_settings_what_has_no_outputs_is_done(calls, batch):
+    selection = Selection((calls / "b",))
+    go(batch, selection=selection)
+    for path in batch.outdir.glob("1.*"):
+        path.unlink()
+    settings = replace(SETTINGS, seed=8)
+    summary, notes = go(batch, selection=selection, settings=settings)
+    assert (notes.done, summary.kept.other_settings) == (["1.wav"], ["3.wav"])
 
 
 def test_another_voice_under_the_same_name_counts(calls, batch, data, tmp_path):
     voice = tmp_path / "me.wav"
     settings = replace(SETTINGS, voice=str(voice))
     selection = Selection((calls / "b",))
-    for name in ("voice_NATF0.wav", "voice_NATM0.wav"):
+    for name, done in (("voice_NATF0.wav", 2), ("voice_NATM0.wav", 0)):
         shutil.copy(data / "respond" / name, voice)
         summary, _ = go(batch, selection=selection, settings=settings)
-        assert summary.done == 2
+        assert (summary.done, len(summary.kept.other_settings)) == (done, 2 - done)
 
 
 def test_files_of_others_are_not_replaced_unasked(calls, batch):
@@ -412,8 +537,8 @@ from pplex.batch import records
 import test_batch
 if sys.argv[2] == "slow":
     write = records.write_outputs
-    def slow(*args):
-        write(*args)
+    def slow(*args, **options):
+        write(*args, **options)
         time.sleep(0.05)
     records.write_outputs = slow
 batch.run_batch(pickle.loads(bytes.fromhex(sys.argv[1])), test_batch.Notes())

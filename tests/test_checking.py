@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pplex.cli.options import checks_from
+from pplex.respond.manifest import read_lines
 
 
 @pytest.fixture
@@ -117,8 +118,26 @@ def test_a_batch_counts_what_fails_and_keeps_its_results(run, tiny, data, tmp_pa
     lines = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
     assert {json.loads(line)["status"] for line in lines[-2:]} == {"done"}
     assert (tmp_path / "out" / "user_a.wav").exists()
-    again = run(*base, "--check", "max-rtf=0")  # nothing to do, nothing to check
-    assert again.exit_code == 0 and "checks:" not in again.stderr
+    # Nothing to do: but what failed fails again, and what was not asked is asked now.
+    again = run(*base, "--check", "max-rtf=0")
+    assert again.exit_code == 1 and "0 done, 2 skipped" in again.stderr
+    failures = [x for x in bad.stderr.splitlines() if x.startswith("FAIL")]
+    assert sorted(failures) == [x for x in again.stderr.splitlines() if "FAIL" in x]
+    other = run(*base, "--check", "says=plums", "--check", "length-of")
+    assert other.exit_code == 1
+    assert other.stderr.count("says: no transcript") == 2
+    assert run(*base, "--check", "length-of").exit_code == 0
+    assert run(*base).exit_code == 0
+
+
+def test_the_manifest_has_what_was_asked_and_found(run, tiny, data, tmp_path):
+    call = data / "respond" / "user_a.wav"
+    base = ("batch", call, "-o", tmp_path / "out", "--model", tiny)
+    run(*base, "--check", "max-rtf=0", "--check", "not-silent")
+    (line,) = read_lines(tmp_path / "out" / "manifest.jsonl")
+    assert line["checks"]["asked"] == {"max_rtf": 0.0, "not_silent": True}
+    found = {x["check"]: x["passed"] for x in line["checks"]["outcomes"]}
+    assert found == {"readable": True, "not-silent": True, "max-rtf": False}
 
 
 def test_a_recording_that_cannot_be_read_counts_before_checks(

@@ -152,8 +152,10 @@ def answered(tmp_path):
     output.write_bytes(b"answer")
     manifest = Manifest(output.parent)
     manifest.open()
-    known = manifest.describe({"audio": source})["audio"]
-    manifest.append(line(input=known, outputs=manifest.describe({"audio": output})))
+    known = manifest.describe(source, source)
+    manifest.append(
+        line(input=known, outputs={"audio": manifest.describe(output, output)})
+    )
     yield manifest, source, output
     manifest.close()
 
@@ -198,6 +200,21 @@ def test_another_output_is_not_done(answered):
 
 # The lock
 
+BEGUN = {"recording": "a.wav", "settings": "s", "sha256": "0"}
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+@pytest.mark.parametrize("shard", [None, (1, 2)])
+def test_a_lock_is_not_written_through_a_link(tmp_path, link, shard):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    name = LOCK_NAME if shard is None else ".pplex-batch.1-of-2.lock"
+    (tmp_path / "out").mkdir()
+    link(mine, tmp_path / "out" / name)
+    with pytest.raises(PplexError, match="remove it"):
+        FolderLock(tmp_path / "out", shard)
+    assert mine.read_text() == "mine"
+
 
 def test_a_second_run_is_refused_by_name(tmp_path):
     lock = FolderLock(tmp_path, None)
@@ -227,7 +244,7 @@ def test_a_lock_ends_with_its_process_and_what_it_began_is_known(tmp_path):
         "import os, sys, pathlib\n"
         "from pplex.batch.lock import FolderLock\n"
         f"lock = FolderLock(pathlib.Path({str(tmp_path)!r}), None)\n"
-        "lock.begin(['a.wav', 'a.srt'])\n"
+        f"for path in ('a.wav', 'a.srt'): lock.begin({{**{BEGUN}, 'path': path}})\n"
         "os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False)
@@ -235,6 +252,6 @@ def test_a_lock_ends_with_its_process_and_what_it_began_is_known(tmp_path):
     assert (tmp_path / LOCK_NAME).exists()
     for shard in ((1, 2), None):
         lock = FolderLock(tmp_path, shard)
-        assert lock.begun == {"a.wav", "a.srt"}
+        assert lock.begun == [BEGUN | {"path": p} for p in ("a.wav", "a.srt")]
         lock.release(ended=True)
     assert not list(tmp_path.iterdir())

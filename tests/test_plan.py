@@ -223,7 +223,7 @@ def test_a_row_may_settle_everything(jobs, tmp_path):
     assert task.outputs.audio == tmp_path / "out/x/b.wav"
     settings = task.settings
     assert (settings.voice, settings.text) == ("NATM1", ROLES["casual"])
-    assert (settings.seed, settings.tail_s) == (3, 1.5)
+    assert (settings.seed, settings.tail) == (3, 1.5)
     assert task.extra == {"speaker": "Ann"}
 
 
@@ -241,7 +241,7 @@ def test_csv_does_as_well(jobs):
         name="jobs.csv",
     )
     assert [t.settings.text for t in tasks] == ["You are Ann, a baker.", "Hello."]
-    assert [t.settings.tail_s for t in tasks] == [2.0, 0.0]
+    assert [t.settings.tail for t in tasks] == [2.0, 0.0]
     assert tasks[0].extra == {"topic": "bread"}
 
 

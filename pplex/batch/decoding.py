@@ -35,13 +35,17 @@ PROMPT_FRAMES = 250
 
 @dataclass(frozen=True)
 class Job:
-    """What a model needs to know of a recording: ``pcm`` (samples,), tail included."""
+    """What a model needs to know of a recording: ``pcm`` (samples,), tail included.
+
+    With ``until_quiet`` its tail is as long as the agent speaks.
+    """
 
     key: str
     pcm: np.ndarray
     voice: str
     text: str
     seed: int
+    until_quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class Decoder:
                 stream.fail(job, str(e))
                 continue
             stream.under_way[job.key] = job, start.prompt.num_frames
-            yield Conversation(job.key, job.pcm, start, job.seed)
+            yield Conversation(job.key, job.pcm, start, job.seed, job.until_quiet)
 
     def _start(self, voice: str, text: str) -> Start:
         found = self._roles.get((voice, text))

@@ -60,7 +60,7 @@ class Description:
                 "sampling": asdict(settings.sampling),
                 "seed": settings.seed,
                 "channel": settings.channel,
-                "tail_s": settings.tail_s,
+                "tail_s": settings.tail,
                 "layout": outputs.layout,
                 "transcript": transcript.suffix if transcript else None,
                 "stats": outputs.stats is not None,

@@ -10,9 +10,17 @@ from dataclasses import dataclass, field
 
 from pplex.batch.decoding import PROMPT_FRAMES, Size
 from pplex.batch.describe import Description
-from pplex.batch.prepare import Batch, check_outputs_free, make_workload, remaining
+from pplex.batch.lock import begun_in
+from pplex.batch.prepare import (
+    Batch,
+    Kept,
+    check_outputs_free,
+    make_workload,
+    remaining,
+)
 from pplex.batch.records import read_request
 from pplex.checkpoint.weights import lm_tensors
+from pplex.conversation.quiet import MAX_TAIL_S
 from pplex.engine.choose import batch_size, choose_form, cost_of
 from pplex.engine.device import memory_gb
 from pplex.errors import PplexError
@@ -37,6 +45,8 @@ class Forecast:
     skipped: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     failed_before: int = 0
+    kept: Kept = field(default_factory=Kept)
+    replaced: int = 0
     audio_s: float = 0.0
     longest_s: float = 0.0
     output_gb: float = 0.0
@@ -69,12 +79,16 @@ def forecast(batch: Batch, progress: bool) -> Forecast:
     work = make_workload(batch, progress)
     model = work.model
     manifest = Manifest(batch.outdir, batch.shard)
+    for output in begun_in(batch.outdir):
+        manifest.know(output)
     left = remaining(batch, work, manifest)
-    check_outputs_free(left.todo, manifest, set(), batch.overwrite)
+    check_outputs_free(left.todo, manifest, batch.overwrite)
     found = Forecast(
         skipped=len(left.skipped),
         failed=dict(left.failed),
         failed_before=len(left.failed),
+        kept=left.kept,
+        replaced=left.replaced,
     )
     for request, seconds in _read(left.todo, model.config.sample_rate):
         if isinstance(seconds, PplexError):
@@ -99,7 +113,9 @@ def _read(
 
     def look(request: Request) -> float | PplexError:
         try:
-            return len(read_request(request, sample_rate).recording.pcm) / sample_rate
+            pcm = read_request(request, sample_rate).recording.pcm
+            auto = request.settings.tail == "auto"
+            return len(pcm) / sample_rate + (MAX_TAIL_S if auto else 0.0)
         except PplexError as e:
             return e
 

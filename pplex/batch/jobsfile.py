@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pplex.conversation.quiet import Tail
 from pplex.conversation.roles import ROLES
 from pplex.errors import PplexError
 from pplex.files import open_regular, reading
@@ -35,7 +36,7 @@ class Row:
     voice: str | None
     text: str | None
     seed: int | None
-    tail_s: float | None
+    tail: Tail | None
     extra: dict[str, Any]
 
 
@@ -115,7 +116,7 @@ def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
         voice=known.get("voice"),
         text=text,
         seed=_seed(where, known.get("seed")),
-        tail_s=_tail(where, known.get("tail")),
+        tail=_tail(where, known.get("tail")),
         extra={k: v for k, v in fields.items() if k not in COLUMNS},
     )
 
@@ -136,16 +137,18 @@ def _seed(where: str, value: Any) -> int | None:
     return value
 
 
-def _tail(where: str, value: Any) -> float | None:
+def _tail(where: str, value: Any) -> Tail | None:
     if value is None:
         return None
+    if value == "auto":
+        return "auto"
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0.0 <= seconds <= MAX_TAIL_S:
         raise PplexError(
-            f"{where}: tail is {shown(value)}, where 0 to {MAX_TAIL_S:.0f} seconds are "
-            "expected"
+            f"{where}: tail is {shown(value)}, where 0 to {MAX_TAIL_S:.0f} seconds or "
+            "auto are expected"
         )
     return seconds

@@ -11,25 +11,26 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterable
+import stat
 from pathlib import Path
 from typing import Any
 
 from pplex.errors import PplexError
 from pplex.files import read_regular
-from pplex.respond.manifest import LOCK_PATTERN
+from pplex.respond.manifest import LOCK_PATTERN, OUTPUT, Line
 from pplex.values import fit, parse_json
 
 LOCK_NAME = ".pplex-batch.lock"
 
-_LINE = {"begun": ([str], None), "pid": (int, None), "host": (str, None)}
+_BEGUN = OUTPUT | {"recording": str, "settings": str}
+_LINE = {"begun": (_BEGUN, None), "pid": (int, None), "host": (str, None)}
 _MAX_BYTES = 1 << 28
 
 
 class FolderLock:
     """The right to write to ``outdir``: alone, or as one of several shards.
 
-    ``begun`` are the outputs that earlier runs, since killed, had begun to write.
+    ``begun`` are the outputs that earlier runs, since killed, were about to name.
     """
 
     def __init__(self, outdir: Path, shard: tuple[int, int] | None) -> None:
@@ -41,12 +42,7 @@ class FolderLock:
             if shard is not None:
                 own = f".pplex-batch.{shard[0]}-of-{shard[1]}.lock"
                 self._files.append(_LockFile(outdir / own, shared=False))
-            self.begun = {
-                path
-                for file in outdir.glob(LOCK_PATTERN)
-                for line in _lines(file)
-                for path in line["begun"] or ()
-            }
+            self.begun = begun_in(outdir)
             self._files[-1].append({"pid": os.getpid(), "host": socket.gethostname()})
         except OSError as e:
             self.release()
@@ -55,9 +51,9 @@ class FolderLock:
             self.release()
             raise
 
-    def begin(self, outputs: Iterable[str]) -> None:
-        """Note that these files are about to be written."""
-        self._files[-1].append({"begun": list(outputs)})
+    def begin(self, output: Line) -> None:
+        """Note an output that is whole and about to be given its name."""
+        self._files[-1].append({"begun": output})
 
     def release(self, *, ended: bool = False) -> None:
         """Give the lock back; ``ended`` if all that was begun is in the manifest."""
@@ -68,6 +64,16 @@ class FolderLock:
         for file in reversed(self._files):
             file.release(remove=ended)
         self._files.clear()
+
+
+def begun_in(outdir: Path) -> list[Line]:
+    """What runs that were killed were about to name, as ``begin`` was told."""
+    return [
+        line["begun"]
+        for file in outdir.glob(LOCK_PATTERN)
+        for line in _lines(file)
+        if line["begun"] is not None
+    ]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -84,13 +90,29 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _open(path: Path) -> int:
+    """The file, made if need be; never one that has another name as well."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, 0o666)
+    except OSError as e:
+        if not path.is_symlink():
+            raise
+        raise PplexError(f"{path} is a link, which no lock is; remove it") from e
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(fd)
+        raise PplexError(f"{path} is no lock but a file of another use; remove it")
+    return fd
+
+
 class _LockFile:
     def __init__(self, path: Path, shared: bool) -> None:
         self._path = path
         self.shared = shared
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         while True:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._fd = _open(path)
             try:
                 fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
             except BlockingIOError:

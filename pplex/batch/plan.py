@@ -116,7 +116,7 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
     seen: dict[object, Row] = {}
     found = []
     for row in read_jobs(path):
-        same = (row.input, row.output, row.voice, row.text, row.seed, row.tail_s)
+        same = (row.input, row.output, row.voice, row.text, row.seed, row.tail)
         other = seen.setdefault(same, row)
         if other is not row:
             raise PplexError(f"{path}: lines {other.number} and {row.number} are equal")
@@ -143,7 +143,7 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
             voice=settings.voice if voice is None else voice,
             text=settings.text if row.text is None else row.text,
             seed=seed_for(settings.seed, identity) if row.seed is None else row.seed,
-            tail_s=settings.tail_s if row.tail_s is None else row.tail_s,
+            tail=settings.tail if row.tail is None else row.tail,
         )
         found.append(
             _Found(

@@ -14,6 +14,7 @@ from pplex.batch.describe import Description, describe
 from pplex.batch.plan import OutputOptions, Selection, in_shard, make_plan
 from pplex.batch.records import check_name
 from pplex.checkpoint.hub import resolve
+from pplex.conversation.quiet import longest
 from pplex.engine.choose import Compute
 from pplex.errors import PplexError
 from pplex.respond.manifest import Manifest
@@ -58,15 +59,34 @@ class Workload:
 
 
 @dataclass
+class Kept:
+    """Recordings that are not answered, so that what is there is not replaced.
+
+    By their names: those whose outputs have ``other_settings``, those of which somebody
+    ``changed`` one, and those that answer ``others``, recordings of the same name.
+    """
+
+    other_settings: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.other_settings) + len(self.changed) + len(self.others)
+
+
+@dataclass
 class Remaining:
     """What is to be done with each request of a run.
 
-    ``failed`` has those that failed before, and why.
+    ``failed`` has those that failed before, and why; of those to do, ``replaced`` have
+    outputs already.
     """
 
     todo: list[Request] = field(default_factory=list)
     skipped: list[Request] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+    replaced: int = 0
 
 
 def make_workload(batch: Batch, progress: bool) -> Workload:
@@ -90,19 +110,33 @@ def remaining(batch: Batch, work: Workload, manifest: Manifest) -> Remaining:
         key, source = request.key, request.source
         digest = work.model.settings_digest(request)
         files = request.outputs.files().values()
-        if batch.overwrite:
-            left.todo.append(request)
-        elif manifest.is_done(key, digest, source, files):
-            left.skipped.append(request)
-        elif not batch.retry_failed and manifest.has_failed(key, digest, source):
-            left.failed[key] = manifest.last[key]["error"] or "it failed"
-        else:
-            left.todo.append(request)
+        there = [path for path in files if os.path.lexists(path)]
+        if not batch.overwrite:
+            # Names that no run has written are for check_outputs_free.
+            ours = [path for path in there if manifest.has_written(path)]
+            settings = {manifest.settings_of(path) for path in ours}
+            if None in settings:
+                left.kept.changed.append(key)
+                continue
+            if settings - {digest}:
+                left.kept.other_settings.append(key)
+                continue
+            if ours and manifest.answers_another(key, source):
+                left.kept.others.append(key)
+                continue
+            if manifest.is_done(key, digest, source, files):
+                left.skipped.append(request)
+                continue
+            if not batch.retry_failed and manifest.has_failed(key, digest, source):
+                left.failed[key] = manifest.last[key]["error"] or "it failed"
+                continue
+        left.todo.append(request)
+        left.replaced += bool(there)
     return left
 
 
 def check_outputs_free(
-    requests: Iterable[Request], manifest: Manifest, begun: set[str], overwrite: bool
+    requests: Iterable[Request], manifest: Manifest, overwrite: bool
 ) -> None:
     """Refuse to replace files that no run of pplex batch has written."""
     foreign = []
@@ -112,8 +146,7 @@ def check_outputs_free(
                 raise PplexError(f"cannot write {path}: it is a folder")
             if overwrite or not os.path.lexists(path):
                 continue
-            name = manifest.relative(path)
-            if name not in manifest.outputs and name not in begun:
+            if not manifest.has_written(path):
                 foreign.append(path)
     if foreign:
         more = f" and {len(foreign) - 1} more exist" if len(foreign) > 1 else " exists"
@@ -149,7 +182,10 @@ def _kept_part(path: Path) -> tuple[Path, str]:
 
 
 def durations(requests: list[Request]) -> dict[str, float | None | PplexError]:
-    """Seconds of each recording with its tail, None if unknown, or why it is bad."""
+    """Seconds of each recording with its tail at its longest, None if unknown.
+
+    Or why it is bad.
+    """
 
     def probed(request: Request) -> float | None | PplexError:
         try:
@@ -157,7 +193,7 @@ def durations(requests: list[Request]) -> dict[str, float | None | PplexError]:
             seconds = probe(request.source, request.settings.channel).duration_s
         except PplexError as e:
             return e
-        return None if seconds is None else seconds + request.settings.tail_s
+        return None if seconds is None else seconds + longest(request.settings.tail)
 
     with ThreadPoolExecutor(_PROBES) as pool:
         return dict(

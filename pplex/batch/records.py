@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pplex.audio.files import Recording
 from pplex.batch.decoding import Answered
 from pplex.batch.describe import Description
+from pplex.batch.lock import FolderLock
+from pplex.conversation.quiet import longest
 from pplex.errors import PplexError
-from pplex.files import reading
-from pplex.respond.manifest import DONE, FAILED, FilePrint, Line, Manifest, file_print
+from pplex.files import put, put_new, reading
+from pplex.respond.ending import Ending, is_cut_off
+from pplex.respond.manifest import (
+    DONE,
+    FAILED,
+    STOPPED,
+    FilePrint,
+    Line,
+    Manifest,
+    file_print,
+)
 from pplex.respond.outputs import spoken_words, write_outputs
 from pplex.respond.request import Request
-from pplex.respond.run import read_user
+from pplex.respond.run import lengthened, read_user, tail_s
 from pplex.respond.stats import Check, Outcome, Source, latency, make_stats
 
 
@@ -40,7 +54,7 @@ def check_name(request: Request) -> None:
 
 
 def read_request(request: Request, sample_rate: int) -> Read:
-    """Read the recording of ``request``, its tail included."""
+    """Read the recording of ``request``, with its tail if that is known."""
     start = time.perf_counter()
     check_name(request)
     recording = read_user(request.source, request.settings, sample_rate)
@@ -49,9 +63,59 @@ def read_request(request: Request, sample_rate: int) -> Read:
     return Read(recording, print_, time.perf_counter() - start)
 
 
+class Placing:
+    """Gives the outputs of a recording their names, and keeps what is not ours.
+
+    Unless it may ``overwrite``, only files that are as a run of pplex batch left them
+    are replaced. ``written`` is what has its name.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        lock: FolderLock,
+        key: str,
+        settings: str,
+        overwrite: bool,
+    ) -> None:
+        """``settings`` is the digest of those of the recording ``key``."""
+        self._manifest, self._lock = manifest, lock
+        self._told = {"recording": key, "settings": settings}
+        self._overwrite = overwrite
+        self.written: dict[Path, Line] = {}
+
+    def check(self, paths: Iterable[Path]) -> None:
+        """Refuse names at which somebody else's file is by now."""
+        for path in paths:
+            if self._overwrite or not os.path.lexists(path):
+                continue
+            if self._manifest.settings_of(path, surely=True) is None:
+                raise PplexError(
+                    f"{path} was changed by somebody and is kept; --overwrite "
+                    "replaces it"
+                )
+
+    def __call__(self, temporary: Path, path: Path) -> None:
+        """Tell the lock what will be at ``path``, then let it be there."""
+        self.check([path])
+        output = self._manifest.describe(path, temporary)
+        self._lock.begin(output | self._told)
+        is_new = not self._overwrite and not os.path.lexists(path)
+        (put_new if is_new else put)(temporary, path)
+        self.written[path] = output
+
+    def outputs(self, files: dict[str, Path]) -> dict[str, Line]:
+        """What was written of ``files``, as the manifest has it."""
+        return {
+            what: self.written[path]
+            for what, path in files.items()
+            if path in self.written
+        }
+
+
 def write_answer(
     model: Description,
-    manifest: Manifest,
+    placing: Placing,
     request: Request,
     read: Read,
     answered: Answered,
@@ -66,12 +130,14 @@ def write_answer(
     answer, timings = answered.answer, answered.answer.timings
     recording, outputs = read.recording, request.outputs
     voice = model.voice_of(request)
+    placing.check(outputs.files().values())
     folder = outputs.audio.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
-    write_outputs(model, request, recording.pcm, answer, voice)
+    user_pcm = lengthened(recording.pcm, len(answer.pcm))
+    write_outputs(model, request, user_pcm, answer, voice, place=placing)
     seconds = {
         "read": read.seconds,
         "encode": timings.encode_s,
@@ -79,10 +145,16 @@ def write_answer(
         "decode": timings.decode_s,
         "write": time.perf_counter() - start,
     }
-    audio_s = len(recording.pcm) / model.config.sample_rate
+    rate = model.config.sample_rate
+    audio_s = len(user_pcm) / rate
+    took_s = tail_s(request.settings, len(recording.pcm), len(user_pcm), rate)
+    spoken = spoken_words(model, answer.text)
     stats = make_stats(
         request,
-        Source(audio_s, recording.source_rate, recording.source_channels),
+        Source(audio_s, took_s, recording.source_rate, recording.source_channels),
+        Ending(
+            len(spoken), is_cut_off(answer.pcm, answer.text, model.config.frame_size)
+        ),
         model.local,
         answered.info,
         latency(timings.steps, model.config.frame_s),
@@ -92,26 +164,75 @@ def write_answer(
         prompt_frames=answered.prompt_frames,
     )
     if outputs.stats is not None:
-        stats.write(outputs.stats)
+        stats.write(outputs.stats, placing)
     outcomes: list[Outcome] = []
     if check is not None:
-        spoken = spoken_words(model, answer.text)
-        outcomes = check(request.source, outputs.files(), stats, spoken)
+        outcomes = check(request.source, outputs.files(), asdict(stats), spoken)
     line = _line(model, request, DONE, asdict(read.print)) | {
-        "outputs": manifest.describe(outputs.files()),
+        "outputs": placing.outputs(outputs.files()),
         "audio_s": round(audio_s, 3),
+        "tail_s": took_s,
         "timings": {f"{part}_s": round(s, 4) for part, s in seconds.items()},
+        "words": stats.words,
+        "cut_off": stats.cut_off,
+        "checks": _checks(check, outcomes),
     }
     return line, outcomes
 
 
-def failed_line(model: Description, request: Request, error: str) -> Line:
-    """The manifest's line of a recording that cannot be answered."""
+def _checks(check: Check | None, outcomes: list[Outcome]) -> Line | None:
+    """What was asked of an answer, and what was found, as the manifest has it."""
+    if check is None:
+        return None
+    return {"asked": check.asked(), "outcomes": [asdict(one) for one in outcomes]}
+
+
+def check_again(manifest: Manifest, request: Request, check: Check) -> list[Outcome]:
+    """How the checks of an answer of an earlier run went.
+
+    Of those that it was not asked the outputs are read again, and the manifest told.
+    """
+    line = manifest.last[request.key]
+    known = line["checks"]
+    if known and known["asked"] == check.asked():
+        return [
+            Outcome(one["check"], one["passed"], one["detail"])
+            for one in known["outcomes"]
+        ]
+    figures = {"tail_s": line["tail_s"]}
+    if line["timings"] and line["audio_s"]:
+        spent_s = sum(line["timings"].values())
+        figures["real_time_factor"] = spent_s / line["audio_s"]
+    outcomes = check(request.source, request.outputs.files(), figures, None)
+    manifest.append(line | {"checks": _checks(check, outcomes), "time": _now()})
+    return outcomes
+
+
+def stopped_line(output: Line) -> Line:
+    """The manifest's line of an output whose run was killed, as the lock has it."""
+    return {
+        "recording": output["recording"],
+        "status": STOPPED,
+        "error": "a run was killed while it wrote this",
+        "input": None,
+        "settings": output["settings"],
+        "outputs": {"audio": output},
+        "time": _now(),
+    }
+
+
+def failed_line(
+    model: Description, request: Request, error: str, outputs: dict[str, Line]
+) -> Line:
+    """The manifest's line of a recording that cannot be answered.
+
+    ``outputs`` are those that were written all the same.
+    """
     try:
         known: Any = asdict(file_print(request.source))
     except (OSError, ValueError, PplexError):
         known = None
-    return _line(model, request, FAILED, known) | {"error": error}
+    return _line(model, request, FAILED, known) | {"error": error, "outputs": outputs}
 
 
 def _line(model: Description, request: Request, status: str, known: Any) -> Line:
@@ -126,11 +247,15 @@ def _line(model: Description, request: Request, status: str, known: Any) -> Line
         "voice": model.voice_of(request),
         "prompt": settings.text,
         "seed": settings.seed,
-        "tail_s": settings.tail_s,
+        "tail_s": longest(settings.tail),
         "model": model.local.name,
         "revision": model.local.revision,
         "weights": model.identity,
         "pplex": importlib.metadata.version("pplex"),
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "time": _now(),
         "extra": request.extra,
     }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat()

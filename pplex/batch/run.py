@@ -27,6 +27,7 @@ from pplex.batch.describe import Description
 from pplex.batch.lock import FolderLock
 from pplex.batch.prepare import (
     Batch,
+    Kept,
     check_outputs_free,
     durations,
     make_workload,
@@ -34,15 +35,19 @@ from pplex.batch.prepare import (
     remove_leftovers,
 )
 from pplex.batch.records import (
+    Placing,
     Read,
+    check_again,
     failed_line,
     read_request,
+    stopped_line,
     write_answer,
 )
 from pplex.checkpoint.hub import LocalModel
 from pplex.conversation.session import load
 from pplex.conversation.worker import num_cores
 from pplex.errors import PplexError
+from pplex.respond.ending import Ending
 from pplex.respond.manifest import Line, Manifest
 from pplex.respond.request import Request
 from pplex.respond.stats import Outcome
@@ -86,7 +91,9 @@ class Report(Protocol):
 class Summary:
     """How a batch went; ``failed`` says why, ``failed_before`` counts earlier ones.
 
-    ``checks_failed`` of the recordings that were ``checked`` did not pass.
+    ``checks_failed`` of the recordings that were ``checked`` did not pass. Of those
+    that were done ``replaced`` had outputs before. ``endings`` are those of what is
+    done, now or before.
 
     ``audio_s`` is what was answered now, in ``run_s`` seconds after loading.
     """
@@ -96,6 +103,9 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
     failed_before: int = 0
     not_run: int = 0
+    kept: Kept = field(default_factory=Kept)
+    replaced: int = 0
+    endings: list[Ending] = field(default_factory=list)
     checked: int = 0
     checks_failed: int = 0
     audio_s: float = 0.0
@@ -130,17 +140,27 @@ def run_batch(batch: Batch, report: Report) -> Summary:
     lock = FolderLock(batch.outdir, batch.shard)
     manifest = Manifest(batch.outdir, batch.shard)
     try:
+        unknown = [output for output in lock.begun if not manifest.knows(output)]
+        for output in unknown:
+            manifest.know(output)
         left = remaining(batch, work, manifest)
-        check_outputs_free(left.todo, manifest, lock.begun, batch.overwrite)
+        check_outputs_free(left.todo, manifest, batch.overwrite)
         if removed := remove_leftovers(work, batch.outdir, batch.shard is None):
             report.note(f"removed {removed} temporary files of a run that was killed")
         manifest.open()
+        own = {request.key for request in work.requests}
+        for output in unknown:  # other shards may be alive
+            if batch.shard is None or output["recording"] in own:
+                manifest.append(stopped_line(output))
         summary = Summary(
             skipped=len(left.skipped),
             failed=dict(left.failed),
             failed_before=len(left.failed),
+            kept=left.kept,
+            replaced=left.replaced,
         )
         run = _Run(batch, work.model, manifest, lock, report, summary)
+        run.look_again(left.skipped)
         try:
             run.all(left.todo)
         except _Stop:
@@ -174,6 +194,14 @@ class _Run:
         self._seconds: dict[str, float] = {}
         self._reads: dict[str, Read] = {}
         self.failed: set[str] = set()
+
+    def look_again(self, requests: list[Request]) -> None:
+        """Count what is to be said of answers of earlier runs."""
+        for request in requests:
+            self._count_ending(self._manifest.last[request.key])
+            if self._batch.check is not None:
+                outcomes = check_again(self._manifest, request, self._batch.check)
+                self._count_checks(request, outcomes)
 
     def all(self, requests: list[Request]) -> None:
         """Answer them, the longest first: short ones fill the rows at the end."""
@@ -235,7 +263,9 @@ class _Run:
 
     def _answer(self, workers: Workers, requests: list[Request]) -> None:
         by_key = {request.key: request for request in requests}
-        writes: deque[tuple[Request, Future[tuple[Line, list[Outcome]]]]] = deque()
+        writes: deque[tuple[Request, Placing, Future[tuple[Line, list[Outcome]]]]] = (
+            deque()
+        )
         outcomes = workers.run(self._jobs(requests))
         with ThreadPoolExecutor(_WRITERS) as pool:
             try:
@@ -246,23 +276,28 @@ class _Run:
                         continue
                     request = by_key[outcome.key]
                     read = self._reads.pop(request.key)
-                    files = request.outputs.files().values()
-                    self._lock.begin(self._manifest.relative(p) for p in files)
                     self._summary.peak_memory_gb = max(
                         self._summary.peak_memory_gb, outcome.info.peak_memory_gb
+                    )
+                    placing = Placing(
+                        self._manifest,
+                        self._lock,
+                        request.key,
+                        self._model.settings_digest(request),
+                        self._batch.overwrite,
                     )
                     future = pool.submit(
                         write_answer,
                         self._model,
-                        self._manifest,
+                        placing,
                         request,
                         read,
                         outcome,
                         self._batch.check,
                     )
-                    writes.append((request, future))
+                    writes.append((request, placing, future))
                     while writes and (
-                        writes[0][1].done() or len(writes) > _WRITE_BEHIND
+                        writes[0][2].done() or len(writes) > _WRITE_BEHIND
                     ):
                         self._written(*writes.popleft())
             finally:
@@ -271,7 +306,10 @@ class _Run:
                     self._written(*writes.popleft())
 
     def _written(
-        self, request: Request, future: Future[tuple[Line, list[Outcome]]]
+        self,
+        request: Request,
+        placing: Placing,
+        future: Future[tuple[Line, list[Outcome]]],
     ) -> None:
         try:
             line, checks = future.result()
@@ -279,21 +317,33 @@ class _Run:
             cause = e.__cause__
             if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
                 raise  # the next ones would fare no better
-            self._fail(request, str(e))
+            self._fail(request, str(e), placing)
             return
         self._manifest.append(line)
         self._summary.done += 1
         self._summary.audio_s += line["audio_s"]
         self._report.finished(request.key, self._seconds[request.key])
+        self._count_ending(line)
         if checks:
-            self._summary.checked += 1
-            self._summary.checks_failed += not all(check.passed for check in checks)
-            self._report.checked(checks, request.key)
+            self._count_checks(request, checks)
 
-    def _fail(self, request: Request, error: str) -> None:
+    def _count_ending(self, line: Line) -> None:
+        if line["words"] is not None:
+            ending = Ending(line["words"], bool(line["cut_off"]))
+            self._summary.endings.append(ending)
+
+    def _count_checks(self, request: Request, outcomes: list[Outcome]) -> None:
+        self._summary.checked += 1
+        self._summary.checks_failed += not all(check.passed for check in outcomes)
+        self._report.checked(outcomes, request.key)
+
+    def _fail(
+        self, request: Request, error: str, placing: Placing | None = None
+    ) -> None:
         self.failed.add(request.key)
         self._summary.failed[request.key] = error
-        self._manifest.append(failed_line(self._model, request, error))
+        written = placing.outputs(request.outputs.files()) if placing else {}
+        self._manifest.append(failed_line(self._model, request, error, written))
         self._report.failed(request.key, error, self._seconds[request.key])
         if self._batch.fail_fast:
             raise _Stop
@@ -313,7 +363,10 @@ class _Run:
             settings = request.settings
             voice = self._model.voice_of(request)
             pcm = read.recording.pcm
-            yield Job(request.key, pcm, voice, settings.text, settings.seed)
+            until_quiet = settings.tail == "auto"
+            yield Job(
+                request.key, pcm, voice, settings.text, settings.seed, until_quiet
+            )
 
 
 def _ahead(

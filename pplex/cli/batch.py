@@ -12,6 +12,7 @@ from pplex.cli.batch_report import (
     BatchProgress,
     failures_before,
     forecast_text,
+    kept_lines,
     summary,
 )
 from pplex.cli.options import (
@@ -167,14 +168,16 @@ def batch(dry_run: bool, verbosity: int, **options: Any) -> None:
             from pplex.batch.forecast import forecast
 
             found = forecast(job, progress.shows_bars)
-            click.echo(forecast_text(found))
-            code = exit_code(found.todo + found.skipped, len(found.failed))
+            click.echo(forecast_text(found, verbosity > 0))
+            bad = len(found.failed) + len(found.kept)
+            code = exit_code(found.todo + found.skipped, bad)
             code = 1 if found.problems() else code
         else:
             from pplex.batch.run import run_batch
 
             done = run_batch(job, progress)
-            code = exit_code(done.done + done.skipped, len(done.failed))
+            bad = len(done.failed) + len(done.kept)
+            code = exit_code(done.done + done.skipped, bad)
             code = code or int(done.checks_failed > 0)
             progress.close()
             report(done, verbosity)
@@ -216,15 +219,17 @@ def check_usage(options: dict[str, Any]) -> None:
         raise click.UsageError("--output-name is a file name that ends in .wav")
 
 
-def exit_code(good: int, failed: int) -> int:
-    """0 all done, 3 some failed, 1 none could be done."""
-    if not failed:
+def exit_code(good: int, bad: int) -> int:
+    """0 all done, 3 some failed or were kept as they were, 1 none could be done."""
+    if not bad:
         return 0
     return SOME_FAILED if good else 1
 
 
 def report(done: Summary, verbosity: int) -> None:
-    """Say on stderr how it went."""
+    """Say on stderr how it went; what was kept even when quiet."""
+    lines = kept_lines(done.kept, verbosity > 0)
     if verbosity >= 0:
-        for line in [*failures_before(done), summary(done)]:
-            click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)
+        lines = [*failures_before(done), *lines, summary(done)]
+    for line in lines:
+        click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)

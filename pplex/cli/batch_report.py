@@ -11,6 +11,7 @@ from pplex.cli.progress import QUIET, VERBOSE, Lines, size
 
 if TYPE_CHECKING:
     from pplex.batch.forecast import Forecast
+    from pplex.batch.prepare import Kept
     from pplex.batch.run import Summary
 
 _SHOWN_FAILURES = 20
@@ -66,6 +67,8 @@ def summary(done: Summary) -> str:
     """How a batch went, in a few lines."""
     parts = [f"{done.done} done", f"{done.skipped} skipped"]
     parts.append(f"{len(done.failed)} failed")
+    if done.kept:
+        parts.append(f"{len(done.kept)} kept as they were")
     if done.not_run:
         parts.append(f"{done.not_run} not run")
     lines = [", ".join(parts)]
@@ -74,6 +77,11 @@ def summary(done: Summary) -> str:
             f" ({done.failed_before} of them in an earlier run; --retry-failed tries "
             "them again)"
         )
+    from pplex.respond.ending import advice
+
+    if done.replaced:
+        lines.append(f"{done.replaced} had outputs before, which were replaced")
+    lines += advice(done.endings)
     if done.checked:
         good = done.checked - done.checks_failed
         lines.append(f"checks: {good} of {done.checked} recordings pass")
@@ -86,8 +94,8 @@ def summary(done: Summary) -> str:
     return "\n".join(lines)
 
 
-def forecast_text(found: Forecast) -> str:
-    """What a dry run found."""
+def forecast_text(found: Forecast, every: bool) -> str:
+    """What a dry run found; with ``every`` name of what is kept."""
     hours = f"{found.audio_s / 3600:.1f} h" if found.audio_s >= 3600 else ""
     seconds = hours or f"{found.audio_s:.1f} s"
     lines = [
@@ -96,10 +104,13 @@ def forecast_text(found: Forecast) -> str:
         f"skipped: {found.skipped} (done already)",
         f"bad:     {len(found.failed)}",
     ]
+    if found.replaced:
+        lines.insert(1, f"replace: {found.replaced} of them have outputs already")
     shown = list(found.failed.items())[:_SHOWN_FAILURES]
     lines += [f"  {key}: {error}" for key, error in shown]
     if len(found.failed) > len(shown):
         lines.append(f"  and {len(found.failed) - len(shown)} more")
+    lines += kept_lines(found.kept, every)
     lines.append(
         f"disk:    about {size(found.output_gb)} of {size(found.disk_free_gb)} free"
     )
@@ -115,6 +126,39 @@ def forecast_text(found: Forecast) -> str:
     lines += [f"problem: {problem}" for problem in found.problems()]
     text = "\n".join(lines)
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def kept_lines(kept: Kept, every: bool) -> list[str]:
+    """What was not answered so that nothing is lost, and what to do; lines.
+
+    Not ``every`` name is said where there are many.
+    """
+    lines = []
+    for names, why in (
+        (
+            kept.other_settings,
+            "answered with other settings; --overwrite answers them again, or choose "
+            "another output folder",
+        ),
+        (
+            kept.changed,
+            "an output was changed by somebody since; --overwrite replaces it, and "
+            "without the file it is made again",
+        ),
+        (
+            kept.others,
+            "what is there answers another recording of that name; choose another "
+            "output folder, or give --overwrite",
+        ),
+    ):
+        if not names:
+            continue
+        shown = names if every else names[:_SHOWN_FAILURES]
+        lines.append(f"kept: {len(names)}, {why}")
+        lines += [f"  {name}" for name in shown]
+        if len(names) > len(shown):
+            lines.append(f"  and {len(names) - len(shown)} more, which -v names")
+    return lines
 
 
 def failures_before(done: Summary) -> list[str]:

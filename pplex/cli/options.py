@@ -257,11 +257,12 @@ def conversation_options(command: Command) -> Command:
             ),
             click.option(
                 "--tail",
-                type=FiniteRange(0.0, 3600.0),
+                type=TailType(),
                 default=0.0,
                 show_default=True,
-                metavar="SECONDS",
-                help="Silence after the user, for the agent to finish in.",
+                metavar="SECONDS|auto",
+                help="Silence after the user, for the agent to finish in; auto: until "
+                "it has been quiet for 1.5 s, at most 30 s.",
             ),
         )
     ):
@@ -281,6 +282,20 @@ def verbosity_options(command: Command) -> Command:
         return command(*args, verbosity=verbose - quiet, **kwargs)
 
     return wrapped
+
+
+class TailType(click.ParamType):
+    """Seconds of silence, or ``auto``."""
+
+    name = "SECONDS|auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        """Turn the option's text into its value."""
+        if value == "auto":
+            return "auto"
+        return FiniteRange(0.0, 3600.0).convert(value, param, ctx)
 
 
 class ChannelType(click.ParamType):
@@ -313,7 +328,7 @@ def settings_from(text: str, options: dict[str, Any]) -> Settings:
         sampling=GREEDY if options["greedy"] else sampling,
         seed=options["seed"],
         channel=options["channel"] or 1,
-        tail_s=options["tail"],
+        tail=options["tail"],
     )
 
 

@@ -135,6 +135,11 @@ def respond(
         done = answer(request, config, progress, stop)
     if verbosity >= 0:
         click.echo(summary(done), err=True)
+        if stop.signum is None:  # else it was cut off as it was asked to be
+            from pplex.respond.ending import Ending, advice
+
+            for line in advice([Ending(done.words, done.cut_off)]):
+                click.echo(line, err=True)
     stop.check()
     if not progress.all_passed:
         ctx.exit(1)

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from pplex.conversation.answer import Answer
+from pplex.conversation.quiet import Quiet
 from pplex.conversation.tracks import (
     Conversation,
     GroupedTrack,
@@ -103,15 +104,18 @@ def converse(
     *,
     decode_frames: int,
     live: bool = False,
+    quiet: Quiet | None = None,
 ) -> Iterator[Answer]:
     """One conversation: a piece for each ``decode_frames`` frames, the last shorter.
 
     ``chunks`` are (frames, frame_size) PCM of the user. For a live stream give chunks
     of one frame, ``live`` and ``decode_frames=1``: every frame is answered before the
-    next is asked for.
+    next is asked for. Where it ends before the chunks do ``quiet`` says.
     """
     with codec_worker(engine.codec, beside=0 if live else 1) as worker:
-        track = StreamedTrack(engine, start, seed, chunks, decode_frames, worker)
+        track = StreamedTrack(
+            engine, start, seed, chunks, decode_frames, worker, quiet=quiet
+        )
         for _ in run(engine, [track], sampling, capacity=1, live=live):
             yield from track.pieces()
         yield from track.rest()
@@ -169,8 +173,8 @@ def _converse_grouped(
     """``converse_many`` with the codec's work done in groups.
 
     A group is encoded whole before its rows start, and decoded whole when they are
-    done. A result a step is given away: what is done with it runs beside the step that
-    the GPU makes meanwhile.
+    done; but not those whose end follows from their sound. A result a step is given
+    away: what is done with it runs beside the step that the GPU makes meanwhile.
     """
     group = engine.codec.group
     done: list[GroupedTrack] = []
@@ -181,14 +185,21 @@ def _converse_grouped(
         decoded.extend((t.conversation, a) for t, a in zip(done, answers, strict=True))
         done.clear()
 
-    def tracks() -> Iterator[GroupedTrack]:
+    def tracks() -> Iterator[GroupedTrack | RecordingTrack]:
         coming, size = iter(conversations), max(group, batch_size)
         while some := list(itertools.islice(coming, size)):
-            yield from encode_group(engine, some)
+            yield from encode_group(engine, [c for c in some if not c.until_quiet])
+            yield from (RecordingTrack(engine, c, None) for c in some if c.until_quiet)
             size = group
 
     for stepped in run(engine, tracks(), sampling, capacity=batch_size):
-        done.extend(track for track in stepped if track.is_complete)
+        for track in stepped:
+            if not track.is_complete:
+                continue
+            if isinstance(track, RecordingTrack):
+                decoded.append((track.conversation, track.answer()))
+            else:
+                done.append(track)
         if len(done) >= group:
             decode()
         if decoded:

@@ -17,26 +17,56 @@ import numpy as np
 
 from pplex.audio.files import frames_of
 from pplex.conversation.answer import Answer, Timings, join
+from pplex.conversation.quiet import Quiet
 from pplex.conversation.worker import one_ahead
 from pplex.engine.base import Codec, Engine, Start
-from pplex.model.config import LmConfig
+from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.prompt import Prompt
 from pplex.model.streams import shift, unshift, user_rows
+
+# Of a tail that waits for silence: so many are decoded at a time, to know its end soon.
+_QUIET_FRAMES = 8
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A recording, float32 (samples,), to answer after a prompt; ``key`` names it."""
+    """A recording, float32 (samples,), to answer after a prompt; ``key`` names it.
+
+    With ``until_quiet`` it is followed by silence for as long as ``Quiet`` says.
+    """
 
     key: str
     pcm: np.ndarray
     start: Start
     seed: int
+    until_quiet: bool = False
 
     def __post_init__(self) -> None:
         """ValueError for a recording without samples: it has no answer."""
         if not len(self.pcm):
             raise ValueError(f"recording {self.key!r} holds no samples")
+
+
+def cut(
+    pcm: np.ndarray, config: ModelConfig, size: int, quiet: Quiet | None = None
+) -> tuple[Iterator[np.ndarray], int]:
+    """Chunks (frames, frame_size) of a recording, of ``size``; how many frames.
+
+    For ``quiet`` the longest tail is added, and the chunks are made when asked for.
+    """
+    frames = frames_of(pcm, config.frame_size)
+    num_frames = len(frames)
+    if quiet is not None:
+        quiet.begin(num_frames)
+        num_frames = -(-quiet.length(len(pcm)) // config.frame_size)
+
+    def chunks() -> Iterator[np.ndarray]:
+        for first in range(0, num_frames, size):
+            chunk = frames[first : first + size]
+            missing = min(size, num_frames - first) - len(chunk)
+            yield np.pad(chunk, ((0, missing), (0, 0))) if missing else chunk
+
+    return chunks(), num_frames
 
 
 class Track:
@@ -93,15 +123,21 @@ class StreamedTrack(Track):
         decode_frames: int,
         worker: Executor | None = None,
         num_frames: int | None = None,
+        quiet: Quiet | None = None,
     ) -> None:
         """``chunks`` are (frames, frame_size) PCM; pieces have ``decode_frames``.
 
         With a ``worker`` the next chunk is encoded in it before it is needed, and a
-        piece is there only when the one after it begins to be decoded.
+        piece is there only when the one after it begins to be decoded. ``quiet`` may
+        end it before the ``chunks`` do; what was answered by then is left out.
         """
         super().__init__(engine.config.lm, start, seed, num_frames)
         self._codec = engine.codec
-        self._decode_frames = decode_frames
+        self._quiet = quiet
+        self._decode_frames = (
+            decode_frames if quiet is None else min(decode_frames, _QUIET_FRAMES)
+        )
+        self._num_asked = self._num_decoded = 0
         self._worker = worker
         encode = partial(self._codec.encode, state=self._codec.make_state())
         self._encoded = one_ahead(worker, encode, chunks)
@@ -109,7 +145,24 @@ class StreamedTrack(Track):
         self._decoder = self._codec.make_state()
         self._decoding: _Decoding | None = None
         self._pieces: list[Answer] = []
-        self.columns = self._user_columns(start.prompt)
+        self.columns = self._asked(self._user_columns(start.prompt))
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the agent has been quiet for long enough."""
+        return self._quiet is not None and self._quiet.end is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every frame that there will be has its column."""
+        count = len(self.timings.steps)
+        is_last = self._is_over or count == self.num_frames
+        return is_last and count == self._num_asked
+
+    def _asked(self, columns: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        while not self._is_over and (column := next(columns, None)) is not None:
+            self._num_asked += 1
+            yield column
 
     def _user_columns(self, prompt: Prompt) -> Iterator[np.ndarray]:
         rows = user_rows(self._config)
@@ -128,6 +181,8 @@ class StreamedTrack(Track):
     def push(self, column: np.ndarray, seconds: float) -> None:
         """Add the agent's column of a frame; after enough of them, decode."""
         super().push(column, seconds)
+        if self._is_over:
+            return
         if len(self._said) > self._decode_frames or self.is_complete:
             self._decode()
 
@@ -143,14 +198,18 @@ class StreamedTrack(Track):
 
     def rest(self) -> Iterator[Answer]:
         """The stretches still to come, after the last column."""
-        if len(self._said) > 1:
+        if len(self._said) > 1 and not self._is_over:
             self._decode()
         self._take_decoded()
+        if self._is_over:
+            del self.timings.steps[self._num_decoded :]
         return self.pieces()
 
     def _decode(self) -> None:
         """Begin to decode the frames that have come since."""
         self._take_decoded()
+        if self._is_over:
+            return
         frames = self._frames()
         self._said = self._said[-1:]
         text, agent = frames[0], frames[1:]
@@ -171,7 +230,15 @@ class StreamedTrack(Track):
         start = time.perf_counter()
         pcm = done.pcm()
         self.timings.decode_s += time.perf_counter() - start
-        piece = Answer(pcm, done.text, done.agent, done.user, self.timings)
+        count = len(done.text)
+        if self._quiet is not None:
+            self._quiet.hear(done.text, pcm)
+            if self._quiet.end is not None:
+                count = self._quiet.end - self._num_decoded
+                pcm = pcm[: len(pcm) // len(done.text) * count]
+        self._num_decoded += count
+        text, agent, user = done.text[:count], done.agent[:, :count], done.user
+        piece = Answer(pcm, text, agent, user[:, :count], self.timings)
         self._pieces.append(piece)
 
     def _take_user_codes(self, count: int) -> np.ndarray:
@@ -186,9 +253,9 @@ class RecordingTrack(StreamedTrack):
     def __init__(
         self, engine: Engine, conversation: Conversation, worker: Executor | None
     ) -> None:
-        frames, size = _frames_of(engine, conversation), engine.codec.chunk_frames
-        chunks = (frames[i : i + size] for i in range(0, len(frames), size))
-        self.conversation = conversation
+        self.conversation, size = conversation, engine.codec.chunk_frames
+        quiet = Quiet(engine.config) if conversation.until_quiet else None
+        chunks, num_frames = cut(conversation.pcm, engine.config, size, quiet)
         super().__init__(
             engine,
             conversation.start,
@@ -196,12 +263,14 @@ class RecordingTrack(StreamedTrack):
             chunks,
             size,
             worker,
-            len(frames),
+            num_frames,
+            quiet,
         )
 
     def answer(self) -> Answer:
         """The whole answer, after the last column."""
-        return join([*self.pieces(), *self.rest()], len(self.conversation.pcm))
+        pieces, length = [*self.pieces(), *self.rest()], len(self.conversation.pcm)
+        return join(pieces, self._quiet.length(length) if self._quiet else length)
 
 
 class GroupedTrack(Track):
@@ -230,7 +299,8 @@ def encode_group(
 ) -> list[GroupedTrack]:
     """Encode recordings together; their tracks, ready to start."""
     start = time.perf_counter()
-    frames = [_frames_of(engine, one) for one in conversations]
+    size = engine.config.frame_size
+    frames = [frames_of(one.pcm, size) for one in conversations]
     codes = engine.codec.encode_many(frames)
     per_frame = _per_frame(start, sum(map(len, frames)))
     return [
@@ -257,7 +327,3 @@ def decode_group(codec: Codec, tracks: Sequence[GroupedTrack]) -> list[Answer]:
 
 def _per_frame(start: float, num_frames: int) -> float:
     return (time.perf_counter() - start) / max(1, num_frames)
-
-
-def _frames_of(engine: Engine, conversation: Conversation) -> np.ndarray:
-    return frames_of(conversation.pcm, engine.config.frame_size)

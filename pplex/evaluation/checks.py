@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pplex.audio.files import read_pcm, resampled_length
 from pplex.errors import PplexError
 from pplex.evaluation.find import SAMPLE_RATE, Item, Track, find, read_stats
 from pplex.evaluation.measure import SILENT_DB, decibels, measure_levels
-from pplex.respond.stats import Outcome, Stats
+from pplex.respond.stats import Outcome
 from pplex.respond.transcript import Word
 
 # A speaking agent is at least this loud in its loudest tenth of a second.
@@ -36,30 +36,37 @@ class Checks:
     says: str | None = None
     input_length: bool = False
 
+    def asked(self) -> dict[str, Any]:
+        """What is asked, as JSON."""
+        asked = {
+            k: v for k, v in asdict(self).items() if v is not None and v is not False
+        }
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asked.items()}
+
     def __call__(
         self,
         source: Path,
         files: dict[str, Path],
-        stats: Stats,
-        words: Sequence[Word],
+        figures: Mapping[str, Any],
+        words: Sequence[Word] | None,
     ) -> list[Outcome]:
-        """Check the answer to ``source`` that was just written to ``files``."""
+        """Check the answer to ``source`` that was written to ``files``."""
         checks = replace(self, length_of=source) if self.input_length else self
         audio = files.get("agent") or files["audio"]
-        return run_checks(audio, checks, asdict(stats), words)
+        return run_checks(audio, checks, figures, words)
 
 
 def run_checks(
     audio: Path,
     checks: Checks,
-    stats: Path | dict[str, Any] | None = None,
+    stats: Path | Mapping[str, Any] | None = None,
     words: Sequence[Word] | str | None = None,
 ) -> list[Outcome]:
     """Check an output; that it can be read is always checked first.
 
     ``audio`` is stereo or the agent alone. ``stats`` is a file, or the figures as
-    ``asdict(Stats)`` has them; ``words`` is what the agent said. Where they are not
-    given they are looked for beside the output. A check whose figures are nowhere to
+    ``asdict(Stats)`` has them; ``words`` is what the agent said. What of them is not
+    given is looked for beside the output. A check whose figures are nowhere to
     be found fails.
     """
     item, notes = _item(audio)
@@ -71,7 +78,10 @@ def run_checks(
         return [Outcome("readable", False, str(e))]
     seconds = len(pcm) / SAMPLE_RATE
     found = [Outcome("readable", True, f"{seconds:.2f} s")]
-    figures = read_stats(stats) if isinstance(stats, Path) else stats or item.stats
+    if isinstance(stats, Path):
+        figures = read_stats(stats)
+    else:
+        figures = {**(item.stats or {}), **(stats or {})}
     if checks.not_silent:
         found.append(_not_silent(pcm))
     if checks.no_clipping:

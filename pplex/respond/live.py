@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import perf_counter
 
 import numpy as np
 
+from pplex.audio.files import resampled_length
 from pplex.audio.streams import Feed, LiveFrame, UserStream, read_header
 from pplex.conversation.answer import Answer, Timings
+from pplex.conversation.quiet import Quiet, longest
 from pplex.conversation.scheduler import converse
 from pplex.conversation.session import Model
 from pplex.engine.base import Start
 from pplex.errors import PplexError
 from pplex.files import put, put_new
+from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.outputs import open_sink, spoken_words, write_tokens, write_words
 from pplex.respond.request import Request, Settings, check_outputs
 from pplex.respond.run import Clock, Config, Report, begin, load_model
@@ -41,10 +44,10 @@ _NO_STEPS = Latency(0.0, 0.0, 0.0, 0.0, 0.0, 0)
 class _Record:
     """What a conversation leaves behind, in memory that hardly grows."""
 
-    def __init__(self, keeps_text: bool, keeps_tokens: bool, frame_s: float) -> None:
-        self._keeps_text = keeps_text or keeps_tokens
+    def __init__(self, keeps_tokens: bool, frame_s: float) -> None:
         self._keeps_tokens = keeps_tokens
         self._text, self._codes = bytearray(), bytearray()
+        self.end = np.zeros(0, np.float32)  # the agent's last sound: two frames
         self.steps, self.latency = Histogram(frame_s), Histogram(frame_s)
         self._frame_s = frame_s
         self.num_samples = self.start_up_frames = 0
@@ -53,8 +56,9 @@ class _Record:
         """Count a frame that was answered ``now``."""
         self.num_samples += frame.num_samples
         self.steps.add(step_s)
-        if self._keeps_text:
-            self._text += reply.text.astype(np.int32).tobytes()
+        pcm = reply.pcm[: frame.num_samples]
+        self.end = np.concatenate([self.end[-len(reply.pcm) :], pcm])
+        self._text += reply.text.astype(np.int32).tobytes()
         if self._keeps_tokens:
             codes = np.concatenate([reply.user, reply.agent])
             self._codes += codes.astype(np.int32).tobytes()
@@ -92,9 +96,7 @@ def respond_stream(
     clock.lap("load")
     role, start = begin(model, settings, clock)
     rate = model.config.sample_rate
-    keeps_text = outputs.transcript is not None or config.check is not None
-    keeps_tokens = outputs.tokens is not None
-    record = _Record(keeps_text, keeps_tokens, model.config.frame_s)
+    record = _Record(outputs.tokens is not None, model.config.frame_s)
     closed: BrokenPipeError | None = None
     timings = Timings()
     waited_s = feed.waited_s
@@ -130,10 +132,21 @@ def respond_stream(
         clock.lap("write")
         waited_s = feed.waited_s - waited_s
         clock.parts["read"] += waited_s
+        spoken = spoken_words(model, record.text())
+        heard = resampled_length(user.source_frames, user.format.rate, rate)
         step_ms, frames = record.steps.latency() or _NO_STEPS, record.steps.count
         stats = make_stats(
             request,
-            Source(audio_s, user.format.rate, user.format.channels),
+            Source(
+                audio_s,
+                max(0, record.num_samples - heard) / rate,
+                user.format.rate,
+                user.format.channels,
+            ),
+            Ending(
+                len(spoken),
+                is_cut_off(record.end, record.text(), model.config.frame_size),
+            ),
             model.local,
             model_info(model),
             step_ms,
@@ -159,8 +172,7 @@ def respond_stream(
         if outputs.stats is not None:
             stats.write(outputs.stats, place)
     if config.check is not None:
-        spoken = spoken_words(model, record.text())
-        report.checked(config.check(request.source, files, stats, spoken))
+        report.checked(config.check(request.source, files, asdict(stats), spoken))
     if closed is not None:
         raise closed
     fault = user.fault
@@ -179,10 +191,14 @@ def _converse(
 ) -> Iterator[tuple[Answer, LiveFrame]]:
     """Yield each frame of the user with the reply to it, before the next is read."""
     under_way: deque[LiveFrame] = deque()
+    quiet = Quiet(model.config) if settings.tail == "auto" else None
 
     def chunks() -> Iterator[np.ndarray]:
         sizes = model.config.sample_rate, model.config.frame_size
-        for frame in user.frames(*sizes, settings.tail_s):
+        frames = user.frames(*sizes, longest(settings.tail))
+        for idx, frame in enumerate(frames):
+            if quiet is not None and frame.arrived is None:
+                quiet.begin(idx)
             under_way.append(frame)
             yield frame.pcm[None]
 
@@ -194,5 +210,6 @@ def _converse(
         settings.sampling,
         decode_frames=1,
         live=True,
+        quiet=quiet,
     ):
         yield reply, under_way.popleft()

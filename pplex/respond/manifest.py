@@ -23,20 +23,27 @@ from pplex.values import fit, parse_json
 
 DONE = "done"
 FAILED = "failed"
+STOPPED = "stopped"
 # Files that are there while a batch is at work, and after one that was killed.
 LOCK_PATTERN = ".pplex-batch*.lock"
 
 Line = dict[str, Any]
 # What is looked into of a line.
 _PRINT = {"size": (int, None), "mtime_ns": (int, None), "sha256": (str, None)}
+OUTPUT: dict[str, Any] = {"path": str, **_PRINT}
+_OUTCOME = {"check": str, "passed": bool, "detail": str}
 _LINE = {
     "recording": str,
     "status": str,
     "error": (str, None),
     "input": ({"path": (str, None), **_PRINT}, None),
     "settings": str,
-    "outputs": {str: {"path": str, **_PRINT}},
+    "outputs": {str: OUTPUT},
     "audio_s": (float, None),
+    "tail_s": (float, None),
+    "words": (int, None),
+    "cut_off": (bool, None),
+    "checks": ({"asked": {}, "outcomes": [_OUTCOME]}, None),
     "timings": ({str: float}, None),
     "time": str,
 }
@@ -142,12 +149,14 @@ class Manifest:
         self.outdir = outdir
         self.path = outdir / manifest_name(shard)
         self.last: dict[str, Line] = {}
-        self.outputs: set[str] = set()
+        # Of each output's name, every file that was ever written there.
+        self._written: dict[str, list[Line]] = {}
         kept: set[int] = set()
         for path in manifests_in(outdir):
             latest: dict[str, Line] = {}
             for line in read_lines(path, note):
-                self.outputs |= {o["path"] for o in line["outputs"].values()}
+                for output in line["outputs"].values():
+                    self.know(output | {"settings": line["settings"]})
                 latest[line["recording"]] = line
             for recording, line in latest.items():
                 known = self.last.get(recording)
@@ -162,6 +171,31 @@ class Manifest:
             else [line for line in self.last.values() if id(line) not in kept]
         )
         self._fd: int | None = None
+
+    def know(self, output: Line) -> None:
+        """Take note of a file that was written, with which ``settings``."""
+        self._written.setdefault(output["path"], []).append(output)
+
+    def knows(self, output: Line) -> bool:
+        """Whether ``know`` was told of these bytes."""
+        return any(
+            known["sha256"] == output["sha256"]
+            for known in self._written.get(output["path"], [])
+        )
+
+    def has_written(self, path: Path) -> bool:
+        """Whether an output of that name was ever written."""
+        return self.relative(path) in self._written
+
+    def settings_of(self, path: Path, *, surely: bool = False) -> object:
+        """With which settings the file at ``path`` was written; None if it was not.
+
+        What somebody changed since was not written; ``surely`` goes by its bytes.
+        """
+        for output in reversed(self._written.get(self.relative(path), [])):
+            if is_unchanged(path, output | {"mtime_ns": None} if surely else output):
+                return output["settings"]
+        return None
 
     def open(self) -> None:
         """Make the file ready for new lines."""
@@ -198,12 +232,9 @@ class Manifest:
         """How the manifest writes an output's name."""
         return Path(os.path.relpath(path, self.outdir)).as_posix()
 
-    def describe(self, outputs: Mapping[str, Path]) -> dict[str, Line]:
-        """Outputs that were just written, as the manifest has them."""
-        return {
-            what: {"path": self.relative(path), **asdict(file_print(path))}
-            for what, path in outputs.items()
-        }
+    def describe(self, path: Path, content: Path) -> Line:
+        """An output as the manifest has it, whose bytes are in ``content``."""
+        return {"path": self.relative(path), **asdict(file_print(content))}
 
     def is_done(
         self, key: str, settings: str, source: Path, outputs: Iterable[Path]
@@ -216,7 +247,21 @@ class Manifest:
         return (
             written.keys() == {self.relative(path) for path in outputs}
             and all(is_unchanged(self.outdir / p, o) for p, o in written.items())
+            and line["input"] is not None
             and is_unchanged(source, line["input"])
+        )
+
+    def answers_another(self, key: str, source: Path) -> bool:
+        """Whether what is there answers another recording, which is there as well."""
+        known = (self.last.get(key) or {}).get("input") or {}
+        other = known.get("path")
+        if not isinstance(other, str) or not os.path.exists(other):
+            return False
+        same = os.path.exists(source) and os.path.samefile(source, other)
+        return (
+            not same
+            and not is_unchanged(source, known)
+            and is_unchanged(Path(other), known)
         )
 
     def has_failed(self, key: str, settings: str, source: Path) -> bool:

@@ -20,6 +20,7 @@ from pplex.respond.transcript import check_transcript_path
 
 if TYPE_CHECKING:
     from pplex.audio.files import Channel
+    from pplex.conversation.quiet import Tail
     from pplex.model.sampling import SamplingConfig
 
 Layout = Literal["stereo", "agent", "separate"]
@@ -29,7 +30,9 @@ Layout = Literal["stereo", "agent", "separate"]
 class Settings:
     """What decides the answer, apart from the model and the recording.
 
-    ``voice`` is a name or a file, None for the model's own; ``text`` the role.
+    ``voice`` is a name or a file, None for the model's own; ``text`` the role; ``tail``
+    how many seconds of silence follow the recording, or ``"auto"``: as many as the
+    agent needs to finish.
     """
 
     voice: str | None
@@ -37,7 +40,7 @@ class Settings:
     sampling: SamplingConfig
     seed: int
     channel: Channel = 1
-    tail_s: float = 0.0
+    tail: Tail = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from pplex.audio.files import Recording, frames_of, read_pcm
+from pplex.audio.files import Recording, read_pcm
 from pplex.audio.streams import StreamFormat
 from pplex.checkpoint.hub import LocalModel, resolve
 from pplex.conversation.answer import Answer, join
 from pplex.conversation.prompts import Role, make_role
+from pplex.conversation.quiet import Quiet
 from pplex.conversation.scheduler import converse
 from pplex.conversation.session import Model, load, warm_up
+from pplex.conversation.tracks import cut
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute
 from pplex.files import is_descriptor, put, put_new
 from pplex.model.config import MimiConfig
+from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.outputs import Write, open_sink, spoken_words, write_outputs
 from pplex.respond.request import Request, Settings, check_outputs
 from pplex.respond.stats import (
@@ -101,10 +104,28 @@ class Clock:
 
 
 def read_user(source: Path, settings: Settings, sample_rate: int) -> Recording:
-    """The user's side of ``source``, followed by the tail of silence."""
+    """The user's side of ``source``, followed by the tail of silence.
+
+    One whose end is yet to be found is not there.
+    """
     recording = read_pcm(source, sample_rate=sample_rate, channel=settings.channel)
-    tail = np.zeros(round(settings.tail_s * sample_rate), np.float32)
+    if settings.tail == "auto":
+        return recording
+    tail = np.zeros(round(settings.tail * sample_rate), np.float32)
     return replace(recording, pcm=np.concatenate([recording.pcm, tail]))
+
+
+def lengthened(pcm: np.ndarray, num_samples: int) -> np.ndarray:
+    """The user's side (samples,) with the tail that the agent took."""
+    missing = num_samples - len(pcm)
+    return np.pad(pcm, (0, missing)) if missing else pcm
+
+
+def tail_s(settings: Settings, num_samples: int, answered: int, rate: int) -> float:
+    """Seconds of tail after a recording, where ``answered`` were in the end."""
+    if settings.tail == "auto":
+        return (answered - num_samples) / rate
+    return settings.tail
 
 
 def respond(
@@ -128,10 +149,14 @@ def respond(
     user_pcm, write = recording.pcm, None
     with ExitStack() as stack:
         if is_descriptor(outputs.audio):
-            sink = open_sink(outputs.layout, outputs.files(), rate, len(user_pcm))
+            length = None if settings.tail == "auto" else len(user_pcm)
+            sink = open_sink(outputs.layout, outputs.files(), rate, length)
             write = stack.enter_context(sink)
         reply = answer(model, user_pcm, start, settings, report, write)
     clock.lap("answer")
+    took_s = tail_s(settings, len(user_pcm), len(reply.pcm), rate)
+    user_pcm = lengthened(user_pcm, len(reply.pcm))
+    spoken = spoken_words(model, reply.text)
     with stop.deferred():
         # Another program may have written there in the meantime.
         check_outputs(request, config.overwrite)
@@ -142,7 +167,14 @@ def respond(
         stats = make_stats(
             request,
             Source(
-                len(user_pcm) / rate, recording.source_rate, recording.source_channels
+                len(user_pcm) / rate,
+                took_s,
+                recording.source_rate,
+                recording.source_channels,
+            ),
+            Ending(
+                len(spoken),
+                is_cut_off(reply.pcm, reply.text, model.config.frame_size),
             ),
             model.local,
             model_info(model),
@@ -162,8 +194,8 @@ def respond(
         if outputs.stats is not None:
             stats.write(outputs.stats, place)
     if config.check is not None:
-        spoken = spoken_words(model, reply.text)
-        report.checked(config.check(request.source, outputs.files(), stats, spoken))
+        files = outputs.files()
+        report.checked(config.check(request.source, files, asdict(stats), spoken))
     return stats
 
 
@@ -200,11 +232,11 @@ def answer(
 
     ``write`` is given both sides of each piece as soon as it is there.
     """
-    frames = frames_of(user_pcm, model.config.frame_size)
     frame_rate, size = model.config.frame_rate, model.engine.codec.chunk_frames
-    chunks = (frames[i : i + size] for i in range(0, len(frames), size))
+    quiet = Quiet(model.config) if settings.tail == "auto" else None
+    chunks, num_frames = cut(user_pcm, model.config, size, quiet)
 
-    report.answering(len(frames) / frame_rate)
+    report.answering(None if quiet else num_frames / frame_rate)
     captions = Captions(model.tokenizer.piece, frame_rate)
     pieces: list[Answer] = []
     done = 0
@@ -215,14 +247,17 @@ def answer(
         chunks,
         settings.sampling,
         decode_frames=size,
+        quiet=quiet,
     ):
         pieces.append(piece)
         if write is not None:
-            user = user_pcm[done : done + len(piece.pcm)]
+            end = done + len(piece.pcm)
+            end = min(end, quiet.length(len(user_pcm)) if quiet else len(user_pcm))
+            user = lengthened(user_pcm[done:end], end - done)
             write(user, piece.pcm[: len(user)])
-            done += len(user)
+            done = end
         report.advance(len(piece.text) / frame_rate)
         for idx in piece.text:
             report.said(captions.add(int(idx)))
     report.said(captions.end())
-    return join(pieces, len(user_pcm))
+    return join(pieces, quiet.length(len(user_pcm)) if quiet else len(user_pcm))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pplex.files import PIPE, Place, put, write_text
+from pplex.respond.ending import Ending
 from pplex.respond.request import Request
 from pplex.respond.transcript import Word
 
@@ -115,6 +116,8 @@ class Stats:
     outputs: dict[str, str]
     audio_s: float
     tail_s: float
+    words: int
+    cut_off: bool
     frames: int
     prompt_frames: int
     load_s: float
@@ -199,6 +202,7 @@ class Source:
     """The sound that was answered: its length, tail included, and how it came."""
 
     audio_s: float
+    tail_s: float
     rate: int
     channels: int
 
@@ -206,6 +210,7 @@ class Source:
 def make_stats(
     request: Request,
     source: Source,
+    ending: Ending,
     local: LocalModel,
     info: ModelInfo,
     step_ms: Latency,
@@ -234,7 +239,9 @@ def make_stats(
         input=str(request.source),
         outputs={k: str(path) for k, path in request.outputs.files().items()},
         audio_s=source.audio_s,
-        tail_s=settings.tail_s,
+        tail_s=source.tail_s,
+        words=ending.words,
+        cut_off=ending.cut_off,
         frames=frames,
         prompt_frames=prompt_frames,
         load_s=parts["load"],
@@ -284,6 +291,21 @@ class Outcome:
     detail: str
 
 
-# Checks what was written for a recording: its path, the files by what they are, the
-# figures, and what the agent said.
-Check = Callable[[Path, dict[str, Path], Stats, Sequence[Word]], list[Outcome]]
+class Check(Protocol):
+    """Checks what was written for a recording."""
+
+    def asked(self) -> dict[str, Any]:
+        """What is asked, as JSON has it: the same question gives the same."""
+
+    def __call__(
+        self,
+        source: Path,
+        files: dict[str, Path],
+        figures: Mapping[str, Any],
+        words: Sequence[Word] | None,
+    ) -> list[Outcome]:
+        """Check the answer to ``source`` in ``files``, by what they are.
+
+        ``figures`` are those of ``Stats``, as far as they are known; they and what
+        the agent said are looked for beside the output where they are not.
+        """
