@@ -200,7 +200,7 @@ def test_another_output_is_not_done(answered):
 
 # The lock
 
-BEGUN = {"recording": "a.wav", "settings": "s", "sha256": "0"}
+BEGUN = {"recording": "a.wav", "settings": "s", "size": 6, "mtime_ns": 1, "sha256": "0"}
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
