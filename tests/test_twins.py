@@ -9,6 +9,7 @@ import ctypes
 import filecmp
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,10 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.file_download
+import mlx.core as mx
 import pytest
 from fake_hub import FakeHub, fake_hub
 from huggingface_hub import constants
-from twins import REPOS, SIZES, VOICES, write_twin
+from twins import REPOS, SIZES, VOICES, config_text, write_twin
+
+from pplex.checkpoint.config import unknown_keys
 
 # Read off the published files by others.
 PUBLISHED_BYTES = {
@@ -207,6 +211,106 @@ def test_every_command_works_through_the_hub_and_then_offline(
         assert (respond(), respond("--voice", "NATM1")) == ("NATF2", "NATM1")
     else:
         assert "has no voices; give one with --voice FILE.wav" in respond()
+
+
+@pytest.mark.parametrize("name", REPOS)
+def test_nothing_of_a_published_config_is_unknown(name, tmp_path):
+    path = tmp_path / "config.json"
+    for config in SIZES.values():
+        path.write_text(config_text(REPOS[name], config) or "{}")
+        assert unknown_keys(path) == []
+
+
+def test_what_nobody_needs_is_ignored_and_said(twins, run, hub, tmp_path, data):
+    """With -v of a known repository; of others it is a warning."""
+    folder = tmp_path / "8bit"
+    shutil.copytree(twins("8bit"), folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"surprise": 1, "temporal": raw["temporal"] | {"novelty": {}}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    heads = mx.load(str(folder / "embeddings.safetensors"))
+    heads |= {f"extra_heads.{i}.weight": mx.ones((2, 64)) for i in range(5)}
+    mx.save_safetensors(str(folder / "embeddings.safetensors"), heads)
+    model = serve(hub, "8bit", folder)
+    assert run("models", "pull", model).exit_code == 0
+    said = [
+        "config.json: keys that nothing here needs are ignored: `surprise`, "
+        "`temporal.novelty`",
+        "embeddings.safetensors: tensors that nothing here needs are ignored: "
+        "`extra_heads.0.weight`, `extra_heads.1.weight`, `extra_heads.2.weight` and 2 "
+        "more",
+    ]
+    user, out = data / "respond" / "user_c.wav", tmp_path / "o.wav"
+    respond = ("respond", user, "-o", out, "--overwrite", "--model")
+    assert not {*run(*respond, model).stderr.splitlines()} & {*said}
+    assert {*run(*respond, model, "-v").stderr.splitlines()} >= {*said}
+    warned = {f"warning: {line}" for line in said}
+    assert {*run(*respond, folder).stderr.splitlines()} >= warned
+    assert {*run("models", "verify", model).stdout.splitlines()} >= {
+        f"note     {line}" for line in said
+    }
+    assert run("models", "verify", folder, "-q").stdout.splitlines() == [
+        f"warning  {line}" for line in said
+    ]
+
+
+def test_float_types_are_taken_as_they_come(twins, run, tmp_path, data):
+    """Each tensor in another type than its neighbour; what they mean is the same."""
+    for name in ("bf16", "8bit"):
+        folder = tmp_path / name
+        shutil.copytree(twins(name), folder)
+        for path in folder.glob("*.safetensors"):
+            arrays = mx.load(str(path))
+            for i, (key, array) in enumerate(sorted(arrays.items())):
+                if array.dtype != mx.uint32:
+                    # From bfloat16 and float16 alike, these lose nothing.
+                    types = (array.dtype, mx.float32)
+                    arrays[key] = array.astype(types[i % 2])
+            mx.save_safetensors(str(path), arrays)
+        user = data / "respond" / "user_c.wav"
+        replies = []
+        for model in (folder, twins(name)):
+            out = tmp_path / f"{len(replies)}.wav"
+            args = ("--greedy", "--model", model, "--overwrite")
+            assert run("respond", user, "-o", out, *args).exit_code == 0
+            replies.append(out.read_bytes())
+        assert replies[0] == replies[1]
+        assert run("models", "verify", folder, "-q").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("temporal.safetensors", "missing", "`out_norm.alpha` is missing"),
+        ("temporal.safetensors", "shape", "`out_norm.alpha` has shape [1, 1, 63]"),
+        ("mimi.safetensors", "missing", "`decoder.model.0.conv.conv.bias` is missing"),
+        ("depformer.safetensors", "more", "`depformer_in.15.extra`"),
+    ],
+)
+def test_what_matters_still_stops_and_says_what_to_report(
+    twins, run, tmp_path, data, file, change, says
+):
+    folder = tmp_path / "8bit"
+    shutil.copytree(twins("8bit"), folder)
+    arrays = mx.load(str(folder / file))
+    key = "decoder.model.0.conv.conv.bias" if "mimi" in file else "out_norm.alpha"
+    if change == "missing":
+        del arrays[key]
+    elif change == "shape":
+        arrays[key] = arrays[key][..., 1:]
+    else:
+        arrays["depformer_in.15.extra"] = mx.ones(1)
+    mx.save_safetensors(str(folder / file), arrays)
+    user, out = data / "respond" / "user_c.wav", tmp_path / "o.wav"
+    result = run("respond", user, "-o", out, "--model", folder)
+    assert (result.exit_code, out.exists()) == (1, False)
+    assert says in result.stderr
+    assert f"if {file} is as published, report it with what" in result.stderr
+    assert f"`pplex models verify {folder}` prints" in result.stderr
+    printed = run("models", "verify", folder).stdout
+    assert says in printed
+    if "mimi" not in file:
+        assert f"note     {file}: {len(arrays)} tensors (" in printed
 
 
 def test_a_file_in_the_names_of_moshi_mlx_is_enough(twins, run, tmp_path, data):

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from pplex.checkpoint.layouts import check_floating, missing, wrong_shape
-from pplex.errors import PplexError
+from pplex.checkpoint.layouts import (
+    check_floating,
+    check_left,
+    missing,
+    wrong_shape,
+)
 from pplex.model.config import MimiConfig
 
 Arrays = dict[str, mx.array]
@@ -85,11 +89,12 @@ def published_shapes(config: MimiConfig) -> dict[str, tuple[int, ...]]:
 def sanitize_codec(arrays: Arrays, config: MimiConfig, path: Path) -> Arrays:
     """Our weights from the tensors of the file ``path``: float32, channels last.
 
-    A tensor that is missing, extra or of another shape raises with its name.
+    A tensor that is missing, of another shape, or left over of a part that the codec
+    has raises with its name.
     """
     left = {
-        re.sub(r"(?<=_codebook\.)\w+$", lambda m: _OLD_NAMES.get(m[0], m[0]), name): a
-        for name, a in arrays.items()
+        _new_name(name): array
+        for name, array in arrays.items()
         if not name.endswith(_FLAGS)
     }
     published: Arrays = {}
@@ -101,11 +106,7 @@ def sanitize_codec(arrays: Arrays, config: MimiConfig, path: Path) -> Arrays:
             raise wrong_shape(path, name, array.shape, shape)
         check_floating(path, name, array)
         published[name] = array.astype(mx.float32)
-    if left:
-        raise PplexError(
-            f"{path}: has the tensor `{sorted(left)[0]}`, which a codec of these sizes "
-            "does not have; is config.json the one for it?"
-        )
+    check_left(path, left, published)
     weights = {}
     for name, array in published.items():
         if "_codebook" not in name:
@@ -122,6 +123,12 @@ def sanitize_codec(arrays: Arrays, config: MimiConfig, path: Path) -> Arrays:
             tables.append(published[f"{stem}.embedding_sum"] / usage[:, None])
         weights[f"quantizer.{ours}.codebooks"] = mx.stack(tables)
     return weights
+
+
+def _new_name(name: str) -> str:
+    return re.sub(
+        r"(?<=_codebook\.)\w+$", lambda match: _OLD_NAMES.get(match[0], match[0]), name
+    )
 
 
 def _our_name(name: str) -> str:

@@ -31,8 +31,26 @@ MAX_CONFIG_BYTES = 1 << 20
 
 def load_config(path: Path) -> ModelConfig:
     """Read ``config.json`` at ``path``; the published 7B sizes if there is no file."""
+    try:
+        config = _parse(_read(path))
+        _check(config)
+    except _ConfigError as e:
+        raise PplexError(f"{path}: {e}; {report_it(path)}") from e
+    return config
+
+
+def report_it(path: Path) -> str:
+    """What to do about a file of a model that should be readable."""
+    return (
+        f"if {path.name} is as published, report it with what `pplex models verify "
+        f"{path.parent}` prints"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in ``config.json``; an empty one if there is no file."""
     if not path.is_file():
-        return ModelConfig()
+        return {}
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise PplexError(f"{path}: a config.json of over 1 MiB is not one of ours")
@@ -41,12 +59,24 @@ def load_config(path: Path) -> ModelConfig:
         raise PplexError(f"{path}: not readable as JSON ({e})") from e
     if not isinstance(raw, dict):
         raise PplexError(f"{path}: expected a JSON object at the top")
-    try:
-        config = _parse(raw)
-        _check(config)
-    except _ConfigError as e:
-        raise PplexError(f"{path}: {e}") from e
-    return config
+    return raw
+
+
+def unknown_keys(path: Path) -> list[str]:
+    """Keys of ``config.json`` that mean nothing here, as far as is known; sorted."""
+    raw = _read(path)
+    top = {*_TOP, *_SECTIONS}
+    if "lm" not in raw and "temporal" not in raw:
+        top |= _LM_KEYS
+    unknown = raw.keys() - top
+    for name, known in _SECTIONS.items():
+        for group in (name, f"explicit.{name}"):
+            section: Any = raw
+            for key in group.split("."):
+                section = section.get(key) if isinstance(section, dict) else None
+            if isinstance(section, dict):
+                unknown |= {f"{group}.{key}" for key in section.keys() - known}
+    return sorted(unknown)
 
 
 def split_config(
@@ -138,6 +168,13 @@ _LM_FIXED = {
     "depformer_weights_per_step": True,
     "norm_emb": False,
     "bias_proj": False,
+    "text_card_out": None,
+    "demux_second_stream": False,
+    "cross_attention": False,
+    "kv_repeat": 1,
+    "depformer_kv_repeat": 1,
+    "depformer_low_rank_embeddings": None,
+    "depformer_weights_per_step_schedule": None,
 }
 # Read by the reference, without effect on what it computes.
 _LM_IGNORED = {"depformer_context", "depformer_max_period", "depformer_norm"}
@@ -275,17 +312,60 @@ def _parse_mimi(raw: dict[str, Any]) -> MimiConfig:
     return config
 
 
+# Keys at the top that are for people, for other programs, or for choosing files.
+_TOP = {
+    *("model_type", "version", "base_model", "model_id", "architectures"),
+    *("moshi_name", "mimi_name", "tokenizer_name", "voices_name", "voices"),
+    *("sample_rate", "frame_rate", "sampling", "lm_gen_config", "quantization"),
+    *("conditioners", "fuser", "lora", "lora_name", "tts_config", "stt_config"),
+    *("delays", "silence_codes", "sine_codes", "explicit"),
+}
+
+
+def _names(section: type) -> set[str]:
+    return {field.name for field in fields(section)}
+
+
+_SECTIONS = {
+    "lm": _LM_KEYS,
+    "temporal": {
+        *("dim", "num_layers", "num_heads", "hidden_scale", "n_q", "card"),
+        *("text_card", "context", "max_period"),
+    },
+    "depformer": {
+        *("dim", "num_layers", "num_heads", "dim_feedforward", "num_steps", "card"),
+        *("text_card", "context", "weights_per_step", "multi_linear"),
+    },
+    "mimi": {
+        *_names(MimiConfig),
+        *_MIMI_FIXED,
+        "encoder_frame_rate",
+        *("codebook_size", "codebook_dim", "dimension"),  # in part, as published
+        *("seanet_ratios", "transformer_layers"),
+    },
+    "mimi.seanet": {*_names(SeanetConfig), *_SEANET_FIXED, "dilation_base"},
+    "mimi.transformer": {
+        *_names(CodecTransformerConfig),
+        *_TRANSFORMER_FIXED,
+        *("input_dimension", "output_dimensions", "layer_scale"),
+    },
+    "mimi.quantizer": {
+        *_names(QuantizerConfig),
+        *("input_dimension", "output_dimension"),
+    },
+}
+
 Section = TypeVar("Section")
 
 
 def _build(cls: type[Section], values: dict[str, Any], where: str) -> Section:
-    """Make a config section of checked numbers; unknown keys raise."""
+    """Make a config section of checked numbers; see ``unknown_keys`` for others."""
     defaults = cls()
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            raise _ConfigError(f"unknown key `{where}.{key}`")
+            continue
         default = getattr(defaults, key)
         if isinstance(default, tuple):
             if not isinstance(value, list | tuple) or not all(

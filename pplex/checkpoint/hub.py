@@ -15,7 +15,7 @@ from pplex.checkpoint.hub_cache import (
     cached_snapshot,
     remove_from_cache,
 )
-from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
+from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS, known_repo
 from pplex.errors import PplexError
 
 _REPO_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
@@ -38,6 +38,11 @@ class LocalModel:
     def folder(self) -> CheckpointFolder:
         """Which file is what."""
         return CheckpointFolder(self.path)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is one of ``KNOWN_MODELS``."""
+        return self.name in KNOWN_MODELS or known_repo(self.repo) is not None
 
 
 def resolve(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from pplex.checkpoint.config import report_it
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig
 
@@ -257,7 +258,35 @@ def stored_form(
 
 def missing(path: Path, name: str) -> PplexError:
     """The error for a tensor that a file lacks."""
-    return PplexError(f"{path}: the tensor `{name}` is missing; get the file again")
+    return PplexError(
+        f"{path}: the tensor `{name}` is missing; get the file again, or "
+        f"{report_it(path)}"
+    )
+
+
+def unneeded(names: Iterable[str], ours: Iterable[str]) -> list[str]:
+    """The ``names`` of tensors that belong to no part of a model with tensors ``ours``.
+
+    As what Kyutai's fine-tunings add: ``condition_provider``, ``extra_heads``.
+    """
+    parts = {name.split(".")[0] for name in ours}
+    return sorted(name for name in names if name.split(".")[0] not in parts)
+
+
+def check_left(path: Path, left: Iterable[str], ours: Iterable[str]) -> None:
+    """Refuse tensors of the model's own parts that its sizes have no place for."""
+    if extra := sorted({*left} - {*unneeded(left, ours)}):
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise PplexError(
+            f"{path}: has the tensor `{extra[0]}`, which these sizes do not have"
+            f"{more}; {_sizes(path)}"
+        )
+
+
+def _sizes(path: Path) -> str:
+    known = (path.parent / "config.json").is_file()
+    sizes = "config.json is" if known else "the 7B's sizes, without a config.json, are"
+    return f"see whether {sizes} right for it, or {report_it(path)}"
 
 
 def check_floating(path: Path, name: str, array: mx.array) -> None:
@@ -273,5 +302,5 @@ def wrong_shape(
     """The error for a tensor of another shape than the sizes of the model give."""
     return PplexError(
         f"{path}: the tensor `{name}` has shape {list(found)}, expected "
-        f"{list(expected)} or its quantized form; is config.json the one for it?"
+        f"{list(expected)} or its quantized form; {_sizes(path)}"
     )

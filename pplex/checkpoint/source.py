@@ -10,12 +10,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from pplex.checkpoint.config import report_it
 from pplex.checkpoint.folder import SPLIT_PARTS, CheckpointFolder
 from pplex.checkpoint.layouts import (
     LAYOUTS,
     Layout,
     Matrix,
     Quantization,
+    check_left,
     missing,
     stored_form,
 )
@@ -53,15 +55,12 @@ class Stored:
         return math.prod(self.matrix.shape)
 
 
-# What Kyutai's fine-tunings have beside the model; moshi_mlx skips it too.
-_FINE_TUNED = "condition_provider.", "extra_heads."
-
-
 class Source:
     """The checked headers of a language model's files; values are read when asked for.
 
     ``layout`` is the name of one of ``LAYOUTS``, ``steps`` the depformer steps in the
-    file, ``matrices`` what it holds in the order of its table.
+    file, ``matrices`` what it holds in the order of its table, ``unneeded`` the names
+    of each file's tensors that belong to no part of the model.
     """
 
     def __init__(self, folder: CheckpointFolder, config: LmConfig) -> None:
@@ -77,13 +76,10 @@ class Source:
             _stored(matrix, file, specs[file])
             for file, matrix in self._table(self.steps)
         ]
-        for file, unused in specs.items():
-            if left := [name for name in unused if not name.startswith(_FINE_TUNED)]:
-                more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-                raise PplexError(
-                    f"{file}: has the tensor `{min(left)}`, which this layout and "
-                    f"these sizes do not have{more}; is config.json the one for it?"
-                )
+        ours = [stored.matrix.name for stored in self.matrices]
+        for file, left in specs.items():
+            check_left(file, left, ours)
+        self.unneeded = {file: sorted(left) for file, left in specs.items()}
         self._places = dict(_places(self.matrices))
         self._read: dict[Path, dict[str, mx.array]] = {}
 
@@ -218,7 +214,7 @@ def _tell_layout(path: Path, names: list[str], is_split: bool) -> Layout:
             return layout
     raise PplexError(
         f"{path}: not a PersonaPlex or Moshi language model: it has no "
-        "`transformer.layers.0.self_attn.in_proj` weight"
+        f"`transformer.layers.0.self_attn.in_proj` weight; {report_it(path)}"
     )
 
 
@@ -243,7 +239,7 @@ def _stored(matrix: Matrix, path: Path, left: dict[str, TensorSpec]) -> Stored:
         if spec.dtype not in (("U32",) if packed else floating):
             raise PplexError(
                 f"{path}: the tensor `{spec.name}` is {spec.dtype}, expected "
-                f"{'U32' if packed else ' or '.join(floating)}"
+                f"{'U32' if packed else ' or '.join(floating)}; {report_it(path)}"
             )
     return Stored(matrix, path, specs, form)
 

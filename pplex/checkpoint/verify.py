@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 from pplex.checkpoint import hashes
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
-from pplex.checkpoint.safetensors import TensorSpec
+from pplex.checkpoint.ignored import ignored
+from pplex.checkpoint.safetensors import TensorSpec, read_specs
 from pplex.checkpoint.source import Source, is_finite
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.voices import (
@@ -81,11 +83,30 @@ def _verify(
         source = Source(local.folder, config.lm)
     except PplexError as e:
         yield Finding("fault", "language model", str(e))
+        yield from _contents(folder)
     if source is not None:
         yield from tensors(source)
+        level: Level = "note" if local.is_known else "warning"
+        yield from (Finding(level, *line) for line in ignored(folder))
     yield from _codec(folder, config)
     yield from _tokenizer(folder, config)
     yield from _voices(folder, config, source)
+
+
+def _contents(folder: CheckpointFolder) -> Iterator[Finding]:
+    """What the files of a language model hold that does not fit: for a report."""
+    if folder.fault:
+        return
+    for path in folder.lm_files:
+        try:
+            specs = read_specs(path)
+        except PplexError as e:
+            yield Finding("fault", path.name, str(e))
+            continue
+        types = Counter(spec.dtype for spec in specs.values())
+        counts = ", ".join(f"{count} {dtype}" for dtype, count in types.most_common())
+        names = f"from `{min(specs)}` to `{max(specs)}`" if specs else "none"
+        yield Finding("note", path.name, f"{len(specs)} tensors ({counts}), {names}")
 
 
 def _headers(source: Source) -> Iterator[Finding]:

@@ -66,9 +66,16 @@ class Lines:
         click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
 
     def loading(self, local: LocalModel) -> None:
-        """Say what is being loaded."""
+        """Say what is being loaded, and what of it nobody knows to need."""
+        from pplex.checkpoint.ignored import ignored
+
         revision = f", revision {local.revision}" if local.revision else ""
         self.say(f"loading {local.name} ({local.path}{revision})", VERBOSE)
+        for what, text in ignored(local.folder):
+            if local.is_known:
+                self.say(f"{what}: {text}", VERBOSE)
+            else:
+                self.say(f"warning: {what}: {text}")
 
     def checked(self, outcomes: Sequence[Outcome], key: str | None = None) -> None:
         """Say how the checks of an output went; what failed even when quiet.

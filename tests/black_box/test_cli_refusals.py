@@ -387,8 +387,8 @@ def one_axis_more(key: str) -> Callable[[Tensors], None]:
     return change
 
 
-def an_extra(tensors: Tensors) -> None:
-    tensors["surplus.weight"] = ("F32", [1], bytes(4))
+def an_extra(key: str) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({key: ("F32", [1], bytes(4))})
 
 
 @pytest.mark.parametrize("name", [LM, MIMI])
@@ -414,10 +414,32 @@ def test_a_missing_tensor_is_named(refuses, call, damaged, name):
     refuses(call, model=folder, names=(name, KEYS[name]))
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (LM, "transformer.layers.9.norm1.alpha"),
+        (LM, "text_linear.bias"),
+        (MIMI, "encoder.model.99.conv.conv.weight"),
+    ],
+)
+def test_an_extra_tensor_of_the_models_parts_is_named(
+    refuses, call, damaged, name, key
+):
+    folder = damaged(name, edited(an_extra(key)))
+    refuses(call, model=folder, names=(name, key, f"pplex models verify {folder}"))
+
+
 @pytest.mark.parametrize("name", [LM, MIMI])
-def test_an_extra_tensor_is_named(refuses, call, damaged, name):
-    folder = damaged(name, edited(an_extra))
-    refuses(call, model=folder, names=(name, "surplus.weight"))
+def test_a_tensor_that_nobody_needs_is_a_warning(run, call, damaged, tmp_path, name):
+    folder, out = damaged(name, edited(an_extra("surplus.weight"))), tmp_path / "o.wav"
+    result = run("respond", call, "-o", out, "--model", folder)
+    assert (result.exit_code, out.is_file()) == (0, True)
+    warnings = [x for x in result.stderr.splitlines() if x.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert f"{name}: " in warnings[0] and "`surplus.weight`" in warnings[0]
+    verified = run("models", "verify", folder, "-q")
+    assert verified.exit_code == 0
+    assert "`surplus.weight`" in verified.stdout
 
 
 @pytest.mark.parametrize("name", [LM, MIMI])
@@ -453,7 +475,6 @@ def config_with(**entries: object) -> Callable[[bytes], bytes]:
         (lambda content: b"{", "JSON"),
         (lambda content: b"\xff\xfe", "JSON"),
         (lambda content: b"[]", "object"),
-        (config_with(wings=2), "lm.wings"),
         (config_with(dim=-4), "lm.dim"),
         (config_with(dim="wide"), "lm.dim"),
         (config_with(norm="layer_norm"), "lm.norm"),
@@ -463,6 +484,15 @@ def config_with(**entries: object) -> Callable[[bytes], bytes]:
 def test_a_wrong_config_is_refused_with_its_key(refuses, call, damaged, change, found):
     folder = damaged("config.json", change)
     refuses(call, model=folder, names=(folder / "config.json", found))
+
+
+def test_a_key_that_nobody_knows_is_a_warning(run, call, damaged, tmp_path):
+    folder, out = damaged("config.json", config_with(wings=2)), tmp_path / "o.wav"
+    result = run("respond", call, "-o", out, "--model", folder)
+    assert (result.exit_code, out.is_file()) == (0, True)
+    warnings = [x for x in result.stderr.splitlines() if x.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "config.json: " in warnings[0] and "`lm.wings`" in warnings[0]
 
 
 def test_weights_of_other_sizes_than_the_config_are_refused(refuses, call, damaged):
