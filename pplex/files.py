@@ -7,6 +7,7 @@ import re
 import secrets
 import stat
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,7 +192,7 @@ def plan_files(
     for name in names:
         stem = name.removesuffix(".wav").replace("/", "-").replace("\\", "-")
         planned[name] = folder / (stem.strip(".-") + ending)
-    if len(set(planned.values())) < len(names):
+    if len({folded(path) for path in planned.values()}) < len(names):
         raise PplexError(
             f"two recordings would have one file in {folder}; take them one by one"
         )
@@ -205,6 +206,16 @@ def plan_files(
     except OSError as e:
         raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
     return planned
+
+
+def folded(path: Path) -> str:
+    """What a name is to a file system for which capitals are small letters.
+
+    Nor does it tell Unicode's forms of one letter apart, or see what has no width.
+    """
+    text = unicodedata.normalize("NFD", str(path)).casefold()
+    text = unicodedata.normalize("NFC", text)
+    return "".join(c for c in text if unicodedata.category(c) != "Cf")
 
 
 def real_path(path: Path) -> Path:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import unicodedata
 from pathlib import Path
 
 import pytest
+import soundfile
 
 from pplex.batch.plan import OutputOptions, Selection, in_shard, make_plan, seed_for
 from pplex.conversation.roles import ROLES
@@ -38,7 +41,8 @@ def plan(tmp_path):
         **options,
     ) -> list[Request]:
         outdir = options.pop("outdir", tmp_path / "out")
-        return make_plan(Selection(inputs, **options), outdir, wanted, SETTINGS)
+        selection = Selection(inputs, **options)
+        return make_plan(selection, outdir, wanted, SETTINGS).requests
 
     return make
 
@@ -95,12 +99,74 @@ def test_equal_names_of_other_formats_do_not_collide(tree, plan, tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [("a.flac", "a.flac.wav"), ("a.wav", "A.WAV"), ("a.wav", "a.user.wav")],
+    [
+        ("a.flac", "a.flac.wav"),
+        ("a.wav", "A.WAV"),
+        ("a.wav", "a.user.wav"),
+        ("\u00e9.wav", "e\u0301.wav"),  # one name on a Mac
+        ("stra\u00dfe.wav", "STRASSE.wav"),
+        ("\u0399\u0308\u0301.wav", "\u0390.wav"),
+        ("\u212b.wav", "\u00e5.wav"),  # the sign of the unit, and the letter
+        ("\u00c5/a.wav", "A\u030a/a.wav"),
+        ("a\u200d.wav", "a.wav"),  # ext4's casefold sees no joiner
+    ],
 )
 def test_what_would_still_collide_is_told_apart(tree, plan, names):
-    tasks = plan(tree(*names), wanted=OutputOptions(layout="separate"))
-    files = [str(p).casefold() for t in tasks for p in t.outputs.files().values()]
-    assert len(set(files)) == 4
+    """By every name that a file system may take it for."""
+    tasks = plan(tree(*names), wanted=OutputOptions(layout="separate"), recursive=True)
+    files = [str(p) for t in tasks for p in t.outputs.files().values()]
+    for fold in (str.upper, str.lower, str.casefold, lambda name: name):
+        for form in ("NFC", "NFD"):
+            seen = {unicodedata.normalize(form, fold(name)) for name in files}
+            assert len({name.replace("\u200d", "") for name in seen}) == 4
+    keys = [t.key for t in tasks]
+    assert len(set(keys)) == 2
+
+
+def test_everything_that_respond_reads_is_found_in_a_folder(tree, plan):
+    """Whatever libsndfile knows, under the suffix that the format goes by."""
+    suffixes = {"NIST": "sph", "IRCAM": "sf", "SVX": "8svx", "WAVEX": "wav"}
+    kinds = soundfile.available_formats().keys() - {"RAW", "MPC2K"}
+    names = {f"{kind}.{suffixes.get(kind, kind.lower())}" for kind in kinds}
+    names |= {"x.aif", "x.aifc", "x.opus", "x.oga", "x.snd", "x.bwf", "x.MP2"}
+    assert {t.key for t in plan(tree(*names))} == names
+
+
+def test_what_a_folder_holds_beside_recordings_is_counted(tree, tmp_path):
+    folder = tree("a.wav", "b.m4a", "c.M4A", "d", ".e.m4a", "x/f.wav", ".y/g.wav")
+    tree("out/a.wav")
+
+    def left_out(**options):
+        selection = Selection((folder,), **options)
+        return make_plan(selection, folder / "out", OutputOptions(), SETTINGS).left_out
+
+    flat = left_out()
+    assert (flat.suffixes, flat.folders) == ({".m4a": 2, "no suffix": 1}, 1)
+    files, folders = flat.sentences()
+    assert (
+        "3 files that are no recordings by their names (.m4a 2, no suffix 1)" in files
+    )
+    assert "1 folder within; --recursive" in folders
+    assert left_out(recursive=True).folders == 0
+    assert not left_out(glob="a.*", recursive=True).sentences()
+
+
+def test_a_folder_that_cannot_be_read_is_named(tree, plan, monkeypatch):
+    folder = tree("a.wav", "x/b.wav")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "x":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    selection = Selection((folder,), recursive=True)
+    found = make_plan(selection, folder / "out", OutputOptions(), SETTINGS)
+    assert [request.key for request in found.requests] == ["a.wav"]
+    assert found.left_out.unreadable == {str(folder / "x"): "Permission denied"}
+    with pytest.raises(PplexError, match="x cannot be read: Permission denied"):
+        plan(folder / "x")
 
 
 def test_several_folders_lie_side_by_side(tree, plan, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from dialogues import write_dialogue
 from test_score import batch, manifest_line, transcript
 
@@ -232,3 +233,52 @@ def test_a_picture_has_levels_speech_words_and_what_went_wrong(tmp_path):
     ticks = {int(second): float(x) for x, second in found}
     mark = re.search(r'<g id="interruption">\s*<path d="M ([\d.]+)', picture)
     assert float(mark[1]) == pytest.approx(ticks[2], abs=1)
+
+
+def test_silence_and_cut_ends_are_counted_and_the_tail_is_named(tmp_path, run):
+    for name, agent in (("a", ((3.4, 6),)), ("b", ()), ("c", ((3.4, 8),))):
+        write_dialogue(tmp_path / f"{name}.wav", ((1, 3),), agent, 8.0)
+    said = (
+        "the agent said nothing in 1 of 3 recordings: a longer --tail",
+        "the agent was cut off at the end of 1 of 3 recordings: --tail auto",
+    )
+    report, score = run("report", tmp_path), run("score", tmp_path, "--vad", "energy")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in said:
+        assert text in report.stderr and text in page and text in score.stdout
+    result = run("score", tmp_path, "--vad", "energy", "--format", "json")
+    content = json.loads(result.stdout)
+    found = {row["name"]: row["ending"] for row in content["recordings"]}
+    assert [found[f"{n}.wav"]["said_nothing"] for n in "abc"] == [0, 1, 0]
+    assert [found[f"{n}.wav"]["cut_off_at_end"] for n in "abc"] == [0, 0, 1]
+    # What the agent said is better known by its words.
+    transcript(tmp_path / "a.json")
+    transcript(tmp_path / "b.json", ("yes", 5.0, 5.4))
+    content = json.loads(run("score", tmp_path, "--format", "json").stdout)
+    found = {row["name"]: row["ending"] for row in content["recordings"]}
+    assert [found[f"{n}.wav"]["said_nothing"] for n in "abc"] == [1, 0, 0]
+
+
+def test_recordings_of_every_suffix_are_found_and_others_counted(tmp_path, run):
+    write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    pcm, rate = soundfile.read(tmp_path / "a.wav")
+    soundfile.write(tmp_path / "b.sph", pcm, rate, format="NIST")
+    (tmp_path / "c.m4a").write_text("x")
+    (tmp_path / "notes.txt").write_text("ours, perhaps")
+    found = find([tmp_path])
+    assert [item.name for item in found.items] == ["a.wav", "b.sph"]
+    (note,) = found.notes
+    assert note.startswith(f"{tmp_path}: left out: 1 file") and "(.m4a 1)" in note
+    assert "(.m4a 1)" in run("report", tmp_path).stderr
+    assert "(.m4a 1)" in run("score", tmp_path, "--vad", "energy").stdout
+
+
+def test_what_fails_a_check_of_the_batch_is_said(tmp_path):
+    write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    outcome = {"check": "says", "passed": False, "detail": "no"}
+    checks = {"asked": {"says": "yes"}, "outcomes": [outcome]}
+    audio = {"audio": {"path": "a.wav"}}
+    line = manifest_line("a.wav", "done", outputs=audio, checks=checks)
+    (tmp_path / "manifest.jsonl").write_text(line)
+    (note,) = find([tmp_path]).notes
+    assert "1 of 1 recordings fail a check of pplex batch: a.wav" in note

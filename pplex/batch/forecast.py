@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from pplex.audio.folders import LeftOut
 from pplex.batch.decoding import PROMPT_FRAMES, Size
 from pplex.batch.describe import Description
 from pplex.batch.lock import begun_in
@@ -46,6 +47,7 @@ class Forecast:
     failed: dict[str, str] = field(default_factory=dict)
     failed_before: int = 0
     kept: Kept = field(default_factory=Kept)
+    left_out: LeftOut = field(default_factory=LeftOut)
     replaced: int = 0
     audio_s: float = 0.0
     longest_s: float = 0.0
@@ -88,6 +90,7 @@ def forecast(batch: Batch, progress: bool) -> Forecast:
         failed=dict(left.failed),
         failed_before=len(left.failed),
         kept=left.kept,
+        left_out=work.left_out,
         replaced=left.replaced,
     )
     for request, seconds in _read(left.todo, model.config.sample_rate):

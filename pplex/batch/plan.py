@@ -19,14 +19,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pplex.audio.folders import LeftOut, is_recording, list_folder
 from pplex.batch.jobsfile import Row, read_jobs
 from pplex.errors import PplexError
+from pplex.files import folded
+from pplex.respond.manifest import manifest_name
 from pplex.respond.request import Layout, Outputs, Request, Settings
-
-SUFFIXES = frozenset(
-    ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .w64 .rf64 .au .snd "
-    ".caf".split()
-)
 
 
 @dataclass(frozen=True)
@@ -70,18 +68,27 @@ class _Found:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The requests of a batch, sorted by key, and what folders hold beside them."""
+
+    requests: list[Request]
+    left_out: LeftOut
+
+
 def make_plan(
     selection: Selection, outdir: Path, options: OutputOptions, settings: Settings
-) -> list[Request]:
-    """The requests of a batch, sorted by key."""
+) -> Plan:
+    """What a batch is to do."""
+    left_out = LeftOut()
     if selection.jobs is not None:
         found = _from_jobs(selection.jobs, settings)
     else:
-        found = _from_inputs(selection, outdir, options, settings)
+        found = _from_inputs(selection, outdir, options, settings, left_out)
     requests = [_request(one, outdir, options) for one in _named_apart(found)]
     requests = _outputs_apart(requests, options)
     _spare_inputs(requests)
-    return sorted(requests, key=lambda request: request.key)
+    return Plan(sorted(requests, key=lambda request: request.key), left_out)
 
 
 def in_shard(key: str, shard: tuple[int, int]) -> bool:
@@ -160,7 +167,11 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
 
 
 def _from_inputs(
-    selection: Selection, outdir: Path, options: OutputOptions, settings: Settings
+    selection: Selection,
+    outdir: Path,
+    options: OutputOptions,
+    settings: Settings,
+    left_out: LeftOut,
 ) -> list[_Found]:
     bases = {p if p.is_dir() else p.parent for p in map(_absolute, selection.inputs)}
     top = Path(os.path.commonpath(bases)) if bases else Path()
@@ -168,9 +179,9 @@ def _from_inputs(
     for given in selection.inputs:
         path = _absolute(given)
         if path.is_dir():
-            base, names = path, list(_names_in(path, selection, outdir, options))
+            base, names = path, _names_in(path, selection, outdir, options, left_out)
             if not names:
-                raise PplexError(_nothing_in(given, selection))
+                raise PplexError(_nothing_in(given, selection, left_out))
         else:
             base, names = path.parent, [path.name]
         for name in names:
@@ -212,49 +223,49 @@ def _absolute(path: Path) -> Path:
 
 
 def _names_in(
-    folder: Path, selection: Selection, outdir: Path, options: OutputOptions
-) -> Iterator[str]:
+    folder: Path,
+    selection: Selection,
+    outdir: Path,
+    options: OutputOptions,
+    left_out: LeftOut,
+) -> list[str]:
     """Recordings of a folder as relative names with slashes; hidden ones are left."""
     results = _absolute(outdir)
-    spared = {results} if results != folder else set()
-    own_names = _own_names(options) if results == folder else set()
-    visited = set()
-    for current, folders, files in os.walk(folder, followlinks=True):
-        here = Path(current)
-        real = here.resolve()
-        if real in visited or here in spared:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(n for n in folders if not n.startswith("."))
-        if not selection.recursive:
-            folders.clear()
-        for file in sorted(files):
-            name = (here / file).relative_to(folder).as_posix()
-            if not file.startswith(".") and file not in own_names:
-                if _is_wanted(name, selection.glob):
-                    yield name
+    beside = results == folder
+    spared = () if beside else (results,)
+    listed = list_folder(folder, recursive=selection.recursive, spared=spared)
+    own_names = _own_names(options) if beside else set()
+    names: list[str] = []
+    left: list[str] = []
+    for name in listed.names:
+        if PurePosixPath(name).name not in own_names:
+            (names if _is_wanted(name, selection.glob) else left).append(name)
+    # With a pattern the user has said what to leave out.
+    left_out.add(listed, left if selection.glob is None else [])
+    return names
 
 
 def _own_names(options: OutputOptions) -> set[str]:
-    """Names of our outputs where they lie beside the inputs."""
-    if options.name is None:
-        return set()
-    outputs = _outputs_of(Path(options.name), options)
-    return {path.name for path in outputs.files().values()}
+    """Names of what we write, where it lies beside the inputs."""
+    own = {manifest_name()}
+    if options.name is not None:
+        outputs = _outputs_of(Path(options.name), options)
+        own |= {path.name for path in outputs.files().values()}
+    return own
 
 
 def _is_wanted(name: str, pattern: str | None) -> bool:
-    path = PurePosixPath(name)
     if pattern is None:
-        return path.suffix.lower() in SUFFIXES
-    return fnmatchcase(name if "/" in pattern else path.name, pattern)
+        return is_recording(name)
+    return fnmatchcase(name if "/" in pattern else PurePosixPath(name).name, pattern)
 
 
-def _nothing_in(folder: Path, selection: Selection) -> str:
+def _nothing_in(folder: Path, selection: Selection, left_out: LeftOut) -> str:
     what = f"file that fits {selection.glob!r}" if selection.glob else "recording"
-    hint = "" if selection.recursive else "; --recursive looks in its folders too"
-    return f"there is no {what} in {folder}{hint}"
+    why = left_out.sentences()
+    if not selection.recursive and not left_out.folders:
+        why.append("--recursive looks in its folders too")
+    return "; ".join([f"there is no {what} in {folder}", *why])
 
 
 def _named_apart(found: list[_Found]) -> list[_Found]:
@@ -329,7 +340,7 @@ def _sharing(requests: list[Request]) -> dict[str, list[Request]]:
     writers: dict[str, list[Request]] = defaultdict(list)
     for request in requests:
         for path in request.outputs.files().values():
-            writers[str(path).casefold()].append(request)
+            writers[folded(path)].append(request)
     return {path: group for path, group in writers.items() if len(group) > 1}
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pplex.audio.folders import LeftOut
 from pplex.audio.probe import probe
 from pplex.batch.describe import Description, describe
 from pplex.batch.plan import OutputOptions, Selection, in_shard, make_plan
@@ -56,6 +57,7 @@ class Workload:
     requests: list[Request]
     others: list[Request]
     model: Description
+    left_out: LeftOut
 
 
 @dataclass
@@ -91,16 +93,18 @@ class Remaining:
 
 def make_workload(batch: Batch, progress: bool) -> Workload:
     """Find the recordings and the model's files, and check the settings of all."""
-    planned = make_plan(batch.selection, batch.outdir, batch.outputs, batch.settings)
+    plan = make_plan(batch.selection, batch.outdir, batch.outputs, batch.settings)
     shard = batch.shard
-    own = [r for r in planned if shard is None or in_shard(r.key, shard)]
-    others = [r for r in planned if shard is not None and not in_shard(r.key, shard)]
+    own = [r for r in plan.requests if shard is None or in_shard(r.key, shard)]
+    others = [
+        r for r in plan.requests if shard is not None and not in_shard(r.key, shard)
+    ]
     model = describe(
         resolve(batch.model_name, offline=batch.offline, progress=progress)
     )
     for one in {request.settings.voice: request for request in own}.values():
         model.voice_file(model.voice_of(one))
-    return Workload(own, others, model)
+    return Workload(own, others, model, plan.left_out)
 
 
 def remaining(batch: Batch, work: Workload, manifest: Manifest) -> Remaining:

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pplex.audio.folders import LeftOut
 from pplex.batch.decoding import (
     KEPT_ROLES,
     Answered,
@@ -104,6 +105,7 @@ class Summary:
     failed_before: int = 0
     not_run: int = 0
     kept: Kept = field(default_factory=Kept)
+    left_out: LeftOut = field(default_factory=LeftOut)
     replaced: int = 0
     endings: list[Ending] = field(default_factory=list)
     checked: int = 0
@@ -157,6 +159,7 @@ def run_batch(batch: Batch, report: Report) -> Summary:
             failed=dict(left.failed),
             failed_before=len(left.failed),
             kept=left.kept,
+            left_out=work.left_out,
             replaced=left.replaced,
         )
         run = _Run(batch, work.model, manifest, lock, report, summary)

@@ -28,6 +28,7 @@ from pplex.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from pplex.batch.forecast import Forecast
     from pplex.batch.prepare import Batch
     from pplex.batch.run import Summary
 
@@ -169,14 +170,14 @@ def batch(dry_run: bool, verbosity: int, **options: Any) -> None:
 
             found = forecast(job, progress.shows_bars)
             click.echo(forecast_text(found, verbosity > 0))
-            bad = len(found.failed) + len(found.kept)
+            bad = bad_ones(found)
             code = exit_code(found.todo + found.skipped, bad)
             code = 1 if found.problems() else code
         else:
             from pplex.batch.run import run_batch
 
             done = run_batch(job, progress)
-            bad = len(done.failed) + len(done.kept)
+            bad = bad_ones(done)
             code = exit_code(done.done + done.skipped, bad)
             code = code or int(done.checks_failed > 0)
             progress.close()
@@ -219,6 +220,11 @@ def check_usage(options: dict[str, Any]) -> None:
         raise click.UsageError("--output-name is a file name that ends in .wav")
 
 
+def bad_ones(found: Forecast | Summary) -> int:
+    """How many were not answered, a folder that cannot be read being one."""
+    return len(found.failed) + len(found.kept) + len(found.left_out.unreadable)
+
+
 def exit_code(good: int, bad: int) -> int:
     """0 all done, 3 some failed or were kept as they were, 1 none could be done."""
     if not bad:
@@ -227,8 +233,8 @@ def exit_code(good: int, bad: int) -> int:
 
 
 def report(done: Summary, verbosity: int) -> None:
-    """Say on stderr how it went; what was kept even when quiet."""
-    lines = kept_lines(done.kept, verbosity > 0)
+    """Say on stderr how it went; what was kept or left out even when quiet."""
+    lines = [*done.left_out.sentences(), *kept_lines(done.kept, verbosity > 0)]
     if verbosity >= 0:
         lines = [*failures_before(done), *lines, summary(done)]
     for line in lines:

@@ -110,7 +110,7 @@ def forecast_text(found: Forecast, every: bool) -> str:
     lines += [f"  {key}: {error}" for key, error in shown]
     if len(found.failed) > len(shown):
         lines.append(f"  and {len(found.failed) - len(shown)} more")
-    lines += kept_lines(found.kept, every)
+    lines += [*found.left_out.sentences(), *kept_lines(found.kept, every)]
     lines.append(
         f"disk:    about {size(found.output_gb)} of {size(found.disk_free_gb)} free"
     )

@@ -51,6 +51,7 @@ def report(
     from pplex.evaluation.report import make_entries, write_report
     from pplex.files import check_descriptor, is_descriptor, plan_files
     from pplex.plots import check_plot_path
+    from pplex.respond.ending import advice
 
     if png is not None:
         check_plot_path(png / "NAME.png")
@@ -73,10 +74,14 @@ def report(
     with tqdm(total=len(found.items), disable=None, unit="file") as bar:
         entries = make_entries(found, vad, lambda _: bar.update())
     title = f"pplex report: {', '.join(path.name or str(path) for path in paths[:3])}"
-    write_report(output, entries, found.notes, vad, title)
+    measured = [entry.measured for entry in entries if entry.measured is not None]
+    advised = advice([one.ending for one in measured if one.ending is not None])
+    write_report(output, entries, [*found.notes, *advised], vad, title)
     for entry in entries:
         if entry.measured is not None and entry.item.name in pictures:
             write_picture(pictures[entry.item.name], entry)
     not_done = sum(entry.status != "done" for entry in entries)
     said = f", {not_done} of them not done" if not_done else ""
     click.echo(f"{output}: {len(entries)} recordings{said}", err=True)
+    for line in [*found.notes, *advised]:
+        click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from pplex.audio.files import Channel, read_pcm
+from pplex.audio.folders import LeftOut, is_recording, list_folder
 from pplex.errors import PplexError
 from pplex.evaluation.full_duplex_bench import Sample, read_sample
 from pplex.files import reading, real_path
 from pplex.respond.manifest import (
+    DONE,
     LOCK_PATTERN,
     Line,
     Manifest,
@@ -30,6 +32,8 @@ from pplex.values import fit, read_json
 
 SAMPLE_RATE = 24_000
 USER, AGENT = ".user.wav", ".agent.wav"
+# What lies beside recordings that were answered, and is none of them.
+_OURS = tuple(".json .jsonl .srt .vtt .txt .npz .html .png .svg .pdf .csv".split())
 
 # What is looked into of stats and transcripts.
 _STATS = {
@@ -135,12 +139,21 @@ def _search(folder: Path, found: Found) -> None:
     if samples:
         found.items += [_sample_item(folder, sub, found.notes) for sub in samples]
         return
-    wavs = sorted(p for p in folder.rglob("*.wav") if not p.name.startswith("."))
+    wavs = _recordings(folder, found.notes)
     known = side_files(sorted({p.parent for p in wavs} | {folder}), found.notes)
     for path in wavs:
         if path.name.endswith(USER) and path.with_name(_partner(path)).is_file():
             continue  # with the agent's
         found.items.append(_outputs_item(path, known, folder))
+
+
+def _recordings(folder: Path, notes: list[str]) -> list[Path]:
+    """The recordings of a folder; ``notes`` gets what is left out."""
+    listed, left_out = list_folder(folder, recursive=True), LeftOut()
+    others = [name for name in listed.names if not is_recording(name)]
+    left_out.add(listed, (n for n in others if not n.lower().endswith(_OURS)))
+    notes += [f"{folder}: {said}" for said in left_out.sentences()]
+    return sorted(folder / name for name in listed.names if is_recording(name))
 
 
 def _read_manifests(folder: Path, found: Found) -> None:
@@ -152,18 +165,35 @@ def _read_manifests(folder: Path, found: Found) -> None:
             f"{folder}: a batch is at work here, or was stopped; recordings that it "
             "has not finished are not shown"
         )
+    failed = [name for name, line in sorted(lines.items()) if _fails_checks(line)]
+    if failed:
+        found.notes.append(
+            f"{folder}: {len(failed)} of {len(lines)} recordings fail a check of pplex "
+            f"batch: {_named(failed)}"
+        )
     named: set[Path] = set()
     for _, line in sorted(lines.items()):
         found.items.append(_manifest_item(line, folder, found.notes))
         paths = [*_outputs_of(line, folder).values(), _input_of(line, folder)]
         named |= {real_path(path) for path in paths if path is not None}
-    strange = [p for p in folder.rglob("*.wav") if real_path(p) not in named]
+    wavs = _recordings(folder, found.notes)
+    strange = [path for path in wavs if real_path(path) not in named]
     if strange:
-        names = ", ".join(str(p.relative_to(folder)) for p in sorted(strange)[:3])
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        names = _named([str(path.relative_to(folder)) for path in strange])
         found.notes.append(
-            f"{folder}: {names}{more} is in no line of the manifest and was left out"
+            f"{folder}: {names} is in no line of the manifest and was left out"
         )
+
+
+def _named(names: Sequence[str]) -> str:
+    """The first names of many."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _fails_checks(line: Line) -> bool:
+    outcomes = (line["checks"] or {"outcomes": []})["outcomes"]
+    return line["status"] == DONE and not all(one["passed"] for one in outcomes)
 
 
 def _outputs_of(line: Line, folder: Path) -> dict[str, Path]:

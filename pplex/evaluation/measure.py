@@ -18,6 +18,8 @@ from pplex.evaluation.turns import (
     analyse,
     matching_backchannels,
 )
+from pplex.model.config import MimiConfig
+from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.transcript import Word
 
 # Samples in a row at full scale that make a clip; single ones are peaks.
@@ -49,6 +51,8 @@ class Measured:
     ``words_from`` says whose the words are: the model's own text, Full-Duplex-Bench's
     transcript, a recogniser, or none's. ``levels`` are the agent's, ``round_trip``
     compares its own text with a recogniser's, ``stats`` are the run's.
+    ``ending`` is how the agent's side ends; where its words are not known its stretches
+    of speech are counted for them.
     ``people`` compares with the person whom the agent stands in for, where that side
     is in the user's recording: backchannels of both, and how many of them match.
     """
@@ -63,6 +67,7 @@ class Measured:
     round_trip: RoundTrip | None
     stats: dict[str, Any] | None
     people: dict[str, int] | None = None
+    ending: Ending | None = None
 
 
 def measure(
@@ -83,9 +88,11 @@ def measure(
     pcm = item.agent.read(VAD_RATE)
     duration_s = len(pcm) / VAD_RATE
     speech = detector(pcm)
-    levels = measure_levels(item.agent.read(), SAMPLE_RATE, speech)
+    sound = item.agent.read()
+    levels = measure_levels(sound, SAMPLE_RATE, speech)
     agent = _earlier(speech, agent_lag_s)
     words, source = _words(item, words_from, heard, agent_lag_s)
+    ending = _ending(item, sound, speech)
     user = turns = None
     if item.user is not None:
         user_pcm = item.user.read(VAD_RATE)
@@ -111,6 +118,17 @@ def measure(
         trip,
         item.stats,
         people,
+        ending,
+    )
+
+
+def _ending(item: Item, sound: np.ndarray, speech: Sequence[Segment]) -> Ending:
+    """By the model's own text where it is known, which the sound only goes with."""
+    known = (item.stats or {}).get("cut_off")
+    cut_off = is_cut_off(sound, np.zeros(0, np.int32), MimiConfig().frame_size)
+    return Ending(
+        len(speech) if item.words is None else len(item.words),
+        cut_off if known is None else bool(known),
     )
 
 

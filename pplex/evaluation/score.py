@@ -34,6 +34,7 @@ from pplex.evaluation.speech_activity import (
     make_detector,
 )
 from pplex.evaluation.turns import TurnSettings
+from pplex.respond.ending import advice
 
 _NAME_WIDTH = 36
 
@@ -87,6 +88,7 @@ def score_and_measure(
     result = {
         "method": _describe(method, detector, recogniser, rows),
         "notes": found.notes,
+        "advice": advice([one.ending for one in measured.values() if one.ending]),
         "recordings": rows,
         "total": {
             "recordings": len(rows),
@@ -242,6 +244,7 @@ def as_table(result: dict[str, Any]) -> str:
     parts = [aligned(rows)]
     parts += [_bench_table(result.get("full_duplex_bench", {}))]
     parts += [_disagreements(recordings)]
+    parts += ["".join(f"{line}\n" for line in result["advice"])]
     parts += [_unscored(result)]
     parts += [_method(result["method"])]
     return "\n".join(part for part in parts if part)

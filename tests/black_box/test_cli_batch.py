@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -134,6 +135,67 @@ def test_a_second_run_on_one_folder_is_refused(batch, calls, tmp_path):
     lock = FolderLock(tmp_path / "out", None)
     assert "another run of pplex batch" in batch(calls, code=NOTHING).stderr
     lock.release()
+
+
+# Kept
+
+
+def test_answers_of_other_settings_are_named_and_kept(batch, calls, tmp_path):
+    batch(calls)
+    before = (tmp_path / "out/a.wav").read_bytes()
+    result = batch(calls, "--seed", "3", code=NOTHING)
+    assert "kept: 2, answered with other settings; --overwrite" in result.stderr
+    assert "  a.wav\n  b.wav\n" in result.stderr
+    assert "0 done, 0 skipped, 0 failed, 2 kept as they were" in result.stderr
+    quiet = batch(calls, "--seed", "3", "--quiet", code=NOTHING)
+    assert "kept: 2" in quiet.stderr
+    (calls / "c.wav").write_bytes((calls / "a.wav").read_bytes())
+    dry = batch(calls, "--seed", "3", "--dry-run", code=SOME)
+    assert "kept: 2" in dry.stdout and "replace:" not in dry.stdout
+    assert "1 done" in batch(calls, "--seed", "3", code=SOME).stderr
+    assert (tmp_path / "out/a.wav").read_bytes() == before
+    dry = batch(calls, "--seed", "3", "--overwrite", "--dry-run")
+    assert "replace: 3 of them have outputs already" in dry.stdout
+    result = batch(calls, "--seed", "3", "--overwrite")
+    assert "3 had outputs before, which were replaced" in result.stderr
+    assert (tmp_path / "out/a.wav").read_bytes() != before
+
+
+def test_what_somebody_changed_is_named_and_kept(batch, calls, tmp_path):
+    batch(calls)
+    path = tmp_path / "out/a.wav"
+    path.write_text("mine")
+    result = batch(calls, code=SOME)
+    assert "kept: 1, an output was changed by somebody" in result.stderr
+    assert "0 done, 1 skipped, 0 failed, 1 kept as they were" in result.stderr
+    assert path.read_text() == "mine"
+    path.rename(tmp_path / "mine.wav")
+    assert "1 done, 1 skipped" in batch(calls).stderr
+
+
+def test_what_is_left_out_is_said(batch, calls):
+    (calls / "c.m4a").write_text("x")
+    (calls / "within").mkdir()
+    result = batch(calls)
+    assert "left out: 1 file that is no recording by its name (.m4a 1)" in result.stderr
+    assert "left out: 1 folder within; --recursive" in result.stderr
+    assert "(.m4a 1)" in batch(calls, "--dry-run", "--overwrite").stdout
+
+
+def test_a_folder_that_cannot_be_read_is_a_failure(batch, calls, monkeypatch):
+    (calls / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = batch(calls, "--recursive", "--dry-run", code=SOME)
+    assert "locked cannot be read: Permission denied" in result.stdout
+    result = batch(calls, "--recursive", "--quiet", code=SOME)
+    assert "locked cannot be read: Permission denied" in result.stderr
 
 
 # Dry run
