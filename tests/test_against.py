@@ -66,8 +66,8 @@ def test_what_differs_is_found_and_nothing_else(paired):
         assert said["reply_delay_s"] == said["talk_over_s"] == "better", seed
         assert said["agent_interruptions"] == "better"
         unlike = {"reply_delay_s", "talk_over_s", "agent_interruptions", "overlap_s"}
-        # Later replies leave more silence.
-        unlike |= {"silence_s"}
+        # Later replies leave more silence, and are rewarded less.
+        unlike |= {"silence_s", "turn_reward_s"}
         others = {k: v for k, v in said.items() if k not in unlike}
         alarms += any(v not in ("-", "no difference shown") for v in others.values())
     assert alarms <= 3  # 1 of 20 expected at 95 %; 4 or more have a chance of 1.6 %

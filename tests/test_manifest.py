@@ -16,6 +16,7 @@ import pplex.respond.manifest
 from pplex.batch.lock import LOCK_NAME, FolderLock
 from pplex.errors import PplexError
 from pplex.evaluation.find import find
+from pplex.evaluation.measure import Method
 from pplex.evaluation.report import make_entries
 from pplex.evaluation.score import score
 from pplex.files import read_regular
@@ -117,7 +118,7 @@ def test_batch_report_and_score_go_by_order_and_not_by_clock(tmp_path):
     first = line(status="failed", time="2026-01-02") | {"error": "no space"}
     manifest = written(tmp_path, first, line(outputs=audio, time="2026-01-01"))
     found = find([tmp_path])
-    (entry,) = make_entries(found, "energy")
+    (entry,) = make_entries(found, Method(vad="energy"))
     (row,) = score(found, ENERGY)["recordings"]
     known = manifest.last["a.wav"]["status"], entry.status, row["status"]
     assert known == ("done", "done", "done")

@@ -16,6 +16,7 @@ from dialogues import write_dialogue
 from test_score import batch, manifest_line, transcript
 
 from pplex.evaluation.find import find
+from pplex.evaluation.measure import Method
 from pplex.evaluation.pictures import write_picture
 from pplex.evaluation.report import (
     COLUMNS,
@@ -52,7 +53,7 @@ class Page(HTMLParser):
 
 def page_of(folder: Path, **options) -> Page:
     found = find([folder])
-    entries = make_entries(found, "energy")
+    entries = make_entries(found, Method(vad="energy"))
     path = options.get("path", folder / "report.html")
     write_report(path, entries, found.notes, "energy", "<calls> & more")
     return Page(path.read_text(encoding="utf-8"))
@@ -219,7 +220,7 @@ def test_pictures_are_png_files(tmp_path, run):
 def test_a_picture_has_levels_speech_words_and_what_went_wrong(tmp_path):
     write_dialogue(tmp_path / "a.wav", ((1, 3),), ((2.0, 6),), 8.0)
     transcript(tmp_path / "a.json", ("Good", 3.4, 4.0), ("$5$", 4.0, 5.0))
-    (entry,) = make_entries(find([tmp_path / "a.wav"]), "energy")
+    (entry,) = make_entries(find([tmp_path / "a.wav"]), Method(vad="energy"))
     for name in ("a.svg", "b.svg", "a.pdf"):
         write_picture(tmp_path / name, entry)
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")

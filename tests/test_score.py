@@ -14,9 +14,14 @@ import pytest
 from dialogues import DATA, track, write_dialogue
 
 from pplex.audio.files import write_wav
+from pplex.errors import PplexError
+from pplex.evaluation.diarization import read_rttm
 from pplex.evaluation.find import find
+from pplex.evaluation.measure import Method
 from pplex.evaluation.metrics import METRICS, figure_of, single
-from pplex.evaluation.score import Method, as_csv, as_table, score
+from pplex.evaluation.score import as_csv, as_table, score
+from pplex.evaluation.sound_quality import SoundQuality, make_sound_quality
+from pplex.evaluation.speech_activity import Segment
 
 FRAME_S = 0.08
 ENERGY = Method(vad="energy")
@@ -304,7 +309,12 @@ def test_every_metric_is_in_json_csv_the_table_and_the_page(tmp_path, run):
     assert page.exit_code == 0
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for metric in METRICS:
-        if metric.of in ("stats", "round_trip", "people"):  # none of them is there
+        if metric.of in (
+            "stats",
+            "round_trip",
+            "people",
+            "mos",
+        ):  # none of them is there
             assert figure_of(metric, row) is None
             continue
         figure = single(figure_of(metric, row))
@@ -379,3 +389,84 @@ def test_rewards_of_a_run_on_one_side_of_a_call(tmp_path):
     assert row["turns"]["turn_reward_s"] == pytest.approx(-0.4, abs=FRAME_S)
     assert row["turns"]["pause_reward"] is None  # no pause
     assert result["total"]["people"]["backchannel_f1"] == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_the_users_speech_may_come_from_a_diarization(tmp_path, run):
+    """A mono call of two people on the user's track: the second one is no user."""
+    both = ((1.0, 3.0), (3.2, 6.0), (9.0, 11.0))
+    (tmp_path / "calls").mkdir()
+    write_dialogue(tmp_path / "calls" / "call.wav", both, ((6.5, 8.0),), 12.0)
+    rttm = tmp_path / "call.rttm"
+    rttm.write_text(
+        ";; made by hand\n"
+        "SPEAKER call 1 1.00 2.00 <NA> <NA> A <NA> <NA>\n"
+        "SPEAKER call 1 3.20 2.80 <NA> <NA> B <NA> <NA>\n"
+        "SPEAKER call 1 9.00 2.00 <NA> <NA> A <NA> <NA>\n"
+    )
+
+    def delays(*options: object) -> list[float]:
+        args = ("score", tmp_path / "calls", "--vad", "energy", "--format", "json")
+        result = run(*args, *options)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["recordings"][0]["turns"]["reply_delays_s"]
+
+    assert delays() == pytest.approx([0.5], abs=FRAME_S)
+    assert delays("--rttm", rttm) == pytest.approx([0.5], abs=FRAME_S)
+    assert delays("--rttm", rttm, "--speaker", "A") == pytest.approx([3.5], abs=FRAME_S)
+    missing = run(
+        "score", tmp_path / "calls", "--vad", "energy", "--rttm", rttm, "--speaker", "C"
+    )
+    assert "have A, B only" in missing.output
+    page = run("report", tmp_path / "calls", "--rttm", tmp_path, "--speaker", "A")
+    assert page.exit_code == 0
+    alone = run("score", tmp_path / "calls", "--speaker", "A")
+    assert alone.exit_code == 2 and "--rttm" in alone.output
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "SPEAKER call 1 x 2.00 <NA> <NA> A <NA> <NA>",
+        "SPEAKER call 1 1.00 -2.00 <NA> <NA> A <NA> <NA>",
+        "SPEAKER call 1 nan 2.00 <NA> <NA> A <NA> <NA>",
+        "SPEAKER call 1 1.00 inf <NA> <NA> A <NA> <NA>",
+        "SPEAKER call",
+    ],
+)
+def test_a_broken_diarization_names_its_line(tmp_path, line):
+    path = tmp_path / "call.rttm"
+    path.write_text(f"\n{line}\n")
+    with pytest.raises(PplexError, match=r"call.rttm, line 2: no speaker's turn"):
+        read_rttm([path])
+    with pytest.raises(PplexError, match="holds no .rttm file"):
+        (tmp_path / "empty").mkdir()
+        read_rttm([tmp_path / "empty"])
+
+
+def test_only_speech_is_rated():
+    rated = []
+
+    def rate(pcm: np.ndarray, sr: int) -> dict[str, float]:
+        rated.append((pcm, sr))
+        return {"ovrl_mos": 3.0, "sig_mos": 3.5, "bak_mos": 4.0, "p808_mos": 3.2}
+
+    quality = SoundQuality("0", rate)
+    pcm = np.arange(4 * 16_000, dtype=np.float32) / 64_000
+    speech = [Segment(0.5, 1.0), Segment(2.0, 3.0)]
+    found = quality(pcm, speech)
+    assert found == {"overall": 3.0, "signal": 3.5, "background": 4.0, "p808": 3.2}
+    ((given, rate_hz),) = rated
+    assert rate_hz == 16_000
+    assert np.array_equal(given, np.concatenate([pcm[8000:16000], pcm[32000:48000]]))
+    assert quality(pcm, [Segment(0.0, 0.9)]) is None  # too little to tell
+
+
+def test_dnsmos_prefers_clean_speech_to_noisy():
+    pytest.importorskip("speechmos")
+    quality = make_sound_quality()
+    clean = track("agent", ((0.0, 10.0),), 10.0)
+    noisy = clean + np.random.default_rng(0).normal(0, 0.05, len(clean))
+    speech = [Segment(0.0, 10.0)]
+    good, bad = quality(clean, speech), quality(noisy.astype(np.float32), speech)
+    assert good and bad and good["overall"] > bad["overall"] + 0.3
+    assert all(0.5 < value < 5.0 for value in (*good.values(), *bad.values()))

@@ -65,6 +65,32 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+def diarization_options(command: Command) -> Command:
+    """``--rttm`` and ``--speaker``: who is the user, and when."""
+    for option in (
+        click.option(
+            "--speaker",
+            metavar="NAME",
+            help="The user's name in the RTTM files.  [default: every speaker]",
+        ),
+        click.option(
+            "--rttm",
+            metavar="FILE",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            help="Take the user's speech from a diarization: RTTM files or folders.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def check_diarization_options(rttm: Sequence[Path], speaker: str | None) -> None:
+    """A speaker needs a diarization."""
+    if speaker is not None and not rttm:
+        raise click.UsageError("--speaker needs --rttm")
+
+
 def model_options(command: Command) -> Command:
     """``--model`` and ``--offline``."""
     for option in (

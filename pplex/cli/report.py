@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from pplex.cli.options import check_diarization_options, diarization_options
 from pplex.errors import PplexError
 
 _FILE = click.Path(path_type=Path)
@@ -34,25 +35,31 @@ _FILE = click.Path(path_type=Path)
     show_default=True,
     help="What finds speech: a small network, slow and good with noise, or loudness.",
 )
+@diarization_options
 @click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
 def report(
     paths: tuple[Path, ...],
     output: Path | None,
     png: Path | None,
     vad: str,
+    rttm: tuple[Path, ...],
+    speaker: str | None,
     overwrite: bool,
 ) -> None:
     """Write one HTML page about PATHS: a batch's folder, or WAV files.
 
     It needs no network and no other file; the sound is played from where it lies.
     """
+    from pplex.evaluation.diarization import read_rttm
     from pplex.evaluation.find import find
+    from pplex.evaluation.measure import Method
     from pplex.evaluation.pictures import write_picture
     from pplex.evaluation.report import make_entries, write_report
     from pplex.files import check_descriptor, is_descriptor, plan_files
     from pplex.plots import check_plot_path
     from pplex.respond.ending import advice
 
+    check_diarization_options(rttm, speaker)
     if png is not None:
         check_plot_path(png / "NAME.png")
     if output is None:
@@ -66,13 +73,14 @@ def report(
         raise PplexError(
             f"{output} exists already; choose another name or give --overwrite"
         )
+    method = Method(vad, diarization=read_rttm(rttm, speaker) if rttm else None)
     found = find(paths)
     pictures = {}
     if png is not None:
         names = [item.name for item in found.items if item.agent is not None]
         pictures = plan_files(png, names, ".png", overwrite)
     with tqdm(total=len(found.items), disable=None, unit="file") as bar:
-        entries = make_entries(found, vad, lambda _: bar.update())
+        entries = make_entries(found, method, lambda _: bar.update())
     title = f"pplex report: {', '.join(path.name or str(path) for path in paths[:3])}"
     measured = [entry.measured for entry in entries if entry.measured is not None]
     advised = advice([one.ending for one in measured if one.ending is not None])

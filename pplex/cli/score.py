@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import FiniteRange
+from pplex.cli.options import (
+    FiniteRange,
+    check_diarization_options,
+    diarization_options,
+)
 from pplex.cli.tables import echo_json
 
 if TYPE_CHECKING:
@@ -84,6 +88,12 @@ _WORSE = "worse"
     "samples.",
 )
 @click.option(
+    "--mos",
+    is_flag=True,
+    help="Rate the sound of the agent's speech from 1 to 5 by DNSMOS.",
+)
+@diarization_options
+@click.option(
     "--against",
     metavar="DIR",
     multiple=True,
@@ -114,6 +124,9 @@ def score(
     transcript_format: str,
     agent_lag: float,
     human_timing: Path | None,
+    mos: bool,
+    rttm: tuple[Path, ...],
+    speaker: str | None,
     against: tuple[Path, ...],
     plot: Path | None,
     fail_if: tuple[str, ...],
@@ -133,15 +146,19 @@ def score(
     for option, given in (("--plot", plot), ("--fail-if worse", _WORSE in fail_if)):
         if given and not against:
             raise click.UsageError(f"{option} needs --against")
+    check_diarization_options(rttm, speaker)
     if against and form == "csv":
         raise click.UsageError("--against has no CSV: give --format json")
     from pplex.errors import PplexError
     from pplex.evaluation.against import as_table as as_comparison
     from pplex.evaluation.against import compare_sets, plot_differences, without_folder
+    from pplex.evaluation.diarization import read_rttm
     from pplex.evaluation.find import find
     from pplex.evaluation.limits import Limit
+    from pplex.evaluation.measure import Method
     from pplex.evaluation.recognisers import make_recogniser
-    from pplex.evaluation.score import Method, as_csv, as_table, score_and_measure
+    from pplex.evaluation.score import as_csv, as_table, score_and_measure
+    from pplex.evaluation.sound_quality import make_sound_quality
     from pplex.files import plan_files
     from pplex.plots import check_plot_path
 
@@ -150,7 +167,14 @@ def score(
         check_plot_path(plot)
         if plot.exists() and not overwrite:
             raise PplexError(f"{plot} exists already; another name, or --overwrite")
-    method = Method(vad, words, agent_lag, human_timing=human_timing)
+    method = Method(
+        vad,
+        words,
+        agent_lag,
+        human_timing=human_timing,
+        diarization=read_rttm(rttm, speaker) if rttm else None,
+        quality=make_sound_quality() if mos else None,
+    )
     recogniser: Recogniser | None = make_recogniser(asr, asr_sentences) if asr else None
     found = [find(side) for side in (paths, against) if side]
     planned: dict[str, Path] = {}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pplex.evaluation.asr import RoundTrip, compare
+from pplex.evaluation.diarization import Diarization
 from pplex.evaluation.find import SAMPLE_RATE, Item
 from pplex.evaluation.full_duplex_bench import read_chunks
+from pplex.evaluation.sound_quality import SoundQuality
 from pplex.evaluation.speech_activity import VAD_RATE, Detector, Segment
 from pplex.evaluation.turns import (
     Turns,
@@ -27,6 +30,25 @@ CLIP_RUN = 3
 SILENT_DB = -60.0
 _FULL = 32766 / 32768
 _QUIETEST = 1e-6
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to measure; it is written into a score.
+
+    ``words`` is ``own``, ``output.json``, ``asr``, ``none``, or ``auto`` for the first
+    of these that there is. ``agent_lag_s`` is taken off the agent's times, words of the
+    text stream excepted. ``diarization`` says when the user speaks, where it knows the
+    recording.
+    """
+
+    vad: str = "silero"
+    words: str = "auto"
+    agent_lag_s: float = 0.0
+    turns: TurnSettings = TurnSettings()
+    human_timing: Path | None = None
+    diarization: Diarization | None = None
+    quality: SoundQuality | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,7 @@ class Measured:
     of speech are counted for them.
     ``people`` compares with the person whom the agent stands in for, where that side
     is in the user's recording: backchannels of both, and how many of them match.
+    ``mos`` are opinions of the agent's speech, 1 to 5.
     """
 
     duration_s: float
@@ -68,41 +91,35 @@ class Measured:
     stats: dict[str, Any] | None
     people: dict[str, int] | None = None
     ending: Ending | None = None
+    mos: dict[str, float] | None = None
 
 
 def measure(
-    item: Item,
-    detector: Detector,
-    words_from: str = "auto",
-    heard: list[Word] | None = None,
-    agent_lag_s: float = 0.0,
-    settings: TurnSettings | None = None,
+    item: Item, detector: Detector, method: Method, heard: list[Word] | None = None
 ) -> Measured:
-    """Measure an item that has the agent's track.
-
-    ``words_from`` is ``own``, ``output.json``, ``asr``, ``none``, or ``auto`` for the
-    first of these that there is; ``heard`` are a recogniser's words. ``agent_lag_s``
-    is taken off the agent's times, words of the text stream excepted.
-    """
+    """Measure an item that has an agent's track; ``heard`` are a recogniser's words."""
     assert item.agent is not None
     pcm = item.agent.read(VAD_RATE)
     duration_s = len(pcm) / VAD_RATE
     speech = detector(pcm)
     sound = item.agent.read()
     levels = measure_levels(sound, SAMPLE_RATE, speech)
-    agent = _earlier(speech, agent_lag_s)
-    words, source = _words(item, words_from, heard, agent_lag_s)
+    agent = _earlier(speech, method.agent_lag_s)
+    words, source = _words(item, method.words, heard, method.agent_lag_s)
     ending = _ending(item, sound, speech)
     user = turns = None
     if item.user is not None:
         user_pcm = item.user.read(VAD_RATE)
         duration_s = max(duration_s, len(user_pcm) / VAD_RATE)
-        user = detector(user_pcm)
-        turns = analyse(user, agent, words, duration_s, settings)
+        if method.diarization is not None:
+            names = Path(item.name).stem, item.user.path.stem
+            user = method.diarization.user(names)
+        user = user if user is not None else detector(user_pcm)
+        turns = analyse(user, agent, words, duration_s, method.turns)
     people = None
     if item.partner is not None:
         human = detector(item.partner.read(VAD_RATE))
-        matches, both = matching_backchannels(agent, human, settings)
+        matches, both = matching_backchannels(agent, human, method.turns)
         people = {"matches": matches, "backchannels": both}
     trip = None
     if heard is not None and item.words is not None:
@@ -119,6 +136,7 @@ def measure(
         item.stats,
         people,
         ending,
+        method.quality(pcm, speech) if method.quality else None,
     )
 
 

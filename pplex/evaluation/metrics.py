@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from statistics import mean, median
 from typing import Any
 
@@ -331,6 +331,20 @@ METRICS: tuple[Metric, ...] = (
         digits=2,
         table=False,
         better=1,
+    ),
+    *(
+        Metric(
+            name,
+            "",
+            f"MOS {name}",
+            "mos",
+            itemgetter(name),
+            mean,
+            digits=2,
+            table=name == "overall",
+            better=1,
+        )
+        for name in ("overall", "signal", "background", "p808")
     ),
     Metric("user_speech_s", "s", of="turns"),
     Metric("agent_speech_s", "s", of="turns"),

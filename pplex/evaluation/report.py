@@ -24,7 +24,7 @@ import numpy as np
 
 from pplex.errors import PplexError
 from pplex.evaluation.find import SAMPLE_RATE, Found, Item
-from pplex.evaluation.measure import Measured, measure
+from pplex.evaluation.measure import Measured, Method, measure
 from pplex.evaluation.metrics import METRICS, Metric, rounded, single
 from pplex.evaluation.speech_activity import Segment, make_detector
 from pplex.files import is_descriptor, real_path, write_text
@@ -51,16 +51,16 @@ class Entry:
 
 
 def make_entries(
-    found: Found, vad: str, told: Callable[[Item], object] = lambda item: None
+    found: Found, method: Method, told: Callable[[Item], object] = lambda item: None
 ) -> list[Entry]:
     """Measure every recording; an entry says so where one cannot be read."""
-    detector = make_detector(vad)
+    detector = make_detector(method.vad)
     entries = []
     for item in found.items:
         entry = Entry(item, item.status, item.error)
         if item.agent is not None:
             try:
-                entry.measured = measure(item, detector)
+                entry.measured = measure(item, detector, method)
                 pcm = item.agent.read()
                 entry.agent_peaks = peaks(pcm, entry.measured.duration_s)
                 if item.user is not None:

@@ -9,7 +9,7 @@ import csv
 import importlib.metadata
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pplex.evaluation import full_duplex_bench as bench
 from pplex.evaluation.asr import Recogniser
 from pplex.evaluation.dialogue import write_dialogue
 from pplex.evaluation.find import Found, Item, Track
-from pplex.evaluation.measure import Measured, measure
+from pplex.evaluation.measure import Measured, Method, measure
 from pplex.evaluation.metrics import (
     METRICS,
     Figure,
@@ -33,21 +33,9 @@ from pplex.evaluation.speech_activity import (
     Detector,
     make_detector,
 )
-from pplex.evaluation.turns import TurnSettings
 from pplex.respond.ending import advice
 
 _NAME_WIDTH = 36
-
-
-@dataclass(frozen=True)
-class Method:
-    """How to score; it is written into the result."""
-
-    vad: str = "silero"
-    words: str = "auto"
-    agent_lag_s: float = 0.0
-    turns: TurnSettings = TurnSettings()
-    human_timing: Path | None = None
 
 
 def score(
@@ -126,9 +114,7 @@ def _score_item(
         return row, None
     try:
         heard = recogniser(item.agent.read(VAD_RATE)) if recogniser else None
-        measured = measure(
-            item, detector, method.words, heard, method.agent_lag_s, method.turns
-        )
+        measured = measure(item, detector, method, heard)
         sample = _bench(item, measured, human) if item.sample else None
         if recogniser and transcript is not None:
             said = item.words if item.words is not None else heard or []
@@ -208,6 +194,8 @@ def _describe(
         "words": method.words,
         "agent_lag_s": method.agent_lag_s,
         "recogniser": recogniser.describe() if recogniser else None,
+        "user_speech": method.diarization.describe() if method.diarization else None,
+        "sound_quality": method.quality.describe() if method.quality else None,
     }
     tasks = {row["bench"]["task"] for row in rows if row["bench"]}
     if tasks:
@@ -323,6 +311,11 @@ def _method(method: dict[str, Any]) -> str:
     )
     if method["agent_lag_s"]:
         said += f"; {method['agent_lag_s']:g} s taken off the agent's times"
+    if method["user_speech"]:
+        said += f"; the user's speech from {method['user_speech']}"
+    if method["sound_quality"]:
+        name, version = method["sound_quality"].values()
+        said += f"; MOS by {name} ({version}) over the agent's speech alone"
     if recogniser:
         said += f"; heard by {recogniser['name']} {recogniser['version']}"
         unknown = recogniser.get("words_not_in_dictionary")
