@@ -67,7 +67,16 @@ class FakeHub:
 
     def client(self):
         self.clients += 1
-        return types.SimpleNamespace(model_info=self.model_info)
+        return types.SimpleNamespace(
+            model_info=self.model_info,
+            parse_safetensors_file_metadata=self.parse_safetensors_file_metadata,
+        )
+
+    def parse_safetensors_file_metadata(self, repo, file, *, revision):
+        assert (repo, revision) == (self.repo, SHA)
+        marks = "layers.0.self_attn.in_proj_weight", "text_emb.weight"
+        names = [prefix + mark for prefix in ("", "transformer.") for mark in marks]
+        return types.SimpleNamespace(tensors=dict.fromkeys(names))
 
     def model_info(self, repo, revision=None, files_metadata=False):
         assert (repo, files_metadata) == (self.repo, True)

@@ -326,6 +326,40 @@ def test_a_file_in_the_names_of_moshi_mlx_is_enough(twins, run, tmp_path, data):
     assert (result.exit_code, (tmp_path / "o.wav").exists()) == (0, True)
 
 
+def test_the_only_other_file_of_weights_is_pulled_and_used(
+    twins, run, hub, tmp_path, data
+):
+    folder = tmp_path / "fine-tune"
+    shutil.copytree(twins("bf16"), folder)
+    (folder / "model.safetensors").rename(folder / "my-weights.safetensors")
+    hub.repos["some-one/fine-tune"] = (folder, 40 * "f")
+    assert run("models", "pull", "some-one/fine-tune").exit_code == 0
+    assert "my-weights.safetensors" in hub.asked_for()
+    user, out = data / "respond" / "user_c.wav", tmp_path / "o.wav"
+    replied = run("respond", user, "-o", out, "--model", "some-one/fine-tune")
+    assert (replied.exit_code, replied.stderr.count("warning")) == (0, 0)
+
+
+@pytest.mark.parametrize("content", ["other names", "no header"])
+def test_weights_of_another_kind_are_refused_before_they_are_downloaded(
+    twins, run, hub, tmp_path, caches, content
+):
+    folder = tmp_path / "other"
+    shutil.copytree(twins("bf16"), folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(bytes(200_000))
+    if content == "other names":
+        mx.save_safetensors(str(path), {"lm_head.weight": mx.ones((300, 300))})
+    hub.repos["some-one/other"] = (folder, 40 * "e")
+    result = run("models", "pull", "some-one/other")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "model.safetensors" in result.stderr
+    kind = "not a PersonaPlex or Moshi language model"
+    says = kind if content == "other names" else "no safetensors file"
+    assert says in result.stderr
+    assert not list(caches.rglob("*.safetensors"))
+
+
 def test_a_gated_repository_wants_a_token(twins, run, hub, monkeypatch):
     model = serve(hub, "bf16", twins("bf16"))
     hub.gated.add(REPOS["bf16"].name)

@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pplex.checkpoint.folder import CheckpointFolder, IncompleteError, needed_files
+from pplex.checkpoint.folder import (
+    CheckpointFolder,
+    IncompleteError,
+    lm_names,
+    needed_files,
+)
 from pplex.checkpoint.hub_cache import bad_name, cache_folder, cached_snapshot
 from pplex.checkpoint.known import known_repo
 from pplex.errors import PplexError, first_line
@@ -31,7 +36,10 @@ def download(repo: str, revision: str | None, progress: bool) -> Path:
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         needed = needed_files(list(sizes))
         missing = _check_space(repo, info.sha, {file: sizes[file] for file in needed})
-        if missing and progress and (known := known_repo(repo)):
+        known = known_repo(repo)
+        if missing and known is None:
+            _check_layout(repo, info.sha, needed)
+        if missing and progress and known is not None:
             sys.stderr.write(f"{where}: licence {known.terms}\n")
         for file in needed:
             # One after another, in this thread: those of snapshot_download cannot be
@@ -145,6 +153,24 @@ def _check_space(repo: str, sha: str | None, sizes: dict[str, int]) -> int:
             "folder on a larger disk"
         )
     return missing
+
+
+def _check_layout(repo: str, sha: str | None, needed: list[str]) -> None:
+    """Refuse weights in a layout that is none of ours before they are downloaded."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    from pplex.checkpoint.source import tell_layout
+
+    files = lm_names(needed)
+    names: set[str] = set()
+    for file in files:
+        try:
+            header = HfApi().parse_safetensors_file_metadata(repo, file, revision=sha)
+        except SafetensorsParsingError as e:
+            raise IncompleteError(f"{file} is no safetensors file") from e
+        names |= header.tensors.keys()
+    tell_layout(Path(repo, files[0]), names, len(files) > 1)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class CheckpointFolder:
         """The language model: one file, or those of ``SPLIT_FILES``."""
         if self._weights is not None:
             return [self._weights]
-        return self._find(_lm_names)
+        return self._find(lm_names)
 
     @property
     def codec(self) -> Path:
@@ -112,7 +112,8 @@ class CheckpointFolder:
             raise PplexError(f"the model folder {self.path} is incomplete: {e}") from e
 
 
-def _lm_names(present: list[str]) -> list[str]:
+def lm_names(present: list[str]) -> list[str]:
+    """Pick from file names those of the language model: ``SPLIT_FILES``, or one."""
     if any(name in present for name in SPLIT_FILES):
         missing = [name for name in SPLIT_FILES if name not in present]
         if missing:
@@ -146,7 +147,7 @@ def _tokenizer_names(present: list[str]) -> list[str]:
     return found[:1]
 
 
-_PARTS = (_lm_names, _codec_names, _tokenizer_names)
+_PARTS = (lm_names, _codec_names, _tokenizer_names)
 
 
 def _match(names: list[str], pattern: str) -> list[str]:

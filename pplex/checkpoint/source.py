@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class Source:
         self.files = folder.lm_files
         specs = {file: read_specs(file) for file in self.files}
         names = [name for file in self.files for name in specs[file]]
-        self._layout = _tell_layout(self.files[0], names, len(self.files) > 1)
+        self._layout = tell_layout(self.files[0], names, len(self.files) > 1)
         self.layout, self.steps = self._layout.name, self._layout.num_steps(names)
         self.check_steps(config.num_codebooks)
         self.matrices = [
@@ -208,13 +208,15 @@ def dequantize(parts: dict[str, mx.array], form: Quantization) -> mx.array:
     )
 
 
-def _tell_layout(path: Path, names: list[str], is_split: bool) -> Layout:
+def tell_layout(path: Path, names: Collection[str], is_split: bool) -> Layout:
+    """The layout of a model with tensors of these ``names``; ``path`` is for errors."""
     for layout in LAYOUTS:
         if layout.is_split == is_split and layout.mark in names:
             return layout
+    hint = f"; {report_it(path)}" if path.is_file() else ""
     raise PplexError(
         f"{path}: not a PersonaPlex or Moshi language model: it has no "
-        f"`transformer.layers.0.self_attn.in_proj` weight; {report_it(path)}"
+        f"`transformer.layers.0.self_attn.in_proj` weight{hint}"
     )
 
 
