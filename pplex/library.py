@@ -6,6 +6,7 @@ The names here are those of ``pplex`` itself: ``pplex.load`` and what it returns
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ class Model:
         key = voice, settings.text
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        role = make_role(self._model, voice, settings.text)
+        role = make_role(self._model, voice, settings.text, _warn)
         start = self._model.engine.prefill(role.prompt)
         if voice in self._model.voices:
             self._last = key, start
@@ -215,7 +216,10 @@ class Model:
             seconds = 0.0 if settings.tail == "auto" else settings.tail
             tail = np.zeros(round(seconds * self.sample_rate), np.float32)
             return np.concatenate([pcm, tail])
-        return read_user(Path(recording), settings, self.sample_rate).pcm
+        read = read_user(Path(recording), settings, self.sample_rate)
+        for warning in read.warnings:
+            _warn(warning)
+        return read.pcm
 
     def _seconds(self, recording: Recording, tail: Tail) -> float | None:
         """How long it is with the longest tail, None where its file does not say."""
@@ -259,6 +263,10 @@ def load(
     """
     local = resolve(os.fspath(model), offline=offline)
     return Model(session.load(local, compute=compute, many=many))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def _samples(pcm: np.ndarray) -> np.ndarray:

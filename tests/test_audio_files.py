@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from pplex.audio import files
+from pplex.audio import source
 from pplex.audio.files import frames_of, read_pcm, to_pcm16, write_wav
 from pplex.errors import PplexError
 from pplex.files import atomic_write, put_new, write_text
@@ -117,7 +117,7 @@ def test_resampling_keeps_tones_and_adds_nothing_down_to_100_db(tmp_path, rate):
 def test_block_size_makes_no_difference(tmp_path, monkeypatch, rate):
     soundfile.write(tmp_path / "a.wav", noise(20_000, 3), rate, subtype="FLOAT")
     whole = read_pcm(tmp_path / "a.wav", sample_rate=RATE, channel="mix").pcm
-    monkeypatch.setattr(files, "_BLOCK_SAMPLES", 3 * 777)
+    monkeypatch.setattr(source, "_BLOCK_SAMPLES", 3 * 777)
     blocks = read_pcm(tmp_path / "a.wav", sample_rate=RATE, channel="mix").pcm
     np.testing.assert_array_equal(whole, blocks)
 
@@ -162,7 +162,7 @@ def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", name)
 
     soundfile.write(tmp_path / "a.wav", noise(100), RATE)
-    monkeypatch.setattr(files, "_open_without_waiting", deny)
+    monkeypatch.setattr(source, "_open_without_waiting", deny)
     assert "permission" in refusal(tmp_path / "a.wav")
 
 

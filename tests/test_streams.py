@@ -23,8 +23,7 @@ from pplex.audio.streams import (
     Feed,
     StreamFormat,
     UserStream,
-    decode_pcm,
-    read_header,
+    open_stream,
     wav_header,
 )
 from pplex.errors import PplexError
@@ -56,7 +55,7 @@ def wav(
 def stream(content: bytes, block: int = 1 << 16, channel=1, tail_s=0.0) -> np.ndarray:
     """All samples that count of a WAV stream."""
     feed = feed_of(content, block)
-    user = UserStream(feed, read_header(feed), channel)
+    user = UserStream(feed, open_stream(feed), channel)
     frames = list(user.frames(24000, 1920, tail_s))
     assert all(not frame.pcm[frame.num_samples :].any() for frame in frames)
     return np.concatenate([frame.pcm[: frame.num_samples] for frame in frames])
@@ -129,8 +128,8 @@ def test_samples_are_scaled_as_libsndfile_scales_them(subtype):
     content = wav(pcm, 24000, subtype)
     expected, _ = soundfile.read(io.BytesIO(content), dtype="float32")
     feed = feed_of(content)
-    encoding = read_header(feed).encoding
-    found = decode_pcm(feed.take(1000 * 8), encoding)
+    layout = open_stream(feed)
+    found = layout.decode(feed.take(1000 * layout.block_bytes))[:, 0]
     assert np.array_equal(found, expected)
 
 
@@ -162,7 +161,7 @@ def test_what_comes_before_a_sample_that_is_no_number_counts():
     pcm = np.full(3000, 0.5, np.float32)
     pcm[2400] = np.nan
     feed = feed_of(wav(pcm, 24000, "FLOAT"))
-    user = UserStream(feed, read_header(feed), 1)
+    user = UserStream(feed, open_stream(feed), 1)
     frames = list(user.frames(24000, 1920))
     assert [frame.num_samples for frame in frames] == [1920, 480]
     assert "no finite number at 0.100 s" in user.fault
@@ -180,7 +179,7 @@ def test_what_comes_before_a_failing_read_counts(monkeypatch):
 
     monkeypatch.setattr("pplex.audio.streams.os.read", read)
     feed = Feed(0)
-    stream_format = replace(read_header(feed), num_bytes=None)
+    stream_format = replace(open_stream(feed), num_bytes=None)
     user = UserStream(feed, stream_format, 1)
     assert sum(frame.num_samples for frame in user.frames(24000, 1920)) == 3000
     assert user.fault == "the input stream cannot be read: Input/output error"
@@ -194,7 +193,7 @@ def test_a_channel_that_is_not_there_is_refused():
 def test_a_stream_that_ends_early_says_how_much_is_missing():
     content = wav_header(5000, 1, 24000) + bytes(4000)
     feed = feed_of(content)
-    user = UserStream(feed, read_header(feed), 1)
+    user = UserStream(feed, open_stream(feed), 1)
     assert sum(frame.num_samples for frame in user.frames(24000, 1920)) == 2000
     assert user.missing_bytes == 6000
 

@@ -5,86 +5,127 @@ the 16-bit output are the same here. Its resampler is not followed: it delays th
 signal and rounds the length up (see the project's notes on alignment).
 """
 
-import os
-import stat
 import wave
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import soundfile
 import soxr
 
-from pplex.audio.headers import missing_bytes
+from pplex.audio.levels import Channel as Channel
+from pplex.audio.levels import Levels
+from pplex.audio.source import SoundSource, open_source
 from pplex.errors import PplexError
 from pplex.files import Place, atomic_write, put
 
-Channel = int | Literal["mix"]
-
-MIN_SOURCE_RATE = 1_000
-MAX_SOURCE_RATE = 768_000
-
-_BLOCK_SAMPLES = 1 << 19  # read at a time, all channels together: 2 MB
-UNKNOWN_FRAMES = 1 << 62  # libsndfile's length when the header has none
+_BLOCK_SAMPLES = 1 << 19  # written at a time, all channels together: 1 MB
 _MAX_WAV_BYTES = (1 << 32) - 64
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One mono signal read from a file, and what the file was.
+    """One mono signal of a file that was read to its end, and what the file was.
 
-    `pcm` is float32 (samples,) at the model's rate; `source_frames` counts sample
-    frames at `source_rate` before resampling; `format` and `subtype` are libsndfile's
-    names, such as WAV and PCM_16.
+    ``num_samples`` are at the model's rate, ``tail`` samples of silence at the end
+    among them; ``source_frames`` counts sample frames at ``source_rate`` before
+    resampling; ``format`` and ``subtype`` are libsndfile's names, such as WAV and
+    PCM_16. ``warnings`` say in a sentence each what is odd about it.
     """
 
-    pcm: np.ndarray
+    path: Path
+    num_samples: int
+    sample_rate: int
     source_rate: int
     source_channels: int
     source_frames: int
     channel: Channel
     format: str
     subtype: str
+    warnings: tuple[str, ...]
+    tail: int = 0
+    _kept: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def pcm(self) -> np.ndarray:
+        """All samples, float32 (samples,)."""
+        if self._kept is not None:
+            return self._kept
+        return np.concatenate(list(self.blocks()))
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield all samples, float32 (samples,) at a time.
+
+        What was too long to be kept is read again from the file.
+        """
+        if self._kept is not None:
+            yield self._kept
+            return
+        done = 0
+        with open_source(self.path) as source:
+            for block in _samples(source, self.path, self.sample_rate, self.channel):
+                done += len(block)
+                yield block
+        if done != self.num_samples - self.tail:
+            raise PplexError(f"{self.path} has changed while it was read; try again")
+        yield np.zeros(self.tail, np.float32)
 
 
-def read_pcm(path: Path, *, sample_rate: int, channel: Channel = 1) -> Recording:
-    """Read one channel (from 1) or the average ("mix") of a recording.
+def read_pcm(
+    path: Path,
+    *,
+    sample_rate: int,
+    channel: Channel = 1,
+    tail: int = 0,
+    most_kept: int | None = None,
+) -> Recording:
+    """Read one channel (from 1) or the average ("mix") of a recording, to its end.
 
     At `sample_rate` the samples come back unchanged. Any other rate is resampled with
     soxr's HQ setting, without delay, to `resampled_length` samples. Samples beyond
-    [-1, 1] in float files pass through. Memory stays at a few copies of the result.
+    [-1, 1] in float files pass through. `tail` samples of silence follow. Of a
+    recording with more than `most_kept` samples none stay in memory.
     """
     path = Path(path)
     if channel != "mix" and channel < 1:
         raise PplexError(f"there is no channel {channel}: channels count from 1")
-    with open_recording(path, channel) as source:
-        resample = _resampler(source.samplerate, sample_rate)
-        parts = []
-        frames = 0
-        for block in _mono_blocks(path, source, channel):
-            frames += len(block)
-            parts.append(resample(block, False))
-        parts.append(resample(np.zeros(0, np.float32), True))
-        if not frames:
-            raise PplexError(f"{path} holds no samples; give a recording with sound")
-        pcm = _fit(parts, resampled_length(frames, source.samplerate, sample_rate))
-        if not len(pcm):
-            raise PplexError(
-                f"{path} is too short: {frames} samples at {source.samplerate} Hz "
-                f"make none at {sample_rate} Hz"
-            )
-        return Recording(
-            pcm=pcm,
-            source_rate=source.samplerate,
-            source_channels=source.channels,
-            source_frames=frames,
-            channel=channel,
-            format=source.format,
-            subtype=source.subtype,
-        )
+    levels = Levels()
+    parts: list[np.ndarray] = []
+    num_samples = 0
+    with open_source(path) as source:
+        for block in _samples(source, path, sample_rate, channel, levels):
+            num_samples += len(block)
+            parts.append(block)
+            if most_kept is not None and num_samples > most_kept:
+                parts.clear()
+    is_kept = most_kept is None or num_samples <= most_kept
+    parts.append(np.zeros(tail, np.float32))
+    return Recording(
+        path=path,
+        num_samples=num_samples + tail,
+        sample_rate=sample_rate,
+        source_rate=source.rate,
+        source_channels=source.channels,
+        source_frames=source.num_frames,
+        channel=channel,
+        format=source.format,
+        subtype=source.subtype,
+        warnings=(*source.warnings, *levels.warnings(str(path), channel)),
+        tail=tail,
+        _kept=np.concatenate(parts) if is_kept else None,
+    )
+
+
+def chunked(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Cut PCM that comes in blocks into (size,), the last one shorter."""
+    waiting = np.zeros(0, np.float32)
+    for block in blocks:
+        waiting = np.concatenate([waiting, block]) if len(waiting) else block
+        whole = len(waiting) - len(waiting) % size
+        yield from (waiting[i : i + size] for i in range(0, whole, size))
+        waiting = waiting[whole:]
+    if len(waiting):
+        yield waiting
 
 
 def resampled_length(frames: int, source_rate: int, sample_rate: int) -> int:
@@ -141,110 +182,58 @@ def write_wav(
                 out.writeframesraw(block.astype("<i2").tobytes())
 
 
-@contextmanager
-def open_recording(path: Path, channel: Channel) -> Iterator[soundfile.SoundFile]:
-    """Open a recording that has `channel`, or refuse it by what its header says."""
-    _check_file(path)
-    try:
-        source = soundfile.SoundFile(str(path))
-    except soundfile.LibsndfileError as e:
-        raise PplexError(
-            f"{path} is not an audio file that can be read ({e.error_string}); "
-            "give a WAV, FLAC, OGG or other recording"
-        ) from e
-    with source:
-        _check_header(path, source, channel)
-        yield source
-
-
-def _check_file(path: Path) -> None:
-    """Refuse, with its own sentence each, what libsndfile would only call bad."""
-    try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if stat.S_ISREG(status.st_mode):
-                file.read(1)  # a disk that fails shows here
-    except FileNotFoundError as e:
-        raise PplexError(f"{path} does not exist; check the name") from e
-    except IsADirectoryError as e:
-        raise PplexError(f"{path} is a folder; give one recording in it") from e
-    except PermissionError as e:
-        raise PplexError(
-            f"{path} cannot be read: no permission; change its rights or copy it"
-        ) from e
-    except OSError as e:
-        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
-    if not stat.S_ISREG(status.st_mode):
-        raise PplexError(f"{path} is a device or pipe; give an ordinary file")
-    if status.st_size == 0:
-        raise PplexError(f"{path} is empty (0 bytes); give a recording with sound")
-    if path.suffix.lower() == ".raw":
-        raise PplexError(
-            f"{path} is raw PCM, whose rate and format are unknown; convert it to WAV"
-        )
-
-
-def _open_without_waiting(name: str, flags: int) -> int:
-    """Open a file; a named pipe that nobody writes to does not block the program."""
-    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _check_header(path: Path, source: soundfile.SoundFile, channel: Channel) -> None:
-    """Refuse rates out of range, a channel that is not there, and a file cut short."""
-    rate, channels = source.samplerate, source.channels
-    if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
-        raise PplexError(
-            f"{path} says its sample rate is {rate} Hz; "
-            f"{MIN_SOURCE_RATE} to {MAX_SOURCE_RATE} Hz can be read"
-        )
+def check_channel(name: str, channels: int, channel: Channel) -> None:
+    """Refuse a channel that ``name`` does not have."""
     if channel != "mix" and channel > channels:
         has = "1 channel" if channels == 1 else f"{channels} channels"
-        raise PplexError(f"{path} has {has}; channel {channel} cannot be picked")
-    missing = missing_bytes(path)
-    if missing:
-        raise PplexError(
-            f"{path} is truncated: {missing} bytes that its header promises are "
-            "missing; copy or record it again"
-        )
+        raise PplexError(f"{name} has {has}; channel {channel} cannot be picked")
 
 
-def _mono_blocks(
-    path: Path, source: soundfile.SoundFile, channel: Channel
+def _samples(
+    source: SoundSource,
+    path: Path,
+    sample_rate: int,
+    channel: Channel,
+    levels: Levels | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield float32 (frames,) blocks of the wanted channel, each sample finite."""
-    promised = source.frames
-    rate = source.samplerate
-    size = max(1, _BLOCK_SAMPLES // source.channels)
-    done = 0
-    while True:
-        try:
-            block = source.read(size, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as e:
-            raise PplexError(
-                f"{path} is damaged or truncated: it cannot be decoded beyond "
-                f"{done / rate:.2f} s ({e.error_string})"
-            ) from e
-        if not len(block):
-            break
-        mono = _pick(block, channel)
-        finite = np.isfinite(mono)
-        if not finite.all():
-            first = int(np.argmin(finite))
-            kind = "NaN" if np.isnan(mono[first]) else "infinite"
-            raise PplexError(
-                f"{path} has a sample that is {kind} at {(done + first) / rate:.3f} s; "
-                "export the recording again"
-            )
-        done += len(block)
-        yield mono
-    if done < promised < UNKNOWN_FRAMES:
+    """Yield float32 (samples,) blocks of the wanted channel at ``sample_rate``."""
+    check_channel(str(path), source.channels, channel)
+    resample = make_resampler(source.rate, sample_rate)
+    frames = done = 0
+    for block in source.blocks():
+        mono = pick(block, channel)
+        _check_finite(path, mono, frames, source.rate)
+        if levels is not None:
+            levels.add(block, mono)
+        frames += len(block)
+        pcm = resample(mono, False)
+        done += len(pcm)
+        yield pcm
+    if not frames:
+        raise PplexError(f"{path} holds no samples; give a recording with sound")
+    length = resampled_length(frames, source.rate, sample_rate)
+    if not length:
         raise PplexError(
-            f"{path} is truncated: it promises {promised} samples a channel and holds "
-            f"{done}; copy or record it again"
+            f"{path} is too short: {frames} samples at {source.rate} Hz make none at "
+            f"{sample_rate} Hz"
+        )
+    # soxr may round a half the other way.
+    rest = resample(np.zeros(0, np.float32), True)[: length - done]
+    yield np.pad(rest, (0, length - done - len(rest)))
+
+
+def _check_finite(path: Path, mono: np.ndarray, done: int, rate: int) -> None:
+    finite = np.isfinite(mono)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        kind = "NaN" if np.isnan(mono[first]) else "infinite"
+        raise PplexError(
+            f"{path} has a sample that is {kind} at {(done + first) / rate:.3f} s; "
+            "export the recording again"
         )
 
 
-def _pick(block: np.ndarray, channel: Channel) -> np.ndarray:
+def pick(block: np.ndarray, channel: Channel) -> np.ndarray:
     if channel != "mix":
         return np.ascontiguousarray(block[:, channel - 1])
     if block.shape[1] == 1:
@@ -254,7 +243,7 @@ def _pick(block: np.ndarray, channel: Channel) -> np.ndarray:
         return mean.astype(np.float32)
 
 
-def _resampler(
+def make_resampler(
     source_rate: int, sample_rate: int
 ) -> Callable[[np.ndarray, bool], np.ndarray]:
     """Make a function from a block, and whether it is the last, to resampled PCM.
@@ -266,9 +255,3 @@ def _resampler(
     stream = soxr.ResampleStream(source_rate, sample_rate, 1, quality="HQ")
     resample: Callable[[np.ndarray, bool], np.ndarray] = stream.resample_chunk
     return resample
-
-
-def _fit(parts: list[np.ndarray], length: int) -> np.ndarray:
-    """Join parts to exactly `length` samples; soxr may round a half the other way."""
-    pcm = np.concatenate(parts)
-    return pcm[:length] if len(pcm) >= length else np.pad(pcm, (0, length - len(pcm)))

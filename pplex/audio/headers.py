@@ -1,68 +1,127 @@
-"""What a chunked audio header promises, against the bytes that are there.
+"""What the header of other containers than WAV promises, against the bytes there.
 
 libsndfile clips a length that is too large to the end of the file without a word, so
-a half copied recording would pass as a short one.
+a half copied recording would pass as a short one; and it reads some files on beyond
+the length that their header names.
 """
 
-import os
+import re
 import struct
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 
-# Written by programs that stream into a pipe and do not know the length: ffmpeg, sox,
-# arecord; 0 by those that were stopped before they could fill it in.
-_UNKNOWN_SIZES = {0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF}
-_UNKNOWN_LONG = 1 << 62
+from pplex.audio.wav import UNKNOWN_LONG, is_unknown, second_recording
 
 _MAX_CHUNKS = 10_000
+_MAGIC = (b"RIFX", b"FORM", b"riff", b"caff", b".snd", b"NIST")
+_SPHERE_FIELDS = ("sample_count", "channel_count", "sample_n_bytes")
 
 
-def missing_bytes(path: Path) -> int:
-    """Count the bytes of audio that a WAV, RF64, W64, AIFF or AU file lacks.
+@dataclass(frozen=True)
+class Extent:
+    """Where samples begin and end; ``end`` is None where the header has no length.
 
-    0 for a whole file, a header of unknown length, and every other format.
+    ``left_over`` counts bytes behind them that are no chunk.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(24)
-        promised = _data_end(file, start)
-    return max(0, promised - size)
+
+    start: int
+    end: int | None
+    left_over: int = 0
 
 
-def _data_end(file: BinaryIO, start: bytes) -> int:
-    """Byte position at which the header says the audio data ends; 0 if unknown."""
-    if start[:4] in (b"RIFF", b"RF64", b"BW64") and start[8:12] == b"WAVE":
-        return _chunks_end(file, "<", b"data")
-    if start[:4] == b"RIFX" and start[8:12] == b"WAVE":
-        return _chunks_end(file, ">", b"data")
-    if start[:4] == b"FORM" and start[8:12] in (b"AIFF", b"AIFC"):
-        return _chunks_end(file, ">", b"SSND")
-    if start[:4] == b"riff" and len(start) == 24:
-        whole = int(struct.unpack("<Q", start[16:24])[0])  # W64: size of the file
-        return whole if whole < _UNKNOWN_LONG else 0
-    if start[:4] == b".snd" and len(start) >= 12:
-        offset, length = struct.unpack(">II", start[4:12])
-        return 0 if length in _UNKNOWN_SIZES else offset + length
-    return 0
+@dataclass(frozen=True)
+class _Chunks:
+    """How chunks are laid out: from where, and the header of each.
+
+    ``counted`` is how much of the header its size counts, ``name`` the bytes of a name.
+    """
+
+    first: int
+    header: str
+    name: int
+    samples: bytes
+    before: int = 0  # bytes of the chunk before its samples
+    counted: int = 0
+    align: int = 2
 
 
-def _chunks_end(file: BinaryIO, endian: str, wanted: bytes) -> int:
-    """End of the first chunk named `wanted`, as its own size field has it."""
-    position = 12
-    long_size = 0
+_LAYOUTS = {
+    b"RIFX": _Chunks(12, ">4sI", 4, b"data"),
+    b"FORM": _Chunks(12, ">4sI", 4, b"SSND", before=8),
+    b"riff": _Chunks(40, "<16sQ", 16, b"data", counted=24, align=8),
+    b"caff": _Chunks(8, ">4sQ", 4, b"data", before=4, align=1),
+}
+
+
+def extent(file: BinaryIO, size: int, name: str) -> Extent | None:
+    """The samples of an AIFF, AU, CAF, W64, RIFX or SPHERE file of ``size`` bytes.
+
+    None where there are none.
+    """
+    file.seek(0)
+    magic = file.read(4)
+    found: Extent | None = None
+    if magic == b".snd":
+        start, length = struct.unpack(">II", file.read(8).ljust(8, b"\0"))
+        is_known = length and not is_unknown(length)
+        found = Extent(start, start + length if is_known else None)
+    elif magic == b"NIST":
+        found = _sphere(file)
+    elif magic in _LAYOUTS:
+        return _in_chunks(file, size, _LAYOUTS[magic], name)
+    if found is not None and found.end is not None and found.end < size:
+        file.seek(found.end)
+        if file.read(4) in _MAGIC:
+            raise second_recording(name)
+        return Extent(found.start, found.end, size - found.end)
+    return found
+
+
+def _sphere(file: BinaryIO) -> Extent | None:
+    file.seek(8)
+    try:
+        start = int(file.readline(16))
+        file.seek(0)
+        head = file.read(min(start, 1 << 16)).decode("latin-1")
+        fields = dict(re.findall(r"^(\w+) -i (\d+)", head, re.MULTILINE))
+        count, channels, width = (int(fields[field]) for field in _SPHERE_FIELDS)
+    except (ValueError, KeyError):
+        return None
+    return Extent(start, start + count * channels * width if count else None)
+
+
+def _in_chunks(file: BinaryIO, size: int, layout: _Chunks, name: str) -> Extent | None:
+    found: Extent | None = None
+    for position, chunk, length in _chunks(file, layout):
+        end = position + struct.calcsize(layout.header) + length
+        if found is None:
+            if chunk[:4] == layout.samples:
+                start = end - length + layout.before
+                narrow = struct.calcsize(layout.header) == 8
+                if length >= UNKNOWN_LONG or (narrow and is_unknown(length)):
+                    return Extent(start, None)
+                found = Extent(start, end)
+        elif chunk[:4] in (*_MAGIC, layout.samples):
+            raise second_recording(name)
+        elif not chunk[:4].strip().isalnum() or end > size:
+            return Extent(found.start, found.end, size - position)
+    return found
+
+
+def _chunks(file: BinaryIO, layout: _Chunks) -> Iterator[tuple[int, bytes, int]]:
+    """Position, name and length without its header of each chunk."""
+    position = layout.first
+    head_size = struct.calcsize(layout.header)
     for _ in range(_MAX_CHUNKS):
         file.seek(position)
-        header = file.read(8)
-        if len(header) < 8:
-            return 0
-        name, size = header[:4], struct.unpack(endian + "I", header[4:])[0]
-        if name == b"ds64":  # RF64: 64-bit sizes of the file and of its data
-            sizes = file.read(16)
-            if len(sizes) == 16:
-                long_size = int(struct.unpack("<Q", sizes[8:])[0])
-        if name == wanted:
-            if size == 0xFFFFFFFF and long_size:
-                return position + 8 + long_size if long_size < _UNKNOWN_LONG else 0
-            return 0 if size in _UNKNOWN_SIZES else position + 8 + int(size)
-        position += 8 + size + (size & 1)
-    return 0
+        head = file.read(head_size)
+        if not head:
+            return
+        chunk, length = struct.unpack(layout.header, head.ljust(head_size, b"\0"))
+        length = length - layout.counted
+        if length < 0:
+            length = UNKNOWN_LONG if chunk[:4] == layout.samples else 0
+        yield position, chunk, length
+        position += head_size + length
+        position += -position % layout.align

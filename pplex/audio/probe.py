@@ -3,21 +3,21 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pplex.audio.files import UNKNOWN_FRAMES, Channel, open_recording
+from pplex.audio.files import Channel, check_channel
+from pplex.audio.source import open_source
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself; `duration_s` is None where it does not know."""
+    """What a file says of itself."""
 
     rate: int
     channels: int
-    duration_s: float | None
+    duration_s: float
 
 
 def probe(path: Path, channel: Channel = 1) -> Header:
-    """Read a recording's header, refusing what `read_pcm` would refuse for it."""
-    with open_recording(Path(path), channel) as source:
-        known = source.frames < UNKNOWN_FRAMES
-        seconds = source.frames / source.samplerate if known else None
-        return Header(source.samplerate, source.channels, seconds)
+    """Read a recording's header, refusing what can be seen to be wrong with it."""
+    with open_source(Path(path)) as source:
+        check_channel(str(path), source.channels, channel)
+        return Header(source.rate, source.channels, source.num_frames / source.rate)

@@ -5,6 +5,7 @@ What comes out is, sample for sample, what ``files`` makes of the same audio.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import queue
@@ -13,53 +14,73 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
+import soundfile
 
 from pplex.audio.files import (
-    MAX_SOURCE_RATE,
-    MIN_SOURCE_RATE,
     Channel,
-    _pick,
-    _resampler,
+    check_channel,
+    make_resampler,
+    pick,
     resampled_length,
 )
-from pplex.audio.headers import _UNKNOWN_SIZES
+from pplex.audio.levels import Levels
+from pplex.audio.source import left_over, unfinished
+from pplex.audio.wav import (
+    SUBTYPES,
+    WAV_MAGIC,
+    Encoding,
+    bytes_left_over,
+    read_wav_header,
+)
 from pplex.errors import PplexError
 
-Encoding = Literal["u8", "s16le", "s24le", "s32le", "f32le", "f64le"]
-
-MAX_CHANNELS = 64
-MAX_HEADER_BYTES = 1 << 24  # what may come before the samples: tags, cover pictures
+NAME = "the input stream"
 
 _READ_BYTES = 1 << 14
 _MAX_WAITING = 1 << 10  # reads that wait to be answered: 16 MB at the most
-_WIDTHS: dict[Encoding, int] = {
-    "u8": 1,
-    "s16le": 2,
-    "s24le": 3,
-    "s32le": 4,
-    "f32le": 4,
-    "f64le": 8,
-}
-_PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
+# For what may follow the samples: until the next byte, and in all.
+_PATIENCE_S = 1.0
+_DRAIN_S = 10.0
+# How other files than WAV begin.
+_OTHER_MAGIC = (b"fLaC", b"OggS", b"ID3", b"FORM", b"caf", b".snd", b"riff", b"NIST")
 
 
 @dataclass(frozen=True)
 class StreamFormat:
-    """How samples lie in a stream; ``num_bytes`` of them, None where nobody knows."""
+    """How samples lie in a stream; ``num_bytes`` of them, None where nobody knows.
+
+    ``is_unfinished`` where a header should know and does not, ``is_bare`` where there
+    is none.
+    """
 
     encoding: Encoding
     rate: int
     channels: int
     num_bytes: int | None = None
+    is_unfinished: bool = False
+    is_bare: bool = False
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one sample of all channels."""
-        return _WIDTHS[self.encoding] * self.channels
+        return SUBTYPES[self.encoding][1] * self.channels
+
+    def decode(self, content: bytes) -> np.ndarray:
+        """Float32 (frames, channels) of whole samples."""
+        pcm: np.ndarray = soundfile.read(
+            io.BytesIO(content),
+            dtype="float32",
+            always_2d=True,
+            format="RAW",
+            subtype=SUBTYPES[self.encoding][0],
+            endian="LITTLE",
+            samplerate=self.rate,
+            channels=self.channels,
+        )[0]
+        return pcm
 
 
 class Feed:
@@ -78,6 +99,7 @@ class Feed:
         self._arrived = 0.0
         self._stopped = self._ended = False
         self.waited_s = 0.0
+        self._deadline: float | None = None
         threading.Thread(target=self._run, name="stdin", daemon=True).start()
 
     def _run(self) -> None:
@@ -96,6 +118,10 @@ class Feed:
         self._stopped = True
         self._waiting.put((b"", time.perf_counter()))
 
+    def hurry(self) -> None:
+        """From now on what does not come soon counts as the end."""
+        self._deadline = time.perf_counter() + _DRAIN_S
+
     @property
     def was_stopped(self) -> bool:
         """Whether ``stop`` was called."""
@@ -111,12 +137,18 @@ class Feed:
         if self._ended:
             return b"", self._arrived
         start = time.perf_counter()
-        content, self._arrived = self._waiting.get()
+        try:
+            timeout = None
+            if self._deadline is not None:
+                timeout = min(_PATIENCE_S, max(0.0, self._deadline - start))
+            content, self._arrived = self._waiting.get(timeout=timeout)
+        except queue.Empty:
+            content = b""
         self.waited_s += time.perf_counter() - start
         self._room.release()
         if self._error is not None and not content:
             reason = self._error.strerror or self._error
-            raise PplexError(f"the input stream cannot be read: {reason}")
+            raise PplexError(f"{NAME} cannot be read: {reason}")
         self._ended = not content
         return content, self._arrived
 
@@ -129,118 +161,57 @@ class Feed:
             count -= len(parts[-1])
         return b"".join(parts)
 
-    def skip(self, count: int) -> None:
-        """Pass over ``count`` bytes."""
-        while count and (content := self.take(min(count, _READ_BYTES))):
-            count -= len(content)
+    def unread(self, content: bytes) -> None:
+        """Put back what was taken last."""
+        self._left = content + self._left
+
+    def skip(self, count: int) -> int:
+        """Pass over bytes; how many there were."""
+        left = count
+        while left and (content := self.take(min(left, _READ_BYTES))):
+            left -= len(content)
+        return count - left
 
 
-def read_header(feed: Feed) -> StreamFormat:
-    """The format of a WAV stream, which is left where its samples begin."""
+def open_stream(feed: Feed, raw: StreamFormat | None = None) -> StreamFormat:
+    """The format of a stream, which is left where its samples begin.
+
+    It is WAV, or what ``raw`` says.
+    """
+    if raw is not None:  # no byte of it may have come yet
+        return replace(raw, is_bare=True)
     start = feed.take(12)
     if not start:
-        raise PplexError("the input stream is empty; nothing was written to it")
-    if start[:4] not in (b"RIFF", b"RF64", b"BW64") or start[8:] != b"WAVE":
+        raise PplexError(f"{NAME} is empty; nothing was written to it")
+    feed.unread(start)
+    if not _is_wav(start):
         raise PplexError(
-            "the input stream is not WAV; convert it on the way "
+            f"{NAME} is not WAV; convert it on the way "
             "(ffmpeg -i INPUT -f wav -), or give --raw and --rate for bare samples"
         )
-    found: StreamFormat | None = None
-    long_size: int | None = None
-    left = MAX_HEADER_BYTES
-    while True:
-        name, size = struct.unpack("<4sI", _whole(feed, 8))
-        if name == b"data":
-            if found is None:
-                raise _bad_header("its samples come before their format")
-            known = long_size if size == 0xFFFFFFFF else int(size)
-            unknown = size in _UNKNOWN_SIZES and long_size is None
-            return StreamFormat(
-                found.encoding, found.rate, found.channels, None if unknown else known
-            )
-        left -= 8 + size
-        if left < 0:
-            raise _bad_header(f"{size} bytes of {name!r} before the samples")
-        if name == b"fmt ":
-            found = _parse_format(_whole(feed, min(size, 64)))
-            feed.skip(max(0, size - 64) + (size & 1))
-        elif name == b"ds64" and size >= 16:
-            long_size = int(struct.unpack("<8xQ", _whole(feed, 16))[0])
-            long_size = long_size if 0 < long_size < 1 << 62 else None
-            feed.skip(size - 16 + (size & 1))
-        else:
-            feed.skip(size + (size & 1))
-
-
-def _whole(feed: Feed, count: int) -> bytes:
-    content = feed.take(count)
-    if len(content) < count:
-        raise _bad_header("it ends before its samples")
-    return content
-
-
-def _bad_header(why: str) -> PplexError:
-    return PplexError(f"the input stream is not a WAV stream that can be read: {why}")
-
-
-def _parse_format(content: bytes) -> StreamFormat:
-    if len(content) < 16:
-        raise _bad_header("its format has too few bytes")
-    tag, channels, rate, _, align, bits = struct.unpack("<HHIIHH", content[:16])
-    if tag == _EXTENSIBLE and len(content) >= 26:
-        tag = struct.unpack("<H", content[24:26])[0]
-    names: dict[tuple[int, int], Encoding] = {
-        (_PCM, 8): "u8",
-        (_PCM, 16): "s16le",
-        (_PCM, 24): "s24le",
-        (_PCM, 32): "s32le",
-        (_FLOAT, 32): "f32le",
-        (_FLOAT, 64): "f64le",
-    }
-    encoding = names.get((tag, bits))
-    if encoding is None:
-        raise _bad_header(
-            f"samples of kind {tag} with {bits} bits; convert it on the way "
-            "(ffmpeg -i INPUT -f wav -)"
-        )
-    found = StreamFormat(encoding, rate, channels)
-    check_format(found)
-    if align != found.block_bytes:
-        raise _bad_header(f"{align} bytes a sample where {found.block_bytes} are")
-    return found
-
-
-def check_format(stream: StreamFormat) -> None:
-    """Refuse rates and numbers of channels that cannot be read."""
-    if not MIN_SOURCE_RATE <= stream.rate <= MAX_SOURCE_RATE:
+    header = read_wav_header(feed, NAME)
+    if header.encoding is None:
         raise PplexError(
-            f"the input stream's sample rate is {stream.rate} Hz; "
-            f"{MIN_SOURCE_RATE} to {MAX_SOURCE_RATE} Hz can be read"
+            f"{NAME} has samples of kind {header.tag} with {header.bits} bits; convert "
+            "it on the way (ffmpeg -i INPUT -f wav -)"
         )
-    if not 1 <= stream.channels <= MAX_CHANNELS:
-        raise _bad_header(f"{stream.channels} channels; 1 to {MAX_CHANNELS} can be")
+    layout = header.encoding, header.rate, header.channels
+    return StreamFormat(*layout, header.num_bytes, header.is_unfinished)
 
 
-def decode_pcm(content: bytes, encoding: Encoding) -> np.ndarray:
-    """Float32 samples of bytes, scaled as libsndfile scales them."""
-    if encoding == "f32le":
-        return np.frombuffer(content, "<f4").astype(np.float32)
-    if encoding == "f64le":
-        with np.errstate(over="ignore"):
-            return np.frombuffer(content, "<f8").astype(np.float32)
-    pcm: np.ndarray
-    if encoding == "u8":
-        pcm = (np.frombuffer(content, np.uint8) - np.float32(128)) / np.float32(128)
-        return pcm
-    if encoding == "s24le":
-        padded = np.zeros((len(content) // 3, 4), np.uint8)
-        padded[:, 1:] = np.frombuffer(content, np.uint8).reshape(-1, 3)
-        # In the upper bytes of 32 bits: exact in float32, being a multiple of 2^8.
-        pcm = padded.view("<i4")[:, 0].astype(np.float32) / np.float32(1 << 31)
-        return pcm
-    whole = np.frombuffer(content, "<i2" if encoding == "s16le" else "<i4")
-    pcm = whole.astype(np.float32) / np.float32(1 << (8 * whole.itemsize - 1))
-    return pcm
+def _is_wav(start: bytes) -> bool:
+    return start[:4] in WAV_MAGIC and start[8:12] == b"WAVE"
+
+
+def _check_bare(start: bytes) -> None:
+    """Refuse a file whose header would be heard as samples."""
+    if _is_wav(start):
+        raise PplexError(f"{NAME} is WAV, no bare samples; leave --raw and --rate out")
+    if start.startswith(_OTHER_MAGIC):
+        raise PplexError(
+            f"{NAME} is a file of some format, no bare samples; convert it on the way "
+            "(ffmpeg -i INPUT -f wav -) and leave --raw and --rate out"
+        )
 
 
 @dataclass(frozen=True)
@@ -265,17 +236,15 @@ class UserStream:
 
     def __init__(self, feed: Feed, stream: StreamFormat, channel: Channel) -> None:
         """Samples follow in ``feed``, laid out as ``stream`` says."""
-        if channel != "mix" and channel > stream.channels:
-            has = "1 channel" if stream.channels == 1 else f"{stream.channels} channels"
-            raise PplexError(
-                f"the input stream has {has}; channel {channel} cannot be picked"
-            )
+        check_channel(NAME, stream.channels, channel)
         self._feed = feed
         self._channel = channel
         self.format = stream
         self.source_frames = 0
         self.num_samples = 0
         self.missing_bytes = 0
+        self._rest = b""
+        self._levels = Levels()
         self.fault = ""
         self.first_s = self.last_s = 0.0
 
@@ -285,6 +254,24 @@ class UserStream:
         spent = self.last_s - self.first_s
         return self.source_frames / self.format.rate / spent if spent > 0 else math.inf
 
+    def warnings(self) -> list[str]:
+        """What is odd about it, when it has ended.
+
+        Whether anything follows the samples is waited for, but not long.
+        """
+        found = self._levels.warnings(NAME, self._channel)
+        if self.format.is_unfinished:
+            found.append(unfinished(NAME))
+        count = len(self._rest)
+        num_bytes = self.format.num_bytes
+        if num_bytes is not None and not (self._feed.was_stopped or self.fault):
+            self._feed.hurry()
+            try:
+                count += bytes_left_over(self._feed, num_bytes, NAME)
+            except PplexError as e:
+                self.fault = str(e)
+        return found + [left_over(NAME, count)] * bool(count)
+
     def frames(
         self, sample_rate: int, frame_size: int, tail_s: float = 0.0
     ) -> Iterator[LiveFrame]:
@@ -293,7 +280,7 @@ class UserStream:
         A feed that is stopped ends on a whole frame, without the tail.
         """
         rate = self.format.rate
-        resample = _resampler(rate, sample_rate)
+        resample = make_resampler(rate, sample_rate)
         waiting = np.zeros(0, np.float32)
         arrivals: deque[tuple[int, float]] = deque()
         for pcm, arrived in self._mono():
@@ -314,9 +301,9 @@ class UserStream:
         length = resampled_length(self.source_frames, rate, sample_rate)
         if not length:
             raise PplexError(
-                "the input stream holds no samples"
+                f"{NAME} holds no samples"
                 if not self.source_frames
-                else f"the input stream is too short: {self.source_frames} samples"
+                else f"{NAME} is too short: {self.source_frames} samples"
             )
         rest = resample(np.zeros(0, np.float32), True)
         waiting = np.concatenate([waiting, rest])[: length - self.num_samples]
@@ -334,7 +321,6 @@ class UserStream:
         """The wanted channel, each sample finite, as it comes."""
         size = self.format.block_bytes
         left = self.format.num_bytes
-        rest = b""
         while left is None or left > 0:
             try:
                 content, arrived = self._feed.read()
@@ -345,25 +331,30 @@ class UserStream:
                 return
             if not content:
                 break
-            content = content if left is None else content[:left]
-            left = None if left is None else left - len(content)
-            content = rest + content
+            if self.format.is_bare and not self.source_frames:
+                _check_bare(content)
+            if left is not None:
+                self._feed.unread(content[left:])
+                content = content[:left]
+                left -= len(content)
+            content = self._rest + content
             whole = len(content) // size * size
-            rest = content[whole:]
+            self._rest = content[whole:]
             if not whole:
                 continue
-            block = decode_pcm(content[:whole], self.format.encoding)
-            mono = _pick(block.reshape(-1, self.format.channels), self._channel)
+            block = self.format.decode(content[:whole])
+            mono = pick(block, self._channel)
             finite = np.isfinite(mono)
             if not finite.all():
                 mono = mono[: int(np.argmin(finite))]
                 where = (self.source_frames + len(mono)) / self.format.rate
                 self.fault = (
-                    "the input stream has a sample that is no finite number at "
-                    f"{where:.3f} s"
+                    f"{NAME} has a sample that is no finite number at {where:.3f} s"
                 )
                 if not self.source_frames + len(mono):
                     raise PplexError(self.fault)
+            if len(mono):
+                self._levels.add(block[: len(mono)], mono)
             if not self.source_frames:
                 self.first_s = arrived
             self.last_s = arrived

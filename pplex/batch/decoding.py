@@ -172,7 +172,7 @@ class Decoder:
     def _start(self, voice: str, text: str) -> Start:
         found = self._roles.get((voice, text))
         if found is None:
-            role = make_role(self._model, voice, text)
+            role = make_role(self._model, voice, text, self._note)
             found = self._model.engine.prefill(role.prompt)
             self._roles[voice, text] = found
             if len(self._roles) > KEPT_ROLES:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from pplex.audio.files import Recording
 from pplex.audio.folders import LeftOut
 from pplex.batch.decoding import PROMPT_FRAMES, Size
 from pplex.batch.describe import Description
@@ -49,6 +50,7 @@ class Forecast:
     kept: Kept = field(default_factory=Kept)
     left_out: LeftOut = field(default_factory=LeftOut)
     replaced: int = 0
+    warnings: list[str] = field(default_factory=list)
     audio_s: float = 0.0
     longest_s: float = 0.0
     output_gb: float = 0.0
@@ -93,10 +95,14 @@ def forecast(batch: Batch, progress: bool) -> Forecast:
         left_out=work.left_out,
         replaced=left.replaced,
     )
-    for request, seconds in _read(left.todo, model.config.sample_rate):
-        if isinstance(seconds, PplexError):
-            found.failed[request.key] = str(seconds)
+    for request, recording in _read(left.todo, model.config.sample_rate):
+        if isinstance(recording, PplexError):
+            found.failed[request.key] = str(recording)
             continue
+        found.warnings += recording.warnings
+        auto = request.settings.tail == "auto"
+        seconds = recording.num_samples / recording.sample_rate
+        seconds += MAX_TAIL_S if auto else 0.0
         found.todo += 1
         found.audio_s += seconds
         found.longest_s = max(found.longest_s, seconds)
@@ -111,14 +117,12 @@ def forecast(batch: Batch, progress: bool) -> Forecast:
 
 def _read(
     requests: list[Request], sample_rate: int
-) -> Iterator[tuple[Request, float | PplexError]]:
-    """Read each recording through; its seconds, or what is wrong with it."""
+) -> Iterator[tuple[Request, Recording | PplexError]]:
+    """Read each recording through; what it is, or what is wrong with it."""
 
-    def look(request: Request) -> float | PplexError:
+    def look(request: Request) -> Recording | PplexError:
         try:
-            pcm = read_request(request, sample_rate).recording.pcm
-            auto = request.settings.tail == "auto"
-            return len(pcm) / sample_rate + (MAX_TAIL_S if auto else 0.0)
+            return read_request(request, sample_rate).recording
         except PplexError as e:
             return e
 

@@ -363,6 +363,8 @@ class _Run:
                 self._fail(request, f"{request.source} is too long for this memory")
                 continue
             self._reads[request.key] = read
+            for warning in read.recording.warnings:
+                self._report.note(warning)
             settings = request.settings
             voice = self._model.voice_of(request)
             pcm = read.recording.pcm

@@ -110,6 +110,9 @@ def forecast_text(found: Forecast, every: bool) -> str:
     lines += [f"  {key}: {error}" for key, error in shown]
     if len(found.failed) > len(shown):
         lines.append(f"  and {len(found.failed) - len(shown)} more")
+    lines += [f"odd:     {warning}" for warning in found.warnings[:_SHOWN_FAILURES]]
+    if len(found.warnings) > _SHOWN_FAILURES:
+        lines.append(f"  and {len(found.warnings) - _SHOWN_FAILURES} more")
     lines += [*found.left_out.sentences(), *kept_lines(found.kept, every)]
     lines.append(
         f"disk:    about {size(found.output_gb)} of {size(found.disk_free_gb)} free"

@@ -117,6 +117,10 @@ class Progress(Lines):
             VERBOSE,
         )
 
+    def warn(self, message: str) -> None:
+        """Say what is odd about the sound."""
+        self.say(message)
+
     def listening(self, stream: StreamFormat) -> None:
         """Say what the stream is, and which channel is the user's."""
         channels = stream.channels

@@ -87,7 +87,14 @@ def make(
     from pplex.conversation.session import load
 
     local = resolve(model_name, offline=offline)
-    made = write_voice(load(local), recording, output, channel=channel, trim=trim)
+    made = write_voice(
+        load(local),
+        recording,
+        output,
+        channel=channel,
+        trim=trim,
+        warn=lambda warning: click.echo(warning, err=True),
+    )
     click.echo(output)
     seconds = round(made.duration_s, 1)  # judged as it is shown
     click.echo(f"{seconds} s, {made.frames} frames", err=True)

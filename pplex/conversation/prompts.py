@@ -7,6 +7,7 @@ what the reference saves of a voice prompt.
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,13 @@ from pplex.model.prompt import Prompt, initial_column, make_prompt
 
 DEFAULT_VOICE = "NATF2"
 _MIN_FRAMES = 2
+
+# Told what is odd about a voice recording, in a sentence.
+Warn = Callable[[str], None]
+
+
+def _ignore(warning: str) -> None:
+    """Nobody is told."""
 
 
 class HasVoices(Protocol):
@@ -58,7 +66,7 @@ def choose_voice(model: HasVoices, voice: str | None) -> str:
     return DEFAULT_VOICE if DEFAULT_VOICE in model.voices else next(iter(model.voices))
 
 
-def make_role(model: Model, voice: str | None, text: str) -> Role:
+def make_role(model: Model, voice: str | None, text: str, warn: Warn = _ignore) -> Role:
     """Lay out the prompt of ``voice`` (a name or a file) and the role ``text``."""
     name = choose_voice(model, voice)
     text_ids = model.tokenizer.encode_prompt(text)
@@ -79,7 +87,7 @@ def make_role(model: Model, voice: str | None, text: str) -> Role:
             model.config, text_ids, saved_voice=(saved.embeddings, saved.cache)
         )
     else:
-        codes = encode_voice(model, path)
+        codes = encode_voice(model, path, warn=warn)
         prompt = make_prompt(model.config, text_ids, voice_codes=codes)
     return Role(prompt, name, text)
 
@@ -91,7 +99,12 @@ def _first_input(model: Model) -> np.ndarray:
 
 
 def encode_voice(
-    model: Model, path: Path, *, channel: Channel = 1, trim: bool = False
+    model: Model,
+    path: Path,
+    *,
+    channel: Channel = 1,
+    trim: bool = False,
+    warn: Warn = _ignore,
 ) -> np.ndarray:
     """Codes (codebooks, frames) of a voice recording, normalised to -24 LUFS.
 
@@ -100,10 +113,13 @@ def encode_voice(
     """
     rate = model.config.sample_rate
     try:
-        pcm = read_pcm(path, sample_rate=rate, channel=channel).pcm
+        recording = read_pcm(path, sample_rate=rate, channel=channel)
+        pcm = recording.pcm
         pcm = normalize_loudness(trim_silence(pcm, rate) if trim else pcm, rate)
     except PplexError as e:
         raise PplexError(f"voice {path}: {e}") from e
+    for warning in recording.warnings:
+        warn(f"voice {warning}")
     key = voice_codes.key(pcm, model.local.folder.codec, model.engine.name)
     codes = voice_codes.read(key)
     if codes is None:
@@ -135,14 +151,19 @@ class OwnVoice:
 
 
 def make_voice(
-    model: Model, recording: Path, *, channel: Channel = 1, trim: bool = False
+    model: Model,
+    recording: Path,
+    *,
+    channel: Channel = 1,
+    trim: bool = False,
+    warn: Warn = _ignore,
 ) -> OwnVoice:
     """Run a voice recording through the model's codec and tables.
 
     A conversation that starts from the result is the one that starts from the
     recording itself.
     """
-    codes = encode_voice(model, recording, channel=channel, trim=trim)
+    codes = encode_voice(model, recording, channel=channel, trim=trim, warn=warn)
     frames = codes.shape[1]
     if frames < _MIN_FRAMES:
         raise PplexError(f"voice {recording}: it has {frames} frame, too few")
@@ -166,9 +187,10 @@ def write_voice(
     *,
     channel: Channel = 1,
     trim: bool = False,
+    warn: Warn = _ignore,
 ) -> OwnVoice:
     """Make a voice and write it to ``output``, with a note of the model it is for."""
-    made = make_voice(model, recording, channel=channel, trim=trim)
+    made = make_voice(model, recording, channel=channel, trim=trim, warn=warn)
     local = model.local
     notes = {
         MADE_FOR: f"{local.repo}@{local.revision}" if local.repo else local.name,

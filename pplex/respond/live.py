@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 
 from pplex.audio.files import resampled_length
-from pplex.audio.streams import Feed, LiveFrame, UserStream, read_header
+from pplex.audio.streams import Feed, LiveFrame, UserStream, open_stream
 from pplex.conversation.answer import Answer, Timings
 from pplex.conversation.quiet import Quiet, longest
 from pplex.conversation.scheduler import converse
@@ -89,12 +89,12 @@ def respond_stream(
     outputs, settings = request.outputs, request.settings
     check_outputs(request, config.overwrite)
     feed = Feed(_STDIN)
-    user = UserStream(feed, config.raw or read_header(feed), settings.channel)
+    user = UserStream(feed, open_stream(feed, config.raw), settings.channel)
     report.listening(user.format)
     clock.lap("read")
     model = load_model(config, report)
     clock.lap("load")
-    role, start = begin(model, settings, clock)
+    role, start = begin(model, settings, clock, report)
     rate = model.config.sample_rate
     record = _Record(outputs.tokens is not None, model.config.frame_s)
     closed: BrokenPipeError | None = None
@@ -171,6 +171,8 @@ def respond_stream(
         )
         if outputs.stats is not None:
             stats.write(outputs.stats, place)
+        for warning in user.warnings():
+            report.warn(warning)
     if config.check is not None:
         report.checked(config.check(request.source, files, asdict(stats), spoken))
     if closed is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -63,6 +63,9 @@ class Report(Protocol):
     def reading(self, recording: Recording) -> None:
         """The recording was read."""
 
+    def warn(self, message: str) -> None:
+        """Something is odd about the sound, and was answered all the same."""
+
     def listening(self, stream: StreamFormat) -> None:
         """The input is a stream that has begun."""
 
@@ -108,11 +111,13 @@ def read_user(source: Path, settings: Settings, sample_rate: int) -> Recording:
 
     One whose end is yet to be found is not there.
     """
-    recording = read_pcm(source, sample_rate=sample_rate, channel=settings.channel)
-    if settings.tail == "auto":
-        return recording
-    tail = np.zeros(round(settings.tail * sample_rate), np.float32)
-    return replace(recording, pcm=np.concatenate([recording.pcm, tail]))
+    tail = 0.0 if settings.tail == "auto" else settings.tail
+    return read_pcm(
+        source,
+        sample_rate=sample_rate,
+        channel=settings.channel,
+        tail=round(tail * sample_rate),
+    )
 
 
 def lengthened(pcm: np.ndarray, num_samples: int) -> np.ndarray:
@@ -145,7 +150,9 @@ def respond(
     if rate != MimiConfig().sample_rate:
         recording = read_user(request.source, settings, rate)
     clock.lap("load")
-    role, start = begin(model, settings, clock)
+    role, start = begin(model, settings, clock, report)
+    for warning in recording.warnings:
+        report.warn(warning)
     user_pcm, write = recording.pcm, None
     with ExitStack() as stack:
         if is_descriptor(outputs.audio):
@@ -210,9 +217,11 @@ def load_model(config: Config, report: Report) -> Model:
     return model
 
 
-def begin(model: Model, settings: Settings, clock: Clock) -> tuple[Role, Start]:
+def begin(
+    model: Model, settings: Settings, clock: Clock, report: Report
+) -> tuple[Role, Start]:
     """The prompt that was asked for, read; the engine has seen a frame."""
-    role = make_role(model, settings.voice, settings.text)
+    role = make_role(model, settings.voice, settings.text, report.warn)
     start = model.engine.prefill(role.prompt)
     clock.lap("prefill")
     warm_up(model.engine, start)

@@ -34,7 +34,7 @@ def read_audio(path: Path) -> None:
 
 def read_stream(path: Path) -> None:
     """The bytes as they would come on stdin, through a pipe."""
-    from pplex.audio.streams import Feed, UserStream, read_header
+    from pplex.audio.streams import Feed, UserStream, open_stream
 
     reader, writer = os.pipe()
     content = path.read_bytes()[: 1 << 20]
@@ -51,7 +51,7 @@ def read_stream(path: Path) -> None:
     thread.start()
     feed = Feed(reader)
     try:
-        user = UserStream(feed, read_header(feed), channel=1)
+        user = UserStream(feed, open_stream(feed), channel=1)
         for frame in user.frames(24000, 1920):
             assert frame.pcm.shape == (1920,) and np.isfinite(frame.pcm).all()
             if user.num_samples > 24000 * 60:
