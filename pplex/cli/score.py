@@ -92,6 +92,17 @@ _WORSE = "worse"
     is_flag=True,
     help="Rate the sound of the agent's speech from 1 to 5 by DNSMOS.",
 )
+@click.option(
+    "--judge",
+    metavar="MODEL",
+    help="Let a language model grade what was said, from 0 to 5, by a local server of "
+    "OpenAI's protocol, such as mlx_lm.server --model MODEL.",
+)
+@click.option(
+    "--judge-url",
+    metavar="URL",
+    help="The judge's server.  [default: http://localhost:8080/v1]",
+)
 @diarization_options
 @click.option(
     "--against",
@@ -125,6 +136,8 @@ def score(
     agent_lag: float,
     human_timing: Path | None,
     mos: bool,
+    judge: str | None,
+    judge_url: str | None,
     rttm: tuple[Path, ...],
     speaker: str | None,
     against: tuple[Path, ...],
@@ -146,6 +159,8 @@ def score(
     for option, given in (("--plot", plot), ("--fail-if worse", _WORSE in fail_if)):
         if given and not against:
             raise click.UsageError(f"{option} needs --against")
+    if judge_url is not None and judge is None:
+        raise click.UsageError("--judge-url needs --judge")
     check_diarization_options(rttm, speaker)
     if against and form == "csv":
         raise click.UsageError("--against has no CSV: give --format json")
@@ -154,6 +169,7 @@ def score(
     from pplex.evaluation.against import compare_sets, plot_differences, without_folder
     from pplex.evaluation.diarization import read_rttm
     from pplex.evaluation.find import find
+    from pplex.evaluation.judge import make_judge
     from pplex.evaluation.limits import Limit
     from pplex.evaluation.measure import Method
     from pplex.evaluation.recognisers import make_recogniser
@@ -174,6 +190,7 @@ def score(
         human_timing=human_timing,
         diarization=read_rttm(rttm, speaker) if rttm else None,
         quality=make_sound_quality() if mos else None,
+        judge=make_judge(judge, judge_url) if judge else None,
     )
     recogniser: Recogniser | None = make_recogniser(asr, asr_sentences) if asr else None
     found = [find(side) for side in (paths, against) if side]

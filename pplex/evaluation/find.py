@@ -78,6 +78,7 @@ class Track:
 class Item:
     """One recording, done or not; ``stats`` and ``words`` are None where not known.
 
+    ``role`` are the agent's instructions, ``extra`` a jobs file's other columns.
     ``partner`` is the other side of the user's recording, whom the agent stands in for.
     ``status`` is ``done``, ``failed``, ``missing`` (said to be done, but a file is not
     there), ``unreadable``, ``no answer`` or what a manifest says.
@@ -89,6 +90,8 @@ class Item:
     user: Track | None = None
     agent: Track | None = None
     partner: Track | None = None
+    role: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
     audio: Path | None = None
     stats: dict[str, Any] | None = None
     words: list[Word] | None = None
@@ -239,6 +242,8 @@ def _manifest_item(line: Line, folder: Path, notes: list[str]) -> Item:
         error=item.error or done.error,
         stats=stats,
         words=words,
+        role=line["prompt"] or done.role,
+        extra=line["extra"] or {},
     )
 
 
@@ -281,7 +286,8 @@ def _outputs_item(
     name = path.name
     if folder is not None and folder in path.parents:
         name = str(path.relative_to(folder))
-    item = Item(name, stats=stats, words=words, folder=path.parent)
+    role = str((stats or {}).get("prompt", ""))
+    item = Item(name, stats=stats, words=words, folder=path.parent, role=role)
     if path.name.endswith(USER):
         path = path.with_name(_partner(path))
     if path.name.endswith(AGENT):

@@ -13,6 +13,7 @@ from pplex.evaluation.asr import RoundTrip, compare
 from pplex.evaluation.diarization import Diarization
 from pplex.evaluation.find import SAMPLE_RATE, Item
 from pplex.evaluation.full_duplex_bench import read_chunks
+from pplex.evaluation.judge import Judge, Question, Verdict
 from pplex.evaluation.sound_quality import SoundQuality
 from pplex.evaluation.speech_activity import VAD_RATE, Detector, Segment
 from pplex.evaluation.turns import (
@@ -49,6 +50,7 @@ class Method:
     human_timing: Path | None = None
     diarization: Diarization | None = None
     quality: SoundQuality | None = None
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Measured:
     of speech are counted for them.
     ``people`` compares with the person whom the agent stands in for, where that side
     is in the user's recording: backchannels of both, and how many of them match.
-    ``mos`` are opinions of the agent's speech, 1 to 5.
+    ``mos`` are opinions of the agent's speech, 1 to 5; ``verdict`` is a judge's.
     """
 
     duration_s: float
@@ -92,12 +94,20 @@ class Measured:
     people: dict[str, int] | None = None
     ending: Ending | None = None
     mos: dict[str, float] | None = None
+    verdict: Verdict | None = None
 
 
 def measure(
-    item: Item, detector: Detector, method: Method, heard: list[Word] | None = None
+    item: Item,
+    detector: Detector,
+    method: Method,
+    heard: list[Word] | None = None,
+    asked: list[Word] | None = None,
 ) -> Measured:
-    """Measure an item that has an agent's track; ``heard`` are a recogniser's words."""
+    """Measure an item that has an agent's track.
+
+    ``heard`` are a recogniser's words of the agent's side, ``asked`` of the user's.
+    """
     assert item.agent is not None
     pcm = item.agent.read(VAD_RATE)
     duration_s = len(pcm) / VAD_RATE
@@ -137,7 +147,24 @@ def measure(
         people,
         ending,
         method.quality(pcm, speech) if method.quality else None,
+        _judged(item, method.judge, words, asked) if method.judge else None,
     )
+
+
+def _judged(
+    item: Item, judge: Judge, words: list[Word] | None, asked: list[Word] | None
+) -> Verdict:
+    """What the judge thinks of the agent's words."""
+    columns = {key: item.extra.get(key) for key in ("question", "expected", "kind")}
+    question, expected, kind = (
+        value if isinstance(value, str) else "" for value in columns.values()
+    )
+    question = question or " ".join(word.text for word in asked or ())
+    if words is None or not question:
+        missing = "what the agent said" if words is None else "what the user asked"
+        return Verdict(None, f"{missing} is not known", kind)
+    said = " ".join(word.text for word in words)
+    return judge(item.role, Question(question, expected, kind), said)
 
 
 def _ending(item: Item, sound: np.ndarray, speech: Sequence[Segment]) -> Ending:

@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from pplex.errors import PplexError
@@ -113,13 +114,16 @@ def _score_item(
     if item.agent is None:
         return row, None
     try:
-        heard = recogniser(item.agent.read(VAD_RATE)) if recogniser else None
-        measured = measure(item, detector, method, heard)
+        heard = asked = None
+        if recogniser:
+            heard = recogniser(item.agent.read(VAD_RATE))
+            if item.user and (method.judge or transcript):
+                asked = recogniser(item.user.read(VAD_RATE))
+        measured = measure(item, detector, method, heard, asked)
         sample = _bench(item, measured, human) if item.sample else None
         if recogniser and transcript is not None:
             said = item.words if item.words is not None else heard or []
-            user = recogniser(item.user.read(VAD_RATE)) if item.user else []
-            write_dialogue(transcript, user, said)
+            write_dialogue(transcript, asked or [], said)
     except PplexError as e:
         return {**row, "status": "unreadable", "error": str(e)}, None
     row |= {"scored": True, "words_from": measured.words_from, "bench": sample}
@@ -196,6 +200,7 @@ def _describe(
         "recogniser": recogniser.describe() if recogniser else None,
         "user_speech": method.diarization.describe() if method.diarization else None,
         "sound_quality": method.quality.describe() if method.quality else None,
+        "judge": method.judge.describe() if method.judge else None,
     }
     tasks = {row["bench"]["task"] for row in rows if row["bench"]}
     if tasks:
@@ -231,7 +236,7 @@ def as_table(result: dict[str, Any]) -> str:
         rows.append([f"all {total['scored']}", *cells])
     parts = [aligned(rows)]
     parts += [_bench_table(result.get("full_duplex_bench", {}))]
-    parts += [_disagreements(recordings)]
+    parts += [_verdicts(recordings), _disagreements(recordings)]
     parts += ["".join(f"{line}\n" for line in result["advice"])]
     parts += [_unscored(result)]
     parts += [_method(result["method"])]
@@ -272,6 +277,24 @@ def _bench_table(totals: dict[str, Any]) -> str:
         samples, sources = str(total["samples"]), ", ".join(total["words_from"])
         rows.append([task, samples, *cells, sources])
     return aligned(rows)
+
+
+def _verdicts(recordings: Sequence[dict[str, Any]]) -> str:
+    """The judge's reasons, and its mean score for each kind of question."""
+    judged = [(row["name"], row["verdict"]) for row in recordings if row.get("verdict")]
+    if not judged:
+        return ""
+    kinds: dict[str, list[float]] = {}
+    lines = []
+    for name, verdict in judged:
+        score = verdict["score"]
+        shown = "no score" if score is None else f"{score:g} of 5"
+        lines.append(f"  {name}: {shown}, {verdict['reason']}")
+        if verdict["kind"] and score is not None:
+            kinds.setdefault(verdict["kind"], []).append(score)
+    text = "Judged:\n" + "\n".join(lines) + "\n"
+    rows = [[kind, f"{mean(of):.1f}", str(len(of))] for kind, of in kinds.items()]
+    return text + (aligned([["kind", "mean", "n"], *rows]) if rows else "")
 
 
 def _disagreements(recordings: Sequence[dict[str, Any]]) -> str:
@@ -316,6 +339,9 @@ def _method(method: dict[str, Any]) -> str:
     if method["sound_quality"]:
         name, version = method["sound_quality"].values()
         said += f"; MOS by {name} ({version}) over the agent's speech alone"
+    if method["judge"]:
+        judge = method["judge"]
+        said += f"; judged by {judge['model']} at {judge['url']}"
     if recogniser:
         said += f"; heard by {recogniser['name']} {recogniser['version']}"
         unknown = recogniser.get("words_not_in_dictionary")

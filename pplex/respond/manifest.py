@@ -45,6 +45,8 @@ _LINE = {
     "cut_off": (bool, None),
     "checks": ({"asked": {}, "outcomes": [_OUTCOME]}, None),
     "timings": ({str: float}, None),
+    "prompt": (str, None),
+    "extra": ({}, None),
     "time": str,
 }
 _MAX_BYTES = 1 << 30
