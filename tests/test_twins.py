@@ -246,6 +246,8 @@ def test_what_nobody_needs_is_ignored_and_said(twins, run, hub, tmp_path, data):
     assert {*run(*respond, model, "-v").stderr.splitlines()} >= {*said}
     warned = {f"warning: {line}" for line in said}
     assert {*run(*respond, folder).stderr.splitlines()} >= warned
+    converted = run("models", "convert", folder, tmp_path / "4bit", "--bits", "4")
+    assert {*converted.stderr.splitlines()} >= warned
     assert {*run("models", "verify", model).stdout.splitlines()} >= {
         f"note     {line}" for line in said
     }

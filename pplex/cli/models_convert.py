@@ -11,7 +11,7 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.options import complete_model
-from pplex.cli.progress import size
+from pplex.cli.progress import QUIET, Lines, size
 
 if TYPE_CHECKING:
     from pplex.quantization.convert import Conversion
@@ -91,6 +91,7 @@ def convert(
     from pplex.quantization.convert import convert as run
 
     local = resolve(source, offline=offline, progress=not quiet)
+    Lines(QUIET if quiet else 0).ignoring(local)
     with tqdm(unit="B", unit_scale=True, disable=quiet or None, leave=False) as bar:
         done = run(local, target, made, bar.reset, bar.update)
     click.echo(done.folder)

@@ -66,11 +66,15 @@ class Lines:
         click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
 
     def loading(self, local: LocalModel) -> None:
-        """Say what is being loaded, and what of it nobody knows to need."""
-        from pplex.checkpoint.ignored import ignored
-
+        """Say what is being loaded."""
         revision = f", revision {local.revision}" if local.revision else ""
         self.say(f"loading {local.name} ({local.path}{revision})", VERBOSE)
+        self.ignoring(local)
+
+    def ignoring(self, local: LocalModel) -> None:
+        """Say what of a model is passed over: a warning, if it is not a known one."""
+        from pplex.checkpoint.ignored import ignored
+
         for what, text in ignored(local.folder):
             if local.is_known:
                 self.say(f"{what}: {text}", VERBOSE)
