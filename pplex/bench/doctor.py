@@ -7,7 +7,7 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pplex.bench.estimate import estimate_frame_s, loop_frame_s
@@ -15,7 +15,10 @@ from pplex.bench.random_model import random_lm
 from pplex.checkpoint.download import Online
 from pplex.checkpoint.hub import LocalModel, list_models, locate, resolve
 from pplex.checkpoint.hub_cache import ModelEntry
-from pplex.checkpoint.verify import verify_quickly
+from pplex.checkpoint.known import known_repo
+from pplex.checkpoint.published import check_files, summary
+from pplex.checkpoint.reference import PERSONAPLEX
+from pplex.checkpoint.verify import Finding, verify_quickly
 from pplex.checkpoint.voices import find_voices
 from pplex.checkpoint.weights import lm_tensors
 from pplex.conversation.prompts import make_role
@@ -61,7 +64,8 @@ class OnDisk:
 
     ``need_gb`` is what a conversation takes with a full memory. ``real_time_factor`` is
     measured where ``is_measured``, else an estimate from a short measurement of the
-    engine; None where there is nothing to go by.
+    engine; None where there is nothing to go by. ``published`` is what the quick checks
+    of the published values say, None where they were not asked for or do not apply.
     """
 
     name: str
@@ -73,6 +77,7 @@ class OnDisk:
     fits: bool | None
     real_time_factor: float | None
     is_measured: bool
+    published: str | None
     verdict: str
 
 
@@ -108,7 +113,7 @@ def diagnose(
     models = []
     for entry in entries:
         looking(entry.name)
-        models.append(look_at_model(entry, machine, factor))
+        models.append(look_at_model(entry, machine, factor, closely=bool(names)))
     online = network() if network else None
     return Diagnosis(machine, tuple(models), factor is not None, test_run, online)
 
@@ -166,15 +171,24 @@ def entry_of(name: str) -> ModelEntry:
     )
 
 
-def look_at_model(entry: ModelEntry, machine: Machine, factor: float | None) -> OnDisk:
-    """What is here of a model, and whether it will run."""
+def look_at_model(
+    entry: ModelEntry, machine: Machine, factor: float | None, *, closely: bool = False
+) -> OnDisk:
+    """What is here of a model, and whether it will run.
+
+    ``closely``: compare its files with the published ones too.
+    """
     faults: list[str] = []
-    num_voices = 0
+    num_voices, published = 0, None
     config, bits, need_gb = ModelConfig(), _BITS.get(entry.name), None
     tensors = random_lm(config.lm, bits) if bits else None
     if entry.path is not None and entry.complete:
         local = LocalModel(entry.name, entry.path, entry.repo, entry.revision)
         found = list(verify_quickly(local))
+        if closely and (checks := list(_published(local))):
+            published = summary(checks, PERSONAPLEX.name, True).text
+            # What is not known by name may well be another model of these sizes.
+            found += checks if known_repo(local.repo) else []
         faults = [f"{f.what}: {f.text}" for f in found if f.level == "fault"]
         try:
             config = local.folder.read_config()
@@ -209,8 +223,19 @@ def look_at_model(entry: ModelEntry, machine: Machine, factor: float | None) -> 
         fits=fits,
         real_time_factor=factor,
         is_measured=measured,
+        published=published,
         verdict=_verdict(entry, faults, fits, need_gb, factor, measured),
     )
+
+
+def _published(local: LocalModel) -> Iterator[Finding]:
+    """The quick checks of a 7B; nothing where a file of it is at fault."""
+    try:
+        applies = local.folder.read_config().lm == PERSONAPLEX.lm
+    except PplexError:
+        return
+    if applies:
+        yield from check_files(local, PERSONAPLEX, quickly=True)
 
 
 def _verdict(

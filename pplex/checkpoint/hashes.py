@@ -72,6 +72,14 @@ def cached_name(path: Path) -> tuple[str, str] | None:
     return None
 
 
+def name_or_sha256(path: Path) -> str:
+    """A file's SHA-256; the name by which Hugging Face's cache has it is believed."""
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name
+    return sha256(path)
+
+
 def _digest(path: Path, digest: hashlib._Hash) -> str:
     try:
         with open_regular(path) as file:

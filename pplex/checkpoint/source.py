@@ -152,6 +152,12 @@ class Source:
             return parts["weight"]
         return dequantize(parts, form)
 
+    def rows(self, target: str, ids: list[int]) -> mx.array:
+        """Some rows of our module ``target``; float32 where they were quantized."""
+        form, places = self.form(target), mx.array(ids)
+        parts = {part: array[places] for part, array in self.parts(target).items()}
+        return parts["weight"] if form is None else dequantize(parts, form)
+
     def blocks(self, target: str, num_values: int) -> Iterator[mx.array]:
         """The rows of ``dense``, some at a time: about ``num_values``.
 

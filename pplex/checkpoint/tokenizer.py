@@ -46,7 +46,11 @@ class TextTokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """Turn a role prompt into ids, tagged; no ids for an empty text."""
         wrapped = wrap_prompt(text)
-        return list(self._processor.encode(wrapped)) if wrapped else []
+        return self.encode(wrapped) if wrapped else []
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a text into ids, as it is."""
+        return list(self._processor.encode(text))
 
     def piece(self, idx: int) -> str:
         """Print an id as the reference does: EPAD, PAD, or its piece with spaces."""

@@ -29,7 +29,8 @@ from pplex.checkpoint.voices import (
 )
 from pplex.checkpoint.weights import codec_tensors
 from pplex.errors import PplexError
-from pplex.model.config import TEXT_PAD, ModelConfig
+from pplex.model.config import TEXT_PAD, LmConfig, ModelConfig
+from pplex.model.prompt import initial_column
 from pplex.model.streams import TEXT_ROW, agent_rows, user_rows
 
 Level = Literal["ok", "note", "warning", "fault"]
@@ -37,11 +38,15 @@ Level = Literal["ok", "note", "warning", "fault"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a report; ``what`` is the file or part that was looked at."""
+    """One line of a report; ``what`` is the file or part that was looked at.
+
+    A check of the published values has the level ``at_worst`` if it does not pass.
+    """
 
     level: Level
     what: str
     text: str
+    at_worst: Level | None = None
 
 
 def verify(
@@ -215,17 +220,35 @@ def _promised_voices(folder: CheckpointFolder) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def first_vector(source: Source) -> np.ndarray:
-    """The input before the first frame: the sum of the tables' last rows, in bf16."""
+def input_tables(lm: LmConfig) -> list[str]:
+    """The tables of the model's input, in the order of its sum."""
+    return [*(f"audio_emb[{i}]" for i in range(lm.n_q)), "text_emb"]
+
+
+def input_vectors(
+    source: Source, columns: np.ndarray, dtype: mx.Dtype = mx.bfloat16
+) -> np.ndarray:
+    """The model's inputs float32 (columns, dim) for columns (streams, columns).
+
+    Summed in ``dtype`` in the model's order, a table in memory at a time. A negative id
+    stands for nothing.
+    """
     total = None
-    tables = [f"audio_emb[{i}]" for i in range(source.config.n_q)] + ["text_emb"]
-    for target in tables:
-        row = source.dense(target)[-1].astype(mx.bfloat16)
-        total = row if total is None else total + row
+    ordered = [*columns[1:], columns[TEXT_ROW]]
+    for target, ids in zip(input_tables(source.config), ordered, strict=True):
+        rows = source.rows(target, np.maximum(ids, 0).tolist()).astype(dtype)
+        rows = mx.where(mx.array(ids >= 0)[:, None], rows, mx.zeros((), dtype))
+        total = rows if total is None else total + rows
         mx.eval(total)
         source.release(target)
     assert total is not None
     return np.array(total.astype(mx.float32))
+
+
+def first_vector(source: Source) -> np.ndarray:
+    """The input (dim,) before the first frame, of the initial ids."""
+    first: np.ndarray = input_vectors(source, initial_column(source.config)[:, None])[0]
+    return first
 
 
 def voice_doubts(

@@ -104,15 +104,27 @@ def make_lm(config: LmConfig, tensors: LmTensors, dtype: mx.Dtype) -> Lm:
     """
     heads = sum(name.endswith(".head.weight") for name in tensors.weights)
     lm = Lm(config, heads)
+    fill(lm, tensors, dtype)
+    return lm
+
+
+def fill(module: Module, tensors: LmTensors, dtype: mx.Dtype, prefix: str = "") -> None:
+    """Give ``module`` its tensors, whose names begin with ``prefix``: they are taken.
+
+    They must be all of its parameters.
+    """
 
     def form(name: str, _: Module) -> bool | dict[str, int]:
-        found = tensors.forms.get(name)
+        found = tensors.forms.get(prefix + name)
         return asdict(found) if found else False
 
-    quantize(lm, class_predicate=form)
-    weights = tensors.cast(dtype).weights
-    tensors.weights.clear()
-    lm.load_weights(list(weights.items()), strict=True)
+    quantize(module, class_predicate=form)
+    names = [name for name in tensors.weights if name.startswith(prefix)]
+    taken = {name: tensors.weights.pop(name) for name in names}
+    weights = replace(tensors, weights=taken).cast(dtype).weights
+    taken.clear()
+    named = [(name.removeprefix(prefix), weight) for name, weight in weights.items()]
+    module.load_weights(named, strict=True)
+    named.clear()
     weights.clear()
-    mx.eval(lm.parameters())
-    return lm
+    mx.eval(module.parameters())

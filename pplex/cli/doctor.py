@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     metavar="MODEL",
     multiple=True,
     shell_complete=complete_model,
-    help="Look at this model only; may be given several times.",
+    help="Look at this model only, and whether its files are those published; may be "
+    "given several times.",
 )
 @click.pass_context
 def doctor(
@@ -84,4 +85,6 @@ def report(found: Diagnosis) -> list[str]:
     for model in found.models:
         voices = f", {model.num_voices} voices" if model.num_voices else ""
         lines.append(f"{model.name}{voices}: {model.verdict}")
+        if model.published is not None:
+            lines.append(f"  {model.published}")
     return lines

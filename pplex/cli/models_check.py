@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from pplex.errors import PplexError
 
 if TYPE_CHECKING:
     from pplex.checkpoint.describe import ModelInfo
+    from pplex.checkpoint.hub import LocalModel
+    from pplex.checkpoint.verify import Finding
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -95,40 +98,124 @@ def _lines(found: ModelInfo, bandwidth: float | None) -> list[str]:
     return lines
 
 
-@click.command(epilog="Example: pplex models verify mini")
+_FILE = click.Path(path_type=Path)
+
+
+@click.command(epilog="Example: pplex models verify mini --numbers")
 @click.argument("model", shell_complete=complete_model)
 @click.option(
     "--sums",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=_FILE,
     help="A list of SHA-256, as sha256sum writes it, instead of the model's own.",
 )
 @click.option(
     "--numbers",
     is_flag=True,
-    help="Also load it and compare with another project's published values (7B).",
+    help="Also run it, and compare it with PersonaPlex 7B as published.",
+)
+@click.option(
+    "--input",
+    "recording",
+    metavar="WAV",
+    type=_FILE,
+    help="With --numbers: a recording whose beginning is answered greedily, twice.",
+)
+@click.option(
+    "--record",
+    metavar="FILE",
+    type=_FILE,
+    help="Write what this machine computed as JSON, to share. Implies --numbers.",
+)
+@click.option(
+    "--against",
+    metavar="FILE",
+    type=_FILE,
+    help="Compare with such a file of another machine; MODEL may be one too.",
 )
 @_JSON
 @click.option("-q", "--quiet", is_flag=True, help="Print faults and warnings only.")
 def verify(
-    model: str, sums: Path | None, numbers: bool, as_json: bool, quiet: bool
+    model: str,
+    sums: Path | None,
+    numbers: bool,
+    recording: Path | None,
+    record: Path | None,
+    against: Path | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Check every file of MODEL, which must be on this machine.
 
     Names, shapes, types and values of all tensors; codec, tokenizer, voices; and the
     SHA-256 of every file where a list of them is at hand: SHA256SUMS in the folder, or
     the names in the Hugging Face cache. Exits with 1 if a fault is found.
+
+    With --numbers also whether it is PersonaPlex as published, by a table of hashes,
+    ids and figures, and whether this machine runs it right.
     """
     from pplex.checkpoint.hub import locate
     from pplex.checkpoint.verify import verify as check
 
+    numbers = numbers or record is not None or against is not None
+    if recording is not None and not numbers:
+        raise click.UsageError("--input is read with --numbers only")
+    if against is not None and model.endswith(".json") and Path(model).is_file():
+        _report(model, _records(Path(model), against), as_json, quiet)
+        return
     local = locate(model)
     with tqdm(unit="B", unit_scale=True, disable=quiet or None, leave=False) as bar:
         findings = list(check(local, sums, bar.update))
     if numbers:
-        from pplex.quantization.numbers import check_numbers
+        findings += _numbers(local, findings, recording, record, against)
+    _report(str(local.path), findings, as_json, quiet)
 
-        findings += check_numbers(local)
+
+def _numbers(
+    local: LocalModel,
+    findings: list[Finding],
+    recording: Path | None,
+    record: Path | None,
+    against: Path | None,
+) -> list[Finding]:
+    """Run the model and hold it against what is known; writes ``record``."""
+    from pplex.quantization.numbers import verify_numbers
+    from pplex.quantization.record import read_record, write_record
+
+    if any(finding.level == "fault" for finding in findings):
+        if record is not None:
+            raise PplexError(
+                f"{local.path} is at fault, so nothing is recorded; `pplex models "
+                f"verify {local.name}` says what is wrong"
+            )
+        return []
+    other = None if against is None else read_record(against)
+    measured, found = verify_numbers(
+        local,
+        recording,
+        other,
+        _looking,
+        hashing=record is not None or other is not None,
+    )
+    if record is not None:
+        write_record(record, measured)
+    return found
+
+
+def _looking(what: str) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"looking at {what}", err=True)
+
+
+def _records(ours: Path, other: Path) -> list[Finding]:
+    from pplex.quantization.numbers import compare_records
+    from pplex.quantization.record import read_record
+
+    return list(compare_records(read_record(ours), read_record(other), None))
+
+
+def _report(where: str, findings: list[Finding], as_json: bool, quiet: bool) -> None:
+    """Print findings; a PplexError if one is a fault."""
     if as_json:
         echo_json([asdict(finding) for finding in findings])
     for finding in () if as_json else findings:
@@ -137,6 +224,6 @@ def verify(
     faults = [finding for finding in findings if finding.level == "fault"]
     if faults:
         raise PplexError(
-            f"{local.path} has {len(faults)} fault{'s' * (len(faults) > 1)}, the first "
+            f"{where} has {len(faults)} fault{'s' * (len(faults) > 1)}, the first "
             f"in {faults[0].what}; get it again"
         )

@@ -12,6 +12,7 @@ from pplex.model.cache import Cache, KvCache
 from pplex.model.config import LmConfig
 from pplex.model.depformer import Depformer
 from pplex.model.embedding import embed
+from pplex.model.streams import TEXT_ROW
 from pplex.model.transformer import RmsNorm, TemporalLayer, run_layers
 
 
@@ -62,3 +63,17 @@ class Lm(nn.Module):
         """Normalised output and text logits of temporal output ``x`` (..., dim)."""
         hidden = self.out_norm(x)
         return hidden, self.text_linear(hidden)
+
+    def agent_logits(self, hidden: mx.array, given: mx.array) -> mx.array:
+        """Float32 logits (batch, codebooks, card) of codes after ``hidden``.
+
+        ``given`` (batch, agent streams) is the column that is chosen.
+        """
+        heads: list[mx.array] = []
+
+        def keep(logits: mx.array, _: int) -> mx.array:
+            heads.append(logits.astype(mx.float32))
+            return mx.zeros((logits.shape[0],), mx.int32)
+
+        self.depformer(hidden, given[:, TEXT_ROW], keep, given[:, 1:])
+        return mx.stack(heads, axis=1)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pplex.audio.files import frames_of
-from pplex.conversation.answer import join
+from pplex.conversation.answer import Answer, join
 from pplex.conversation.scheduler import converse
 from pplex.engine.base import FORCED_FRAMES, Engine, Logits
+from pplex.model.config import LmConfig
 from pplex.model.prompt import Prompt
 from pplex.model.sampling import SamplingConfig
 from pplex.model.streams import shift, user_rows
@@ -34,6 +35,17 @@ class Script:
         return self.columns.shape[1] - 1
 
 
+def answer_whole(
+    engine: Engine, prompt: Prompt, pcm: np.ndarray, sampling: SamplingConfig, seed: int
+) -> Answer:
+    """A model's answer to the user's ``pcm`` (samples,)."""
+    frames = frames_of(pcm, engine.config.frame_size)
+    start, size = engine.prefill(prompt), engine.codec.chunk_frames
+    chunks = (frames[i : i + size] for i in range(0, len(frames), size))
+    pieces = converse(engine, start, seed, chunks, sampling, decode_frames=size)
+    return join(list(pieces), len(pcm))
+
+
 def write_script(
     engine: Engine, prompt: Prompt, pcm: np.ndarray, sampling: SamplingConfig, seed: int
 ) -> tuple[Script, list[float]]:
@@ -41,22 +53,25 @@ def write_script(
 
     Also the seconds that each frame took.
     """
-    config = engine.config.lm
-    frames = frames_of(pcm, engine.config.frame_size)
-    start, size = engine.prefill(prompt), engine.codec.chunk_frames
-    chunks = (frames[i : i + size] for i in range(0, len(frames), size))
-    pieces = converse(engine, start, seed, chunks, sampling, decode_frames=size)
-    answer = join(list(pieces), len(pcm))
-    # Back to columns: what was said in a frame lies in the column before the user's,
-    # so the last column is not known whole.
-    rows = user_rows(config)
+    answer = answer_whole(engine, prompt, pcm, sampling, seed)
     said = np.concatenate([answer.text[None], answer.agent])
+    script = script_of(engine.config.lm, prompt, said, answer.user)
+    return script, answer.timings.steps
+
+
+def script_of(
+    config: LmConfig, prompt: Prompt, said: np.ndarray, user: np.ndarray
+) -> Script:
+    """The grid of what was ``said`` (agent streams, frames) to a ``user``'s codes.
+
+    What was said in a frame lies in the column before the user's, so the last column is
+    not known whole and left out.
+    """
+    rows = user_rows(config)
     first = prompt.columns[: config.num_agent_streams, -1]
     said = shift(said, config.delays[: config.num_agent_streams], first)[:, 1:]
-    user = shift(answer.user, config.delays[rows], prompt.pending[rows])[
-        :, : said.shape[1]
-    ]
-    return Script(prompt, np.concatenate([said, user])), answer.timings.steps
+    user = shift(user, config.delays[rows], prompt.pending[rows])[:, : said.shape[1]]
+    return Script(prompt, np.concatenate([said, user]))
 
 
 def forced_logits(

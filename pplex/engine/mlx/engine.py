@@ -33,7 +33,7 @@ from pplex.model.config import ModelConfig
 from pplex.model.mimi import Mimi, make_mimi
 from pplex.model.prompt import Prompt
 from pplex.model.sampling import Sampler, SamplingConfig, noise_keys
-from pplex.model.streams import NOT_FORCED, TEXT_ROW
+from pplex.model.streams import NOT_FORCED
 from pplex.model.transformer import TemporalLayer
 
 # From a layer's input and attended values to its output and the next layer's queries,
@@ -126,14 +126,7 @@ class MlxEngine:
     def _logits(self, x: mx.array, given: mx.array) -> Logits:
         """What is said of temporal outputs ``x`` (t, dim), if ``given`` is chosen."""
         hidden, text = self.lm.head(x)
-        heads: list[mx.array] = []
-
-        def keep(logits: mx.array, _: int) -> mx.array:
-            heads.append(logits.astype(mx.float32))
-            return mx.zeros((logits.shape[0],), mx.int32)
-
-        self.lm.depformer(hidden, given[:, TEXT_ROW], keep, given[:, 1:])
-        agent = mx.stack(heads, axis=1)
+        agent = self.lm.agent_logits(hidden, given)
         return Logits(np.array(text.astype(mx.float32)), np.array(agent))
 
     def embed(self, columns: np.ndarray) -> np.ndarray:
