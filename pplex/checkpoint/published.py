@@ -327,5 +327,5 @@ def _fitting(
 
 def _apart(found: np.ndarray, expected: np.ndarray) -> float:
     """The largest distance of rows, of the length of the expected."""
-    lengths = np.linalg.norm(expected, axis=1)
+    lengths = np.maximum(np.linalg.norm(expected, axis=1), 1e-30)
     return float((np.linalg.norm(found - expected, axis=1) / lengths).max())

@@ -75,9 +75,15 @@ def verify_numbers(
     findings += comparison_hint(record)
     if other is not None:
         forced = None
-        if model is not None and other.run is not None:
-            looking("the other's run")
-            forced = force_run(model, other.run)
+        if model is not None and (run := other.run) is not None:
+            if record.voices.get(run.voice) == run.voice_sha256:
+                looking("the other's run")
+                forced = force_run(model, run)
+            else:
+                text = (
+                    f"not tried: the voice {run.voice} of the other's run is not here"
+                )
+                findings.append(Finding("note", "given tokens", text))
         findings += compare_records(record, other, forced)
     return record, findings
 
@@ -128,7 +134,7 @@ def _first_tokens(record: Record, reference: Reference) -> Iterator[Finding]:
 def _unconfirmed(record: Record, reference: Unconfirmed) -> Iterator[Finding]:
     """The figures of one port's files."""
     step, theirs = record.silence, reference.bits in record.bits
-    last = len(step.moments) - 1
+    last = len(step.moments) - 2
     for idx, (mean, deviation) in reference.moments.items():
         found_mean, found = step.moments[idx]
         exact = theirs or 0 <= idx <= 2
@@ -210,14 +216,14 @@ class Forced:
 def force_run(model: Model, run: Run) -> Forced:
     """Give a model the tokens of another machine's greedy run."""
     lm = model.config.lm
-    said = np.array([run.text, *run.agent], np.int64)
-    user = np.array(run.user, np.int64)
-    fits = said.shape == (lm.num_agent_streams, len(run.text)) and len(run.text) > 2
-    fits = fits and user.shape == (lm.num_codebooks, len(run.text))
-    if not fits or min(said.min(), user.min()) < 0 or said[0].max() >= lm.text_card:
-        raise PplexError("the record's run is not one of such a model")
-    if max(said[1:].max(), user.max()) >= lm.card:
-        raise PplexError("the record's run has codes that this model does not have")
+    said, user = np.array([run.text, *run.agent]), np.array(run.user)
+    rows = (len(said), len(user)) == (lm.num_agent_streams, lm.num_codebooks)
+    if (
+        not rows
+        or said[0].max() >= lm.text_card
+        or max(said[1:].max(), user.max()) >= lm.card
+    ):
+        raise PplexError("the other's run is not of a model with the same streams")
     prompt = make_role(model, run.voice, run.prompt).prompt
     script = script_of(lm, prompt, said.astype(np.int32), user.astype(np.int32))
     text, codes = [], []
@@ -285,7 +291,8 @@ def _steps(
 ) -> Finding:
     """Deviations of all layers, and the likeliest token."""
     a, b = (np.array(step.moments) for step in (ours, other))
-    if a.shape != b.shape or ours.tokens != other.tokens:
+    sizes = [(len(s.moments), len(s.outputs), s.tokens) for s in (ours, other)]
+    if sizes[0] != sizes[1]:
         return check(what, False, "the two models have other sizes", worst)
     apart = np.abs(a[:, 1] / np.maximum(b[:, 1], 1e-30) - 1)
     beyond = np.flatnonzero(apart > tolerance)

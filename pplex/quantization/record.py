@@ -33,19 +33,22 @@ from pplex.conversation.session import Model, load
 from pplex.engine.choose import cost_of, kind_here
 from pplex.engine.device import device_name, memory_gb
 from pplex.errors import PplexError
-from pplex.files import write_text
+from pplex.files import put_new, write_text
 from pplex.model.config import TEXT_PAD, ModelConfig
 from pplex.model.lm import Lm
 from pplex.model.mimi import make_mimi
-from pplex.model.prompt import Prompt, initial_column, make_prompt
+from pplex.model.prompt import Prompt, make_prompt
 from pplex.model.sampling import GREEDY
+from pplex.model.streams import NOT_FORCED
 from pplex.quantization.forced import answer_whole
 from pplex.quantization.layerwise import States, run_apart
 
 FORMAT = "pplex-numbers-1"
 RUN_FRAMES = 109  # so many greedy frames of one reference were the same twice
 RUN_VOICE, RUN_ROLE = "NATM1", "service"  # as NVIDIA's example has them
+MIN_FRAMES = 3
 MAX_RECORD_BYTES = 1 << 24
+_MAX_ID = 1 << 24
 
 _ENTRIES = 10
 _REPEATS = 10  # frames of a tone or of silence
@@ -162,6 +165,8 @@ def measure(
     pcm = None
     if recording is not None:
         pcm = read_pcm(recording, sample_rate=config.sample_rate).pcm
+        if len(pcm) < MIN_FRAMES * config.frame_size:
+            raise PplexError(f"{recording} is too short: give {MIN_FRAMES} frames")
     voices = {
         name: voice_sha256(read_voice_file(path))
         for name, path in find_voices(local.path).items()
@@ -172,15 +177,16 @@ def measure(
         sums = {n: hashes.name_or_sha256(folder.path / n) for n in folder.names}
     looking("the specification, layer after layer")
     silent = np.array([TEXT_PAD, *config.silence_codes, *config.sine_codes])
-    prompt, coming = _check_prompt(config)
-    whole = np.concatenate([prompt.columns, coming], axis=1)
-    grids = [initial_column(config.lm)[:, None], silent[:, None], whole[:, :-1]]
-    (initial, silence, states), ends = run_apart(folder, config.lm, grids)
+    prompt, coming = _short_prompt(config)
+    grids = [prompt.columns, silent[:, None]]
+    (states, silence), ends = run_apart(folder, config.lm, grids)
     steps = (
-        _step(grids[0][:, 0], initial, ends, None),
-        _step(grids[1][:, 0], silence, ends, given),
+        _step(prompt.columns[:, 0], states, ends, None),
+        _step(silent, silence, ends, given),
     )
-    expected = _forced_logits(config, states, ends, coming)
+    chosen = mx.array(coming[: config.lm.num_agent_streams].T)
+    agent = ends.agent_logits(mx.array(states.hidden[-1:]), chosen)
+    expected = states.text[-1:], np.array(agent)
     del ends
     mx.clear_cache()
     tensors = lm_tensors(folder, config.lm)
@@ -233,12 +239,12 @@ def _machine(model: Model | None) -> dict[str, str]:
 
 
 def _step(tokens: np.ndarray, states: States, ends: Lm, given: int | None) -> Step:
-    """The figures of one frame."""
+    """The figures of the first frame, whose tokens these are."""
     passed = [*states.layers[:, 0], states.hidden[0]]
     text = int(states.text[0].argmax())
     after = text if given is None else given
     codes = ends.depformer(
-        mx.array(states.hidden),
+        mx.array(states.hidden[:1]),
         mx.array([after]),
         lambda logits, _: mx.argmax(logits, axis=-1),
     )
@@ -256,21 +262,15 @@ def _step(tokens: np.ndarray, states: States, ends: Lm, given: int | None) -> St
     )
 
 
-def _check_prompt(config: ModelConfig) -> tuple[Prompt, np.ndarray]:
-    """A short prompt of silence, and two columns (streams, 2) after it."""
+def _short_prompt(config: ModelConfig) -> tuple[Prompt, np.ndarray]:
+    """The initial column and two of silence, and one (streams, 1) after them.
+
+    Each position takes as long again: a CPU has the time of few.
+    """
     silence = np.array(config.silence_codes)[:, None]
-    prompt = make_prompt(config, [], voice_codes=np.repeat(silence, 4, axis=1))
-    return prompt, np.repeat(prompt.columns[:, -1:], 2, axis=1)
-
-
-def _forced_logits(
-    config: ModelConfig, states: States, ends: Lm, coming: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The specification's logits of text and codes for the columns that come."""
-    count = coming.shape[1]
-    given = mx.array(coming[: config.lm.num_agent_streams].T)
-    agent = ends.agent_logits(mx.array(states.hidden[-count:]), given)
-    return states.text[-count:], np.array(agent)
+    columns = make_prompt(config, [], voice_codes=silence).columns
+    nothing = np.full(len(columns), NOT_FORCED, np.int32)
+    return Prompt(None, columns[:, :3], nothing), columns[:, 3:4]
 
 
 def _engine_figures(
@@ -392,8 +392,9 @@ def _short(value: Any) -> float:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write a record as JSON."""
-    write_text(path, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
+    """Write a record as JSON; nothing is replaced."""
+    text = json.dumps(asdict(record), ensure_ascii=False)
+    write_text(path, text + "\n", place=put_new)
 
 
 def read_record(path: Path) -> Record:
@@ -413,6 +414,13 @@ def read_record(path: Path) -> Record:
     except (ValueError, OverflowError) as e:
         raise PplexError(f"{path} is a damaged record: {e}") from e
     assert isinstance(record, Record)
+    if record.run is not None:
+        tokens = [record.run.text, *record.run.agent, *record.run.user]
+        ids = {token for row in tokens for token in row}
+        if len({len(row) for row in tokens}) > 1 or len(record.run.text) < MIN_FRAMES:
+            raise PplexError(f"{path} is a damaged record: `run` has rows cut short")
+        if min(ids) < 0 or max(ids) > _MAX_ID:
+            raise PplexError(f"{path} is a damaged record: `run` has ids out of range")
     return record
 
 
