@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from random_checkpoint import write_checkpoint
 from small import SMALL
+from twins import REPOS, write_twin
 
 from pplex.bench import doctor as job
 from pplex.bench.random_model import random_lm
@@ -205,6 +206,21 @@ def test_doctor_verifies_a_models_files(tiny, tmp_path, small_machine):
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     faults = job.look_at_model(model, machine, None).faults
     assert any("layers" in text for text in faults)
+
+
+def test_a_named_7b_is_held_against_the_published_one(tmp_path, small_machine):
+    """Zeros in the published form: a fault where the name says what it should be."""
+    write_twin(tmp_path, REPOS["8bit"], ModelConfig(), sparse=True)
+    machine = job.look_at_machine()
+    named = replace(entry("8bit", tmp_path), repo=REPOS["8bit"].name)
+    assert job.look_at_model(named, machine, None).published is None
+    found = job.look_at_model(named, machine, None, closely=True)
+    assert found.published is not None
+    assert "this is not PersonaPlex as published" in found.published
+    faults = {fault.partition(":")[0] for fault in found.faults}
+    assert faults == {"tokenizer", "voice NATF2", "first input"}
+    own = job.look_at_model(entry("own", tmp_path), machine, None, closely=True)
+    assert (own.published, own.faults) == (found.published, ())
 
 
 def test_a_model_too_large_for_the_memory_is_said(small_machine):

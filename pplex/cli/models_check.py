@@ -160,8 +160,10 @@ def verify(
     numbers = numbers or record is not None or against is not None
     if recording is not None and not numbers:
         raise click.UsageError("--input is read with --numbers only")
-    if record is not None and record.exists():
+    if record is not None and record.is_file():
         raise PplexError(f"{record} exists already; choose another name for --record")
+    if record is not None and not record.parent.is_dir():
+        raise PplexError(f"--record {record}: there is no folder {record.parent}")
     if against is not None and model.endswith(".json") and Path(model).is_file():
         _report(model, _records(Path(model), against), as_json, quiet)
         return

@@ -83,6 +83,55 @@ def test_published_numbers_apply_to_the_7b_only(run, four):
     assert "do not apply" in result.stdout
 
 
+def test_a_record_is_written_once_and_compared(run, data, tmp_path):
+    record, user = tmp_path / "r.json", data / "respond" / "user_c.wav"
+    result = run("models", "verify", "mini", "--input", user, "--record", record, "-q")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    content = json.loads(record.read_text())
+    assert content["name"] == "mini" and len(content["run"]["text"]) == 13
+    assert str(data.parent.parent) not in record.read_text()
+    again = run("models", "verify", "mini", "--record", record)
+    assert again.exit_code == 1 and "exists already" in again.stderr
+    assert json.loads(record.read_text()) == content
+    same = json.loads(
+        run("models", "verify", "mini", "--against", record, "--json").stdout
+    )
+    levels = {f["what"]: f["level"] for f in same}
+    for what in ("first step", "silent step", "given tokens", "voices of both"):
+        assert levels[what] == "ok"
+    content["silence"]["moments"][1][1] *= 1.1
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    result = run("models", "verify", record, "--against", other)
+    assert result.exit_code == 1
+    assert "silent step: deviations of layers differ by at most 0.09" in result.stdout
+    assert "ok       first step" in result.stdout
+
+
+def test_what_cannot_be_recorded_or_compared_is_refused(run, tiny, tmp_path):
+    (tmp_path / "no.json").write_text("{}")
+    for arguments, code, says in (
+        (("--input", "user.wav"), 2, "--numbers"),
+        (("--numbers", "--input", tmp_path / "user.wav"), 1, "user.wav"),
+        (("--against", tmp_path / "no.json"), 1, "no.json is no record"),
+        (("--against", tmp_path / "missing.json"), 1, "missing.json"),
+        (("--record", tmp_path / "nowhere" / "r.json"), 1, "nowhere"),
+    ):
+        result = run("models", "verify", tiny, *arguments)
+        assert result.exit_code == code
+        assert says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_model_at_fault_is_not_recorded(run, four, tmp_path):
+    import shutil
+
+    shutil.copytree(four[0], tmp_path / "m")
+    (tmp_path / "m" / "voices" / "NATF0.safetensors").unlink()
+    result = run("models", "verify", tmp_path / "m", "--record", tmp_path / "r.json")
+    assert result.exit_code == 1 and "nothing is recorded" in result.stderr
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_mixed_takes_no_more_than_it_may(run, tiny, tmp_path):
     result = run(
         *("models", "convert", tiny, tmp_path / "m", "--bits", "4"),
