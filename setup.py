@@ -1,24 +1,22 @@
-"""The compiled parts: optional libraries that make Linux CPUs fast."""
+"""The compiled part: an optional library that makes CPUs fast."""
 
 import sys
 
 from setuptools import Extension, setup
 
+FOLDER = "pplex/engine/c"
 
-def library(name: str) -> Extension:
-    """Library ``NAME.c`` of the C engine. Without a C compiler MLX does its work."""
-    folder = "pplex/engine/c"
-    return Extension(
-        f"pplex.engine.c._{name}",
-        sources=[f"{folder}/{name}.c"],
-        depends=[f"{folder}/{h}.h" for h in (name, "simd", "each_cpu")],
-        extra_compile_args=["-O3", "-fno-math-errno", "-Wno-psabi"],
-        extra_link_args=["-pthread"],
-        libraries=["m"],
-        optional=True,
-    )
+# Without a C compiler MLX does its work.
+library = Extension(
+    "pplex.engine.c._native",
+    sources=[f"{FOLDER}/{name}.c" for name in ("lm", "codec", "threads")],
+    depends=[
+        f"{FOLDER}/{name}.h" for name in ("lm", "codec", "threads", "simd", "each_cpu")
+    ],
+    extra_compile_args=["-O3", "-fno-math-errno", "-Wno-psabi"],
+    extra_link_args=["-pthread"],
+    libraries=["m"],
+    optional=True,
+)
 
-
-libraries = [library("lm"), library("codec")]
-
-setup(ext_modules=libraries if sys.platform == "linux" else [])
+setup(ext_modules=[library] if sys.platform == "linux" else [])

@@ -345,11 +345,34 @@ def test_positions_are_the_same_bits_read_or_given_alone_or_many_at_once(lm, par
     np.testing.assert_array_equal(after[2], after[0])
 
 
-# Matrices large enough to be shared among threads.
+@pytest.fixture
+def shared_steps(monkeypatch):
+    """Steps are made by five threads, whatever there are of cores."""
+    monkeypatch.setattr("pplex.engine.c.engine.SHARED_BYTES", 0)
+    monkeypatch.setattr("pplex.engine.c.engine.num_cores", lambda: 5)
+
+
+def test_steps_shared_among_threads_are_the_same_bits(lm, monkeypatch):
+    """Of one row and many, and of a prompt that is read."""
+    prompt, one = start(lm, 40), compile_lm(lm)
+    monkeypatch.setattr("pplex.engine.c.engine.SHARED_BYTES", 0)
+    monkeypatch.setattr("pplex.engine.c.engine.num_cores", lambda: 5)
+    many = compile_lm(lm)
+    assert one._model.threads == 1 and many._model.threads == 5
+    caches = [prompt.compiled(compiled) for compiled in (one, many)]
+    for rows in (1, 2, 7):
+        columns = np.repeat(prompt.column, rows, axis=0)
+        found = [
+            step(compiled, [cache.copy() for _ in range(rows)], columns)[1]
+            for compiled, cache in zip((one, many), caches, strict=True)
+        ]
+        np.testing.assert_array_equal(*found)
+
+
 WIDE = replace(SMALL.lm, dim=512, hidden_dim=2048, num_heads=8, num_layers=1)
 
 
-def test_matrices_shared_among_threads_give_the_same_bits_from_any_thread():
+def test_shared_steps_give_the_same_bits_from_any_thread(shared_steps):
     lm = make_lm(WIDE, "float32")
     prompt, compiled = start(lm, 5), compile_lm(lm)
     row, column = prompt.compiled(compiled), prompt.column
@@ -365,8 +388,11 @@ def test_matrices_shared_among_threads_give_the_same_bits_from_any_thread():
 
 FORKED = """
 import os, sys
+import pplex.engine.c.engine
 from test_c_engine import *
 
+pplex.engine.c.engine.SHARED_BYTES = 0
+pplex.engine.c.engine.num_cores = lambda: 2
 lm = make_lm(WIDE, "float32")
 prompt, compiled = start(lm, 5), compile_lm(lm)
 row, column = prompt.compiled(compiled), prompt.column

@@ -46,7 +46,7 @@ from pplex.batch.records import (
 )
 from pplex.checkpoint.hub import LocalModel
 from pplex.conversation.session import load
-from pplex.conversation.worker import num_cores
+from pplex.engine.device import num_cores
 from pplex.errors import PplexError
 from pplex.respond.ending import Ending
 from pplex.respond.manifest import Line, Manifest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pplex.engine.base import Codec
+from pplex.engine.device import num_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -79,13 +79,6 @@ class _Awaited(Future[Any]):
         while not self.done() and self._make_next():
             pass
         return super().result(timeout)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def one_ahead(

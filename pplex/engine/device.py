@@ -46,6 +46,23 @@ def device_name() -> str:
     return f"{kind} ({name})" if name else kind
 
 
+@functools.cache
+def num_cores() -> int:
+    """Cores that this process may use, all of their time.
+
+    A container that is given the time of a few has many to see.
+    """
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # not on Linux, or no limit
+        pass
+    return cores
+
+
 def memory_gb() -> tuple[float | None, float | None]:
     """Total and free memory of what computes, in GB; None where nobody says."""
     if not on_cpu():

@@ -1,4 +1,4 @@
-"""The compiled libraries: found and loaded once, None where they were not built."""
+"""The compiled library: found and loaded once, None where it was not built."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ BEST = 2  # instruction sets: 0 any, 1 AVX2, 2 AVX-512
 
 _int, _long, _pointer = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
 
-# By library and function: what it returns, what it takes.
+# By part and function: what it returns, what it takes.
 _FUNCTIONS: dict[str, dict[str, tuple[type | None, list[type]]]] = {
     "lm": {
         "use": (_int, [_int]),
-        "pack": (_int, [_pointer, _long, _long, _int, _int, _pointer]),
+        "packed_bytes": (_long, [_pointer]),
+        "pack": (None, [*[_pointer] * 4, _int, _int, _int]),
+        "fits": (_int, [_pointer, _long, _int, _int, _int]),
         "embed": (_int, [_pointer, _long, _pointer, _pointer]),
         "scratch": (_long, [_pointer, _long]),
         "step": (_int, [_pointer, _pointer, _long, *[_pointer] * 6]),
@@ -36,8 +38,8 @@ _FUNCTIONS: dict[str, dict[str, tuple[type | None, list[type]]]] = {
 
 @functools.cache
 def load_library(name: str) -> ctypes.CDLL | None:
-    """The library ``lm`` or ``codec``; its functions are ``pplex_NAME_...``."""
-    path = find_extension(f"_{name}")
+    """The library with the functions of ``lm`` or ``codec``, ``pplex_NAME_...``."""
+    path = find_extension("_native")
     if path is None:
         return None
     try:
@@ -52,7 +54,7 @@ def load_library(name: str) -> ctypes.CDLL | None:
 
 
 def is_built() -> bool:
-    """Whether this machine has both libraries."""
+    """Whether this machine has the library."""
     return load_library("lm") is not None and load_library("codec") is not None
 
 

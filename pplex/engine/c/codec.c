@@ -7,9 +7,6 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 enum {
   PANEL = 16,      /* columns of a matrix that lie together */

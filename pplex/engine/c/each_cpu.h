@@ -3,6 +3,12 @@
    In that file NAME(x) gives a name the set's suffix, TARGET is its functions' attribute
    and VECTOR_BYTES the width of its vectors. */
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define NAME(x) x##_base
 #define TARGET
 #define VECTOR_BYTES 16
@@ -13,14 +19,14 @@
 
 #ifdef __x86_64__
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define VECTOR_BYTES 32
 #include SOURCE
 #undef NAME
 #undef TARGET
 #undef VECTOR_BYTES
 #define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")))
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")))
 #define VECTOR_BYTES 64
 #include SOURCE
 #define OF_EACH_CPU(x) {x##_base, x##_avx2, x##_avx512}
@@ -36,7 +42,8 @@ static int best_set(int level) {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl"))
     return 2;
-  if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
     return 1;
 #endif
   (void)level;

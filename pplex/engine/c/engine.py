@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from pplex.checkpoint.layouts import Quantization
+from pplex.checkpoint.safetensors import widen_bfloat16
 from pplex.checkpoint.weights import LmTensors
 from pplex.engine.base import (
     FORCED_FRAMES,
@@ -27,9 +28,10 @@ from pplex.engine.base import (
 )
 from pplex.engine.c.binding import load_library
 from pplex.engine.c.codec import CCodec
-from pplex.engine.c.memory import Pool, RowCache
+from pplex.engine.c.memory import Arena, Pool, RowCache
 from pplex.engine.c.structures import (
     BFLOAT16,
+    FLOAT16,
     FLOAT32,
     LANES,
     Layer,
@@ -37,7 +39,9 @@ from pplex.engine.c.structures import (
     Model,
     Row,
     Sampling,
+    Table,
 )
+from pplex.engine.device import num_cores
 from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.prompt import Prompt
 from pplex.model.sampling import Sampler, SamplingConfig, noise_key
@@ -45,6 +49,11 @@ from pplex.model.streams import NOT_FORCED
 
 _Item = TypeVar("_Item", bound=ctypes.Structure)
 
+_TYPES = {mx.float32: FLOAT32, mx.float16: FLOAT16, mx.bfloat16: BFLOAT16}
+# A step that reads fewer bytes is made by one thread: those of the codec and of other
+# rows have more to do. 2 threads make a step of `mini`, 10 MB, no faster.
+SHARED_BYTES = 32 << 20
+_AHEAD_BYTES = 256 << 20  # of tensors that are read while others are packed
 _POSITIONS = 128  # read at once: what they need in memory is bounded
 _KEPT_ROWS = 16  # whose memory is kept from step to step
 
@@ -108,13 +117,13 @@ def cost_of(config: ModelConfig, lm: LmTensors) -> Cost:
     """What a model takes once it is packed; nothing is read but names and shapes."""
     matrices = tables = 0
     for name, weight in lm.weights.items():
-        if not name.endswith(".weight") or weight.ndim != 2:
-            continue
-        form = lm.forms.get(name.removesuffix(".weight"))
-        if name.endswith("_emb.weight"):
-            tables += weight.size * 4 + _scale_bytes(weight, form)
-        else:
-            matrices += _packed_bytes(weight, form)
+        module, _, part = name.rpartition(".")
+        if module.endswith("_emb"):
+            tables += weight.nbytes
+        elif part == "weight" and weight.ndim == 2:
+            form = lm.forms.get(module)
+            scale = lm.weights[f"{module}.scales"].dtype.size if form else 0
+            matrices += _packed_bytes(weight, form, scale)
     return _cost(config, matrices, tables)
 
 
@@ -129,23 +138,15 @@ def _cost(config: ModelConfig, matrices: int, tables: int) -> Cost:
     )
 
 
-def _packed_bytes(weight: mx.array, form: Quantization | None) -> int:
+def _packed_bytes(weight: mx.array, form: Quantization | None, scale: int) -> int:
+    """Bytes of a matrix whose scales have ``scale`` bytes."""
     rows, columns = weight.shape
     padded = -(-rows // LANES) * LANES
     if form is None:
-        is_half = weight.dtype == mx.bfloat16 and columns % 2 == 0
-        return padded * columns * (2 if is_half else 4)
+        return int(padded * columns * weight.dtype.size)
     columns = columns * 32 // form.bits
     bits = 4 if form.bits <= 4 else 8
-    return padded * (columns * bits // 8 + 8 * columns // form.group_size)
-
-
-def _scale_bytes(weight: mx.array, form: Quantization | None) -> int:
-    """Bytes of a table's scales and biases, in float32."""
-    if form is None:
-        return 0
-    rows, words = weight.shape
-    return 8 * rows * words * 32 // form.bits // form.group_size
+    return padded * (columns * bits // 8 + 2 * scale * columns // form.group_size)
 
 
 class CRows:
@@ -233,7 +234,8 @@ class CompiledLm:
         self._kept = threading.local()
         self.matrix_bytes = 0  # of packed matrices, each of which every step reads
         self.table_bytes = 0
-        self._weights, self._forms = tensors.weights, tensors.forms
+        self._tensors, self._forms = _Tensors(tensors.weights), tensors.forms
+        self._memory = Arena()
         steps = config.num_codebooks
         # The reference's ring has `dep_q` slots and hides the oldest when full.
         hiding = config.dep_q - 1
@@ -252,6 +254,7 @@ class CompiledLm:
             dep_heads=config.depformer_num_heads,
             dep_layers=config.depformer_num_layers,
             dep_hidden=config.depformer_hidden_dim,
+            threads=1,
             text_emb=self._table("text_emb"),
             audio_emb=self._table("audio_emb"),
             dep_text_emb=self._table("depformer.text_emb"),
@@ -279,6 +282,8 @@ class CompiledLm:
                 [self._matrix(f"depformer.steps.{step}.head") for step in range(steps)],
             ),
         )
+        if self.matrix_bytes >= SHARED_BYTES:
+            self._model.threads = num_cores()
 
     def make_cache(self) -> RowCache:
         """An empty cache for the temporal transformer."""
@@ -390,15 +395,8 @@ class CompiledLm:
         self._held.append(array)
         return int(array.ctypes.data)
 
-    def _take(self, name: str) -> np.ndarray:
-        """A tensor out of the checkpoint's, floats as float32, contiguous."""
-        array = self._weights.pop(name)
-        if array.dtype != mx.uint32:
-            array = array.astype(mx.float32)
-        return np.ascontiguousarray(np.asarray(array))
-
     def _floats(self, name: str) -> int:
-        return self._hold(self._take(name))
+        return self._hold(self._tensors.take(name, mx.float32)[0])
 
     def _layer(self, name: str, attention: str = "") -> Layer:
         return Layer(
@@ -410,60 +408,100 @@ class CompiledLm:
             linear_out=self._matrix(f"{name}.gating.linear_out"),
         )
 
-    def _table(self, name: str) -> Matrix:
+    def _take(self, name: str) -> tuple[list[np.ndarray], Matrix]:
+        """A module's tensors as stored, and their form without a place."""
+        form = self._forms.get(name)
+        if form is None:
+            weight, kind = self._tensors.take(f"{name}.weight")
+            return [weight], Matrix(None, *weight.shape, 0, 0, kind)
+        weight, _ = self._tensors.take(f"{name}.weight")
+        scales, kind = self._tensors.take(f"{name}.scales")
+        biases, other = self._tensors.take(f"{name}.biases")
+        assert kind == other
+        rows, columns = len(weight), weight.shape[1] * 32 // form.bits
+        return [weight, scales, biases], Matrix(
+            None, rows, columns, form.bits, form.group_size, kind
+        )
+
+    def _table(self, name: str) -> Table:
         """An embedding table, row after row."""
-        weight, form = self._take(f"{name}.weight"), self._forms.get(name)
-        parts = [weight]
-        if form is not None:
-            parts += [self._take(f"{name}.{part}") for part in ("scales", "biases")]
+        parts, form = self._take(name)
         self.table_bytes += sum(part.nbytes for part in parts)
         places = [self._hold(part) for part in parts] + [None] * (3 - len(parts))
-        rows, columns = weight.shape
-        if form is None:
-            return Matrix(*places, rows, columns, FLOAT32, 0)
-        return Matrix(
-            *places, rows, columns * 32 // form.bits, form.bits, form.group_size
-        )
+        return Table(*places, form.rows, form.columns, form.bits, form.group, form.type)
 
     def _matrix(self, name: str) -> Matrix:
-        """A packed matrix; in bfloat16 where that holds it exactly."""
-        weight, form = self._take(f"{name}.weight"), self._forms.get(name)
-        rows, columns = weight.shape
-        if form is None:
-            for bits in (BFLOAT16, FLOAT32):
-                words = self._pack(weight, columns, FLOAT32, bits)
-                if words is not None:
-                    break
-            assert words is not None
-            return Matrix(self._hold(words), None, None, rows, columns, bits, 0)
-        columns = columns * 32 // form.bits
-        bits = 4 if form.bits <= 4 else 8
-        parts = [self._pack(weight, columns, form.bits, bits)]
-        for part in ("scales", "biases"):
-            values = self._take(f"{name}.{part}")
-            parts.append(self._pack(values, values.shape[1], FLOAT32, FLOAT32))
-        places = [self._hold(part) for part in parts if part is not None]
-        return Matrix(*places, rows, columns, bits, form.group_size)
+        """A packed matrix, in 16 bits where these hold it exactly."""
+        parts, form = self._take(name)
+        if form.bits:
+            return self._pack(parts, form, 4 if form.bits <= 4 else 8, form.type)
+        (weight,), kind = parts, form.type
+        wanted = FLOAT16 if kind == FLOAT16 else BFLOAT16
+        fits = (wanted == FLOAT16 or form.columns % 2 == 0) and (
+            self._library.pplex_lm_fits(
+                weight.ctypes.data, weight.size, kind, wanted, num_cores()
+            )
+        )
+        if not fits:
+            weight, kind = _widened(weight, kind), FLOAT32
+            wanted = FLOAT32
+        form.type = kind
+        return self._pack([weight], form, 0, wanted)
 
     def _pack(
-        self, values: np.ndarray, columns: int, source_bits: int, bits: int
-    ) -> np.ndarray | None:
-        """Values (rows, ...) in blocks of lanes; None if bfloat16 does not hold them.
-
-        The last block is whole, and so is the last pair of bfloat16.
-        """
-        if bits == BFLOAT16 and columns % 2:
-            return None
-        rows = len(values)
-        blocks = -(-rows // LANES)
-        words = np.empty((blocks, columns * bits // 32, LANES), np.uint32)
-        packed = self._library.pplex_lm_pack(
-            values.ctypes.data, rows, columns, source_bits, bits, words.ctypes.data
+        self, parts: Sequence[np.ndarray], source: Matrix, bits: int, kind: int
+    ) -> Matrix:
+        """Pack ``parts``, whose form is that of ``source``."""
+        matrix = Matrix(None, source.rows, source.columns, bits, source.group, kind)
+        size = self._library.pplex_lm_packed_bytes(ctypes.byref(matrix))
+        matrix.data = self._memory.take(size)
+        places = [part.ctypes.data for part in parts] + [None] * (3 - len(parts))
+        self._library.pplex_lm_pack(
+            ctypes.byref(matrix), *places, source.bits, source.type, num_cores()
         )
-        if not packed:
-            return None
-        self.matrix_bytes += words.nbytes
-        return words
+        self.matrix_bytes += size
+        return matrix
+
+
+class _Tensors:
+    """A checkpoint's tensors, read from its files a little ahead of their use."""
+
+    def __init__(self, weights: dict[str, mx.array]) -> None:
+        """They are taken out of ``weights``."""
+        self._weights = weights
+        self._coming = iter(list(weights))
+        self._ahead: dict[str, int] = {}  # bytes
+
+    def take(self, name: str, dtype: mx.Dtype | None = None) -> tuple[np.ndarray, int]:
+        """A tensor and the type of its floats; bfloat16 as uint16, all or in ``dtype``.
+
+        Of packed codes the type means nothing.
+        """
+        self._read_ahead()
+        self._ahead.pop(name, None)
+        array = self._weights.pop(name)
+        if dtype is not None:
+            array = array.astype(dtype)
+        kind = _TYPES.get(array.dtype, FLOAT32)
+        if kind == BFLOAT16:  # NumPy has none
+            array = array.view(mx.uint16)
+        return np.ascontiguousarray(np.asarray(array)), kind
+
+    def _read_ahead(self) -> None:
+        while sum(self._ahead.values()) < _AHEAD_BYTES:
+            name = next(self._coming, None)
+            if name is None:
+                return
+            if name in self._weights:
+                mx.async_eval(self._weights[name])
+                self._ahead[name] = self._weights[name].nbytes
+
+
+def _widened(values: np.ndarray, kind: int) -> np.ndarray:
+    """Values of a type in float32."""
+    if kind == BFLOAT16:
+        return widen_bfloat16(values)
+    return np.asarray(values, np.float32)
 
 
 def _check_known(known: int) -> None:

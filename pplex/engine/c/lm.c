@@ -1,43 +1,40 @@
 /* One frame of the language model on a CPU, for rows of a batch at different places.
 
    Loaded by engine.py, whose structures (structures.py) mirror those below. What a frame
-   computes is that of the MLX operations in pplex/model; done one by one, their thousand small operations take far longer to start than to run.
+   computes is that of the MLX operations in pplex/model; done one by one, their thousand
+   small operations take far longer to start than to run.
 
    Matrices are packed in blocks of LANES outputs (pplex_lm_pack), so that an output has
    a lane of its own and is summed input by input. All sums of a row are taken in an
    order that depends on the model's sizes and the row's own positions alone: its result
-   is the same bits whatever rows stand beside it. */
+   is the same bits whatever rows stand beside it, and however many threads there are.
 
-#ifdef __linux__
-#define _GNU_SOURCE
-#include <sched.h>
-#endif
+   The functions that take a Crew are run by all of its threads together. */
+
 #include <math.h>
-#include <pthread.h>
-#include <stdatomic.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
-enum { LANES = 16, AHEAD = 16 * LANES, FAR = 512 };  /* words to prefetch */
-enum { FLOAT32 = 32, BFLOAT16 = 16 };  /* `bits` of what is not quantized */
+#include "threads.h"
 
-/* Packed: words of block b, input by input, LANES outputs beside each other. A word
-   holds a float32, two bfloat16 of inputs one after the other, or 32 / bits quantized
-   values; scales and biases are packed alike, a value for each group of inputs. */
+enum { LANES = 16, AHEAD = 64 * LANES, FAR = 512 }; /* bytes, floats to prefetch */
+enum { FLOAT32, FLOAT16, BFLOAT16 };                /* types of floats in memory */
+
+/* Packed: block after block of LANES outputs. Of what is not quantized (`bits` 0) a block
+   has LANES floats of `type` for each input, bfloat16 in words of two inputs one after
+   the other. Else a record for each group of inputs: LANES scales, as many biases, of
+   `type`, and words of 32 / bits values of an output. */
 typedef struct {
-  const int32_t *words;
-  const float *scales, *biases;
-  int32_t rows, columns, bits, group;
+  uint8_t *data;
+  int32_t rows, columns, bits, group, type;
 } Matrix;
 
-/* Row after row, as MLX holds it: float32, or quantized values of any number of bits. */
+/* Row after row, as in the file: floats of `type`, or quantized values of any number of
+   bits whose scales and biases are. */
 typedef struct {
-  const void *words;
-  const float *scales, *biases;
-  int32_t rows, columns, bits, group;
+  const void *words, *scales, *biases;
+  int32_t rows, columns, bits, group, type;
 } Table;
 
 typedef struct {
@@ -49,6 +46,7 @@ typedef struct {
   int32_t dim, heads, layers, hidden, window, text_card, card, streams, steps;
   int32_t hiding_step;  /* the depformer step that does not see the first; -1: none */
   int32_t dep_dim, dep_heads, dep_layers, dep_hidden;
+  int32_t threads;  /* that make a step together, at most */
   Table text_emb, audio_emb, dep_text_emb, dep_audio_emb;
   const Layer *temporal;  /* layers */
   const float *out_norm;
@@ -87,7 +85,22 @@ static long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
 static const float LEAST_UNIFORM = 0x1p-33f;  /* as in pplex/model/sampling.py */
 static const float MOST_GUMBEL = 17;  /* -log(-log(1 - 2^-24)) is 16.6 */
 
-/* ---- Quantized values ---- */
+/* ---- Stored values ---- */
+
+static size_t size_of(int type) { return type == FLOAT32 ? 4 : 2; }
+
+/* Bytes of a group's record. */
+static size_t record_of(const Matrix *w) {
+  return LANES * (2 * size_of(w->type) + (size_t)w->group * w->bits / 8);
+}
+
+/* Bytes of a block. */
+static size_t block_of(const Matrix *w) {
+  size_t columns = (size_t)w->columns;
+  return w->bits ? columns / w->group * record_of(w) : columns * LANES * size_of(w->type);
+}
+
+static long blocks_of(const Matrix *w) { return (w->rows + LANES - 1) / LANES; }
 
 /* Values lie one after the other, lowest bits first, across words. */
 static uint32_t value_at(const uint32_t *words, long idx, int bits) {
@@ -98,50 +111,35 @@ static uint32_t value_at(const uint32_t *words, long idx, int bits) {
   return (uint32_t)(both >> shift) & ((1u << bits) - 1);
 }
 
-/* Pack `rows` x `columns` values of `from` bits, row after row, as `bits`; of lanes that
-   have no row, zeros. Returns 0 if bfloat16 was asked for and does not hold them. */
-int pplex_lm_pack(const uint32_t *source, long rows, long columns, int from, int bits,
-                  uint32_t *words) {
-  long per_word = 32 / bits, per_row = (columns + per_word - 1) / per_word;
-  long source_row = from == 32 ? columns : columns * from / 32;
-  for (long block = 0; block * LANES < rows; block++, words += per_row * LANES)
-    for (long lane = 0; lane < LANES; lane++) {
-      long row = block * LANES + lane;
-      const uint32_t *values = source + row * source_row;
-      for (long i = 0; i < per_row; i++) {
-        uint32_t word = 0;
-        if (row >= rows) {
-        } else if (from == bits) {
-          word = values[i];
-        } else if (bits == BFLOAT16) {
-          uint32_t even = values[2 * i];
-          uint32_t odd = 2 * i + 1 < columns ? values[2 * i + 1] : 0;
-          if ((even | odd) & 0xFFFF) return 0;
-          word = even >> 16 | odd;
-        } else {
-          for (long j = 0; j < per_word && i * per_word + j < columns; j++)
-            word |= value_at(values, i * per_word + j, from) << j * bits;
-        }
-        words[i * LANES + lane] = word;
-      }
-    }
-  return 1;
+static float float_at(const void *values, long idx, int type) {
+  if (type == FLOAT32) return ((const float *)values)[idx];
+  uint32_t half = ((const uint16_t *)values)[idx], bits = half << 16;
+  float value;
+  if (type == FLOAT16) {
+    bits = (half & 0x7FFF) << 13;
+    memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;
+    memcpy(&bits, &value, sizeof value);
+    bits |= (half & 0x8000) << 16 | ((half & 0x7C00) == 0x7C00 ? 0x7F800000 : 0);
+  }
+  memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 /* x += row `idx` of a table. */
 static void add_row(const Table *table, long idx, float *x) {
   long n = table->columns;
-  if (table->bits == FLOAT32) {
-    const float *row = (const float *)table->words + idx * n;
-    for (long i = 0; i < n; i++) x[i] += row[i];
+  if (table->bits == 0) {
+    for (long i = 0; i < n; i++) x[i] += float_at(table->words, idx * n + i, table->type);
     return;
   }
   const uint32_t *row = (const uint32_t *)table->words + idx * n * table->bits / 32;
   long groups = n / table->group;
   for (long i = 0; i < n; i++) {
     long group = idx * groups + i / table->group;
-    x[i] += table->scales[group] * (float)value_at(row, i, table->bits) +
-            table->biases[group];
+    x[i] += float_at(table->scales, group, table->type) *
+                (float)value_at(row, i, table->bits) +
+            float_at(table->biases, group, table->type);
   }
 }
 
@@ -174,124 +172,68 @@ static Widths widths_of(const Model *m) {
 
 static long max_of(long a, long b) { return a > b ? a : b; }
 
+enum { MANY = 2 };       /* pieces of a phase that is shared in any case */
+enum { MIN_GROUP = 32 }; /* inputs that share a scale, at least */
+
+/* Floats that a thread needs for itself: the sums of a product's groups, or the weights
+   of a head's slots. */
+static long own_scratch(const Model *m, long rows) {
+  long widest = max_of(max_of(m->dim, m->hidden), max_of(m->dep_dim, m->dep_hidden));
+  long sums = padded(rows * (widest / MIN_GROUP + 1));
+  return max_of(sums, max_of(padded(m->window), padded(m->steps)));
+}
+
 /* Floats that pplex_lm_step needs beside its arguments, for `rows` rows. */
 long pplex_lm_scratch(const Model *m, long rows) {
   Widths w = widths_of(m);
   long slots = padded(m->steps), head = m->dep_dim / m->dep_heads;
-  long per_row = 3 * w.dim + max_of(w.qkv, w.dep_qkv) + max_of(w.hidden, w.dep_hidden) +
-                 padded((long)m->steps * m->dep_dim) + 3 * w.dep_dim + w.text + w.audio +
+  long per_row = 2 * w.dim + max_of(w.qkv, w.dep_qkv) + max_of(w.hidden, w.dep_hidden) +
+                 padded((long)m->steps * m->dep_dim) + 2 * w.dep_dim + w.text + w.audio +
                  m->dep_layers * m->dep_heads * slots * (head + padded(head));
-  return rows * per_row + padded(m->window) + padded(m->steps) + 64 * LANES;
+  return rows * per_row + m->threads * own_scratch(m, rows) + 16 * LANES;
 }
 
-/* ---- Large products are shared among threads, which sleep between them ---- */
-
-typedef struct Product {
-  void (*part)(const struct Product *, long first, long last);
-  const Matrix *w;
-  long rows;
-  const float *x;
-  long ldx;
-  float *y;
-  long ldy;
-} Product;
-
-/* Below this many bytes of weights waking another thread is not worth it; nor is it in a
-   batch, where the codec keeps the other cores busy. BLOCKS_EACH blocks are taken at a
-   time. */
-enum { SHARED_BYTES = 1 << 20, BLOCKS_EACH = 8, MAX_THREADS = 16 };
-
-static struct {
-  pthread_mutex_t busy, lock; /* one product at a time; what follows */
-  pthread_cond_t wake, done;
-  int threads, working; /* 0 threads: not started, -1: alone */
-  unsigned long number; /* of the product */
-  const Product *product;  /* NULL: none that can be joined */
-  atomic_long next;        /* block */
-} pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
-          .lock = PTHREAD_MUTEX_INITIALIZER,
-          .wake = PTHREAD_COND_INITIALIZER,
-          .done = PTHREAD_COND_INITIALIZER};
-
-static long blocks_of(const Matrix *w) { return (w->rows + LANES - 1) / LANES; }
-
-static void take_parts(const Product *product) {
-  long blocks = blocks_of(product->w), first;
-  while ((first = atomic_fetch_add(&pool.next, BLOCKS_EACH)) < blocks)
-    product->part(product, first,
-                  first + BLOCKS_EACH < blocks ? first + BLOCKS_EACH : blocks);
+/* Floats that pplex_lm_read needs beside its arguments. */
+long pplex_lm_read_scratch(const Model *m, long rows) {
+  Widths w = widths_of(m);
+  return rows * (2 * w.dim + w.qkv + w.hidden) + m->threads * own_scratch(m, rows);
 }
 
-static void *work(void *unused) {
-  unsigned long seen = 0;
-  pthread_mutex_lock(&pool.lock);
-  for (;;) {
-    while (!pool.product || pool.number == seen)
-      pthread_cond_wait(&pool.wake, &pool.lock);
-    seen = pool.number;
-    const Product *product = pool.product;
-    pool.working++;
-    pthread_mutex_unlock(&pool.lock);
-    take_parts(product);
-    pthread_mutex_lock(&pool.lock);
-    if (--pool.working == 0) pthread_cond_signal(&pool.done);
-  }
-  return unused;
-}
+/* ---- Calls ---- */
 
-/* A child process has none of the threads. */
-static void forget_threads(void) {
-  pthread_mutex_init(&pool.busy, NULL);
-  pthread_mutex_init(&pool.lock, NULL);
-  pthread_cond_init(&pool.wake, NULL);
-  pthread_cond_init(&pool.done, NULL);
-  pool.threads = pool.working = 0;
-  pool.product = NULL;
-}
+/* A matrix to pack from rows as in the file; `bits` are those there, 0 for floats of
+   `type`. */
+typedef struct {
+  const Matrix *to;
+  const void *values, *scales, *biases;
+  int32_t bits, type;
+} Packing;
 
-static int usable_cores(void) {
-#ifdef __linux__
-  cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
-#endif
-  return 1;
-}
+/* Whether `count` floats of a type can be packed as another; `fits` becomes 0 if not. */
+typedef struct {
+  const uint8_t *values;
+  long count;
+  int32_t from, to;
+  atomic_int fits;
+} Check;
 
-static void start_threads(void) {
-  static int hooked;
-  int wanted = usable_cores();
-  if (wanted > MAX_THREADS) wanted = MAX_THREADS;
-  if (!hooked) hooked = pthread_atfork(NULL, NULL, forget_threads) == 0;
-  for (pool.threads = 0; hooked && pool.threads < wanted - 1; pool.threads++) {
-    pthread_t thread;
-    if (pthread_create(&thread, NULL, work, NULL) != 0) break;
-    pthread_detach(thread);
-  }
-  if (pool.threads == 0) pool.threads = -1;
-}
+typedef struct {
+  const Model *model;
+  const Sampling *sampling;
+  long num_rows;
+  const Row *rows;
+  const int32_t *columns, *given;
+  int32_t *agent;
+  float *logits, *scratch;
+} Step;
 
-static void run_product(const Product *product) {
-  const Matrix *w = product->w;
-  long bytes = (long)w->rows * w->columns / 8 * w->bits;
-  int shared = bytes >= SHARED_BYTES && pthread_mutex_trylock(&pool.busy) == 0;
-  if (shared && pool.threads == 0) start_threads();
-  if (!shared || pool.threads < 0) {
-    product->part(product, 0, blocks_of(w));
-  } else {
-    pthread_mutex_lock(&pool.lock);
-    atomic_store(&pool.next, 0);
-    pool.product = product;
-    pool.number++;
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
-    take_parts(product);
-    pthread_mutex_lock(&pool.lock);
-    pool.product = NULL; /* who wakes now has nothing left to do */
-    while (pool.working) pthread_cond_wait(&pool.done, &pool.lock);
-    pthread_mutex_unlock(&pool.lock);
-  }
-  if (shared) pthread_mutex_unlock(&pool.busy);
-}
+typedef struct {
+  const Model *model;
+  long num_rows;
+  const Row *rows;
+  const float *inputs;
+  float *scratch;
+} Reading;
 
 #define SOURCE "lm.h"
 #include "each_cpu.h"
@@ -337,11 +279,9 @@ int pplex_lm_step(const Model *model, const Sampling *sampling, long num_rows,
                   const Row *rows, const int32_t *columns, const int32_t *given,
                   int32_t *agent, float *logits, float *scratch) {
   if (!ids_are_known(model, num_rows, columns, given)) return 0;
-  static void (*const steps[])(const Model *, const Sampling *, long, const Row *,
-                               const int32_t *, const int32_t *, int32_t *, float *,
-                               float *) = OF_EACH_CPU(step);
-  steps[best_set(level)](model, sampling, num_rows, rows, columns, given, agent, logits,
-                         scratch);
+  static void (*const steps[])(Crew *, void *) = OF_EACH_CPU(step);
+  Step step = {model, sampling, num_rows, rows, columns, given, agent, logits, scratch};
+  work_together(model->threads, steps[best_set(level)], &step);
   return 1;
 }
 
@@ -349,13 +289,132 @@ int pplex_lm_step(const Model *model, const Sampling *sampling, long num_rows,
    rows are as in pplex_lm_step. */
 void pplex_lm_read(const Model *model, long num_rows, const Row *rows,
                    const float *inputs, float *scratch) {
-  static void (*const reads[])(const Model *, long, const Row *, const float *,
-                               float *) = OF_EACH_CPU(read);
-  reads[best_set(level)](model, num_rows, rows, inputs, scratch);
+  static void (*const reads[])(Crew *, void *) = OF_EACH_CPU(read);
+  Reading reading = {model, num_rows, rows, inputs, scratch};
+  work_together(model->threads, reads[best_set(level)], &reading);
 }
 
-/* Floats that pplex_lm_read needs beside its arguments. */
-long pplex_lm_read_scratch(const Model *m, long num_rows) {
-  Widths w = widths_of(m);
-  return num_rows * (2 * w.dim + w.qkv + w.hidden) + padded(m->window);
+/* ---- Packing ---- */
+
+/* Copy `count` words of LANES rows, which lie `apart`, side by side; zeros where there are
+   no more than `rows` rows. */
+static void interleave(const uint32_t *from, long apart, long rows, long count,
+                       uint32_t *to) {
+  for (long start = 0; start < count; start += LANES) {
+    long end = start + LANES < count ? start + LANES : count;
+    for (long lane = 0; lane < LANES; lane++)
+      for (long i = start; i < end; i++)
+        to[i * LANES + lane] = lane < rows ? from[lane * apart + i] : 0;
+  }
+}
+
+/* The same of floats of one type. */
+static void interleave_floats(const void *from, int type, long apart, long rows,
+                              long count, void *to) {
+  if (type == FLOAT32) {
+    interleave(from, apart, rows, count, to);
+    return;
+  }
+  const uint16_t *values = from;
+  uint16_t *packed = to;
+  for (long start = 0; start < count; start += LANES) {
+    long end = start + LANES < count ? start + LANES : count;
+    for (long lane = 0; lane < LANES; lane++)
+      for (long i = start; i < end; i++)
+        packed[i * LANES + lane] = lane < rows ? values[lane * apart + i] : 0;
+  }
+}
+
+static void pack_block(const Packing *p, long block) {
+  const Matrix *w = p->to;
+  long first = block * LANES, rows = w->rows - first < LANES ? w->rows - first : LANES;
+  long n = w->columns;
+  uint8_t *to = w->data + block * block_of(w);
+  if (w->bits == 0) {
+    const uint8_t *from = (const uint8_t *)p->values + first * n * size_of(p->type);
+    if (w->type == BFLOAT16 && p->type == FLOAT32) {
+      const uint32_t *values = (const uint32_t *)from;
+      uint32_t *words = (uint32_t *)to;
+      for (long i = 0; i < n / 2; i++)
+        for (long lane = 0; lane < LANES; lane++, words++) {
+          const uint32_t *pair = values + lane * n + 2 * i;
+          *words = lane < rows ? pair[0] >> 16 | pair[1] : 0;
+        }
+    } else if (w->type == BFLOAT16) {
+      interleave((const uint32_t *)from, n / 2, rows, n / 2, (uint32_t *)to);
+    } else {
+      interleave_floats(from, w->type, n, rows, n, to);
+    }
+    return;
+  }
+  long groups = n / w->group, words = (long)w->group * w->bits / 32;
+  size_t size = size_of(w->type);
+  for (long g = 0; g < groups; g++, to += record_of(w)) {
+    const uint8_t *scales = (const uint8_t *)p->scales + (first * groups + g) * size;
+    const uint8_t *biases = (const uint8_t *)p->biases + (first * groups + g) * size;
+    interleave_floats(scales, w->type, groups, rows, 1, to);
+    interleave_floats(biases, w->type, groups, rows, 1, to + LANES * size);
+    uint32_t *packed = (uint32_t *)(to + 2 * LANES * size);
+    const uint32_t *values = (const uint32_t *)p->values + first * n / 32 * p->bits;
+    if (p->bits == w->bits) {
+      interleave(values + g * words, n * w->bits / 32, rows, words, packed);
+      continue;
+    }
+    int per_word = 32 / w->bits;
+    for (long i = 0; i < words; i++)
+      for (long lane = 0; lane < LANES; lane++, packed++) {
+        const uint32_t *row = values + lane * n * p->bits / 32;
+        long at = g * w->group + i * per_word;
+        *packed = 0;
+        for (int j = 0; j < per_word && lane < rows; j++)
+          *packed |= value_at(row, at + j, p->bits) << j * w->bits;
+      }
+  }
+}
+
+static void pack(Crew *crew, void *what) {
+  enum { SOME = 4 };
+  const Packing *packing = what;
+  long blocks = blocks_of(packing->to);
+  for (long i; (i = take_piece(crew, (blocks + SOME - 1) / SOME)) >= 0;)
+    for (long b = i * SOME; b < blocks && b < (i + 1) * SOME; b++)
+      pack_block(packing, b);
+  meet(crew, 0);
+}
+
+/* Bytes of a packed matrix. */
+long pplex_lm_packed_bytes(const Matrix *to) { return blocks_of(to) * (long)block_of(to); }
+
+/* Pack a matrix into to->data, with so many threads; of lanes that have no row, zeros.
+   `bits` and `type` are those of the values in the file, whose scales and biases have the
+   matrix's type. */
+void pplex_lm_pack(const Matrix *to, const void *values, const void *scales,
+                   const void *biases, int bits, int type, int threads) {
+  Packing packing = {to, values, scales, biases, bits, type};
+  work_together(threads, pack, &packing);
+}
+
+static void check(Crew *crew, void *what) {
+  enum { SOME = 1 << 16 };
+  Check *c = what;
+  for (long i; (i = take_piece(crew, (c->count + SOME - 1) / SOME)) >= 0;) {
+    long end = (i + 1) * SOME < c->count ? (i + 1) * SOME : c->count;
+    uint32_t lost = 0;
+    if (c->from == FLOAT32 && c->to == BFLOAT16)
+      for (long at = i * SOME; at < end; at++)
+        lost |= ((const uint32_t *)c->values)[at] & 0xFFFF;
+    if (c->to == FLOAT16)
+      for (long at = i * SOME; at < end; at++)
+        lost |= (((const uint16_t *)c->values)[at] & 0x7C00) == 0x7C00;
+    if (lost) atomic_store(&c->fits, 0);
+  }
+  meet(crew, 0);
+}
+
+/* Whether `count` floats can be packed as another type, or as their own, float16, of
+   which only finite ones are. */
+int pplex_lm_fits(const void *values, long count, int from, int to, int threads) {
+  Check whole = {values, count, from, to, 1};
+  work_together(threads, check, &whole);
+  return atomic_load(&whole.fits);
 }

@@ -37,29 +37,40 @@ INLINE float NAME(highest)(const float *x, long n) {
   return most;
 }
 
+/* Floats of one type. */
+INLINE vec NAME(load_as)(const uint8_t *x, int type) {
+  if (type == FLOAT16) return NAME(load_float16)((const uint16_t *)x);
+  if (type == BFLOAT16) return NAME(load_bfloat16)((const uint16_t *)x);
+  return NAME(load)((const float *)x);
+}
+
 /* ---- Products: R rows of x by B blocks of LANES outputs; R and B are constants ---- */
 
 /* Of block b, vector v: index b * PARTS + v. */
 #define EACH_VECTOR(i) _Pragma("GCC unroll 16") for (int i = 0; i < B * PARTS; i++)
 #define EACH_ROW(i) _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)
-#define PLACE(i, at, length)                                                         \
-  (((i) / PARTS * (length) + (at)) * LANES + (i) % PARTS * WIDTH)
+#define PLACE(i, at) (((i) / PARTS + (at)) * LANES + (i) % PARTS * WIDTH)
 
-INLINE void NAME(dense32)(const Matrix *w, int R, int B, long block, const float *x,
-                          long ldx, float *y, long ldy) {
-  long n = w->columns;
-  const float *weights = (const float *)w->words + block * n * LANES;
+/* float32, or float16. */
+INLINE void NAME(dense)(const Matrix *w, int type, int R, int B, long block,
+                        const float *x, long ldx, float *y, long ldy) {
+  long n = w->columns, length = n * LANES;
+  size_t size = type == FLOAT32 ? 4 : 2;
+  const uint8_t *weights = w->data + block * length * size;
   vec even[8][4 * PARTS], odd[8][4 * PARTS];
   for (int r = 0; r < R; r++) EACH_VECTOR(v) even[r][v] = odd[r][v] = (vec){0};
+#define WEIGHT(i, v)                                                                 \
+  NAME(load_as)(weights + ((v) / PARTS * length + (i) * LANES + (v) % PARTS * WIDTH) * \
+                              size, type)
   long i = 0;
   for (; i + 2 <= n; i += 2) {
     for (int b = 0; b < B; b++) {
-      __builtin_prefetch(weights + (b * n + i) * LANES + AHEAD);
-      __builtin_prefetch(weights + (b * n + i + 1) * LANES + AHEAD);
+      const uint8_t *next = weights + (b * length + i * LANES) * size + AHEAD;
+      __builtin_prefetch(next);
+      if (type == FLOAT32) __builtin_prefetch(next + LANES * size);
     }
     EACH_VECTOR(v) {
-      vec w0 = NAME(load)(weights + PLACE(v, i, n));
-      vec w1 = NAME(load)(weights + PLACE(v, i + 1, n));
+      vec w0 = WEIGHT(i, v), w1 = WEIGHT(i + 1, v);
       for (int r = 0; r < R; r++) {
         even[r][v] += x[r * ldx + i] * w0;
         odd[r][v] += x[r * ldx + i + 1] * w1;
@@ -68,24 +79,24 @@ INLINE void NAME(dense32)(const Matrix *w, int R, int B, long block, const float
   }
   if (i < n)
     EACH_VECTOR(v)
-      for (int r = 0; r < R; r++)
-        even[r][v] += x[r * ldx + i] * NAME(load)(weights + PLACE(v, i, n));
+      for (int r = 0; r < R; r++) even[r][v] += x[r * ldx + i] * WEIGHT(i, v);
+#undef WEIGHT
   for (int r = 0; r < R; r++)
-    EACH_VECTOR(v)
-      NAME(store)(y + r * ldy + PLACE(v, block, 1), even[r][v] + odd[r][v]);
+    EACH_VECTOR(v) NAME(store)(y + r * ldy + PLACE(v, block), even[r][v] + odd[r][v]);
 }
 
-INLINE void NAME(dense16)(const Matrix *w, int R, int B, long block, const float *x,
-                          long ldx, float *y, long ldy) {
+INLINE void NAME(pairs)(const Matrix *w, int R, int B, long block, const float *x,
+                        long ldx, float *y, long ldy) {
   long half = w->columns / 2;
-  const int32_t *words = w->words + block * half * LANES;
+  const int32_t *words = (const int32_t *)w->data + block * half * LANES;
   vec even[8][4 * PARTS], odd[8][4 * PARTS];
   EACH_ROW(r) EACH_VECTOR(v) even[r][v] = odd[r][v] = (vec){0};
   for (long i = 0; i < half; i++) {
     for (int b = 0; b < B; b++)
-      __builtin_prefetch(words + (b * half + i) * LANES + AHEAD);
+      __builtin_prefetch((const uint8_t *)(words + (b * half + i) * LANES) + AHEAD);
     EACH_VECTOR(v) {
-      ints pair = NAME(load_ints)(words + PLACE(v, i, half));
+      ints pair = NAME(load_ints)(words + (v / PARTS * half + i) * LANES +
+                                  v % PARTS * WIDTH);
       vec w0 = (vec)(pair << 16), w1 = (vec)(pair & (int32_t)0xFFFF0000);
       EACH_ROW(r) {
         even[r][v] += x[r * ldx + 2 * i] * w0;
@@ -94,198 +105,211 @@ INLINE void NAME(dense16)(const Matrix *w, int R, int B, long block, const float
     }
   }
   EACH_ROW(r) EACH_VECTOR(v)
-    NAME(store)(y + r * ldy + PLACE(v, block, 1), even[r][v] + odd[r][v]);
+    NAME(store)(y + r * ldy + PLACE(v, block), even[r][v] + odd[r][v]);
 }
 
 /* The lowest 4 or 8 bits of each word. */
 INLINE vec NAME(values)(ints words, int bits) {
 #if VECTOR_BYTES == 64
   if (bits == 4) {  /* one permutation, which reads these bits alone */
-    const vec table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return __builtin_shuffle(table, words);
+    const __m512 table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (vec)_mm512_permutexvar_ps((__m512i)words, table);
   }
 #endif
   return __builtin_convertvector(words & ((1 << bits) - 1), vec);
 }
 
-/* Group by group: scale * sum(x q) + bias * sum(x). */
+/* Group by group: scale * sum(x q) + bias * sum(x). `plain` has the sums of x, those of
+   a row's groups one after the other. */
 INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
-                         const float *x, long ldx, float *y, long ldy) {
+                         const float *x, long ldx, const float *plain, float *y,
+                         long ldy) {
   const int per_word = 32 / bits;
-  long row_words = w->columns / per_word, group_words = w->group / per_word;
-  long groups = w->columns / w->group;
-  const int32_t *words = w->words + block * row_words * LANES;
-  const float *scales = w->scales + block * groups * LANES;
-  const float *biases = w->biases + block * groups * LANES;
+  long group_words = w->group / per_word, groups = w->columns / w->group;
+  size_t floats = LANES * size_of(w->type), record = record_of(w);
+  size_t length = groups * record;
+  const uint8_t *start = w->data + block * length;
   vec sums[8][4 * PARTS];
   for (int r = 0; r < R; r++) EACH_VECTOR(v) sums[r][v] = (vec){0};
-  for (long g = 0; g < groups; g++) {
+  for (long g = 0; g < groups; g++, x += w->group) {
+    const uint8_t *group = start + g * record, *words = group + 2 * floats;
+    for (int b = 0; b < B; b++)
+      for (size_t at = 0; at < 2 * floats; at += 64)
+        __builtin_prefetch(group + b * length + at + AHEAD);
     vec part[8][4 * PARTS];
-    float plain[8] = {0};
     for (int r = 0; r < R; r++) EACH_VECTOR(v) part[r][v] = (vec){0};
-    for (long i = g * group_words; i < (g + 1) * group_words; i++) {
+    for (long i = 0; i < group_words; i++) {
       for (int b = 0; b < B; b++)
-        __builtin_prefetch(words + (b * row_words + i) * LANES + AHEAD);
+        __builtin_prefetch(words + b * length + i * LANES * 4 + AHEAD);
       EACH_VECTOR(v) {
-        ints word = NAME(load_ints)(words + PLACE(v, i, row_words));
+        ints word = NAME(load_ints)((const int32_t *)(words + v / PARTS * length) +
+                                    i * LANES + v % PARTS * WIDTH);
         for (int j = 0; j < per_word; j++) {
           vec q = NAME(values)(word >> j * bits, bits);
           for (int r = 0; r < R; r++) part[r][v] += x[r * ldx + i * per_word + j] * q;
         }
       }
     }
-    for (int r = 0; r < R; r++) {
-      vec sum[PARTS] = {{0}};
-      for (long i = 0; i < w->group; i += LANES)
-        for (int v = 0; v < PARTS; v++)
-          sum[v] += NAME(load)(x + r * ldx + g * w->group + i + v * WIDTH);
-      plain[r] = NAME(total)(sum);
-    }
     EACH_VECTOR(v) {
-      vec scale = NAME(load)(scales + PLACE(v, g, groups));
-      vec bias = NAME(load)(biases + PLACE(v, g, groups));
+      const uint8_t *scales = group + v / PARTS * length;
+      size_t at = v % PARTS * WIDTH * (floats / LANES);
+      vec scale = NAME(load_as)(scales + at, w->type);
+      vec bias = NAME(load_as)(scales + floats + at, w->type);
       for (int r = 0; r < R; r++) {
         sums[r][v] += part[r][v] * scale;
-        sums[r][v] += plain[r] * bias;
+        sums[r][v] += plain[r * groups + g] * bias;
       }
     }
   }
   for (int r = 0; r < R; r++)
-    EACH_VECTOR(v) NAME(store)(y + r * ldy + PLACE(v, block, 1), sums[r][v]);
+    EACH_VECTOR(v) NAME(store)(y + r * ldy + PLACE(v, block), sums[r][v]);
 }
 #undef EACH_VECTOR
 #undef EACH_ROW
 #undef PLACE
 
+typedef void (*NAME(kernel))(const Matrix *, long, const float *, long, const float *,
+                             float *, long);
+
 #define KERNEL(KIND, R, B, ...)                                                      \
   TARGET static void NAME(KIND##_##R##x##B)(const Matrix *w, long block,             \
-                                            const float *x, long ldx, float *y,      \
-                                            long ldy) {                              \
+                                            const float *x, long ldx,                \
+                                            const float *plain, float *y, long ldy) { \
+    (void)plain;                                                                     \
     __VA_ARGS__                                                                      \
   }
 #define KERNELS(R, B)                                                                \
-  KERNEL(dense32, R, B, NAME(dense32)(w, R, B, block, x, ldx, y, ldy);)              \
-  KERNEL(dense16, R, B, NAME(dense16)(w, R, B, block, x, ldx, y, ldy);)              \
-  KERNEL(affine8, R, B, NAME(affine)(w, 8, R, B, block, x, ldx, y, ldy);)            \
-  KERNEL(affine4, R, B, NAME(affine)(w, 4, R, B, block, x, ldx, y, ldy);)
+  KERNEL(float32, R, B, NAME(dense)(w, FLOAT32, R, B, block, x, ldx, y, ldy);)       \
+  KERNEL(float16, R, B, NAME(dense)(w, FLOAT16, R, B, block, x, ldx, y, ldy);)       \
+  KERNEL(bfloat16, R, B, NAME(pairs)(w, R, B, block, x, ldx, y, ldy);)               \
+  KERNEL(affine8, R, B, NAME(affine)(w, 8, R, B, block, x, ldx, plain, y, ldy);)     \
+  KERNEL(affine4, R, B, NAME(affine)(w, 4, R, B, block, x, ldx, plain, y, ldy);)
 KERNELS(1, 1)
+KERNELS(1, 2)
 KERNELS(2, 1)
 KERNELS(4, 1)
 #if VECTOR_BYTES == 64
 KERNELS(8, 1)
 KERNELS(1, 4)
+KERNELS(2, 2)
 KERNELS(2, 4)
 KERNELS(4, 2)
-#else
-KERNELS(1, 2)
 #endif
 
-typedef void (*NAME(kernel))(const Matrix *, long, const float *, long, float *, long);
-
-#define ROW_OF_KERNELS(R, B)                                                         \
-  { NAME(dense32_##R##x##B), NAME(dense16_##R##x##B), NAME(affine8_##R##x##B),       \
-    NAME(affine4_##R##x##B) }
-
-/* A part of `product`: the blocks from `first` to `last`. A few blocks of the matrix are
-   read, then used for every row. */
-TARGET static void NAME(part)(const Product *p, long first, long last) {
+/* The kernels for 1, 2, 4 and 8 rows, and for 1, 2 and 4 blocks at once: as many as there
+   are registers for. */
+#define OF_EACH_KIND(R, B)                                                           \
+  { NAME(float32_##R##x##B), NAME(float16_##R##x##B), NAME(bfloat16_##R##x##B),      \
+    NAME(affine8_##R##x##B), NAME(affine4_##R##x##B) }
 #if VECTOR_BYTES == 64
-  static const NAME(kernel) one[4][4] = {ROW_OF_KERNELS(1, 1), ROW_OF_KERNELS(2, 1),
-                                         ROW_OF_KERNELS(4, 1), ROW_OF_KERNELS(8, 1)};
-  static const NAME(kernel) more[4][4] = {ROW_OF_KERNELS(1, 4), ROW_OF_KERNELS(2, 4),
-                                          ROW_OF_KERNELS(4, 2), ROW_OF_KERNELS(8, 1)};
-  static const int at_once[4] = {4, 4, 2, 1};
-  const int largest = 3;
+enum { NAME(LARGEST) = 3 };
+static const int NAME(at_once)[] = {4, 4, 2, 1};
+static const NAME(kernel) NAME(kernels)[4][3][5] = {
+    {OF_EACH_KIND(1, 1), OF_EACH_KIND(1, 2), OF_EACH_KIND(1, 4)},
+    {OF_EACH_KIND(2, 1), OF_EACH_KIND(2, 2), OF_EACH_KIND(2, 4)},
+    {OF_EACH_KIND(4, 1), OF_EACH_KIND(4, 2)},
+    {OF_EACH_KIND(8, 1)},
+};
 #else
-  static const NAME(kernel) one[3][4] = {ROW_OF_KERNELS(1, 1), ROW_OF_KERNELS(2, 1),
-                                         ROW_OF_KERNELS(4, 1)};
-  static const NAME(kernel) more[3][4] = {ROW_OF_KERNELS(1, 2), ROW_OF_KERNELS(2, 1),
-                                          ROW_OF_KERNELS(4, 1)};
-  static const int at_once[3] = {2, 1, 1};
-  const int largest = 1;
+enum { NAME(LARGEST) = 2 };
+static const int NAME(at_once)[] = {2, 1, 1};
+static const NAME(kernel) NAME(kernels)[3][3][5] = {
+    {OF_EACH_KIND(1, 1), OF_EACH_KIND(1, 2)},
+    {OF_EACH_KIND(2, 1)},
+    {OF_EACH_KIND(4, 1)},
+};
 #endif
-  const Matrix *w = p->w;
-  int kind = w->bits == FLOAT32 ? 0 : w->bits == BFLOAT16 ? 1 : w->bits == 8 ? 2 : 3;
-  int widest = at_once[0];
-  for (long start = first; start < last; start += widest) {
-    long end = start + widest < last ? start + widest : last;
-    for (long r = 0; r < p->rows;) {
-      long left = p->rows - r;
+#undef KERNEL
+#undef KERNELS
+#undef OF_EACH_KIND
+
+/* Sums of each group of inputs of m rows: (m, groups). */
+TARGET static void NAME(sum_groups)(const Matrix *w, long m, const float *x, long ldx,
+                                    float *plain) {
+  for (long r = 0; r < m; r++)
+    for (long g = 0; g < w->columns; g += w->group) {
+      vec sum[PARTS] = {{0}};
+      for (long i = 0; i < w->group; i += LANES)
+        for (int v = 0; v < PARTS; v++)
+          sum[v] += NAME(load)(x + r * ldx + g + i + v * WIDTH);
+      *plain++ = NAME(total)(sum);
+    }
+}
+
+/* y = x w^T for m rows: a phase, which the caller ends. Rows of x and y are ldx and ldy apart; y is written up to
+   a multiple of LANES. A few blocks of the matrix are read, then used for every row. */
+TARGET static void NAME(product)(Crew *crew, const Matrix *w, long m, const float *x,
+                                 long ldx, float *y, long ldy, float *plain) {
+  int kind = w->bits ? w->bits == 8 ? 3 : 4 : w->type;
+  long blocks = blocks_of(w), groups = w->bits ? w->columns / w->group : 0;
+  /* As many blocks at once as leave no thread with much more than its share. */
+  long wide = NAME(at_once)[0];
+  while (wide > 1 && (blocks + wide * crew->of - 1) / (wide * crew->of) * wide *
+                             crew->of * 8 > blocks * 9)
+    wide /= 2;
+  int is_first = 1;
+  for (long i; (i = take_piece(crew, (blocks + wide - 1) / wide)) >= 0;) {
+    if (is_first && groups) NAME(sum_groups)(w, m, x, ldx, plain);
+    is_first = 0;
+    long start = i * wide, end = start + wide < blocks ? start + wide : blocks;
+    for (long r = 0; r < m;) {
+      long left = m - r;
       int size = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
-      if (size > largest) size = largest;
-      const float *x = p->x + r * p->ldx;
-      float *y = p->y + r * p->ldy;
-      long block = start;
-      for (; block + at_once[size] <= end; block += at_once[size])
-        more[size][kind](w, block, x, p->ldx, y, p->ldy);
-      for (; block < end; block++) one[size][kind](w, block, x, p->ldx, y, p->ldy);
+      if (size > NAME(LARGEST)) size = NAME(LARGEST);
+      for (long block = start; block < end;) {
+        int most = NAME(at_once)[size], some = 0;
+        while (2 << some <= most && block + (2 << some) <= end) some++;
+        NAME(kernels)[size][some][kind](w, block, x + r * ldx, ldx, plain + r * groups,
+                                        y + r * ldy, ldy);
+        block += 1 << some;
+      }
       r += 1 << size;
     }
   }
 }
 
-/* y = x w^T for m rows. Rows of x and y are ldx and ldy apart; y is written up to a
-   multiple of LANES. */
-TARGET static void NAME(product)(const Matrix *w, long m, const float *x, long ldx,
-                                 float *y, long ldy) {
-  Product whole = {NAME(part), w, m, x, ldx, y, ldy};
-  run_product(&whole);
-}
-#undef KERNEL
-#undef KERNELS
-#undef ROW_OF_KERNELS
-
 /* ---- What lies between products ---- */
 
-TARGET static void NAME(norm)(const float *weight, long m, long n, const float *x,
-                              float *y, long ld) {
-  for (long r = 0; r < m; r++, x += ld, y += ld) {
-    vec sums[PARTS] = {{0}};
-    long i = 0;
-    for (; i + LANES <= n; i += LANES)
-      for (int v = 0; v < PARTS; v++) {
-        vec values = NAME(load)(x + i + v * WIDTH);
-        sums[v] += values * values;
-      }
-    float sum = NAME(total)(sums);
-    for (; i < n; i++) sum += x[i] * x[i];
-    float scale = 1 / sqrtf(sum / (float)n + 1e-8f);
-    for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+/* x += y, if there is one, of n values; what is left of it after normalization. */
+TARGET static void NAME(norm)(const float *weight, long n, float *x, const float *y,
+                              float *to) {
+  for (long i = 0; y && i < n; i++) x[i] += y[i];
+  vec sums[PARTS] = {{0}};
+  long i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int v = 0; v < PARTS; v++) {
+      vec values = NAME(load)(x + i + v * WIDTH);
+      sums[v] += values * values;
+    }
+  float sum = NAME(total)(sums);
+  for (; i < n; i++) sum += x[i] * x[i];
+  float scale = 1 / sqrtf(sum / (float)n + 1e-8f);
+  for (i = 0; i < n; i++) to[i] = x[i] * scale * weight[i];
+}
+
+/* silu(x) * (what stands `apart` from it), of n values. */
+TARGET static void NAME(gate)(long n, float *x, long apart) {
+  long i = 0;
+  for (; i + WIDTH <= n; i += WIDTH) {
+    vec a = NAME(load)(x + i);
+    NAME(store)(x + i, a / (1.0f + NAME(exp)(-a)) * NAME(load)(x + apart + i));
+  }
+  if (i < n) {
+    float a[WIDTH] = {0};
+    memcpy(a, x + i, (size_t)(n - i) * sizeof *a);
+    vec gates = NAME(load)(a);
+    NAME(store)(a, gates / (1.0f + NAME(exp)(-gates)));
+    for (long j = i; j < n; j++) x[j] = a[j - i] * x[apart + j];
   }
 }
 
-/* The first n of each row: silu(first n) * (next n). */
-TARGET static void NAME(gate)(long m, long n, float *x, long ld) {
-  for (long r = 0; r < m; r++, x += ld) {
-    long i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) {
-      vec a = NAME(load)(x + i);
-      NAME(store)(x + i, a / (1.0f + NAME(exp)(-a)) * NAME(load)(x + n + i));
-    }
-    if (i < n) {
-      float a[WIDTH] = {0};
-      memcpy(a, x + i, (size_t)(n - i) * sizeof *a);
-      vec gates = NAME(load)(a);
-      NAME(store)(a, gates / (1.0f + NAME(exp)(-gates)));
-      for (long j = i; j < n; j++) x[j] = a[j - i] * x[n + j];
-    }
-  }
-}
-
-TARGET static void NAME(add)(long m, long n, float *x, const float *y, long ldx,
-                             long ldy) {
-  for (long r = 0; r < m; r++)
-    for (long i = 0; i < n; i++) x[r * ldx + i] += y[r * ldy + i];
-}
-
-TARGET static void NAME(rotate)(long heads, long head_dim, float *x, const float *cosines,
+TARGET static void NAME(rotate)(long head_dim, float *x, const float *cosines,
                                 const float *sines) {
-  for (long h = 0; h < heads; h++, x += head_dim)
-    for (long i = 0; i < head_dim / 2; i++) {
-      float real = x[2 * i], imaginary = x[2 * i + 1];
-      x[2 * i] = real * cosines[i] - imaginary * sines[i];
-      x[2 * i + 1] = real * sines[i] + imaginary * cosines[i];
-    }
+  for (long i = 0; i < head_dim / 2; i++) {
+    float real = x[2 * i], imaginary = x[2 * i + 1];
+    x[2 * i] = real * cosines[i] - imaginary * sines[i];
+    x[2 * i + 1] = real * sines[i] + imaginary * cosines[i];
+  }
 }
 
 /* Keys and values of one head: `slot` from a position's own. */
@@ -369,44 +393,63 @@ TARGET static void NAME(attend)(long head_dim, long first, long filled, const fl
   }
 }
 
-/* A layer's second half, after attention: y attended, x the residual. */
-TARGET static void NAME(finish)(const Layer *layer, long m, long dim, long hidden,
-                                float *x, const float *attended, long ld_attended,
-                                float *y, float *wide) {
-  long ld = padded(dim), ld_wide = padded(2 * hidden);
-  NAME(product)(&layer->out_proj, m, attended, ld_attended, y, ld);
-  NAME(add)(m, dim, x, y, ld, ld);
-  NAME(norm)(layer->norm2, m, dim, x, y, ld);
-  NAME(product)(&layer->linear_in, m, y, ld, wide, ld_wide);
-  NAME(gate)(m, hidden, wide, ld_wide);
-  NAME(product)(&layer->linear_out, m, wide, ld_wide, y, ld);
-  NAME(add)(m, dim, x, y, ld, ld);
-}
-
 TARGET static float *NAME(take)(float **scratch, long n) {
   float *taken = *scratch;
   *scratch += padded(n);
   return taken;
 }
 
+/* x += y, if there is one, and y = x normalized, of m rows; between two phases. */
+TARGET static void NAME(norm_all)(Crew *crew, const float *weight, long m, long n,
+                                  float *x, int adds, float *y, long ld) {
+  meet(crew, m);
+  for (long r; (r = take_piece(crew, m)) >= 0;)
+    NAME(norm)(weight, n, x + r * ld, adds ? y + r * ld : NULL, y + r * ld);
+  meet(crew, MANY);
+}
+
+/* A layer's second half, after attention: to x, the residual, what attention found is
+   added; y is what is to be added next. The caller ends the last phase. */
+TARGET static void NAME(finish)(Crew *crew, const Layer *layer, long m, long dim,
+                                long hidden, float *x, const float *attended,
+                                long ld_attended, float *y, float *wide, float *own) {
+  enum { SOME = 16 * LANES };
+  long ld = padded(dim), ld_wide = padded(2 * hidden);
+  long parts = (hidden + SOME - 1) / SOME;
+  NAME(product)(crew, &layer->out_proj, m, attended, ld_attended, y, ld, own);
+  NAME(norm_all)(crew, layer->norm2, m, dim, x, 1, y, ld);
+  NAME(product)(crew, &layer->linear_in, m, y, ld, wide, ld_wide, own);
+  meet(crew, m * parts);
+  for (long i; (i = take_piece(crew, m * parts)) >= 0;) {
+    long start = i % parts * SOME, left = hidden - start;
+    NAME(gate)(left < SOME ? left : SOME, wide + i / parts * ld_wide + start, hidden);
+  }
+  meet(crew, MANY);
+  NAME(product)(crew, &layer->linear_out, m, wide, ld_wide, y, ld, own);
+}
+
 /* The first half of temporal layer `l`: the next position of each row, whose row of x is
    that of `rows`, becomes queries, keys and values; the first of these are replaced by
    what they attend to. Rows may be positions of one conversation, in order: each is
    written before the next one attends. */
-TARGET static void NAME(attend_all)(const Model *m, long l, long num_rows, const Row *rows,
-                              const float *x, float *y, float *qkv, float *weights) {
+TARGET static void NAME(attend_all)(Crew *crew, const Model *m, long l, long num_rows,
+                                    const Row *rows, float *x, float *y, float *qkv,
+                                    float *own) {
   Widths w = widths_of(m);
   const Layer *layer = m->temporal + l;
   long head_dim = m->dim / m->heads, head_padded = padded(head_dim);
-  NAME(norm)(layer->norm1, num_rows, m->dim, x, y, w.dim);
-  NAME(product)(&layer->in_proj, num_rows, y, w.dim, qkv, w.qkv);
-  for (long r = 0; r < num_rows; r++)
-    NAME(rotate)(2 * m->heads, head_dim, qkv + r * w.qkv, rows[r].cosines, rows[r].sines);
+  NAME(norm_all)(crew, layer->norm1, num_rows, m->dim, x, l > 0, y, w.dim);
+  NAME(product)(crew, &layer->in_proj, num_rows, y, w.dim, qkv, w.qkv, own);
+  meet(crew, MANY);
   /* Head by head: what rows share stays near from one to the next. */
-  for (long h = 0; h < m->heads; h++)
-    for (long r = 0; r < num_rows; r++) {
+  long at_once = num_rows > 1 && rows[0].keys == rows[1].keys ? num_rows : 1;
+  for (long i; (i = take_piece(crew, m->heads * num_rows / at_once)) >= 0;) {
+    long h = i * at_once / num_rows, first = i * at_once % num_rows;
+    for (long r = first; r < first + at_once; r++) {
       const Row *row = rows + r;
       float *q = qkv + r * w.qkv + h * head_dim, *key = q + m->dim, *value = key + m->dim;
+      NAME(rotate)(head_dim, q, row->cosines, row->sines);
+      NAME(rotate)(head_dim, key, row->cosines, row->sines);
       long slot = row->end % m->window, head = l * m->heads + h;
       long filled = row->end < m->window ? row->end + 1 : m->window;
       float *keys = row->keys + head * row->slots * head_dim;
@@ -417,26 +460,31 @@ TARGET static void NAME(attend_all)(const Model *m, long l, long num_rows, const
         past.first_values += head * row->first_slots * head_padded;
       }
       NAME(remember)(head_dim, slot, key, value, keys, values);
-      NAME(attend)(head_dim, 0, filled, q, past, weights, q);
+      NAME(attend)(head_dim, 0, filled, q, past, own, q);
     }
+  }
+  meet(crew, MANY);
 }
 
 /* Positions that are read and not answered: of the last layer, keys and values will do. */
-TARGET static void NAME(read)(const Model *m, long num_rows, const Row *rows,
-                              const float *inputs, float *scratch) {
+TARGET static void NAME(read)(Crew *crew, void *what) {
+  const Reading *reading = what;
+  const Model *m = reading->model;
+  long num_rows = reading->num_rows;
+  float *scratch = reading->scratch;
   Widths w = widths_of(m);
   float *x = NAME(take)(&scratch, num_rows * w.dim);
   float *y = NAME(take)(&scratch, num_rows * w.dim);
   float *qkv = NAME(take)(&scratch, num_rows * w.qkv);
   float *wide = NAME(take)(&scratch, num_rows * w.hidden);
-  float *weights = NAME(take)(&scratch, padded(m->window));
-  for (long r = 0; r < num_rows; r++)
-    memcpy(x + r * w.dim, inputs + r * m->dim, (size_t)m->dim * sizeof *x);
+  float *own = scratch + crew->me * own_scratch(m, num_rows);
+  for (long r; (r = take_piece(crew, num_rows)) >= 0;)
+    memcpy(x + r * w.dim, reading->inputs + r * m->dim, (size_t)m->dim * sizeof *x);
   for (long l = 0; l < m->layers; l++) {
     if (l)
-      NAME(finish)(m->temporal + l - 1, num_rows, m->dim, m->hidden, x, qkv, w.qkv, y,
-                   wide);
-    NAME(attend_all)(m, l, num_rows, rows, x, y, qkv, weights);
+      NAME(finish)(crew, m->temporal + l - 1, num_rows, m->dim, m->hidden, x, qkv, w.qkv,
+                   y, wide, own);
+    NAME(attend_all)(crew, m, l, num_rows, reading->rows, x, y, qkv, own);
   }
 }
 
@@ -536,18 +584,38 @@ TARGET static int32_t NAME(choose)(const float *logits, long card, float temp, l
   return chosen;
 }
 
-TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num_rows,
-                              const Row *rows, const int32_t *columns,
-                              const int32_t *given, int32_t *agent, float *logits_out, float *scratch) {
+/* Choose the tokens at place `at` of the agent's columns, if they are not given, from
+   `logits` (rows, padded card); those are written out as values from `place` on. After
+   a phase, and a phase itself, which the caller ends. */
+TARGET static void NAME(choose_all)(Crew *crew, const Step *step, long at, long card,
+                                    float temp, long top_k, long noise,
+                                    const float *logits, long place) {
+  const Model *m = step->model;
+  long num_agent = 1 + m->steps, num_logits = m->text_card + (long)m->steps * m->card;
+  meet(crew, step->num_rows);
+  for (long r; (r = take_piece(crew, step->num_rows)) >= 0;) {
+    const float *row = logits + r * padded(card);
+    long idx = r * num_agent + at;
+    int32_t id = NAME(choose)(row, card, temp, top_k, step->rows + r, (uint32_t)noise,
+                              (uint32_t)step->sampling->noise_width);
+    step->agent[idx] = step->given && step->given[idx] != -2 ? step->given[idx] : id;
+    if (step->logits)
+      memcpy(step->logits + r * num_logits + place, row, (size_t)card * sizeof *row);
+  }
+}
+
+TARGET static void NAME(step)(Crew *crew, void *what) {
+  const Step *step = what;
+  const Model *m = step->model;
+  const Sampling *sampling = step->sampling;
+  long num_rows = step->num_rows, num_agent = 1 + m->steps;
+  float *scratch = step->scratch;
   Widths w = widths_of(m);
-  long num_agent = 1 + m->steps;
-  long num_logits = m->text_card + (long)m->steps * m->card;
   long inputs_width = padded((long)m->steps * m->dep_dim);
   long slots = padded(m->steps);
   long dep_head = m->dep_dim / m->dep_heads, dep_padded = padded(dep_head);
   float *x = NAME(take)(&scratch, num_rows * w.dim);
   float *y = NAME(take)(&scratch, num_rows * w.dim);
-  float *hidden = NAME(take)(&scratch, num_rows * w.dim);
   float *qkv = NAME(take)(&scratch, num_rows * max_of(w.qkv, w.dep_qkv));
   float *wide = NAME(take)(&scratch, num_rows * max_of(w.hidden, w.dep_hidden));
   float *inputs = NAME(take)(&scratch, num_rows * inputs_width);
@@ -559,34 +627,27 @@ TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num
   long dep_values_size = m->dep_heads * slots * dep_padded;
   float *dep_keys = NAME(take)(&scratch, num_rows * m->dep_layers * dep_keys_size);
   float *dep_values = NAME(take)(&scratch, num_rows * m->dep_layers * dep_values_size);
-  float *weights = NAME(take)(&scratch, max_of(padded(m->window), slots));
+  float *own = scratch + crew->me * own_scratch(m, num_rows);
 
-  for (long r = 0; r < num_rows; r++)
-    sum_rows(m, columns + r * m->streams, x + r * w.dim);
-
+  for (long r; (r = take_piece(crew, num_rows)) >= 0;)
+    sum_rows(m, step->columns + r * m->streams, x + r * w.dim);
   for (long l = 0; l < m->layers; l++) {
-    NAME(attend_all)(m, l, num_rows, rows, x, y, qkv, weights);
-    NAME(finish)(m->temporal + l, num_rows, m->dim, m->hidden, x, qkv, w.qkv, y, wide);
+    NAME(attend_all)(crew, m, l, num_rows, step->rows, x, y, qkv, own);
+    NAME(finish)(crew, m->temporal + l, num_rows, m->dim, m->hidden, x, qkv, w.qkv, y,
+                 wide, own);
   }
-  NAME(norm)(m->out_norm, num_rows, m->dim, x, hidden, w.dim);
-
-  NAME(product)(&m->text_linear, num_rows, hidden, w.dim, text, w.text);
-  for (long r = 0; r < num_rows; r++) {
-    const float *logits = text + r * w.text;
-    int32_t id = NAME(choose)(logits, m->text_card, sampling->text_temp, sampling->text_top_k,
-                        rows + r, 0, (uint32_t)sampling->noise_width);
-    int forced = given && given[r * num_agent] != -2;
-    agent[r * num_agent] = forced ? given[r * num_agent] : id;
-    if (logits_out)
-      memcpy(logits_out + r * num_logits, logits, (size_t)m->text_card * 4);
-  }
-
-  NAME(product)(&m->dep_input, num_rows, hidden, w.dim, inputs, inputs_width);
+  NAME(norm_all)(crew, m->out_norm, num_rows, m->dim, x, m->layers > 0, y, w.dim);
+  NAME(product)(crew, &m->text_linear, num_rows, y, w.dim, text, w.text, own);
+  NAME(choose_all)(crew, step, 0, m->text_card, sampling->text_temp,
+                   sampling->text_top_k, 0, text, 0);
+  meet(crew, MANY);
+  NAME(product)(crew, &m->dep_input, num_rows, y, w.dim, inputs, inputs_width, own);
   for (long s = 0; s < m->steps; s++) {
     const Table *table = s ? &m->dep_audio_emb : &m->dep_text_emb;
-    for (long r = 0; r < num_rows; r++) {
-      int32_t token = agent[r * num_agent + s];
-      long first = s ? (s - 1) * (m->card + 1) : 0;
+    long first = s ? (s - 1) * (m->card + 1) : 0;
+    meet(crew, num_rows);
+    for (long r; (r = take_piece(crew, num_rows)) >= 0;) {
+      int32_t token = step->agent[r * num_agent + s];
       float *row = dep_x + r * w.dep_dim;
       memcpy(row, inputs + r * inputs_width + s * m->dep_dim, (size_t)m->dep_dim * 4);
       if (token >= 0) add_row(table, first + token, row);
@@ -594,36 +655,35 @@ TARGET static void NAME(step)(const Model *m, const Sampling *sampling, long num
     long hide_first = s == m->hiding_step;
     for (long l = 0; l < m->dep_layers; l++) {
       const Layer *layer = m->depformer + s * m->dep_layers + l;
-      NAME(norm)(layer->norm1, num_rows, m->dep_dim, dep_x, dep_y, w.dep_dim);
-      NAME(product)(&layer->in_proj, num_rows, dep_y, w.dep_dim, qkv, w.dep_qkv);
-      for (long r = 0; r < num_rows; r++) {
-        float *q = qkv + r * w.dep_qkv, *key = q + m->dep_dim, *value = key + m->dep_dim;
-        for (long h = 0; h < m->dep_heads; h++) {
-          float *keys = dep_keys + (r * m->dep_layers + l) * dep_keys_size +
-                        h * slots * dep_head;
-          float *values = dep_values + (r * m->dep_layers + l) * dep_values_size +
-                          h * slots * dep_padded;
-          NAME(remember)(dep_head, s, key + h * dep_head, value + h * dep_head, keys,
-                         values);
-          Past past = {.keys = keys, .values = values};
-          NAME(attend)(dep_head, hide_first, s + 1, q + h * dep_head, past, weights,
-                       q + h * dep_head);
-        }
+      NAME(norm_all)(crew, layer->norm1, num_rows, m->dep_dim, dep_x, l > 0, dep_y,
+                     w.dep_dim);
+      NAME(product)(crew, &layer->in_proj, num_rows, dep_y, w.dep_dim, qkv, w.dep_qkv,
+                    own);
+      meet(crew, MANY);
+      for (long i; (i = take_piece(crew, num_rows * m->dep_heads)) >= 0;) {
+        long r = i / m->dep_heads, h = i % m->dep_heads, at = r * m->dep_layers + l;
+        float *q = qkv + r * w.dep_qkv + h * dep_head;
+        float *key = q + m->dep_dim, *value = key + m->dep_dim;
+        float *keys = dep_keys + at * dep_keys_size + h * slots * dep_head;
+        float *values = dep_values + at * dep_values_size + h * slots * dep_padded;
+        Past past = {.keys = keys, .values = values};
+        NAME(remember)(dep_head, s, key, value, keys, values);
+        NAME(attend)(dep_head, hide_first, s + 1, q, past, own, q);
       }
-      NAME(finish)(layer, num_rows, m->dep_dim, m->dep_hidden, dep_x, qkv, w.dep_qkv,
-                   dep_y, wide);
+      meet(crew, MANY);
+      NAME(finish)(crew, layer, num_rows, m->dep_dim, m->dep_hidden, dep_x, qkv,
+                   w.dep_qkv, dep_y, wide, own);
     }
-    NAME(product)(m->dep_heads_out + s, num_rows, dep_x, w.dep_dim, audio, w.audio);
-    for (long r = 0; r < num_rows; r++) {
-      const float *logits = audio + r * w.audio;
-      long at = r * num_agent + 1 + s;
-      uint32_t first = (uint32_t)(sampling->text_noise + s * m->card);
-      int32_t id = NAME(choose)(logits, m->card, sampling->temp, sampling->top_k, rows + r,
-                          first, (uint32_t)sampling->noise_width);
-      agent[at] = given && given[at] != -2 ? given[at] : id;
-      if (logits_out)
-        memcpy(logits_out + r * num_logits + m->text_card + s * m->card, logits,
-               (size_t)m->card * 4);
-    }
+    meet(crew, num_rows);
+    for (long r; (r = take_piece(crew, num_rows)) >= 0;)
+      for (long i = 0; i < m->dep_dim && m->dep_layers; i++)
+        dep_x[r * w.dep_dim + i] += dep_y[r * w.dep_dim + i];
+    meet(crew, MANY);
+    NAME(product)(crew, m->dep_heads_out + s, num_rows, dep_x, w.dep_dim, audio, w.audio,
+                  own);
+    NAME(choose_all)(crew, step, 1 + s, m->card, sampling->temp, sampling->top_k,
+                     sampling->text_noise + s * m->card, audio,
+                     m->text_card + s * m->card);
   }
+  meet(crew, 0);
 }

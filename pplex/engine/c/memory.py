@@ -44,6 +44,29 @@ def zeros(shape: tuple[int, ...], dtype: DTypeLike, *, huge: bool = True) -> np.
     return whole[start : start + size].view(dtype).reshape(shape)
 
 
+class Arena:
+    """Memory that is taken piece by piece and never given back."""
+
+    _CHUNK = 64 * HUGE_PAGE
+    _LINE = 64
+
+    def __init__(self) -> None:
+        self._chunks: list[np.ndarray] = []
+        self._free = 0
+
+    def take(self, num_bytes: int) -> int:
+        """The address of so many bytes, at the start of a cache line."""
+        num_bytes = -(-num_bytes // self._LINE) * self._LINE
+        if num_bytes > self._free:
+            self._free = max(num_bytes + self._LINE, self._CHUNK)
+            self._chunks.append(zeros((self._free,), np.uint8))
+            self._free -= -self._chunks[-1].ctypes.data % self._LINE
+        chunk = self._chunks[-1]
+        place = chunk.ctypes.data + chunk.nbytes - self._free
+        self._free -= num_bytes
+        return place
+
+
 class Pool:
     """Memory that is used again: for a new huge page the system may move others."""
 

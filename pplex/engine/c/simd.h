@@ -10,6 +10,8 @@ typedef float vec __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef uint32_t uints __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(4)));
 typedef vec NAME(loose) __attribute__((aligned(4)));
+typedef uint16_t NAME(shorts)
+    __attribute__((vector_size(VECTOR_BYTES / 2), may_alias, aligned(2)));
 typedef ints NAME(loose_ints) __attribute__((aligned(4)));
 
 INLINE vec NAME(splat)(float x) { return x - (vec){0}; }
@@ -19,6 +21,26 @@ INLINE vec NAME(load)(const float *x) { return *(const NAME(loose) *)x; }
 INLINE ints NAME(load_ints)(const int32_t *x) { return *(const NAME(loose_ints) *)x; }
 
 INLINE void NAME(store)(float *to, vec x) { *(NAME(loose) *)to = x; }
+
+/* float32 of bfloat16. */
+INLINE vec NAME(load_bfloat16)(const uint16_t *x) {
+  return (vec)(__builtin_convertvector(*(const NAME(shorts) *)x, uints) << 16);
+}
+
+/* float32 of finite float16. */
+INLINE vec NAME(load_float16)(const uint16_t *x) {
+#if VECTOR_BYTES == 64
+  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif VECTOR_BYTES == 32
+  return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#elif defined(__aarch64__)
+  return (vec)vcvt_f32_f16(vld1_f16((const __fp16 *)x));
+#else
+  uints bits = __builtin_convertvector(*(const NAME(shorts) *)x, uints);
+  vec magnitude = (vec)((bits & 0x7FFF) << 13) * 0x1p112f;
+  return (vec)((uints)magnitude | (bits & 0x8000) << 16);
+#endif
+}
 
 /* `x` where `mask` has all bits set, `other` where it has none. */
 INLINE vec NAME(either)(ints mask, vec x, vec other) {

@@ -5,18 +5,24 @@ from __future__ import annotations
 import ctypes
 
 LANES = 16
-FLOAT32, BFLOAT16 = 32, 16  # ``bits`` of what is not quantized
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # types of floats in memory
 
 _int, _float, _pointer = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
 
-class Matrix(ctypes.Structure):
-    """A matrix in blocks of ``LANES`` outputs, or a table row after row."""
+_FORM = [(name, _int) for name in ("rows", "columns", "bits", "group", "type")]
 
-    _fields_ = [
-        *((name, _pointer) for name in ("words", "scales", "biases")),
-        *((name, _int) for name in ("rows", "columns", "bits", "group")),
-    ]
+
+class Matrix(ctypes.Structure):
+    """A matrix in blocks of ``LANES`` outputs; ``bits`` 0 for one of floats."""
+
+    _fields_ = [("data", _pointer), *_FORM]
+
+
+class Table(ctypes.Structure):
+    """A table row after row, as it is stored."""
+
+    _fields_ = [*((name, _pointer) for name in ("words", "scales", "biases")), *_FORM]
 
 
 class Layer(ctypes.Structure):
@@ -34,6 +40,7 @@ class Layer(ctypes.Structure):
 _SIZES = (
     *("dim", "heads", "layers", "hidden", "window", "text_card", "card", "streams"),
     *("steps", "hiding_step", "dep_dim", "dep_heads", "dep_layers", "dep_hidden"),
+    "threads",
 )
 
 
@@ -43,7 +50,7 @@ class Model(ctypes.Structure):
     _fields_ = [
         *((name, _int) for name in _SIZES),
         *(
-            (name, Matrix)
+            (name, Table)
             for name in ("text_emb", "audio_emb", "dep_text_emb", "dep_audio_emb")
         ),
         ("temporal", ctypes.POINTER(Layer)),
