@@ -7,13 +7,14 @@ Key names follow the constructor arguments of NVIDIA's PersonaPlex (nested under
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pplex.errors import PplexError
+from pplex.files import reading
 from pplex.model.config import (
     TEXT_PAD,
     CodecTransformerConfig,
@@ -24,6 +25,7 @@ from pplex.model.config import (
     SeanetConfig,
     gated_hidden_dim,
 )
+from pplex.values import read_json, shown
 
 BASE_MODEL = "nvidia/personaplex-7b-v1"
 MAX_CONFIG_BYTES = 1 << 20
@@ -49,14 +51,10 @@ def report_it(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """The object in ``config.json``; an empty one if there is no file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise PplexError(f"{path}: a config.json of over 1 MiB is not one of ours")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as e:
-        raise PplexError(f"{path}: not readable as JSON ({e})") from e
+    with reading(f"{path}:", "not readable as JSON"):
+        raw = read_json(path, MAX_CONFIG_BYTES)
     if not isinstance(raw, dict):
         raise PplexError(f"{path}: expected a JSON object at the top")
     return raw
@@ -191,26 +189,20 @@ def _parse_lm(raw: dict[str, Any]) -> LmConfig:
     _take_fixed(values, _LM_FIXED, "lm")
     for key in _LM_IGNORED:
         values.pop(key, None)
-    base = LmConfig()
-    dim = values.get("dim", base.dim)
-    scale = values.pop("hidden_scale", 4.125)
-    feed_forward = values.pop("dim_feedforward", None)
-    depformer_feed_forward = values.pop("depformer_dim_feedforward", None)
-    depformer_dim = values.get("depformer_dim", base.depformer_dim)
+    scale = _number(values.pop("hidden_scale", 4.125), "lm.hidden_scale", 0, 64)
+    nominal = {}
+    for key in ("dim_feedforward", "depformer_dim_feedforward"):
+        if (found := values.pop(key, None)) is not None:
+            nominal[key] = int(_number(found, f"lm.{key}", 1, _MAX_HIDDEN))
     config = _build(LmConfig, values, "lm")
-    try:
-        nominal = int(scale * dim) if feed_forward is None else int(feed_forward)
-        if depformer_feed_forward is None:
-            depformer_feed_forward = int(scale * depformer_dim)
-        return replace(
-            config,
-            hidden_dim=_swiglu_dim(dim, nominal),
-            depformer_hidden_dim=_swiglu_dim(
-                depformer_dim, int(depformer_feed_forward)
-            ),
-        )
-    except (TypeError, ValueError, OverflowError) as e:
-        raise _ConfigError(f"`lm` feed-forward sizes are not numbers ({e})") from e
+    dim, depformer_dim = config.dim, config.depformer_dim
+    hidden = nominal.get("dim_feedforward", int(scale * dim))
+    depformer = nominal.get("depformer_dim_feedforward", int(scale * depformer_dim))
+    return replace(
+        config,
+        hidden_dim=_swiglu_dim(dim, hidden),
+        depformer_hidden_dim=_swiglu_dim(depformer_dim, depformer),
+    )
 
 
 def _swiglu_dim(dim: int, feed_forward: int) -> int:
@@ -242,9 +234,9 @@ def _parse_split_lm(raw: dict[str, Any]) -> LmConfig:
     }
     per_side = get(temporal, "n_q", base.num_codebooks)
     hidden = get(depformer, "dim_feedforward", base.depformer_hidden_dim)
-    if not isinstance(per_side, int) or not isinstance(hidden, int):
-        raise _ConfigError("`n_q` and `dim_feedforward` must be whole numbers")
-    values["n_q"] = 2 * per_side
+    most = _LIMITS["lm.n_q"] // 2
+    values["n_q"] = 2 * _size(per_side, "temporal.n_q", most)
+    hidden = _size(hidden, "depformer.dim_feedforward", _MAX_HIDDEN)
     if "delays" in raw:
         values["delays"] = raw["delays"]
     # This schema gives the depformer's gated width itself.
@@ -306,8 +298,8 @@ def _parse_mimi(raw: dict[str, Any]) -> MimiConfig:
     expected = config.sample_rate / max(1, math.prod(seanet.ratios))
     if encoder_frame_rate not in (None, expected):
         raise _ConfigError(
-            f"`mimi.encoder_frame_rate` is {encoder_frame_rate}, the ratios give "
-            f"{expected:g}"
+            f"`mimi.encoder_frame_rate` is {shown(encoder_frame_rate)}, the ratios "
+            f"give {expected:g}"
         )
     return config
 
@@ -355,6 +347,31 @@ _SECTIONS = {
     },
 }
 
+# No number may ask for more work or memory than any model of this kind would: what a
+# file holds is compared with these sizes, but not all of them show in its tensors.
+_MAX_SIZE = 1 << 16
+_MAX_HIDDEN = 1 << 20
+_LIMITS = {
+    "lm.num_layers": 256,
+    "lm.depformer_num_layers": 256,
+    "lm.text_card": 1 << 20,
+    "lm.n_q": 128,
+    "lm.dep_q": 128,
+    "mimi.sample_rate": 192_000,
+    "mimi.num_codebooks": 128,
+    "mimi.seanet.ratios": 64,
+    "mimi.transformer.num_layers": 256,
+    "mimi.transformer.context": 1 << 12,
+    "mimi.quantizer.n_q": 1 << 10,
+}
+# Angles that turn by less than this would be no positions.
+_LEAST_PERIOD, _MOST_PERIOD = 10.0, 1e9
+_RANGES = {
+    "lm.max_period": (_LEAST_PERIOD, _MOST_PERIOD),
+    "mimi.transformer.max_period": (_LEAST_PERIOD, _MOST_PERIOD),
+    "mimi.frame_rate": (1.0, 1000.0),
+}
+
 Section = TypeVar("Section")
 
 
@@ -366,25 +383,41 @@ def _build(cls: type[Section], values: dict[str, Any], where: str) -> Section:
     for key, value in values.items():
         if key not in known:
             continue
-        default = getattr(defaults, key)
+        default, name = getattr(defaults, key), f"{where}.{key}"
+        most = _LIMITS.get(name, _MAX_SIZE)
         if isinstance(default, tuple):
+            least = min(default)
             if not isinstance(value, list | tuple) or not all(
-                _is_int(v) and v >= 0 for v in value
+                type(v) is int and min(least, 1) <= v <= most for v in value
             ):
-                raise _ConfigError(f"`{where}.{key}` must be a list of whole numbers")
+                raise _ConfigError(
+                    f"`{name}` must be a list of whole numbers, {most} at most"
+                )
             value = tuple(value)
         elif isinstance(default, float):
-            if not isinstance(value, int | float) or not 0 < value < 1e9:
-                raise _ConfigError(f"`{where}.{key}` must be a number above 0")
-            value = float(value)
-        elif not _is_int(value) or not 0 < value < 1 << 24:
-            raise _ConfigError(f"`{where}.{key}` must be a whole number above 0")
+            value = _number(value, name, *_RANGES[name])
+        else:
+            value = _size(value, name, most)
         checked[key] = value
     return cls(**checked)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _size(value: Any, name: str, most: int) -> int:
+    if type(value) is not int or not 0 < value <= most:
+        raise _ConfigError(
+            f"`{name}` must be a whole number above 0, {most} at most, and is "
+            f"{shown(value)}"
+        )
+    return value
+
+
+def _number(value: Any, name: str, least: float, most: float) -> float:
+    if type(value) not in (int, float) or not least <= value <= most or not value:
+        raise _ConfigError(
+            f"`{name}` must be a number above 0, {least:g} to {most:g}, and is "
+            f"{shown(value)}"
+        )
+    return float(value)
 
 
 def _take_fixed(values: dict[str, Any], fixed: dict[str, Any], where: str) -> None:
@@ -393,7 +426,7 @@ def _take_fixed(values: dict[str, Any], fixed: dict[str, Any], where: str) -> No
         found = values.pop(key, supported)
         if found != supported:
             raise _ConfigError(
-                f"`{where}.{key}` is {found!r}; only {supported!r} is supported"
+                f"`{where}.{key}` is {shown(found)}; only {supported!r} is supported"
             )
 
 
@@ -405,7 +438,7 @@ def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _codes(value: Any, key: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(_is_int(v) for v in value):
+    if not isinstance(value, list) or not all(type(v) is int for v in value):
         raise _ConfigError(f"`{key}` must be a list of whole numbers")
     return tuple(value)
 
@@ -428,6 +461,9 @@ def _check(config: ModelConfig) -> None:
             max(lm.delays, default=0) > 1 or lm.delays[:1] != (0,)
         ),
         "`lm.context` must be at least 2": lm.context < 2,
+        "the feed-forward layers of `lm` must have a width": (
+            min(lm.hidden_dim, lm.depformer_hidden_dim) < 1
+        ),
         f"`lm.dep_q` must be at least {lm.num_codebooks}": lm.dep_q < lm.num_codebooks,
         f"`lm.card` is {lm.card}, the codec has {mimi.quantizer.bins} bins": (
             lm.card != mimi.quantizer.bins
