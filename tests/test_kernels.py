@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,3 +97,53 @@ def test_kernels_are_compiled_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     assert compiler.compile_cuda("one") == b"code of one"
     assert len(compiled) == 4
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Where the machine code of the kernel "k" is kept, b"code"."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler.keep("k", b"code")
+    assert compiler.read_kept("k") == b"code"
+    (path,) = tmp_path.rglob("*.cubin")
+    return path
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
+def test_kept_code_that_is_torn_is_not_used(kept, damage):
+    content = kept.read_bytes()
+    torn = {"cut": content[:-1], "changed": content[:-1] + b"x", "empty": b""}
+    kept.write_bytes(torn[damage])
+    assert compiler.read_kept("k") is None
+    compiler.keep("k", b"code")
+    assert compiler.read_kept("k") == b"code"
+
+
+def test_code_is_on_the_disk_before_it_has_its_name(kept, monkeypatch):
+    done = []
+    sync, place = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (sync(fd), done.append("sync")))
+    monkeypatch.setattr(os, "replace", lambda a, b: (place(a, b), done.append("name")))
+    compiler.keep("k", b"new")
+    assert done == ["sync", "name"]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o703])
+def test_where_others_can_write_nothing_is_kept(kept, mode):
+    """Else somebody else's code would run on the GPU."""
+    kept.parent.chmod(mode)
+    assert compiler.read_kept("k") is None
+    kept.unlink()
+    compiler.keep("k", b"code")
+    assert not kept.exists()
+
+
+def test_a_folder_of_another_user_is_not_used(kept, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert compiler.read_kept("k") is None
+
+
+def test_a_link_is_no_folder_of_ours(kept, tmp_path):
+    kept.parent.rename(tmp_path / "elsewhere")
+    kept.parent.symlink_to(tmp_path / "elsewhere")
+    assert compiler.read_kept("k") is None

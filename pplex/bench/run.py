@@ -30,6 +30,7 @@ from pplex.engine.device import (
     copy_bandwidth_gb_s,
     device_name,
     is_out_of_memory,
+    measurable,
     peak_memory_gb,
     peak_process_gb,
     reset_peak_memory,
@@ -235,7 +236,7 @@ def _run(plan: Plan, model: Model, start: Start, size: int) -> Run:
     recordings = _recordings(model, lengths)
     begun = time.perf_counter()
     timings = _answer(model, start, recordings, size)
-    wall_s = time.perf_counter() - begun
+    wall_s = measurable(time.perf_counter() - begun)
     audio_s = sum(lengths) / model.config.frame_rate
     run = Run(
         batch_size=size,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pplex.checkpoint.folder import (
     CheckpointFolder,
@@ -80,9 +81,19 @@ def download(repo: str, revision: str | None, progress: bool) -> Path:
         return _without_network(repo, revision, e)
     except hub_errors.HfHubHTTPError as e:
         status = getattr(getattr(e, "response", None), "status_code", None)
+        cure: dict[Any, str] = {
+            401: "your login is not valid any more: run `hf auth login` again",
+            403: "your login may not read it: give it the right, or run "
+            "`hf auth login` with another token",
+        }
         raise PplexError(
             f"Hugging Face refused to give {where} (HTTP status {status or 'unknown'})"
-            "; try again later"
+            f"; {cure.get(status, 'try again later')}"
+        ) from e
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        raise PplexError(
+            f"what answers instead of Hugging Face about {where} is not the hub "
+            f"({first_line(e)[:100]}); is there a page of this network to log in to?"
         ) from e
     except (OSError, RuntimeError) as e:  # RuntimeError: hf_xet, the Rust downloader
         if _says_disk_full(e):

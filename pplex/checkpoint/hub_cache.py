@@ -12,8 +12,10 @@ from pplex.checkpoint.folder import (
 )
 from pplex.checkpoint.known import known_repo
 from pplex.errors import PplexError
+from pplex.files import reading
 
 _MAIN = "main"
+_BROKEN = "is not a cache of huggingface_hub; set HF_HUB_CACHE to another folder"
 # One of these is in every snapshot of a model, and tells where the snapshot is.
 _LANDMARKS = (
     CONFIG_FILE,
@@ -49,10 +51,11 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     for landmark in _LANDMARKS:
-        try:
-            found = try_to_load_from_cache(repo, landmark, revision=revision)
-        except HFValidationError as e:
-            raise bad_name(repo) from e
+        with reading(cache_folder(), _BROKEN):
+            try:
+                found = try_to_load_from_cache(repo, landmark, revision=revision)
+            except HFValidationError as e:
+                raise bad_name(repo) from e
         if isinstance(found, str):
             snapshot = Path(found).parent
             return None if CheckpointFolder(snapshot).fault else snapshot
@@ -64,10 +67,11 @@ def cached_models() -> Iterator[ModelEntry]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    try:
-        repos = scan_cache_dir(cache_folder()).repos
-    except CacheNotFound:
-        return
+    with reading(cache_folder(), _BROKEN):
+        try:
+            repos = scan_cache_dir(cache_folder()).repos
+        except CacheNotFound:
+            return
     for repo in repos:
         if repo.repo_type != "model" or not repo.revisions:
             continue
@@ -95,10 +99,11 @@ def remove_from_cache(repo: str) -> int:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    try:
-        scan = scan_cache_dir(cache_folder())
-    except CacheNotFound:
-        return 0
+    with reading(cache_folder(), _BROKEN):
+        try:
+            scan = scan_cache_dir(cache_folder())
+        except CacheNotFound:
+            return 0
     found = [r for r in scan.repos if r.repo_id == repo and r.repo_type == "model"]
     commits = [revision.commit_hash for r in found for revision in r.revisions]
     strategy = scan.delete_revisions(*commits)

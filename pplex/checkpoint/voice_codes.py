@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
 
 from pplex.errors import PplexError
-from pplex.files import atomic_write, cache_folder
+from pplex.files import atomic_write, cache_folder, read_regular, reading
+
+_MAX_BYTES = 1 << 24
 
 
 def key(pcm: np.ndarray, codec: Path, device: str) -> str:
@@ -21,10 +24,13 @@ def key(pcm: np.ndarray, codec: Path, device: str) -> str:
 
 
 def read(name: str) -> np.ndarray | None:
-    """The codes (codebooks, frames) kept under a key, None where there are none."""
+    """What is kept under a key, None where there is nothing."""
+    path = _path(name)
     try:
-        codes: np.ndarray = np.load(_path(name), allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with reading(path, "is damaged"):
+            content = io.BytesIO(read_regular(path, _MAX_BYTES))
+            codes: np.ndarray = np.lib.format.read_array(content, allow_pickle=False)
+    except PplexError:
         return None
     return codes
 

@@ -58,9 +58,14 @@ class BatchProgress(Lines):
         self._bar.update(seconds)
         spent = time.perf_counter() - self._start
         self._bar.set_postfix_str(
-            f"{self._ended}/{self._count} recordings, {self._bar.n / spent:.1f} s/s",
+            f"{self._ended}/{self._count} recordings, {pace(self._bar.n, spent)} s/s",
             refresh=False,
         )
+
+
+def pace(audio_s: float, spent_s: float) -> str:
+    """Seconds of audio a second; a clock may have stood still, or been set back."""
+    return f"{audio_s / spent_s:.1f}" if spent_s > 0 else "?"
 
 
 def summary(done: Summary) -> str:
@@ -88,7 +93,7 @@ def summary(done: Summary) -> str:
     if done.done:
         lines.append(
             f"{done.audio_s:.1f} s of audio in {done.total_s:.1f} s, {done.load_s:.1f} "
-            f"s of it loading: {done.audio_s / done.run_s:.1f} s of audio a second "
+            f"s of it loading: {pace(done.audio_s, done.run_s)} s of audio a second "
             f"without that; batch size {done.batch_size}; {size(done.peak_memory_gb)}"
         )
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.voices import MADE_FOR, RING_LENGTH, write_voice_file
 from pplex.conversation.session import Model
 from pplex.errors import PplexError
+from pplex.model.config import LmConfig
 from pplex.model.prompt import Prompt, initial_column, make_prompt
 
 DEFAULT_VOICE = "NATF2"
@@ -122,10 +123,21 @@ def encode_voice(
         warn(f"voice {warning}")
     key = voice_codes.key(pcm, model.local.folder.codec, model.engine.name)
     codes = voice_codes.read(key)
-    if codes is None:
+    if codes is None or not _are_codes(codes, model.config.lm):
         codes = _encode(model, pcm)
         voice_codes.write(key, codes)
     return codes
+
+
+def _are_codes(found: np.ndarray, lm: LmConfig) -> bool:
+    """Whether an array from the user's cache is codes (codebooks, frames)."""
+    return (
+        found.ndim == 2
+        and found.shape[0] == lm.num_codebooks
+        and found.size > 0
+        and bool(np.issubdtype(found.dtype, np.integer))
+        and bool((found >= 0).all() and (found < lm.card).all())
+    )
 
 
 def _encode(model: Model, pcm: np.ndarray) -> np.ndarray:

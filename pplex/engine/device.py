@@ -12,6 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from pplex.errors import PplexError
+
 _COPY_BYTES = 256 << 20
 _COPY_SHARE = 64  # a copy takes at most one part in so many of the device's memory
 _COPIES = 8  # launched together, so that launching does not count
@@ -135,7 +137,14 @@ def copy_bandwidth_gb_s() -> float:
     if total_gb is not None:
         size = min(size, int(total_gb * 1e9) // _COPY_SHARE)
     seconds = _copies_on_cpu(size) if on_cpu() else _copies_on_gpu(size)
-    return 2 * _COPIES * size / seconds / 1e9
+    return 2 * _COPIES * size / measurable(seconds) / 1e9
+
+
+def measurable(seconds: float) -> float:
+    """Seconds that something took, by which figures are divided."""
+    if seconds <= 0:
+        raise PplexError("the clock of this machine stands still: nothing is measured")
+    return seconds
 
 
 def _copies_on_gpu(size: int) -> float:

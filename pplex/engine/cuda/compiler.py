@@ -9,18 +9,22 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
+import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from pplex.errors import PplexError
-from pplex.files import atomic_write, cache_folder
+from pplex.files import atomic_write, cache_folder, read_regular
 
 NVRTC = "libnvrtc.so.13", "libnvrtc.so.12"
+_DIGEST_BYTES = 32
+_MAX_KEPT_BYTES = 1 << 28
 MIN_CAPABILITY = 8  # bfloat16, and 100 KB of shared memory
 
 
@@ -119,16 +123,52 @@ def compile_cuda(source: str) -> bytes:
     target = capability()
     made_of = source, target, [version.value for version in versions]
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()
-    path = cache_folder() / "kernels" / f"{name}.cubin"
-    with suppress(OSError):
-        return path.read_bytes()
+    kept = read_kept(name)
+    if kept is not None:
+        return kept
     code, _ = compile_for(nvrtc, source, target)
-    # Without a place to keep it, it is compiled again.
-    with suppress(OSError, PplexError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(code)
+    keep(name, code)
     return code
+
+
+def read_kept(name: str) -> bytes | None:
+    """The machine code that was kept under a name, if it is whole and ours."""
+    try:
+        content = read_regular(_own_folder() / f"{name}.cubin", _MAX_KEPT_BYTES)
+    except (OSError, PplexError):
+        return None
+    digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def keep(name: str, code: bytes) -> None:
+    """Keep machine code behind its SHA-256; without a place it is compiled again."""
+    try:
+        with (
+            atomic_write(_own_folder() / f"{name}.cubin") as temporary,
+            temporary.open("wb") as file,
+        ):
+            file.write(hashlib.sha256(code).digest() + code)
+            file.flush()
+            # Before it has its name: a power cut must not leave half of it there.
+            os.fsync(file.fileno())
+    except (OSError, PplexError):
+        return
+
+
+def _own_folder() -> Path:
+    """Where machine code is kept: a folder that only this user can write to.
+
+    The GPU runs what lies there. Where others can write, nothing is kept.
+    """
+    folder = cache_folder() / "cuda-kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise PplexError(f"{folder} is not a folder of this user")
+    if stat.S_IMODE(status.st_mode) & 0o022:
+        raise PplexError(f"{folder} can be written to by others")
+    return folder
 
 
 def compile_for(
