@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -395,6 +396,51 @@ def test_a_flat_config_gives_the_sizes(tmp_path):
         load_config(tmp_path / "flat.json")
     (tmp_path / "flat.json").write_text('{"model_type": "personaplex", "version": "1"}')
     assert load_config(tmp_path / "flat.json") == ModelConfig()
+
+
+UNREASONABLE = [
+    *[("lm.num_layers", value) for value in (16777215, 0, -1, True, "8", None, [])],
+    *[("lm.n_q", value) for value in (16777214, 2.0)],
+    *[("lm.context", value) for value in (16777215, 10**4000)],
+    *[("lm.hidden_scale", value) for value in (10**4000, 0, -1, float("inf"), "x")],
+    *[("lm.dim_feedforward", value) for value in (10**4000, True, [])],
+    *[("lm.max_period", value) for value in (5e-324, True, 0, -1, 1, 1e300, "x")],
+    ("lm.max_period", float("nan")),
+    *[("lm.delays", value) for value in ([10**4000], [0] * 70000, [-1], "0", [True])],
+    *[("mimi.frame_rate", value) for value in (5e-324, 1e300, True, 10**4000)],
+    *[("mimi.transformer.max_period", value) for value in (5e-324, True)],
+    *[("mimi.transformer.context", value) for value in (16777215, 1)],
+    *[("mimi.transformer.num_layers", value) for value in (16777215, 0)],
+    *[("mimi.quantizer.n_q", value) for value in (16777215, 1)],
+    *[("mimi.seanet.ratios", value) for value in ([0, 1], [1 << 40], [2] * 3000)],
+    ("mimi.sample_rate", 10**4000),
+    ("mimi.encoder_frame_rate", 10**4000),
+    ("lm.gating", "x" * 10000),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), UNREASONABLE, ids=lambda x: repr(x)[:30])
+def test_numbers_that_no_model_has_are_refused_before_anything_is_built(
+    tmp_path, place, value
+):
+    raw = config_json(SMALL)
+    *outer, key = place.split(".")
+    section = raw
+    for name in outer:
+        section = section[name]
+    section[key] = value
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(PplexError) as caught:
+        load_config(path)
+    assert key in str(caught.value) or "a frame" in str(caught.value)
+    assert len(str(caught.value)) < 300 + len(str(path))
+
+
+def test_a_pipe_is_no_config(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(PplexError, match="pipe"):
+        load_config(tmp_path / "config.json")
 
 
 def test_config_keys_are_checked_by_name(tmp_path):

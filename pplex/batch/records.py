@@ -132,6 +132,8 @@ def write_answer(
     voice = model.voice_of(request)
     placing.check(outputs.files().values())
     folder = outputs.audio.parent
+    if not manifest.outdir.is_dir():  # made anew it would be without a manifest
+        raise PplexError(f"the folder {manifest.outdir} is not there any more")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -215,6 +215,11 @@ class Manifest:
         """Write a line at once; it survives the end of this process."""
         assert self._fd is not None
         data = _json(line) + b"\n"
+        if not _is_in_place(self._fd, self.path):
+            raise PplexError(
+                f"{self.path} was removed or replaced while the batch ran; run the "
+                "same command again"
+            )
         try:
             size = os.fstat(self._fd).st_size
             if os.write(self._fd, data) != len(data):
@@ -274,6 +279,14 @@ class Manifest:
         if line["input"] is None:
             return not source.is_file()
         return is_unchanged(source, line["input"])
+
+
+def _is_in_place(fd: int, path: Path) -> bool:
+    """Whether the open file still is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _json(line: Line) -> bytes:
