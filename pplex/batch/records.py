@@ -86,6 +86,8 @@ class Placing:
 
     def check(self, paths: Iterable[Path]) -> None:
         """Refuse names at which somebody else's file is by now."""
+        if not self._manifest.outdir.is_dir():  # made anew it would have no manifest
+            raise PplexError(f"{self._manifest.outdir} is not there any more")
         for path in paths:
             if self._overwrite or not os.path.lexists(path):
                 continue
@@ -132,8 +134,6 @@ def write_answer(
     voice = model.voice_of(request)
     placing.check(outputs.files().values())
     folder = outputs.audio.parent
-    if not manifest.outdir.is_dir():  # made anew it would be without a manifest
-        raise PplexError(f"the folder {manifest.outdir} is not there any more")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

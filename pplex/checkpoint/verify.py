@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from pplex.errors import PplexError
 from pplex.model.config import TEXT_PAD, LmConfig, ModelConfig
 from pplex.model.prompt import initial_column
 from pplex.model.streams import TEXT_ROW, agent_rows, user_rows
+from pplex.values import fit, read_json
 
 Level = Literal["ok", "note", "warning", "fault"]
 
@@ -214,10 +214,10 @@ def _voices(
 
 def _promised_voices(folder: CheckpointFolder) -> list[str]:
     try:
-        names = json.loads(folder.config_file.read_text()).get("voices", [])
-    except (OSError, ValueError, AttributeError):
+        found = fit(read_json(folder.config_file), {"voices": ([str], None)})
+    except (OSError, ValueError, PplexError):
         return []  # reported as what it is: a fault of config.json
-    return [name for name in names if isinstance(name, str)]
+    return found["voices"] or []
 
 
 def input_tables(lm: LmConfig) -> list[str]:
