@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -141,41 +141,74 @@ def test_the_score_compares_sound_and_text(tmp_path, run):
     assert "<v Agent>well you" in (tmp_path / "said" / "call.dialogue.vtt").read_text()
 
 
-def test_parakeet_is_called_as_its_package_wants(tmp_path, monkeypatch):
-    token = types.SimpleNamespace
-    tokens = [
-        token(text=" Hel", start=0.1, end=0.2),
-        token(text="lo", start=0.2, end=0.3),
-    ]
-    tokens.append(token(text=" there", start=0.4, end=0.6))
-    model = types.SimpleNamespace(
-        preprocessor_config="settings",
-        generate=lambda mel: [types.SimpleNamespace(tokens=tokens)],
-    )
-    package = types.ModuleType("parakeet_mlx")
-    package.from_pretrained = lambda folder: model
-    audio = types.ModuleType("parakeet_mlx.audio")
-    audio.get_logmel = lambda pcm, settings: (pcm, settings)
-    monkeypatch.setitem(sys.modules, "parakeet_mlx", package)
-    monkeypatch.setitem(sys.modules, "parakeet_mlx.audio", audio)
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7.0")
-    (tmp_path / "config.json").write_text("{}")
-    recogniser = make_recogniser(f"parakeet={tmp_path}")
-    pcm = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+def parakeet(folder: Path) -> Path:
+    """A Parakeet of random weights with CTC, in the form of NeMo's config."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_audio.stt.models.parakeet import Model
+
+    vocabulary = ["\u2581he", "llo", "\u2581you", "r", "\u2581bank"]
+    config = {
+        "target": "nemo.collections.asr.models.ctc_bpe_models.EncDecCTCModelBPE",
+        "model_type": "parakeet",
+        "preprocessor": {
+            "sample_rate": 16000,
+            "normalize": "per_feature",
+            "window_size": 0.025,
+            "window_stride": 0.01,
+            "window": "hann",
+            "features": 16,
+            "n_fft": 512,
+            "dither": 0.0,
+        },
+        "encoder": {
+            "feat_in": 16,
+            "n_layers": 1,
+            "d_model": 16,
+            "n_heads": 2,
+            "ff_expansion_factor": 2,
+            "subsampling_factor": 8,
+            "self_attention_model": "rel_pos",
+            "subsampling": "dw_striding",
+            "conv_kernel_size": 9,
+            "subsampling_conv_channels": 8,
+            "pos_emb_max_len": 500,
+        },
+        "decoder": {"feat_in": 16, "num_classes": 5, "vocabulary": vocabulary},
+        "decoding": {"greedy": None},
+    }
+    mx.random.seed(3)
+    (folder / "config.json").write_text(json.dumps(config))
+    model = Model.from_config(json.loads(json.dumps(config)))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+def test_mlx_audio_hears_words_of_its_vocabulary_in_order(tmp_path):
+    pytest.importorskip("mlx_audio")
+    recogniser = make_recogniser(f"mlx={parakeet(tmp_path)}")
+    pcm = np.zeros(3 * 16_000, np.float32)
+    pcm[16_000:40_000] = noise(100, 4000, 1.5)
     heard = recogniser(pcm)
-    assert [(w.text, w.start_s, w.end_s) for w in heard] == [
-        ("Hello", 0.1, 0.3),
-        ("there", 0.4, 0.6),
-    ]
+    assert heard
+    for word in heard:
+        assert set(re.findall("he|llo|you|r|bank", word.text)) and word.text
+        assert 0.8 <= word.start_s <= word.end_s <= 2.7
+    starts = [word.start_s for word in heard]
+    assert starts == sorted(starts)
+    assert recogniser(np.zeros(16_000, np.float32)) == []
+    with pytest.raises(PplexError, match="nothing has no config.json"):
+        make_recogniser(f"mlx={tmp_path},{tmp_path / 'nothing'}")
 
 
 def test_what_cannot_be_had_is_named(tmp_path, monkeypatch):
-    with pytest.raises(PplexError, match="has no config.json: hf download"):
-        make_recogniser(f"parakeet={tmp_path}")
-    with pytest.raises(
-        PplexError, match="known are pocketsphinx, parakeet=FOLDER, onnx=FOLDER"
-    ):
+    known = "known are pocketsphinx, onnx=FOLDER, mlx=FOLDER"
+    with pytest.raises(PplexError, match=known):
         make_recogniser("whisper")
+    monkeypatch.setitem(sys.modules, "mlx_audio.stt", None)
+    with pytest.raises(PplexError, match=r"pplex\[asr-mlx\]"):
+        make_recogniser(f"mlx={tmp_path}")
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(PplexError, match="holds no sentences"):
         make_recogniser("pocketsphinx", tmp_path / "empty.txt")

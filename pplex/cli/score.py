@@ -51,7 +51,7 @@ _WORSE = "worse"
     "--asr",
     metavar="NAME",
     help="Recognise the agent's sound and count word errors against its own text: "
-    "pocketsphinx, parakeet=FOLDER, or onnx=FOLDER.",
+    "pocketsphinx, onnx=FOLDER, or mlx=FOLDER.",
 )
 @click.option(
     "--asr-sentences",

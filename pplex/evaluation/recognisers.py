@@ -1,9 +1,9 @@
 """Recognisers that turn a track into words with times, all on this machine.
 
 ``pocketsphinx`` needs nothing but its package and hears a small domain well if it is
-given the domain's sentences. ``parakeet=FOLDER`` is NVIDIA's Parakeet in MLX, the
-transcriber of Full-Duplex-Bench, ``onnx=FOLDER`` Parakeet, Whisper and others on any
-machine, each from a folder that was downloaded before.
+given the domain's sentences. ``onnx=FOLDER`` is Parakeet (Full-Duplex-Bench's), Whisper
+and others on any machine, ``mlx=FOLDER`` Parakeet, Qwen3-ASR and others in MLX, from
+folders that were downloaded before.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _MAX_TEXT_BYTES = 1 << 24  # of sentences to expect
 _GET_ONNX = "hf download istupakov/parakeet-tdt-0.6b-v2-onnx prints the folder of one"
+_GET_MLX = "hf download mlx-community/parakeet-tdt-0.6b-v2 prints the folder of one"
 _FRAME_RATE = 100  # pocketsphinx's
 _LONGEST_PIECE_S = 0.4  # how long a piece may last of which only the start is known
 
@@ -135,31 +136,38 @@ def _plain_lines(path: Path) -> list[str]:
     return lines
 
 
-def _parakeet(folder: str) -> Recogniser:
-    path = Path(folder)
-    if not folder or not (path / "config.json").is_file():
-        raise PplexError(
-            f"parakeet needs the folder of its model, and {folder or 'none'} has no "
-            "config.json: hf download mlx-community/parakeet-tdt-0.6b-v2 prints the "
-            "folder; then give --asr parakeet=FOLDER"
-        )
+def _mlx(folders: str) -> Recogniser:
+    """``folders`` are a model's and, after a comma, that of a forced aligner."""
+    folder, _, aligner = folders.partition(",")
     try:
         import mlx.core as mx
-        from parakeet_mlx import from_pretrained
-        from parakeet_mlx.audio import get_logmel
+        from mlx_audio.stt import load
     except ImportError as e:
         raise PplexError(
-            f"the recogniser parakeet cannot be loaded ({e}): install pplex[asr-mlx]"
+            f"the recogniser mlx cannot be loaded ({e}): install pplex[asr-mlx]"
         ) from e
-    model = from_pretrained(str(path.resolve()))
+    with reading(f"--asr mlx={folders}", f"holds no model for mlx-audio; {_GET_MLX}"):
+        if not all(
+            (Path(name) / "config.json").is_file() for name in folders.split(",")
+        ):
+            raise ValueError("no config.json there")
+        model = load(Path(folder))
+        align = load(Path(aligner)) if aligner else None
 
     def hear(pcm: np.ndarray) -> list[tuple[str, float, float]]:
-        mel = get_logmel(mx.array(pcm), model.preprocessor_config)
-        (result,) = model.generate(mel)
-        return _joined((t.text, t.start, t.end) for t in result.tokens)
+        sound = mx.array(pcm.astype(np.float32))
+        found = model.generate(sound)
+        if align is not None and found.text.strip():
+            words = align.generate(sound, text=found.text)
+            return [(word.text, word.start_time, word.end_time) for word in words]
+        sentences = getattr(found, "sentences", None)
+        if sentences is None:  # a model that gives no times
+            return _spread(found.text.split(), len(pcm) / VAD_RATE)
+        tokens = (token for sentence in sentences for token in sentence.tokens)
+        return _joined((token.text, token.start, token.end) for token in tokens)
 
-    version = importlib.metadata.version("parakeet-mlx")
-    return Recogniser("parakeet", version, hear, {"folder": str(path)})
+    version = importlib.metadata.version("mlx-audio")
+    return Recogniser("mlx", version, hear, {"folders": folders})
 
 
 def _joined(
@@ -220,6 +228,6 @@ def _spread(words: list[str], length_s: float) -> list[tuple[str, float, float]]
 
 
 _FROM_FOLDERS: dict[str, Callable[[str], Recogniser]] = {
-    "parakeet": _parakeet,
     "onnx": _onnx,
+    "mlx": _mlx,
 }
