@@ -147,10 +147,9 @@ def _mlx(folders: str) -> Recogniser:
             f"the recogniser mlx cannot be loaded ({e}): install pplex[asr-mlx]"
         ) from e
     with reading(f"--asr mlx={folders}", f"holds no model for mlx-audio; {_GET_MLX}"):
-        if not all(
-            (Path(name) / "config.json").is_file() for name in folders.split(",")
-        ):
-            raise ValueError("no config.json there")
+        for name in filter(None, (folder or ".", aligner)):
+            if not (Path(name) / "config.json").is_file():
+                raise ValueError(f"{name} has no config.json")
         model = load(Path(folder))
         align = load(Path(aligner)) if aligner else None
 
