@@ -421,6 +421,19 @@ def test_what_answers_another_recording_of_that_name_is_kept(calls, batch, tmp_p
     assert (summary.done, summary.replaced) == (1, 1)
 
 
+def test_the_output_of_a_recording_of_another_name_is_kept(calls, batch, tmp_path):
+    """Seeds and all else may be the same, and the name of the output as well."""
+    record(calls / "x.wav", 2000, seed=5)
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text('{"input": "in/x.wav", "seed": 3}')
+    go(batch, selection=Selection(jobs=jobs))
+    before = contents(batch.outdir)
+    (calls / "x.wav").rename(calls / "x.WAV")
+    jobs.write_text('{"input": "in/x.WAV", "seed": 3}')
+    summary, _ = go(batch, selection=Selection(jobs=jobs))
+    assert (summary.kept.others, contents(batch.outdir)) == (["in/x.WAV"], before)
+
+
 def test_an_output_that_a_killed_run_named_is_known_with_its_bytes(calls, batch):
     """The manifest does not tell of it yet; the lock does."""
     from pplex.batch.lock import LOCK_NAME

@@ -8,10 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from small import SharedSteps
 
 import pplex
+from pplex.audio.files import read_pcm
+from pplex.checkpoint.hub import resolve
+from pplex.checkpoint.weights import codec_tensors, lm_tensors
+from pplex.conversation.prompts import make_role
 from pplex.conversation.quiet import Quiet, is_quiet
+from pplex.conversation.scheduler import converse_many
+from pplex.conversation.session import load
+from pplex.conversation.tracks import Conversation
+from pplex.engine.base import Codec
+from pplex.engine.mlx.codec import MlxCodec
 from pplex.errors import PplexError
+from pplex.model.mimi import Mimi
+from pplex.model.sampling import GREEDY
 from pplex.respond.ending import Ending, advice, is_cut_off
 
 RATE, FRAME = 24000, 1920
@@ -96,6 +108,52 @@ def test_a_batch_waits_as_one_recording_does(mini, calls, size):
     ):
         assert np.array_equal(one.audio, other.audio)
         assert np.array_equal(one.codes, other.codes)
+
+
+class InGroups(SharedSteps):
+    """Steps that go on while the host does something else, sound coded in groups."""
+
+    is_async = True
+
+    def _make_codec(self, mimi: Mimi) -> Codec:
+        codec = MlxCodec(mimi, on_gpu=False)
+        codec.group, codec.chunk_frames = 2, 128
+        return codec
+
+
+def test_where_sound_is_coded_in_groups_and_steps_run_ahead_it_is_the_same(calls):
+    """Of those whose tail is given, and those that wait, side by side."""
+    model = load(resolve("mini", offline=True))
+    folder, config = model.local.folder, model.config
+    engine = InGroups(
+        config, lm_tensors(folder, config.lm), codec_tensors(folder, config.mimi)
+    )
+    start = engine.prefill(make_role(model, None, "You are a teacher.").prompt)
+    pcms = [read_pcm(call, sample_rate=RATE).pcm for call in calls[1:]]
+    given = [
+        Conversation(f"{idx} {auto}", pcm, start, idx, auto)
+        for idx, pcm in enumerate(pcms)
+        for auto in (True, False)
+    ]
+    found = {
+        one.key: answer
+        for one, answer in converse_many(engine, given, GREEDY, batch_size=3)
+    }
+    for idx, pcm in enumerate(pcms):
+        auto, plain = found[f"{idx} True"], found[f"{idx} False"]
+        assert len(plain.pcm) == len(pcm)
+        took = len(auto.pcm) - len(pcm)
+        assert 1.52 * RATE <= took < 30 * RATE
+        assert len(auto.timings.steps) == len(auto.text) == len(auto.pcm) // FRAME
+        longer = Conversation("", np.pad(pcm, (0, took)), start, idx)
+        ((_, same),) = converse_many(engine, [longer], GREEDY, batch_size=1)
+        assert np.array_equal(auto.text, same.text)
+        assert np.array_equal(auto.agent, same.agent)
+        assert np.array_equal(auto.user, same.user)
+        np.testing.assert_allclose(auto.pcm, same.pcm, atol=1e-6)
+        alone = Conversation("", pcm, start, idx, until_quiet=True)
+        ((_, same),) = converse_many(engine, [alone], GREEDY, batch_size=1)
+        assert np.array_equal(auto.pcm, same.pcm)
 
 
 def test_an_agent_that_never_is_quiet_has_half_a_minute(tiny, tmp_path, run):

@@ -51,6 +51,7 @@ class Forecast:
     left_out: LeftOut = field(default_factory=LeftOut)
     replaced: int = 0
     warnings: list[str] = field(default_factory=list)
+    auto_tails: bool = False
     audio_s: float = 0.0
     longest_s: float = 0.0
     output_gb: float = 0.0
@@ -104,6 +105,7 @@ def forecast(batch: Batch, progress: bool) -> Forecast:
         seconds = recording.num_samples / recording.sample_rate
         seconds += MAX_TAIL_S if auto else 0.0
         found.todo += 1
+        found.auto_tails |= auto
         found.audio_s += seconds
         found.longest_s = max(found.longest_s, seconds)
         found.output_gb += _output_bytes(request, seconds, model) / 1e9

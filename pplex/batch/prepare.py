@@ -65,7 +65,7 @@ class Kept:
     """Recordings that are not answered, so that what is there is not replaced.
 
     By their names: those whose outputs have ``other_settings``, those of which somebody
-    ``changed`` one, and those that answer ``others``, recordings of the same name.
+    ``changed`` one, and those where the outputs of ``others`` are.
     """
 
     other_settings: list[str] = field(default_factory=list)
@@ -118,15 +118,18 @@ def remaining(batch: Batch, work: Workload, manifest: Manifest) -> Remaining:
         if not batch.overwrite:
             # Names that no run has written are for check_outputs_free.
             ours = [path for path in there if manifest.has_written(path)]
-            settings = {manifest.settings_of(path) for path in ours}
-            if None in settings:
+            origins = [manifest.origin_of(path) for path in ours]
+            known = [origin for origin in origins if origin is not None]
+            if len(known) < len(ours):
                 left.kept.changed.append(key)
                 continue
-            if settings - {digest}:
-                left.kept.other_settings.append(key)
-                continue
-            if ours and manifest.answers_another(key, source):
+            if any(recording != key for recording, _ in known) or (
+                ours and manifest.answers_another(key, source)
+            ):
                 left.kept.others.append(key)
+                continue
+            if any(settings != digest for _, settings in known):
+                left.kept.other_settings.append(key)
                 continue
             if manifest.is_done(key, digest, source, files):
                 left.skipped.append(request)

@@ -91,7 +91,7 @@ class Placing:
         for path in paths:
             if self._overwrite or not os.path.lexists(path):
                 continue
-            if self._manifest.settings_of(path, surely=True) is None:
+            if self._manifest.origin_of(path, surely=True) is None:
                 raise PplexError(
                     f"{path} was changed by somebody and is kept; --overwrite "
                     "replaces it"

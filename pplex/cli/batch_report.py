@@ -103,9 +103,10 @@ def forecast_text(found: Forecast, every: bool) -> str:
     """What a dry run found; with ``every`` name of what is kept."""
     hours = f"{found.audio_s / 3600:.1f} h" if found.audio_s >= 3600 else ""
     seconds = hours or f"{found.audio_s:.1f} s"
+    tails = ", with tails of 30 s, the most of auto" if found.auto_tails else ""
     lines = [
         f"to do:   {found.todo} recording{'s' * (found.todo != 1)}, "
-        f"{seconds} of audio, the longest {found.longest_s:.1f} s",
+        f"{seconds} of audio, the longest {found.longest_s:.1f} s{tails}",
         f"skipped: {found.skipped} (done already)",
         f"bad:     {len(found.failed)}",
     ]
@@ -155,8 +156,8 @@ def kept_lines(kept: Kept, every: bool) -> list[str]:
         ),
         (
             kept.others,
-            "what is there answers another recording of that name; choose another "
-            "output folder, or give --overwrite",
+            "what is there answers another recording; choose another output folder, or "
+            "give --overwrite",
         ),
     ):
         if not names:

@@ -158,7 +158,8 @@ class Manifest:
             latest: dict[str, Line] = {}
             for line in read_lines(path, note):
                 for output in line["outputs"].values():
-                    self.know(output | {"settings": line["settings"]})
+                    told = {k: line[k] for k in ("recording", "settings")}
+                    self.know(output | told)
                 latest[line["recording"]] = line
             for recording, line in latest.items():
                 known = self.last.get(recording)
@@ -175,7 +176,7 @@ class Manifest:
         self._fd: int | None = None
 
     def know(self, output: Line) -> None:
-        """Take note of a file that was written, with which ``settings``."""
+        """Take note of a file, the ``recording`` it is of, and its ``settings``."""
         self._written.setdefault(output["path"], []).append(output)
 
     def knows(self, output: Line) -> bool:
@@ -189,14 +190,14 @@ class Manifest:
         """Whether an output of that name was ever written."""
         return self.relative(path) in self._written
 
-    def settings_of(self, path: Path, *, surely: bool = False) -> object:
-        """With which settings the file at ``path`` was written; None if it was not.
+    def origin_of(self, path: Path, *, surely: bool = False) -> tuple[str, str] | None:
+        """Recording and settings of which the file at ``path`` is; None if of none.
 
-        What somebody changed since was not written; ``surely`` goes by its bytes.
+        Nor is what somebody changed since; ``surely`` goes by its bytes.
         """
         for output in reversed(self._written.get(self.relative(path), [])):
             if is_unchanged(path, output | {"mtime_ns": None} if surely else output):
-                return output["settings"]
+                return output["recording"], output["settings"]
         return None
 
     def open(self) -> None:
