@@ -347,6 +347,44 @@ def test_a_change_is_found(name, change, finds, copy, intact, reference):
     assert found(folder, reference).items() >= finds.items()
 
 
+def test_bits_are_those_of_the_name(twins):
+    for name, repo, level in (
+        ("8bit", "8bit", "ok"),
+        ("8bit", "4bit", "fault"),
+        ("4bit", "8bit", "fault"),
+        ("8bit", "bf16", "fault"),
+        ("bf16", "bf16", "ok"),
+    ):
+        model = local(twins[name], REPOS[repo].name)
+        levels = [f.level for f in check_files(model, PERSONAPLEX) if f.what == "bits"]
+        assert levels == [level]
+
+
+def test_a_tensor_that_nobody_needs_is_counted(copy, reference):
+    path = copy("bf16") / "model.safetensors"
+    more = {"extra_heads.0.weight": mx.zeros((2, 2), mx.bfloat16)}
+    mx.save_safetensors(str(path), dict(mx.load(str(path))) | more)
+    assert found(path.parent, reference)["tensors"] == "fault"
+
+
+def test_where_the_source_is_here_too_it_is_said_how_to_compare(
+    twins, reference, tmp_path, monkeypatch
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / f"models--{REPOS['bf16'].name.replace('/', '--')}"
+    shutil.copytree(twins["bf16"], repo / "snapshots" / REPOS["bf16"].revision)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(REPOS["bf16"].revision)
+    for name, said in (("8bit", ["pplex models compare bf16 8bit"]), ("bf16", [])):
+        _, findings = verify_numbers(
+            local(twins[name]), None, None, quiet, hashing=False, reference=reference
+        )
+        hints = [f.text.split("`")[1] for f in findings if f.what == "fewer bits"]
+        assert hints == said
+
+
 def test_what_every_model_has_is_checked_where_no_value_is_published(twins):
     _, findings = verify_numbers(local(twins["8bit"]), None, None, quiet, hashing=False)
     assert "of another size and do not apply" in findings[-1].text

@@ -26,6 +26,7 @@ from pplex.checkpoint.reference import (
     Reference,
     StoredVoice,
 )
+from pplex.checkpoint.safetensors import read_specs
 from pplex.checkpoint.source import Source
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.verify import Finding, Level, input_tables, input_vectors
@@ -223,7 +224,7 @@ def _tensors(source: Source, reference: Reference) -> Iterator[Finding]:
     """Number and type of the tensors of NVIDIA's own file."""
     if source.layout != "pytorch":
         return
-    specs = [spec for stored in source.matrices for spec in stored.specs.values()]
+    specs = [spec for file in source.files for spec in read_specs(file).values()]
     types = sorted({spec.dtype for spec in specs})
     text = f"{len(specs)} of {', '.join(types)}"
     passed = len(specs) == reference.num_tensors and types == ["BF16"]

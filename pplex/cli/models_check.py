@@ -165,6 +165,8 @@ def verify(
     if record is not None and not record.parent.is_dir():
         raise PplexError(f"--record {record}: there is no folder {record.parent}")
     if against is not None and model.endswith(".json") and Path(model).is_file():
+        if record is not None or recording is not None:
+            raise click.UsageError("a record computes nothing: MODEL must be a model")
         _report(model, _records(Path(model), against), as_json, quiet)
         return
     local = locate(model)

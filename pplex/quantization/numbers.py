@@ -31,6 +31,7 @@ from pplex.quantization.record import (
     Step,
     measure,
 )
+from pplex.values import shown
 
 # What ports of the reference reach on the real weights, less some room.
 MIN_COSINE = 0.995
@@ -72,7 +73,7 @@ def verify_numbers(
     record, model = measure(local, given, recording, looking, hashing=hashing)
     findings += check_record(record, reference, config)
     findings.append(summary(findings, reference.name, applies))
-    findings += comparison_hint(record)
+    findings += comparison_hint(local, record.bits)
     if other is not None:
         forced = None
         if model is not None and (run := other.run) is not None:
@@ -80,9 +81,8 @@ def verify_numbers(
                 looking("the other's run")
                 forced = force_run(model, run)
             else:
-                text = (
-                    f"not tried: the voice {run.voice} of the other's run is not here"
-                )
+                voice = shown(run.voice)
+                text = f"not tried: the voice of the other's run, {voice}, is not here"
                 findings.append(Finding("note", "given tokens", text))
         findings += compare_records(record, other, forced)
     return record, findings
@@ -108,11 +108,11 @@ def check_record(
         yield check("repeated run", record.run.is_repeatable, text, "warning")
 
 
-def comparison_hint(record: Record) -> Iterator[Finding]:
+def comparison_hint(local: LocalModel, bits: tuple[int, ...]) -> Iterator[Finding]:
     """Where a quantized model's source is here too: how to compare them."""
     source = "bf16"
-    if max(record.bits) < 16 and cached_snapshot(KNOWN_MODELS[source].repo or "", None):
-        text = f"`pplex models compare {source} {record.name}` says what they cost"
+    if max(bits) < 16 and cached_snapshot(KNOWN_MODELS[source].repo or "", None):
+        text = f"`pplex models compare {source} {local.name}` says what they cost"
         yield Finding("note", "fewer bits", text)
 
 

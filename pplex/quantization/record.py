@@ -33,7 +33,7 @@ from pplex.conversation.session import Model, load
 from pplex.engine.choose import cost_of, kind_here
 from pplex.engine.device import device_name, memory_gb
 from pplex.errors import PplexError
-from pplex.files import put_new, write_text
+from pplex.files import put_new, reading, write_text
 from pplex.model.config import TEXT_PAD, ModelConfig
 from pplex.model.lm import Lm
 from pplex.model.mimi import make_mimi
@@ -42,6 +42,7 @@ from pplex.model.sampling import GREEDY
 from pplex.model.streams import NOT_FORCED
 from pplex.quantization.forced import answer_whole
 from pplex.quantization.layerwise import States, run_apart
+from pplex.values import read_json
 
 FORMAT = "pplex-numbers-1"
 RUN_FRAMES = 109  # so many greedy frames of one reference were the same twice
@@ -49,6 +50,7 @@ RUN_VOICE, RUN_ROLE = "NATM1", "service"  # as NVIDIA's example has them
 MIN_FRAMES = 3
 MAX_RECORD_BYTES = 1 << 24
 _MAX_ID = 1 << 24
+_NO_RECORD = "is no record of `pplex models verify --record`"
 
 _ENTRIES = 10
 _REPEATS = 10  # frames of a tone or of silence
@@ -399,20 +401,12 @@ def write_record(path: Path, record: Record) -> None:
 
 def read_record(path: Path) -> Record:
     """Read what ``write_record`` wrote; anything else is refused."""
-    try:
-        if path.stat().st_size > MAX_RECORD_BYTES:
-            raise PplexError(f"{path} is too large for a record of `--record`")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
-    except (ValueError, RecursionError) as e:
-        raise PplexError(f"{path} is no record of `--record`: not JSON") from e
+    with reading(path, _NO_RECORD):
+        raw = read_json(path, MAX_RECORD_BYTES)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise PplexError(f"{path} is no record of `pplex models verify --record`")
-    try:
+        raise PplexError(f"{path} {_NO_RECORD}")
+    with reading(path, "is a damaged record"):
         record = _typed(raw, Record, "")
-    except (ValueError, OverflowError) as e:
-        raise PplexError(f"{path} is a damaged record: {e}") from e
     assert isinstance(record, Record)
     if record.run is not None:
         tokens = [record.run.text, *record.run.agent, *record.run.user]
