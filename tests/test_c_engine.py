@@ -232,21 +232,29 @@ def test_draws_are_those_of_mlx_from_the_same_logits(config, sampling, instructi
         assert agent[0].tolist() == expected
 
 
-def test_equal_logits_are_drawn_as_with_mlx(instruction_set):
+@pytest.mark.parametrize("top_k", [1, 3, 20])
+def test_equal_logits_are_drawn_as_with_mlx(top_k, instruction_set):
+    """Of those that are equal the lowest ids are drawn from, here of the first."""
     lm = make_lm(RAGGED, "float32")
-    lm.text_linear.weight = mx.repeat(lm.text_linear.weight[:1], RAGGED.text_card, 0)
+    first = lm.text_linear.weight[:1]
+    lower = RAGGED.text_card - 30
+    lm.text_linear.weight = mx.concatenate(
+        [mx.repeat(first * share, n, 0) for share, n in ((0.5, lower), (0.9, 30))]
+    )
     prompt, compiled = start(lm, 5), compile_lm(lm)
     row, column = prompt.compiled(compiled), prompt.column
-    assert step(compiled, [row.copy()], column)[0][0, 0] == 0
-    sampling = SamplingConfig(text_top_k=3)
-    for frame in range(10):
+    sampling, drawn = SamplingConfig(text_top_k=top_k), set()
+    for frame in range(40):
         keys = [(9, frame)]
         agent, logits = step(compiled, [row.copy()], column, sampling, keys=keys)
         sampler = Sampler.of(RAGGED, sampling)
         noise = sampler.noise(noise_keys([9], [frame]))[:, : RAGGED.text_card]
-        text = mx.array(logits[:, : RAGGED.text_card])
-        assert agent[0, 0] == draw(text, 0.7, 3, noise).item()
-        assert agent[0, 0] == np.argmin(np.array(noise))
+        text = logits[:, : RAGGED.text_card]
+        ranks = np.argsort(-text[0], kind="stable")[:top_k]
+        assert agent[0, 0] == draw(mx.array(text), 0.7, top_k, noise).item()
+        assert agent[0, 0] == ranks[np.argmin(np.array(noise)[0, ranks])]
+        drawn.add(int(agent[0, 0]))
+    assert len(drawn) > top_k // 2
 
 
 def test_a_row_is_the_same_bits_beside_any_others(lm):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -74,9 +76,9 @@ class Literal:
         )
         column = np.concatenate([np.array(text), np.array(codes)[0]])
         self.grid[:, s] = np.where(self.given[:, s], self.grid[:, s], column)
-        if s <= 1:
+        if s <= (largest := max(delays)):
             return None
-        return np.array([self.grid[r, s - 1 + delays[r]] for r in range(9)])
+        return np.array([self.grid[r, s - largest + delays[r]] for r in range(9)])
 
     def temporal(self):
         """The last ``context - 1`` positions, all layers at once would see more."""
@@ -115,6 +117,23 @@ def test_shortcuts_equal_the_whole_computation(each_engine, full_lm):
     prompt = make_prompt(SMALL, text_ids, voice_codes=voice)
     found, user, _ = converse(each_engine, each_engine.prefill(prompt), speech(70))
     expected = literal_run(full_lm, SMALL, voice, text_ids, user)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "delays",
+    [[0] * 17, [0] * 10 + [1] * 7, [0, 0] + [1] * 7 + [0] * 8, [0] + [1] * 16],
+    ids=["none", "the user", "the agent", "all audio"],
+)
+def test_other_delays_equal_the_whole_computation(each_engine, full_lm, delays):
+    config = replace(SMALL, lm=replace(SMALL.lm, delays=tuple(delays)))
+    engine = copy.copy(each_engine)
+    engine.config = config
+    rng = np.random.default_rng(8)
+    voice = rng.integers(0, 64, (8, 9)).astype(np.int32)
+    start = engine.prefill(make_prompt(config, [7, 90], voice_codes=voice))
+    found, user, _ = converse(engine, start, speech(40), chunk=7)
+    expected = literal_run(full_lm, config, voice, [7, 90], user)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -243,4 +262,4 @@ def test_delays_shift_and_unshift():
     np.testing.assert_array_equal(shifted[1:, 1:], codes[1:, :-1])
     np.testing.assert_array_equal(shifted[1:, 0], before[1:])
     columns = np.concatenate([shifted, codes[:, -1:]], axis=1)
-    np.testing.assert_array_equal(unshift(columns, (0, 1, 1)), codes)
+    np.testing.assert_array_equal(unshift(columns, (0, 1, 1), 1), codes)

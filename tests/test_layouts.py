@@ -238,6 +238,23 @@ def test_a_file_of_eight_steps_answers_like_one_of_sixteen(tmp_path, published):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("layout", ["pytorch", "mlx-split"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_table_for_the_last_steps_token_is_left_out(tmp_path, layout, bits):
+    """NVIDIA's loader takes files of eight steps only with one: nothing reads it."""
+    mx.random.seed(7)
+    files = lm_arrays(SMALL.lm, layout, bits=bits, group_size=32, steps=8)
+    expected = logits(save(tmp_path / "m", files))
+    holder = files["embeddings" if layout == "mlx-split" else "model"]
+    parts = [n for n in holder if n.startswith("depformer_emb.6.")]
+    holder |= {n.replace(".6.", ".7."): holder[n] for n in parts}
+    for found, one in zip(logits(save(tmp_path / "m", files)), expected, strict=True):
+        np.testing.assert_array_equal(found, one)
+    holder |= {n.replace(".6.", ".8."): holder[n] for n in parts}
+    with pytest.raises(PplexError, match=r"`depformer_emb\.8\."):
+        logits(save(tmp_path / "m", files))
+
+
 def test_too_few_depformer_steps_are_refused(tmp_path, published):
     late = re.compile(r"(linears|depformer_in)\.(7|8|9|1\d)\.")
     few = {n: a for n, a in published.items() if not late.match(n)}
@@ -335,6 +352,29 @@ def test_codec_tensors_that_do_not_fit_are_named(tmp_path):
         with pytest.raises(PplexError, match=re.escape(f"`{name}`")) as caught:
             load(resolve(str(folder), offline=True))
         assert path.name in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.model.0.conv.conv.bias",
+        "decoder_transformer.transformer.layers.1.layer_scale_2.scale",
+        "upsample.convtr.convtr.convtr.weight",
+        "quantizer.rvq_first.vq.layers.0._codebook.embedding_sum",
+        "quantizer.rvq_rest.vq.layers.6._codebook.cluster_usage",
+    ],
+)
+def test_codec_tensors_that_are_not_finite_are_named(tmp_path, name, value):
+    write_checkpoint(tmp_path / "m", SMALL)
+    path = next((tmp_path / "m").glob("tokenizer-*.safetensors"))
+    arrays = mx.load(str(path))
+    flat = np.array(arrays[name]).reshape(-1)
+    flat[-1] = value
+    arrays[name] = mx.array(flat).reshape(arrays[name].shape)
+    mx.save_safetensors(str(path), arrays)
+    with pytest.raises(PplexError, match=f"`{re.escape(name)}` holds .* not finite"):
+        load(resolve(str(tmp_path / "m"), offline=True))
 
 
 def test_older_codebook_names_are_read(tmp_path):
@@ -460,6 +500,17 @@ def test_config_keys_are_checked_by_name(tmp_path):
         with pytest.raises(PplexError, match=re.escape(name)) as caught:
             load(resolve(str(folder), offline=True))
         assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "delays", [[0, 0] + [2] * 15, [0, 0, 1, 1, 1, 1, 1, 1, 3] * 2, [1] * 17, [0] * 16]
+)
+def test_delays_that_are_not_supported_are_refused_with_what_is(tmp_path, delays):
+    raw = config_json(SMALL)
+    raw["lm"]["delays"] = delays[:17]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(PplexError, match=r"`lm.delays` .*(0 and 1, and 0|17 entries)"):
+        load_config(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

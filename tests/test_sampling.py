@@ -11,10 +11,12 @@ import pytest
 
 from pplex.model.sampling import (
     GREEDY,
+    LEAST_TEMP,
     Sampler,
     SamplingConfig,
     draw,
     kth_largest,
+    largest,
     noise_keys,
 )
 
@@ -31,7 +33,7 @@ def logits_of(case: dict) -> tuple[mx.array, int]:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["case"])
 def test_the_references_ids_are_kept(case):
     logits, k = logits_of(case)
-    kept = np.flatnonzero(np.array(logits >= kth_largest(logits, k)))
+    kept = np.flatnonzero(np.array(largest(logits, k)))
     expected = ARRAYS[f"{case['case']}_kept_ids"].reshape(-1)
     np.testing.assert_array_equal(kept, np.sort(expected))
 
@@ -83,12 +85,38 @@ def test_an_id_has_the_same_noise_whatever_the_logits():
     )
 
 
-def test_ids_that_tie_for_the_last_place_are_all_kept():
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_of_ids_that_tie_for_the_last_place_the_lowest_are_kept(k):
     logits = mx.array([[0.0, 3.0, 1.0, 1.0, 1.0, -2.0]])
-    for idx, kept in enumerate([False, True, True, True, True, False]):
+    for idx in range(6):
         noise = mx.array(np.where(np.arange(6) == idx, 1e-9, 1.0)[None])
-        drawn = draw(logits, 1.0, 2, noise.astype(mx.float32)).item()
-        assert drawn == (idx if kept else 1)
+        drawn = draw(logits, 1.0, k, noise.astype(mx.float32)).item()
+        assert drawn == (idx if idx in [1, 2, 3, 4][:k] else 1)
+
+
+@pytest.mark.parametrize(("card", "k"), [(32000, 25), (2048, 250), (60, 59), (60, 1)])
+def test_k_ids_are_kept_however_many_are_equal(card, k):
+    rng = np.random.default_rng(card)
+    logits = np.round(rng.standard_normal((4, card)) * [[1], [4], [20], [0]])
+    expected = np.zeros(logits.shape, bool)
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    np.put_along_axis(expected, best, True, axis=1)
+    found = largest(mx.array(logits.astype(np.float32)), k)
+    np.testing.assert_array_equal(np.array(found), expected)
+
+
+@pytest.mark.parametrize("temp", [9e-10, 1e-38, 1e-45, 5e-324, 0.0])
+def test_a_temperature_too_small_for_noise_is_greedy(temp):
+    tiny = sampler(SamplingConfig(temp=temp, text_temp=temp))
+    assert not tiny.draws
+    assert tiny.layout() == sampler(SamplingConfig(temp=0, text_temp=0)).layout()
+
+
+def test_the_least_temperature_that_is_drawn_with_takes_the_largest():
+    logits = mx.random.normal((50, 2048), key=mx.random.key(3))
+    noise = -mx.log(1 - mx.random.uniform(shape=logits.shape, key=mx.random.key(4)))
+    drawn = draw(logits, LEAST_TEMP, 250, noise).tolist()
+    assert drawn == mx.argmax(logits, axis=1).tolist()
 
 
 def test_equal_logits_of_the_largest_give_the_lowest_id():

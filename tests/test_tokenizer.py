@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pplex.checkpoint.tokenizer import TextTokenizer
+from pplex.checkpoint.tokenizer import TextTokenizer, wrap_prompt
 from pplex.errors import PplexError
 
 DATA = Path(__file__).parent / "data"
@@ -30,9 +30,16 @@ def test_every_id_prints_as_the_reference_prints_it(tokenizer):
     assert printed == REFERENCE["output_text_of_id"]
 
 
-@pytest.mark.parametrize("text", ["", "  \n\t "])
-def test_an_empty_prompt_has_no_ids(tokenizer, text):
-    assert tokenizer.encode_prompt(text) == []
+def test_an_empty_prompt_has_no_ids(tokenizer):
+    assert tokenizer.encode_prompt("") == []
+
+
+@pytest.mark.parametrize("text", [" ", "  \n\t "])
+def test_blanks_are_wrapped_as_the_reference_does(tokenizer, text):
+    """NVIDIA's ``wrap_with_system_tags``; only an empty text is none at all."""
+    assert wrap_prompt(text) == "<system>  <system>"
+    assert tokenizer.encode_prompt(text) == tokenizer.encode_prompt(wrap_prompt(text))
+    assert tokenizer.encode_prompt(text)
 
 
 @pytest.mark.parametrize("idx", [-1, 512])

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from pplex.checkpoint.layouts import (
     check_floating,
@@ -16,6 +17,7 @@ from pplex.checkpoint.layouts import (
     missing,
     wrong_shape,
 )
+from pplex.errors import PplexError
 from pplex.model.config import MimiConfig
 
 Arrays = dict[str, mx.array]
@@ -89,8 +91,8 @@ def published_shapes(config: MimiConfig) -> dict[str, tuple[int, ...]]:
 def sanitize_codec(arrays: Arrays, config: MimiConfig, path: Path) -> Arrays:
     """Our weights from the tensors of the file ``path``: float32, channels last.
 
-    A tensor that is missing, of another shape, or left over of a part that the codec
-    has raises with its name.
+    A tensor that is missing, of another shape, not finite, or left over of a part that
+    the codec has raises with its name.
     """
     left = {
         _new_name(name): array
@@ -107,6 +109,7 @@ def sanitize_codec(arrays: Arrays, config: MimiConfig, path: Path) -> Arrays:
         check_floating(path, name, array)
         published[name] = array.astype(mx.float32)
     check_left(path, left, published)
+    _check_finite(published, path)
     weights = {}
     for name, array in published.items():
         if "_codebook" not in name:
@@ -129,6 +132,19 @@ def _new_name(name: str) -> str:
     return re.sub(
         r"(?<=_codebook\.)\w+$", lambda match: _OLD_NAMES.get(match[0], match[0]), name
     )
+
+
+def _check_finite(arrays: Arrays, path: Path) -> None:
+    """Refuse NaN and infinity: one makes noise or silence of all that it meets."""
+    extremes = {n: mx.stack([a.min(), a.max()]) for n, a in arrays.items()}
+    found = np.array(mx.stack(list(extremes.values())))
+    bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
+    if len(bad):
+        name = list(extremes)[bad[0]]
+        raise PplexError(
+            f"{path}: the tensor `{name}` holds numbers that are not finite; get the "
+            "file again"
+        )
 
 
 def _our_name(name: str) -> str:

@@ -457,9 +457,8 @@ def _check(config: ModelConfig) -> None:
         f"`lm.delays` must have {lm.num_streams} entries": (
             len(lm.delays) != lm.num_streams
         ),
-        "`lm.delays` must be 0 or 1, and 0 for the text": (
-            max(lm.delays, default=0) > 1 or lm.delays[:1] != (0,)
-        ),
+        f"`lm.delays` go up to {max(lm.delays, default=0)}; supported are 0 and 1, and "
+        "0 for the text": max(lm.delays, default=0) > 1 or lm.delays[:1] != (0,),
         "`lm.context` must be at least 2": lm.context < 2,
         "the feed-forward layers of `lm` must have a width": (
             min(lm.hidden_dim, lm.depformer_hidden_dim) < 1

@@ -44,9 +44,11 @@ class TextTokenizer:
         return int(self._processor.get_piece_size())
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Turn a role prompt into ids, tagged; no ids for an empty text."""
-        wrapped = wrap_prompt(text)
-        return self.encode(wrapped) if wrapped else []
+        """Turn a role prompt into ids, tagged; no ids for an empty text.
+
+        Blanks are no empty text: between their tags is nothing.
+        """
+        return self.encode(wrap_prompt(text)) if text else []
 
     def encode(self, text: str) -> list[int]:
         """Turn a text into ids, as it is."""
@@ -66,6 +68,6 @@ class TextTokenizer:
 def wrap_prompt(text: str) -> str:
     """Strip a role prompt and put it between `<system>` tags unless it has both."""
     text = text.strip()
-    if not text or (text.startswith(_TAG) and text.endswith(_TAG)):
+    if text.startswith(_TAG) and text.endswith(_TAG):
         return text
     return f"{_TAG} {text} {_TAG}"

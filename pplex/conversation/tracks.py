@@ -82,7 +82,8 @@ class Track:
         self.timings = Timings()
         self.columns: Iterator[np.ndarray] = iter(())  # (codebooks,) for each frame
         self._config = config
-        self._said = [start.prompt.columns[: config.num_agent_streams, -1]]
+        said = start.prompt.columns[: config.num_agent_streams]
+        self._said = list(said.T[len(said.T) - config.lag :])
 
     def push(self, column: np.ndarray, seconds: float) -> None:
         """Add the agent's column of a frame."""
@@ -94,10 +95,15 @@ class Track:
         """Whether every frame has its column."""
         return len(self.timings.steps) == self.num_frames
 
+    @property
+    def _num_said(self) -> int:
+        """Frames that are known whole."""
+        return len(self._said) - self._config.lag
+
     def _frames(self) -> np.ndarray:
         """The agent's text and codes (agent streams, frames) of what was said."""
         delays = self._config.delays[: self._config.num_agent_streams]
-        return unshift(np.stack(self._said, axis=1), delays)
+        return unshift(np.stack(self._said, axis=1), delays, self._config.lag)
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,7 @@ class StreamedTrack(Track):
         super().push(column, seconds)
         if self._is_over:
             return
-        if len(self._said) > self._decode_frames or self.is_complete:
+        if self._num_said >= self._decode_frames or self.is_complete:
             self._decode()
 
     def pieces(self) -> Iterator[Answer]:
@@ -198,7 +204,7 @@ class StreamedTrack(Track):
 
     def rest(self) -> Iterator[Answer]:
         """The stretches still to come, after the last column."""
-        if len(self._said) > 1 and not self._is_over:
+        if self._num_said and not self._is_over:
             self._decode()
         self._take_decoded()
         if self._is_over:
@@ -211,7 +217,7 @@ class StreamedTrack(Track):
         if self._is_over:
             return
         frames = self._frames()
-        self._said = self._said[-1:]
+        self._said = self._said[self._num_said :]
         text, agent = frames[0], frames[1:]
         pcm = partial(self._codec.decode, agent, self._decoder)
         user = self._take_user_codes(len(text))

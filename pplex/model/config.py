@@ -53,6 +53,11 @@ class LmConfig:
         return self.n_q + 1
 
     @property
+    def lag(self) -> int:
+        """Columns that a frame is known whole after the first of its tokens."""
+        return max(self.delays)
+
+    @property
     def num_agent_streams(self) -> int:
         """Rows that the model writes in a conversation: text and agent codebooks."""
         return 1 + self.num_codebooks

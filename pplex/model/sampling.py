@@ -12,15 +12,28 @@ import mlx.core as mx
 
 from pplex.model.config import LmConfig
 
+# Below it noise is lost in the rounding of logits of 0.5 and more, and further down the
+# division leaves float32: such a temperature is greedy.
+LEAST_TEMP = 1e-9
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How ids are drawn: temperature 0 is greedy, top-k 0 keeps every id."""
+    """How ids are drawn: temperature 0 is greedy, top-k 0 keeps every id.
+
+    A temperature below ``LEAST_TEMP`` becomes 0.
+    """
 
     temp: float = 0.8
     top_k: int = 250
     text_temp: float = 0.7
     text_top_k: int = 25
+
+    def __post_init__(self) -> None:
+        """Make what is greedy 0."""
+        for name in ("temp", "text_temp"):
+            if getattr(self, name) < LEAST_TEMP:
+                object.__setattr__(self, name, 0.0)
 
 
 GREEDY = SamplingConfig(temp=0.0, text_temp=0.0)
@@ -128,14 +141,24 @@ def kth_largest(logits: mx.array, k: int) -> mx.array:
     return kth_largest(inside.reshape(b, k * BLOCK), k)
 
 
+def largest(logits: mx.array, k: int) -> mx.array:
+    """Whether each of ``logits`` (batch, card) is among the ``k`` largest of its row.
+
+    Exactly ``k`` are: of several that equal the last, those of the lowest ids.
+    """
+    least = kth_largest(logits, k)
+    above, ties = logits > least, logits == least
+    room = k - above.sum(axis=-1, keepdims=True)
+    return above | (ties & (mx.cumsum(ties.astype(mx.int32), axis=-1) <= room))
+
+
 def draw(logits: mx.array, temp: float, k: int, noise: mx.array) -> mx.array:
     """Draw ids (batch,) from the ``k`` largest of ``logits`` (batch, card).
 
-    ``noise`` (batch, card) is exponential, a value for each id. Ids whose logits equal
-    the ``k``-th largest are all kept, as nothing tells them apart.
+    ``noise`` (batch, card) is exponential, a value for each id.
     """
     logits = logits.astype(mx.float32)
     scores = logits / temp - mx.log(noise)
     if k < logits.shape[-1]:
-        scores = mx.where(logits >= kth_largest(logits, k), scores, -mx.inf)
+        scores = mx.where(largest(logits, k), scores, -mx.inf)
     return mx.argmax(scores, axis=-1)

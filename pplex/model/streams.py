@@ -38,9 +38,9 @@ def shift(codes: np.ndarray, delays: tuple[int, ...], before: np.ndarray) -> np.
     return out
 
 
-def unshift(columns: np.ndarray, delays: tuple[int, ...]) -> np.ndarray:
-    """Undo ``shift``: columns (rows, frames + 1) to codes (rows, frames)."""
-    frames = columns.shape[1] - 1
+def unshift(columns: np.ndarray, delays: tuple[int, ...], lag: int) -> np.ndarray:
+    """Undo ``shift``: columns (rows, frames + lag) to codes (rows, frames)."""
+    frames = columns.shape[1] - lag
     return np.stack(
         [columns[row, d : d + frames] for row, d in enumerate(delays)], axis=0
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from pplex.engine.base import Engine, Logits
 from pplex.errors import PplexError
-from pplex.model.sampling import SamplingConfig
+from pplex.model.sampling import SamplingConfig, largest
 from pplex.quantization.forced import Script, forced_logits
 
 
@@ -104,8 +104,7 @@ def _drawn_from(logits: mx.array, temp: float, top_k: int) -> mx.array:
         ids = mx.arange(logits.shape[-1])
         return (ids == mx.argmax(logits, axis=-1, keepdims=True)).astype(mx.float32)
     if 0 < top_k < logits.shape[-1]:
-        least = mx.topk(logits, top_k, axis=-1).min(axis=-1, keepdims=True)
-        logits = mx.where(logits >= least, logits, -mx.inf)
+        logits = mx.where(largest(logits, top_k), logits, -mx.inf)
     return mx.softmax(logits / temp, axis=-1)
 
 

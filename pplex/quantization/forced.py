@@ -69,7 +69,8 @@ def script_of(
     """
     rows = user_rows(config)
     first = prompt.columns[: config.num_agent_streams, -1]
-    said = shift(said, config.delays[: config.num_agent_streams], first)[:, 1:]
+    said = shift(said, config.delays[: config.num_agent_streams], first)
+    said = said[:, config.lag :]
     user = shift(user, config.delays[rows], prompt.pending[rows])[:, : said.shape[1]]
     return Script(prompt, np.concatenate([said, user]))
 

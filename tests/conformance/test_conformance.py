@@ -380,7 +380,7 @@ def test_recorded_runs_side_by_side(recorded_engine, tiny_model):
             if frame < user.shape[1]:
                 said[place].append(tokens[place])
     for run, user, prompt, columns in zip(runs, users, prompts, said, strict=True):
-        found = unshift(np.stack(columns, axis=1), lm.delays[agent])
+        found = unshift(np.stack(columns, axis=1), lm.delays[agent], lm.lag)
         assert found.shape == run["output"].shape
         if engine.dtype == "float32":
             np.testing.assert_array_equal(found, run["output"])

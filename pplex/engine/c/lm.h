@@ -530,10 +530,11 @@ INLINE float NAME(at_order)(uint32_t order) {
   return value;
 }
 
-/* A bound that the k largest of n values reach, and with them those that are equal to
-   the last: found bit by bit, from the highest. */
-TARGET static float NAME(least_of)(const float *x, long n, long k) {
+/* The k largest of n values: all that are above `least`, and of those that equal it the
+   ones up to place `last`. It is found bit by bit, from the highest. */
+TARGET static float NAME(least_of)(const float *x, long n, long k, long *last) {
   uint32_t order = 0;
+  *last = n;
   for (int bit = 31; bit >= 0; bit--) {
     uint32_t tried = order | 1u << bit;
     float least = NAME(at_order)(tried);
@@ -543,18 +544,23 @@ TARGET static float NAME(least_of)(const float *x, long n, long k) {
     for (; i < n; i++) count += x[i] >= least;
     for (int lane = 0; lane < WIDTH; lane++) count += counts[lane];
     if (count >= k) order = tried;
-    if (count == k) break;
+    if (count == k) return least;
   }
-  return order ? NAME(at_order)(order) : -INFINITY;
+  float least = order ? NAME(at_order)(order) : -INFINITY;
+  for (long i = 0; i < n; i++) k -= x[i] > least;
+  for (long i = 0; i < n && k; i++)
+    if (x[i] == least && --k == 0) *last = i;
+  return least;
 }
 
-/* The largest of logit / temp - log(noise) among the top_k, ties of the last included;
-   the noise of an id is value `first + id` of the row's. */
+/* The largest of logit / temp - log(noise) among the top_k, of ties for the last place
+   the lowest ids; the noise of an id is value `first + id` of the row's. */
 TARGET static int32_t NAME(choose)(const float *logits, long card, float temp, long top_k,
                                    const Row *row, uint32_t first, uint32_t width) {
   int32_t best = NAME(largest)(logits, card);
   if (!(temp > 0)) return best;
-  float least = top_k < card ? NAME(least_of)(logits, card, top_k) : -INFINITY;
+  long last = card;
+  float least = top_k < card ? NAME(least_of)(logits, card, top_k, &last) : -INFINITY;
   float score = -INFINITY;
   int32_t chosen = best;
   /* From the largest's vector on, as most ids are then out of reach of any noise. */
@@ -570,7 +576,7 @@ TARGET static int32_t NAME(choose)(const float *logits, long card, float temp, l
     vec away = 1.0f - __builtin_convertvector(noise, vec) * 0x1p-32f;
     reach &= away <= NAME(exp)(scaled - beaten);
     for (long lane = 0; lane < WIDTH && start + lane < card; lane++) {
-      if (!reach[lane]) continue;
+      if (!reach[lane] || (values[lane] == least && start + lane > last)) continue;
       float u = (float)noise[lane] * 0x1p-32f;
       u = u < 1 - 0x1p-24f ? u : 1 - 0x1p-24f;
       float found = scaled[lane] - logf(-logf(u > LEAST_UNIFORM ? u : LEAST_UNIFORM));

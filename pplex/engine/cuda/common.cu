@@ -69,7 +69,7 @@ __device__ inline float block_max(Scratch& sh, float v) {
 }
 
 __device__ inline unsigned ordered(float x) {  // larger float, larger integer
-  unsigned u = __float_as_uint(x);
+  unsigned u = __float_as_uint(x + 0.0f);      // -0 is 0
   return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
@@ -102,22 +102,29 @@ struct Noise {
   unsigned first, width;
 };
 
-// The k-th largest of `get(0)` to `get(n - 1)`, as `ordered` gives it, by a block: its
-// digits of eight bits, first to last.
+// A larger float has a larger key, and of equal ones the first.
+__device__ inline unsigned long long key_of(float x, int i) {
+  return ((unsigned long long)ordered(x) << 32) | (0xFFFFFFFFu - i);
+}
+
+// The least key that the k largest of `get(0)` to `get(n - 1)` have and no other, by a
+// block: its digits of eight bits, first to last, until they tell them apart.
 template <class Get>
-__device__ unsigned kth_largest(Scratch& sh, Get get, int n, int k) {
+__device__ unsigned long long least_key(Scratch& sh, Get get, int n, int k) {
   int t = threadIdx.x, lane = t % 32, left = k;
-  unsigned found = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
+  unsigned long long found = 0;
+  for (int shift = 56; shift >= 0 && left; shift -= 8) {
+    if (shift == 24)  // of places, the digits that all share
+      for (; shift && n <= 1 << shift; shift -= 8) found |= 0xFFull << shift;
     for (int i = t; i < 256; i += THREADS) sh.histogram[i] = 0;
     __syncthreads();
-    unsigned above = shift == 24 ? 0 : ~0u << (shift + 8);
+    unsigned long long above = shift == 56 ? 0 : ~0ull << (shift + 8);
     for (int begin = 0; begin < n; begin += THREADS) {
       int i = begin + t;
       unsigned bin = 256;
       if (i < n) {
-        unsigned u = ordered(get(i));
-        if ((u & above) == found) bin = (u >> shift) & 255;
+        unsigned long long key = key_of(get(i), i);
+        if ((key & above) == found) bin = (key >> shift) & 255;
       }
       unsigned same = __match_any_sync(~0u, bin);
       if (bin < 256 && lane == __ffs(same) - 1)
@@ -138,36 +145,35 @@ __device__ unsigned kth_largest(Scratch& sh, Get get, int n, int k) {
       for (int i = 0; i < 8; i++) {
         if (before < left && left <= before + mine[i]) {
           sh.digit = 255 - 8 * lane - i;
-          sh.left = left - before;
+          sh.left = left == before + mine[i] ? 0 : left - before;  // 0: all of them
         }
         before += mine[i];
       }
     }
     __syncthreads();
-    found |= (unsigned)sh.digit << shift;
+    found |= (unsigned long long)sh.digit << shift;
     left = sh.left;
   }
   return found;
 }
 
-// An id from the logits `get(id)`, by one block: the largest, or by noise among those not
-// smaller than the k-th largest. See pplex/model/sampling.py.
+// An id from the logits `get(id)`, by one block: the largest, or by noise among the k
+// largest. See pplex/model/sampling.py.
 template <class Get>
 __device__ int choose(Scratch& sh, Get get, int n, Noise noise, float temperature,
                       int k) {
   int t = threadIdx.x;
   bool draw = temperature > 0;
-  unsigned threshold = draw && k < n ? kth_largest(sh, get, n, k) : 0;
+  unsigned long long least = draw && k < n ? least_key(sh, get, n, k) : 0;
   unsigned long long best = 0;
   for (int i = t; i < n; i += THREADS) {
     float x = get(i);
-    if (ordered(x) < threshold) continue;
+    if (key_of(x, i) < least) continue;
     if (draw) {
       float u = fmaxf(uniform(noise.key, noise.first + i, noise.width), 0x1p-33f);
       x = x / temperature - logf(-logf(u));
     }
-    // Of equals, the first.
-    unsigned long long key = ((unsigned long long)ordered(x) << 32) | (0xFFFFFFFFu - i);
+    unsigned long long key = key_of(x, i);
     if (key > best) best = key;
   }
   for (int i = 16; i; i /= 2) {
