@@ -2,6 +2,7 @@
 # make test    run the tests
 # make lint    check style, layering and types
 # make check   both
+# make sanitize    the C parts and their tests under sanitizers, on Linux
 #
 # The first one called makes a virtual environment in .venv. On Linux with an NVIDIA
 # GPU: make demo EXTRA=cuda
@@ -27,7 +28,15 @@ DEMO_MODEL := $(if $(wildcard pplex/mini/config.json),mini,tests/data/tiny)
 SAMPLE ?= $(firstword $(sort $(wildcard samples/teacher*.wav)) \
 	$(sort $(wildcard samples/*.wav)) tests/data/respond/user_a.wav)
 
-.PHONY: demo test lint check clean
+# What a C part computes, and what it is handed.
+SANITIZED := build/sanitized
+SANITIZED_TESTS ?= tests/test_c_engine.py tests/test_c_memory.py tests/test_codec.py \
+	tests/conformance -k 'test_c_ or test_codec.py or [c- or [c]'
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	-fno-omit-frame-pointer -g1
+PRELOADED = $(foreach lib,asan stdc++,$(shell $(CC) -print-file-name=lib$(lib).so))
+
+.PHONY: demo test lint check sanitize clean
 
 demo: $(STAMP)
 	@mkdir -p demo
@@ -52,6 +61,17 @@ lint: $(STAMP_DEV)
 	$(BIN)/mypy
 
 check: lint test
+
+# A build apart: nothing of it is ever loaded without the sanitizers' library. That is
+# loaded before Python, and C++'s with it, whose exceptions it must know.
+sanitize: $(STAMP_DEV)
+	rm -rf $(SANITIZED)
+	CFLAGS='$(SANITIZERS)' LDFLAGS='$(SANITIZERS)' $(BIN)/python setup.py -q build \
+		--build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
+	ls $(SANITIZED)/lib/pplex/engine/c/_lm.*.so $(SANITIZED)/lib/pplex/engine/c/_codec.*.so
+	PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD='$(PRELOADED)' \
+		$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED_TESTS)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache
