@@ -60,7 +60,7 @@ class Source:
 
     ``layout`` is the name of one of ``LAYOUTS``, ``steps`` the depformer steps in the
     file, ``matrices`` what it holds in the order of its table, ``unneeded`` the names
-    of each file's tensors that belong to no part of the model.
+    of each file's tensors that nothing here needs.
     """
 
     def __init__(self, folder: CheckpointFolder, config: LmConfig) -> None:
