@@ -8,9 +8,8 @@ import numpy as np
 
 from pplex.bench.random_model import TINY
 from pplex.conversation.scheduler import converse as run
-from pplex.engine.base import Rows
-from pplex.engine.mlx.engine import MlxEngine, MlxRows
-from pplex.model.sampling import GREEDY, Sampler, SamplingConfig
+from pplex.engine.mlx.engine import MlxEngine
+from pplex.model.sampling import GREEDY
 
 FRAME = 1920
 # Published checkpoints hold depformer steps that no conversation runs; so has this.
@@ -20,15 +19,11 @@ SMALL = replace(TINY, lm=replace(TINY.lm, dep_q=16))
 class SharedSteps(MlxEngine):
     """MLX's engine on a CPU with rows that share each step, as on GPUs."""
 
+    gpu_rows = 8
+
     def __init__(self, *tensors) -> None:
         super().__init__(*tensors, on_gpu=False)
-
-    def rows(
-        self, capacity: int, sampling: SamplingConfig, *, live: bool = False
-    ) -> Rows:
-        """Places for ``capacity`` conversations."""
-        frame = self.make_frame(Sampler.of(self.config.lm, sampling))
-        return MlxRows(self, capacity, sampling, frame)
+        self._num_rows = self.gpu_rows
 
 
 def speech(frames: int, seed: int = 0) -> np.ndarray:

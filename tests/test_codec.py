@@ -17,7 +17,7 @@ from pplex.engine.c import codec as c
 from pplex.engine.c.binding import BEST, load_library
 from pplex.engine.c.codec import CCodec
 from pplex.engine.cuda.codec import FusedSeanet
-from pplex.engine.mlx.codec import CHUNK_SIZES, GROUP_ROWS, MlxCodec
+from pplex.engine.mlx.codec import CHUNK_FRAMES, GROUP_ROWS, MlxCodec
 from pplex.model.config import (
     CodecTransformerConfig,
     MimiConfig,
@@ -257,20 +257,43 @@ def test_chunks_of_any_size_give_the_same_bits_on_a_cpu_by_mlx():
 
 
 # Two groups, the second of few rows and of more than one chunk.
-LENGTHS = [CHUNK_SIZES[1] + 2, *range(GROUP_ROWS - 1, 0, -1), CHUNK_SIZES[0] + 1, 31]
+LENGTHS = [CHUNK_FRAMES + 2, *range(GROUP_ROWS - 1, 0, -1), 33, 31]
+
+
+def test_a_recordings_bits_do_not_depend_on_what_is_coded_beside_it():
+    """The way of GPUs, here on the CPU."""
+    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True)
+    recordings = [speech(frames, seed=frames) for frames in (CHUNK_FRAMES + 2, 7, 33)]
+    codes = codec.encode_many(recordings)
+    pcm = codec.decode_many(codes)
+    for idx, frames in enumerate(recordings):
+        (found,) = codec.encode_many([frames])
+        np.testing.assert_array_equal(found, codes[idx])
+        beside = codec.decode_many([*codes[idx:][::-1], codes[0]])
+        np.testing.assert_array_equal(beside[len(codes) - idx - 1], pcm[idx])
+        # And as a stream, in pieces of any length.
+        encoder, decoder = codec.make_state(), codec.make_state()
+        for first in range(0, len(frames), 50):
+            stretch = slice(first, first + 50)
+            found = codec.encode(frames[stretch], encoder)
+            np.testing.assert_array_equal(found, codes[idx][:, stretch])
+            found = codec.decode(found, decoder).reshape(-1, frames.shape[1])
+            expected = pcm[idx].reshape(-1, frames.shape[1])[stretch]
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_recordings_coded_in_groups_are_as_alone():
     """The way of GPUs, here on the CPU: codes agree, rounding may differ."""
-    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True)
+    mimi = random_mimi(SMALL.mimi)
+    codec, one = (MlxCodec(mimi, on_gpu=True, alone=alone) for alone in (False, True))
     recordings = [speech(frames, seed=frames) for frames in LENGTHS]
     codes = codec.encode_many(recordings)
     for found, frames in zip(codes, recordings, strict=True):
-        alone = codec.encode(frames, codec.make_state())
+        alone = one.encode(frames, one.make_state())
         np.testing.assert_array_equal(found, alone)
     pcm = codec.decode_many(codes)
-    for found, one in zip(pcm, codes, strict=True):
-        alone = codec.decode(one, codec.make_state())
+    for found, columns in zip(pcm, codes, strict=True):
+        alone = one.decode(columns, one.make_state())
         np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
@@ -278,7 +301,7 @@ def test_recordings_coded_in_groups_are_as_alone():
 def test_on_gpus_the_last_chunk_may_be_ragged(config, last):
     """The way of GPUs, here on the CPU: it is padded to one of few sizes."""
     mimi, frames = random_mimi(config), speech(16 + last, seed=6)
-    codec, state = MlxCodec(mimi, on_gpu=True), mimi.make_state()
+    codec, state = MlxCodec(mimi, on_gpu=True, alone=True), mimi.make_state()
     expected = np.array(mimi.encode(mx.array(frames.reshape(1, -1)), state)[0])
     chunks, state = (frames[:16], frames[16:]), codec.make_state()
     codes = [codec.encode(chunk, state) for chunk in chunks]
@@ -290,7 +313,7 @@ def test_on_gpus_the_last_chunk_may_be_ragged(config, last):
 
 
 def test_on_gpus_nothing_may_follow_a_ragged_chunk():
-    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True)
+    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True, alone=True)
     codes = codec.encode(speech(3), codec.make_state())
     for run, chunk in ((codec.encode, speech(3)), (codec.decode, codes)):
         state = codec.make_state()

@@ -9,17 +9,30 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from small import converse, speech
 
-from pplex.bench.random_model import TINY, random_codec
+from pplex.bench.random_model import (
+    TINY,
+    random_codec,
+    random_model,
+    random_prompt,
+)
 from pplex.checkpoint.layouts import Quantization
 from pplex.checkpoint.weights import LmTensors
+from pplex.conversation.scheduler import converse_many
+from pplex.conversation.tracks import Conversation
 from pplex.engine.cuda import depformer, frame
 from pplex.engine.cuda.cache import SharedCache
 from pplex.engine.cuda.codec import FusedSeanet, fuse
 from pplex.engine.cuda.engine import CudaEngine
 from pplex.engine.cuda.frame import FrameCache, FrameKernel
-from pplex.engine.cuda.rows import add_norm_rows, choose_text, swiglu_rows
-from pplex.engine.mlx.ring import FastCache, SlotCache
+from pplex.engine.cuda.rows import (
+    add_norm_rows,
+    choose_text,
+    gelu_rows,
+    swiglu_rows,
+)
+from pplex.engine.mlx.ring import CacheEach, FastCache
 from pplex.model.cache import KvCache
 from pplex.model.config import LmConfig, ModelConfig, SeanetConfig
 from pplex.model.lm import Lm
@@ -27,6 +40,7 @@ from pplex.model.mimi import make_mimi
 from pplex.model.sampling import Sampler, SamplingConfig, noise_key, noise_keys
 from pplex.model.seanet import make_decoder, make_encoder
 from pplex.model.streams import NOT_FORCED
+from pplex.model.transformer import gelu
 
 pytestmark = pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
 
@@ -227,7 +241,7 @@ def test_shared_prompts_and_ring_attend_as_caches_of_their_own():
             )
         cache.advance(length)
         prompts.append(cache)
-    shared, apart = SharedCache(prompts[0], 3), SlotCache(prompts[0], 3)
+    shared, apart = SharedCache(prompts[0], 3), CacheEach(3)
     for row, prompt in enumerate(prompts):
         shared.put(row, prompt)
         apart.put(row, prompt)
@@ -244,12 +258,14 @@ def test_shared_prompts_and_ring_attend_as_caches_of_their_own():
         taken = [0, 1] if 210 <= step < 220 else [0, 1, 2]
         masks = shared.mask(1), apart.mask(1)
         for layer in range(2):
-            qkv = mx.array(rng.standard_normal((3, 12, 1, 128)), mx.bfloat16)
+            # Two rows are nobody's.
+            qkv = mx.array(rng.standard_normal((1, 12, 5, 128)), mx.bfloat16)
             found, expected = (
                 np.array(ring.attend(layer, qkv, 10000.0, mask).astype(mx.float32))
                 for ring, mask in zip((shared, apart), masks, strict=True)
             )
-            found, expected = found[taken], expected[taken]
+            assert found.shape == expected.shape
+            found, expected = found[:, :, taken], expected[:, :, taken]
             assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
         shared.advance(1)
         apart.advance(1)
@@ -306,6 +322,36 @@ def test_norms_and_gates_are_those_of_float32():
     gate, value = mx.split(x.astype(mx.float32), 2, axis=-1)
     expected = nn.silu(gate) * value
     assert mx.abs(swiglu_rows(x) - expected).max() < 0.01 * mx.abs(expected).max()
+    x = 3 * mx.random.normal((2, 5, 12))
+    assert mx.abs(gelu_rows(x) - gelu(x)).max() < 1e-6
+
+
+@pytest.mark.parametrize("compute", ["dense", "quantized"])
+def test_an_answer_does_not_depend_on_its_company(compute):
+    model = random_model("medium", 4, compute, many=True)
+    engine = model.engine
+    start = engine.prefill(random_prompt(model.config))
+    recordings = [
+        Conversation(str(idx), speech(frames, idx).reshape(-1), start, idx)
+        for idx, frames in enumerate((70, 140, 33, 9, 131, 20, 64, 90))
+    ]
+    known = {}
+    for size, some in (
+        (8, recordings),
+        (1, recordings[:2]),
+        (3, recordings[::-1]),
+        (300, recordings[2:]),
+    ):
+        for one, answer in converse_many(
+            engine, some, SamplingConfig(), batch_size=size
+        ):
+            expected = known.setdefault(one.key, answer)
+            for part in ("pcm", "text", "agent", "user"):
+                found = getattr(answer, part)
+                np.testing.assert_array_equal(found, getattr(expected, part))
+    _, user, pcm = converse(engine, start, speech(70, 0), SamplingConfig(), 0, 128)
+    np.testing.assert_array_equal(user, known["0"].user)
+    np.testing.assert_array_equal(pcm, known["0"].pcm)
 
 
 def test_the_codecs_fused_layers_are_its_layers():

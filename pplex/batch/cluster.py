@@ -375,7 +375,7 @@ class Worker:
         if model_identity(local) != spec["identity"]:
             raise PplexError(f"its model {spec['model']} is another one than here")
         size = Size(**spec["size"])
-        model = load(local, compute=spec["compute"], many=size.many)
+        model = load(local, compute=spec["compute"], many=True)
         sampling = SamplingConfig(**spec["sampling"])
         decoder = Decoder(model, sampling, size, self._notes.append)
         decoder.choose_batch_size()

@@ -91,11 +91,6 @@ class Size:
         return cls(rows, max(frames), len(frames), sum(frames))
 
     @property
-    def many(self) -> bool:
-        """Whether several recordings will be answered at a time."""
-        return self.count > 1 and self.rows != 1
-
-    @property
     def busy_rows(self) -> int:
         """The most rows that are of use: more would be done before the longest is."""
         return max(1, min(self.count, -(-self.total_frames // self.max_frames)))
@@ -139,7 +134,9 @@ class Decoder:
         """How many recordings are answered at a time; chosen once, from memory."""
         if self.batch_size is None:
             frames = self._size.max_frames + PROMPT_FRAMES
-            rows = batch_size(self._model.config, self._model.engine.cost(), frames)
+            model = self._model
+            cost, alone = model.engine.cost(), model.form.alone
+            rows = batch_size(model.config, cost, frames, alone=alone)
             self.batch_size = min(rows, self._size.busy_rows)
             self._note(f"batch size {self.batch_size}")
         return self.batch_size

@@ -148,7 +148,8 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     total = int(found.audio_s * config.frame_rate)
     size = Size(batch.batch_size, frames, found.todo, total)
     tensors = lm_tensors(local.folder, config.lm)
-    if choose_form(batch.compute, config, tensors, many=size.many).dense:
+    form = choose_form(batch.compute, config, tensors, many=True)
+    if form.dense:
         tensors = tensors.write_out()
     cost = cost_of(config, tensors)
     found.weights_gb = cost.held / 1e9
@@ -156,7 +157,9 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     found.row_gb = cost.position * positions / 1e9
     found.memory_gb = memory_gb()[0] or _system_memory_gb()
     free = 1e9 * found.memory_gb - cost.held
-    rows = batch.batch_size or batch_size(config, cost, positions, free)
+    rows = batch.batch_size or batch_size(
+        config, cost, positions, free, alone=form.alone
+    )
     found.batch_size = min(rows, found.todo if batch.batch_size else size.busy_rows)
 
 

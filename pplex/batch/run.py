@@ -260,7 +260,7 @@ class _Run:
                 self._report.note,
             )
         self._report.loading(self._model.local)
-        model = load(self._model.local, compute=self._batch.compute, many=size.many)
+        model = load(self._model.local, compute=self._batch.compute, many=True)
         self._report.computing(str(model.form))
         return Decoder(model, sampling, size, self._report.note)
 

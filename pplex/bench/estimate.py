@@ -88,7 +88,7 @@ def _make_engine(config: ModelConfig, bits: int, dense: bool) -> Engine:
     # Rows of tables are looked up, whatever they hold: zeros are made faster.
     table = tensors.weights["audio_emb.weight"]
     tensors.weights["audio_emb.weight"] = mx.zeros(table.shape, table.dtype)
-    return make_engine(config, tensors, random_codec(config.mimi))
+    return make_engine(config, tensors, random_codec(config.mimi), alone=True)
 
 
 def _steps(engines: Sequence[Engine]) -> tuple[list[float], list[int]]:

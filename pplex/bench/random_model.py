@@ -99,7 +99,9 @@ def random_model(
     return Model(
         local=LocalModel(name, Path(name), None, None),
         config=config,
-        engine=make_engine(config, tensors, random_codec(config.mimi)),
+        engine=make_engine(
+            config, tensors, random_codec(config.mimi), alone=form.alone
+        ),
         tokenizer=cast(TextTokenizer, None),
         voices={},
         layout="random",

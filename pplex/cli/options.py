@@ -195,11 +195,12 @@ def compute_option(command: Command) -> Command:
     """``--compute``."""
     return click.option(
         "--compute",
-        type=click.Choice(["auto", "quantized", "dense"]),
+        type=click.Choice(["auto", "quantized", "dense", "alone"]),
         default="auto",
         show_default=True,
         help="Multiply quantized weights as they are, or written out, which takes more "
-        "memory; auto takes what is faster here, and -v says what it took.",
+        "memory; or, on a GPU, compute each conversation alone. auto takes what is "
+        "faster here, and -v says what it took.",
     )(command)
 
 

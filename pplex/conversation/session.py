@@ -38,11 +38,18 @@ class Model:
     load_s: float
 
 
-def load(local: LocalModel, *, compute: Compute = "auto", many: bool = False) -> Model:
+def load(
+    local: LocalModel,
+    *,
+    compute: Compute = "auto",
+    many: bool = False,
+    live: bool = False,
+) -> Model:
     """Load the model at ``local`` on the best engine here.
 
-    ``compute`` is the form that quantized weights compute in: as they are, or written
-    out; ``many`` whether several recordings will be answered at a time.
+    ``compute`` is the form that it computes in: quantized weights as they are, or
+    written out, or what is best for one conversation alone; ``many`` whether several
+    recordings will be answered at a time, ``live`` whether a stream.
     """
     start = time.perf_counter()
     folder = local.folder
@@ -56,11 +63,11 @@ def load(local: LocalModel, *, compute: Compute = "auto", many: bool = False) ->
     codec = codec_tensors(folder, config.mimi)
     lm = lm_tensors(folder, config.lm)
     layout, bits = lm.layout, lm.bits
-    form = choose_form(compute, config, lm, many=many)
+    form = choose_form(compute, config, lm, many=many, live=live)
     if form.dense:
         lm = lm.write_out()
     try:
-        engine = make_engine(config, lm, codec)
+        engine = make_engine(config, lm, codec, alone=form.alone)
     except RuntimeError as e:  # a file that ends before its tensors do, or no memory
         reason = first_line(e)
         raise PplexError(f"{local.path}: cannot be read whole ({reason})") from e

@@ -118,8 +118,10 @@ class Engine(Protocol):
     """Runs one loaded model on one device.
 
     ``dtype`` is what it computes in, ``compute`` whether any of its weights stay
-    ``quantized``, or all are ``dense``. With ``is_async`` a step goes on while the host
-    does something else.
+    ``quantized``, or all are ``dense``, and on a GPU whether one conversation is
+    computed ``alone``: by engines of one name and version on one kind of device, equal
+    forms give equal bits. With ``is_async`` a step goes on while the host does
+    something else.
     """
 
     name: str
@@ -162,6 +164,11 @@ class Done:
     def tokens(self) -> np.ndarray:
         """The agent's column int32 (capacity, agent streams)."""
         return self.column
+
+
+def form_name(dense: bool, alone: bool) -> str:
+    """A form that a model computes in; see ``Engine.compute``."""
+    return ("dense" if dense else "quantized") + ", alone" * alone
 
 
 def codec_bytes(config: MimiConfig) -> tuple[int, int]:

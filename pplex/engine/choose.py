@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import mlx.core as mx
 
 from pplex.checkpoint.weights import LmTensors
-from pplex.engine.base import Cost, Engine
+from pplex.engine.base import Cost, Engine, form_name
 from pplex.engine.c import binding
 from pplex.engine.c import engine as c
 from pplex.engine.cuda import compiler
@@ -24,7 +24,7 @@ from pplex.engine.device import memory_gb, on_cpu
 from pplex.engine.mlx import engine as mlx
 from pplex.model.config import ModelConfig
 
-Compute = Literal["auto", "quantized", "dense"]
+Compute = Literal["auto", "quantized", "dense", "alone"]
 
 # Of the free memory, what weights that are written out may take, and what rows may.
 _WEIGHTS_SHARE = 0.5
@@ -42,19 +42,40 @@ MAX_ROWS_GPU = 256
 
 @dataclass(frozen=True)
 class Form:
-    """Whether quantized weights are written out, and why, in a clause."""
+    """Whether quantized weights are written out, and why, in a clause.
+
+    ``alone`` is what a GPU does for one conversation by itself: other bits come of it
+    than where rows share a step.
+    """
 
     dense: bool
     reason: str
+    alone: bool = False
 
     def __str__(self) -> str:
         """In words, for messages."""
-        return f"{'dense' if self.dense else 'quantized'}: {self.reason}"
+        return f"{form_name(self.dense, self.alone)}: {self.reason}"
+
+
+class Make(Protocol):
+    """Makes an engine."""
+
+    def __call__(
+        self,
+        config: ModelConfig,
+        lm: LmTensors,
+        codec: Mapping[str, mx.array],
+        *,
+        alone: bool = False,
+    ) -> Engine:
+        """``lm`` is emptied; with ``alone`` for one conversation by itself."""
 
 
 @dataclass(frozen=True)
 class Kind:
     """An engine where it is the best, and what is best for it.
+
+    What ``has_alone`` computes one conversation by itself in a form of its own.
 
     ``is_available`` tells whether MLX's default device is one for it; ``make`` makes it
     and ``cost`` tells before what a model takes on it. ``one`` and
@@ -64,11 +85,12 @@ class Kind:
     """
 
     is_available: Callable[[], bool]
-    make: Callable[[ModelConfig, LmTensors, Mapping[str, mx.array]], Engine]
+    make: Make
     cost: Callable[[ModelConfig, LmTensors], Cost]
     one: Form
     many: Form
     max_rows: Callable[[Cost, int, float], int]
+    has_alone: bool = False
 
 
 def _rows_in_cache(cost: Cost, row_bytes: int, free: float) -> int:
@@ -91,6 +113,21 @@ def _one_row(cost: Cost, row_bytes: int, free: float) -> int:
     return 1
 
 
+def _on_cpu(make: Callable[..., Engine]) -> Make:
+    """Makes an engine whose rows are the same bits alone and beside others."""
+
+    def made(
+        config: ModelConfig,
+        lm: LmTensors,
+        codec: Mapping[str, mx.array],
+        *,
+        alone: bool = False,
+    ) -> Engine:
+        return make(config, lm, codec)
+
+    return made
+
+
 _FEWER_BYTES = "a frame reads fewer bytes so"
 
 # The first that is available is taken.
@@ -99,7 +136,7 @@ KINDS: dict[str, Kind] = {
     # 24.1 written out, with 8 rows 37 ms against 54.
     "c": Kind(
         is_available=lambda: on_cpu() and binding.is_built(),
-        make=c.CEngine,
+        make=_on_cpu(c.CEngine),
         cost=c.cost_of,
         one=Form(False, "the compiled step reads fewer bytes so"),
         many=Form(False, "the compiled step reads fewer bytes so"),
@@ -108,7 +145,7 @@ KINDS: dict[str, Kind] = {
     # MLX on a CPU. 4096 x 4096, one row: 0.83 ns a weight at 4 bits, 0.27 in float32.
     "cpu": Kind(
         is_available=on_cpu,
-        make=functools.partial(mlx.MlxEngine, on_gpu=False),
+        make=_on_cpu(functools.partial(mlx.MlxEngine, on_gpu=False)),
         cost=functools.partial(mlx.cost_of, float_bytes=4),
         one=Form(True, "MLX's CPU products are 3 times as fast so"),
         many=Form(True, "MLX's CPU products are 3 times as fast so"),
@@ -123,6 +160,7 @@ KINDS: dict[str, Kind] = {
         one=Form(False, "one kernel makes a frame, and reads fewer bytes so"),
         many=Form(True, "CUDA's products of many rows are faster so"),
         max_rows=_rows_in_memory,
+        has_alone=True,
     ),
     # Metal, and GPUs that our kernels do not know; nothing here was measured on a Mac.
     "gpu": Kind(
@@ -132,6 +170,7 @@ KINDS: dict[str, Kind] = {
         one=Form(False, _FEWER_BYTES),
         many=Form(False, _FEWER_BYTES),
         max_rows=_rows_in_memory,
+        has_alone=True,
     ),
 }
 
@@ -142,30 +181,42 @@ def kind_here() -> str:
 
 
 def choose_form(
-    wanted: Compute, config: ModelConfig, lm: LmTensors, *, many: bool
+    wanted: Compute,
+    config: ModelConfig,
+    lm: LmTensors,
+    *,
+    many: bool,
+    live: bool = False,
 ) -> Form:
-    """How quantized weights are to compute, if there are any."""
-    if not lm.forms:
-        return Form(True, "no weights are stored quantized")
-    if wanted != "auto":
-        return Form(wanted == "dense", "as asked for")
+    """How a model is to compute: for ``many`` recordings, or one, which may be live."""
     kind = KINDS[kind_here()]
-    best = kind.many if many else kind.one
+    alone = wanted == "alone" or live or (wanted == "auto" and not many)
+    alone = alone and kind.has_alone
+    if not lm.forms:
+        return Form(True, "no weights are stored quantized", alone)
+    if wanted in ("dense", "quantized"):
+        return Form(wanted == "dense", "as asked for", alone)
+    best = replace(kind.one if alone or not many else kind.many, alone=alone)
     if not best.dense:
         return best
     need = kind.cost(config, lm.write_out()).held / 1e9
     _, free = memory_gb()
     if free is None or need > _WEIGHTS_SHARE * free:
         room = "unknown" if free is None else f"{free:.1f} GB"
-        return Form(False, f"written out they take {need:.1f} GB, and {room} is free")
+        reason = f"written out they take {need:.1f} GB, and {room} is free"
+        return Form(False, reason, alone)
     return best
 
 
 def make_engine(
-    config: ModelConfig, lm: LmTensors, codec: Mapping[str, mx.array]
+    config: ModelConfig,
+    lm: LmTensors,
+    codec: Mapping[str, mx.array],
+    *,
+    alone: bool = False,
 ) -> Engine:
     """The best engine here, made from a checkpoint's tensors; ``lm`` is emptied."""
-    return KINDS[kind_here()].make(config, lm, codec)
+    return KINDS[kind_here()].make(config, lm, codec, alone=alone)
 
 
 def cost_of(config: ModelConfig, lm: LmTensors) -> Cost:
@@ -174,12 +225,20 @@ def cost_of(config: ModelConfig, lm: LmTensors) -> Cost:
 
 
 def batch_size(
-    config: ModelConfig, cost: Cost, frames: int, free_bytes: float | None = None
+    config: ModelConfig,
+    cost: Cost,
+    frames: int,
+    free_bytes: float | None = None,
+    *,
+    alone: bool = False,
 ) -> int:
     """How many recordings to answer at once, none with more than ``frames`` frames.
 
-    Prompts included. Of the free memory, or of ``free_bytes``.
+    Prompts included. Of the free memory, or of ``free_bytes``; one if each is computed
+    ``alone``.
     """
+    if alone:
+        return 1
     if free_bytes is None:
         free_bytes = 1e9 * (memory_gb()[1] or 0.0)
     row_bytes = cost.position * min(config.lm.window, frames)

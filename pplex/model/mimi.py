@@ -29,6 +29,11 @@ class CodecState:
     seanet: list[Any] | None = None
     resample: mx.array | None = None
 
+    def copy(self) -> CodecState:
+        """A state with the same contents that can go its own way."""
+        seanet = None if self.seanet is None else list(self.seanet)
+        return CodecState(self.cache.copy(), seanet, self.resample)
+
     def arrays(self) -> list[mx.array]:
         """The arrays held, for evaluation."""
         held = [self.resample, *(self.seanet or [])]

@@ -92,7 +92,7 @@ def respond_stream(
     user = UserStream(feed, open_stream(feed, config.raw), settings.channel)
     report.listening(user.format)
     clock.lap("read")
-    model = load_model(config, report)
+    model = load_model(config, report, live=True)
     clock.lap("load")
     role, start = begin(model, settings, clock, report)
     rate = model.config.sample_rate

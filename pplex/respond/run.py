@@ -206,13 +206,13 @@ def respond(
     return stats
 
 
-def load_model(config: Config, report: Report) -> Model:
+def load_model(config: Config, report: Report, *, live: bool = False) -> Model:
     """Find the model, on the network if it may be, and load it."""
     local = resolve(
         config.model_name, offline=config.offline, progress=report.shows_bars
     )
     report.loading(local)
-    model = load(local, compute=config.compute)
+    model = load(local, compute=config.compute, live=live)
     report.computing(str(model.form))
     return model
 

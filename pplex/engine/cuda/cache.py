@@ -111,11 +111,14 @@ class SharedCache:
     def attend(
         self, layer: int, qkv: mx.array, max_period: float, mask: Mask
     ) -> mx.array:
-        """Attention of new positions (rows, 3 heads, 1, head_dim), which are added."""
+        """Attention of a new position of each row, which is added.
+
+        ``qkv`` is (1, 3 heads, rows, head_dim), with rows of nobody behind.
+        """
         assert self._tiles is not None  # `mask` comes first
         half = len(self._prompt_stores) // 2
-        return attend_rows(
-            qkv,
+        y = attend_rows(
+            qkv.transpose(2, 1, 0, 3),
             self._ring.keys_values(layer),
             (self._prompt_stores[layer], self._prompt_stores[layer + half]),
             self._meta,
@@ -124,6 +127,7 @@ class SharedCache:
             self._ring.window,
             max_period,
         )
+        return y.transpose(2, 1, 0, 3)
 
     def advance(self, t: int) -> None:
         """Count ``t`` positions as written in every row."""

@@ -1,4 +1,4 @@
-"""SEANet on CUDA: convolutions, and one kernel for all that lies between two of them.
+"""The codec on CUDA: convolutions, and one kernel for all between two of them.
 
 By itself each bias, activation, residual and carried input is a pass over arrays of up
 to a gigabyte, and those take longer than the convolutions.
@@ -14,8 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pplex.engine.cuda.convolutions import elu_behind
+from pplex.engine.cuda.rows import add_rows, gelu_rows
 from pplex.model.conv import StreamConv, StreamConvTranspose, tail
 from pplex.model.mimi import Mimi
+from pplex.model.quantizer import ResidualQuantizer
 
 _LEAST_OUTPUTS = 8  # of fewer, cuDNN turns whole arrays around
 
@@ -47,11 +49,47 @@ class _Convolution:
 
 
 def fuse(mimi: Mimi) -> None:
-    """Let the kernels run the convolutional parts of ``mimi`` where they can."""
+    """Let the kernels run what they can of ``mimi``."""
+    quantizer = mimi.quantizer
+    for name in ("semantic", "acoustic"):
+        setattr(quantizer, name, _Quantizer(quantizer[name]))
+    for transformer in (mimi.encoder_transformer, mimi.decoder_transformer):
+        for layer in transformer.layers:
+            if layer.linear1.weight.shape[0] % 4 == 0:
+                layer.gelu = gelu_rows
     for name in ("encoder", "decoder"):
         fused = FusedSeanet(mimi[name].model)
         if fused.is_served:
             setattr(mimi, name, fused)
+
+
+class _Quantizer:
+    """A ``ResidualQuantizer`` whose rows a kernel looks up."""
+
+    def __init__(self, plain: ResidualQuantizer) -> None:
+        self._plain = plain
+        books = plain.codebooks
+        self._tables = [book.squeeze(0) for book in mx.split(books, len(books))]
+        self._halves = [0.5 * mx.sum(t * t, axis=-1) for t in self._tables]
+        mx.eval(self._tables, self._halves)
+
+    def encode(self, latent: mx.array) -> mx.array:
+        """Latents (batch, t, width) to codes (batch, codebooks, t)."""
+        residual = self._plain.input_proj(latent)
+        codes = []
+        for table, half in zip(self._tables, self._halves, strict=True):
+            code = mx.argmax(residual @ table.T - half, axis=-1)
+            residual = add_rows(residual, table, code, subtract=True)
+            codes.append(code)
+        return mx.stack(codes, axis=1)
+
+    def decode(self, codes: mx.array) -> mx.array:
+        """Codes (batch, codebooks, t) to latents (batch, t, width)."""
+        b, _, t = codes.shape
+        total = mx.zeros((b, t, self._tables[0].shape[1]))
+        for idx, table in enumerate(self._tables):
+            total = add_rows(total, table, codes[:, idx])
+        return self._plain.output_proj(total)
 
 
 class FusedSeanet:

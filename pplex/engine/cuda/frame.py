@@ -81,7 +81,7 @@ class FrameCache:
     def __init__(self, source: KvCache) -> None:
         """Start from what the temporal transformer has kept of a prompt."""
         self.window, self.end = source.window, source.end
-        arrays = [a[0].astype(mx.bfloat16) for a in source.arrays()]
+        arrays = [a.squeeze(0).astype(mx.bfloat16) for a in source.arrays()]
         half = len(arrays) // 2
         self.keys, self.values = mx.stack(arrays[:half]), mx.stack(arrays[half:])
         mx.eval(self.keys, self.values)

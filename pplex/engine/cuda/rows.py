@@ -20,6 +20,8 @@ THREADS = {
     "embed_column": 512,
     "add_norm": 512,
     "swiglu": 512,
+    "gelu": 512,
+    "add_rows": 256,
 }
 
 KeysValues = tuple[mx.array, mx.array]
@@ -35,19 +37,19 @@ def attend_rows(
     window: int,
     max_period: float,
 ) -> mx.array:
-    """Attention (rows, heads, 1, head_dim) of one new position a row.
+    """Attention (rows', heads, 1, head_dim) of one new position a row.
 
-    ``qkv`` (rows, 3 heads, 1, head_dim) is the new position's, ``ring`` (rows, heads,
-    slots, head_dim) holds what came after the prompts and ``prompts`` (prompts, heads,
-    slots, head_dim) those. ``rows`` int32 (rows, 4): positions so far, how many of them
-    the prompt has, the first of them that is kept, the prompt's number. ``tiles``
-    int32 (tiles, 1 + ``TILE``): a prompt's number and rows that have it, -1 for none.
+    ``qkv`` (rows', 3 heads, 1, head_dim) is the new position's, and behind the rows
+    that there are others, of which zeros come; ``ring`` (rows, heads, slots, head_dim)
+    holds what came after the prompts and ``prompts`` (prompts, heads, slots, head_dim)
+    those. ``rows`` int32 (rows, 4): positions so far, how many of them the prompt has,
+    the first of them that is kept, the prompt's number. ``tiles`` int32 (tiles, 1 +
+    ``TILE``): a prompt's number and rows that have it, -1 for none.
     No more than ``window`` positions are seen. The new position is written **into**
     ``slot`` of the ring, of which MLX knows nothing: what else touches those arrays
     must be separated by ``mx.synchronize``.
     """
-    num_rows, three_heads, _, head_dim = qkv.shape
-    heads = three_heads // 3
+    num_rows, heads, _, head_dim = ring[0].shape
     angles = _frequencies(head_dim, max_period)
     sizes = {"HEAD_DIM": head_dim, "WINDOW": window}
     (parts,) = _kernel("attend_prompts", **sizes)(
@@ -59,9 +61,10 @@ def attend_rows(
     floats = (3 + THREADS["attend"] // 32) * head_dim + window + 512
     (y,) = _kernel("attend", 4 * floats, **sizes)(
         [qkv, *ring, parts, rows, angles],
-        [((num_rows, heads, 1, head_dim), mx.bfloat16)],
+        [((len(qkv), heads, 1, head_dim), mx.bfloat16)],
         [slot, ring[0].shape[2]],
         blocks=(heads, num_rows),
+        init_value=0 if num_rows < len(qkv) else None,
     )
     return y
 
@@ -83,13 +86,14 @@ def choose_text(
 ) -> mx.array:
     """Columns int32 (rows, streams): text ids, room for the agent's codes, the user's.
 
-    From ``logits`` (rows, card) bfloat16 ids are drawn with the noise of ``keys``
-    (rows, 2), ``width`` numbers a row, or the largest taken where there are none;
-    ``given`` (rows, agent streams) holds ids to take instead, ``NOT_FORCED`` elsewhere.
+    From ``logits`` (at least rows, card) bfloat16 ids are drawn with the noise of
+    ``keys`` (rows, 2), ``width`` numbers a row, or the largest taken where there are
+    none; ``given`` (rows, agent streams) holds ids to take instead, ``NOT_FORCED``
+    elsewhere.
     ``user`` (rows, codebooks) are the user's codes.
     """
-    rows, card = logits.shape
-    codebooks = user.shape[1]
+    card = logits.shape[1]
+    rows, codebooks = user.shape
     streams = 1 + 2 * codebooks
     (column,) = _kernel("choose_text")(
         [
@@ -145,6 +149,34 @@ def swiglu_rows(x: mx.array) -> mx.array:
         [((*batch, width), mx.bfloat16)],
         [width],
         blocks=(-(-width // (8 * THREADS["swiglu"])), x.size // (2 * width)),
+    )
+    return y
+
+
+def gelu_rows(x: mx.array) -> mx.array:
+    """GELU of float32 ``x``, of a multiple of four."""
+    (y,) = _kernel("gelu")(
+        [x],
+        [(x.shape, mx.float32)],
+        [x.size // 4],
+        blocks=(-(-x.size // (4 * THREADS["gelu"])), 1),
+    )
+    return y
+
+
+def add_rows(
+    x: mx.array, table: mx.array, ids: mx.array, *, subtract: bool = False
+) -> mx.array:
+    """``x + table[ids]`` or the difference, float32 (..., dim), of int32 ids (...,).
+
+    MLX compiles a kernel for each type of table and ids, in seconds.
+    """
+    dim = x.shape[-1]
+    (y,) = _kernel("add_rows")(
+        [x, table, ids.astype(mx.int32)],
+        [(x.shape, mx.float32)],
+        [dim, int(subtract)],
+        blocks=(1, x.size // dim),
     )
     return y
 

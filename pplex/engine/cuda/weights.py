@@ -19,6 +19,23 @@ def form_of(module: nn.Module) -> tuple[int, int] | None:
     return DENSE if module.weight.dtype == mx.bfloat16 else None
 
 
+class WrittenOut(nn.QuantizedLinear):
+    """Quantized, and multiplied with more than one row as what it stands for.
+
+    MLX's kernel for packed weights takes the rows one by one, or 40 s to compile.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``x`` (..., in) to (..., out)."""
+        if x.size == x.shape[-1]:
+            y: mx.array = super().__call__(x)
+            return y
+        weight = mx.dequantize(
+            self.weight, self.scales, self.biases, self.group_size, self.bits
+        )
+        return x @ weight.T
+
+
 def stack(modules: list[Any]) -> tuple[list[mx.array], int, int]:
     """The arrays of equal matrices, one after the other; bits and group size.
 

@@ -10,18 +10,28 @@ import numpy as np
 
 from pplex.model.mimi import CodecState, Mimi
 
-# Rows and frames of a group's chunk: few shapes.
-GROUP_SIZES = 1, 4, 16
-GROUP_ROWS = GROUP_SIZES[-1]
-CHUNK_SIZES = 32, 128
+# Rows and frames of a chunk on a GPU, always: libraries choose by the shape in which
+# order a convolution takes its sums.
+GROUP_ROWS = 16
+CHUNK_FRAMES = 128
 
 
 @dataclass
 class StreamState:
-    """One direction of a stream; after the last chunk, which was padded, it is over."""
+    """One direction of a stream.
+
+    Where chunks have the frames that there are it ``is_over`` after one that was
+    padded. Where they have one shape ``codec`` is as before the last that is not full
+    yet, and ``begun`` has its frames (frames, width).
+    """
 
     codec: CodecState
     is_over: bool = False
+    begun: np.ndarray | None = None
+
+
+# From a chunk (rows, frames, width) and a state to what is made of its frames.
+Run = Callable[[np.ndarray, CodecState], mx.array]
 
 
 class MlxCodec:
@@ -29,17 +39,18 @@ class MlxCodec:
 
     On a GPU a chunk of any size takes as long to launch, and a chunk of sixteen
     recordings little longer than one of one: chunks are long, and recordings coded in
-    groups. There convolutions are planned for each shape, which takes longer than they
-    do; so few shapes are used. What is causal does not see the padding.
+    groups. A chunk has one shape there, so that a recording's bits do not depend on
+    what is coded beside it; but of one conversation ``alone`` chunks have the frames
+    that there are. What is causal does not see the padding.
     """
 
     concurrent = False
 
-    def __init__(self, mimi: Mimi, *, on_gpu: bool) -> None:
+    def __init__(self, mimi: Mimi, *, on_gpu: bool, alone: bool = False) -> None:
         self._mimi = mimi
         self._on_gpu = on_gpu
-        self.chunk_frames = 128 if on_gpu else 32
-        self.group = GROUP_ROWS if on_gpu else 1
+        self.chunk_frames = CHUNK_FRAMES if on_gpu else 32
+        self.group = GROUP_ROWS if on_gpu and not alone else 1
 
     def make_state(self) -> StreamState:
         """A fresh state, for one direction of one stream."""
@@ -47,24 +58,45 @@ class MlxCodec:
 
     def encode(self, frames: np.ndarray, state: StreamState) -> np.ndarray:
         """PCM (frames, frame_size) to codes int32 (codebooks, frames)."""
-        num_frames = len(frames)
-        padded = np.pad(frames, ((0, self._padding(num_frames, state)), (0, 0)))
-        pcm = mx.array(padded.reshape(1, -1))
-        return np.array(self._mimi.encode(pcm, state.codec)[0, :, :num_frames])
+        codes = self._coded(frames, state, self._encode_group)
+        return np.swapaxes(codes, 0, 1)
 
     def decode(self, codes: np.ndarray, state: StreamState) -> np.ndarray:
         """Codes (codebooks, frames) to PCM (frames * frame_size,)."""
-        num_frames = codes.shape[1]
+        frames = codes.T
         if not self._on_gpu:
             # The order in which sums are taken depends on the length of a chunk.
-            frames = [codes[None, :, i : i + 1] for i in range(num_frames)]
             parts = [
-                self._mimi.decode(mx.array(frame), state.codec)[0] for frame in frames
+                self._coded(frame[None], state, self._decode_group) for frame in frames
             ]
-            return np.array(mx.concatenate(parts))
-        padded = np.pad(codes, ((0, 0), (0, self._padding(num_frames, state))))
-        pcm = np.array(self._mimi.decode(mx.array(padded[None]), state.codec)[0])
-        return pcm.reshape(padded.shape[1], -1)[:num_frames].reshape(-1)
+            return np.concatenate(parts).reshape(-1)
+        return self._coded(frames, state, self._decode_group).reshape(-1)
+
+    def _coded(self, frames: np.ndarray, state: StreamState, run: Run) -> np.ndarray:
+        """``run`` over the next frames (frames, width) of a stream."""
+        if not self._on_gpu:
+            return np.array(run(frames[None], state.codec).squeeze(0))
+        if self.group == 1:
+            size = 1 << (len(frames) - 1).bit_length()
+            if state.is_over:
+                raise ValueError("a chunk came after one of no power of two of frames")
+            state.is_over = size > len(frames)
+            made = run(_chunk([frames], 1, size), state.codec)
+            return np.array(made.squeeze(0)[: len(frames)])
+        known = 0
+        if state.begun is not None:
+            known, frames = len(state.begun), np.concatenate([state.begun, frames])
+        parts = []
+        for first in range(0, len(frames), CHUNK_FRAMES):
+            some = frames[first : first + CHUNK_FRAMES]
+            is_full = len(some) == CHUNK_FRAMES
+            # One that is not full yet is run again with what comes.
+            state.begun = None if is_full else some
+            codec = state.codec if is_full else state.codec.copy()
+            made = run(_chunk([some], GROUP_ROWS, CHUNK_FRAMES), codec)
+            parts.append(np.array(made[:1, known : len(some)].squeeze(0)))
+            known = 0
+        return np.concatenate(parts)
 
     def encode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
         """``encode`` of recordings (frames, frame_size), each from its start."""
@@ -89,7 +121,7 @@ class MlxCodec:
     def _in_groups(
         self,
         recordings: Sequence[np.ndarray],
-        run: Callable[[np.ndarray, CodecState], mx.array],
+        run: Run,
     ) -> list[np.ndarray]:
         """``run`` over recordings (frames, width), the longest beside each other."""
         order = sorted(range(len(recordings)), key=lambda idx: len(recordings[idx]))
@@ -124,29 +156,21 @@ class MlxCodec:
     def _chunks(
         self,
         group: Sequence[np.ndarray],
-        run: Callable[[np.ndarray, CodecState], mx.array],
+        run: Run,
     ) -> Iterator[tuple[int, mx.array]]:
         """Where each chunk of a group, in ascending length, begins; ``run`` over it."""
-        longest, width = group[-1].shape
-        num_rows = next(n for n in GROUP_SIZES if n >= len(group))
-        size = next((n for n in CHUNK_SIZES if n >= longest), CHUNK_SIZES[-1])
         state = self._mimi.make_state()
-        chunk = np.zeros((num_rows, size, width), group[0].dtype)
-        for start in range(0, longest, size):
-            for row, frames in enumerate(group):
-                part = frames[start : start + size]
-                chunk[row, : len(part)] = part
-                chunk[row, len(part) :] = 0
+        for start in range(0, len(group[-1]), CHUNK_FRAMES):
+            parts = [frames[start : start + CHUNK_FRAMES] for frames in group]
+            chunk = _chunk(parts, GROUP_ROWS, CHUNK_FRAMES)
             computed = run(chunk, state)
             mx.async_eval(computed, state.arrays())
             yield start, computed
 
-    def _padding(self, num_frames: int, state: StreamState) -> int:
-        """Frames to add to a chunk, the last of its stream if it is a ragged one."""
-        if not self._on_gpu:
-            return 0
-        if state.is_over:
-            raise ValueError("a chunk came after one of no power of two of frames")
-        padding = (1 << (num_frames - 1).bit_length()) - num_frames
-        state.is_over = padding > 0
-        return padding
+
+def _chunk(group: Sequence[np.ndarray], rows: int, size: int) -> np.ndarray:
+    """Frames (frames, width) of some rows, none of more than ``size``, zeros behind."""
+    chunk = np.zeros((rows, size, group[0].shape[1]), group[0].dtype)
+    for row, frames in enumerate(group):
+        chunk[row, : len(frames)] = frames
+    return chunk

@@ -1,12 +1,15 @@
 """The engine of MLX's own operations, on a CPU or a GPU.
 
 On a GPU what lies between two attentions is compiled, many rows share each step, and a
-step is under way while the host does something else. On a CPU rows step one after the
-other, as MLX's products of several rows would not be the same bits as those of one.
+step is under way while the host does something else. A library's products are not the
+same bits for every number of rows: so they always have as many, most of them nobody's
+where few are busy. Where one row is faster by itself, that is another form. On a CPU
+rows step one after the other.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,14 +23,15 @@ from pplex.engine.base import (
     FORCED_FRAMES,
     Codec,
     Cost,
-    Done,
     Logits,
+    Pending,
     Rows,
     Start,
     codec_bytes,
+    form_name,
 )
 from pplex.engine.mlx.codec import MlxCodec
-from pplex.engine.mlx.ring import FastCache, SlotCache
+from pplex.engine.mlx.ring import CacheEach, FastCache, take_rows
 from pplex.model.cache import Cache, KvCache
 from pplex.model.config import ModelConfig
 from pplex.model.mimi import Mimi, make_mimi
@@ -46,7 +50,11 @@ Frame = Callable[[mx.array, dict[str, mx.array]], mx.array]
 
 
 class RowsCache(Cache, Protocol):
-    """Keys and values of rows that come and go."""
+    """Keys and values of rows that come and go.
+
+    It takes what is new as (1, 3 heads, rows, head_dim): rows that begin with its own,
+    others behind them.
+    """
 
     def put(self, row: int, source: KvCache) -> None:
         """Replace ``row`` by one that starts after the prompt in ``source``."""
@@ -63,6 +71,9 @@ class MlxEngine:
 
     name = "mlx"
     is_async = True
+    # Rows of every product on a GPU. Nothing was measured on a Mac: what is read with
+    # each vector of weights there.
+    gpu_rows = 16
 
     def __init__(
         self,
@@ -71,13 +82,18 @@ class MlxEngine:
         codec: Mapping[str, mx.array],
         *,
         on_gpu: bool,
+        alone: bool = False,
     ) -> None:
-        """Take over ``lm``, which is emptied, and the codec's weights."""
+        """Take over ``lm``, which is emptied, and the codec's weights.
+
+        With ``alone`` a row on a GPU is computed by itself.
+        """
         dtype = mx.bfloat16 if on_gpu else mx.float32
         self.config = config
         self.dtype = str(dtype).removeprefix("mlx.core.")
-        self.compute = "quantized" if lm.forms else "dense"
-        self.on_gpu = on_gpu
+        self.compute = form_name(not lm.forms, alone)
+        self.on_gpu, self.alone = on_gpu, alone
+        self._num_rows = self.gpu_rows if on_gpu and not alone else 1
         # MLX 0.32.4, H100: NaN of 4-bit weights of one group of 64, from 2 rows on.
         if on_gpu and (narrow := [n for n in lm.forms if _has_one_group(lm, n)]):
             lm = lm.write_out(narrow)
@@ -106,12 +122,19 @@ class MlxEngine:
         self, capacity: int, sampling: SamplingConfig, *, live: bool = False
     ) -> Rows:
         """Places for ``capacity`` conversations."""
+        make_block = self._block_maker(sampling)
+        sizes = [self._num_rows] * (capacity // self._num_rows)
+        if rest := capacity % self._num_rows:
+            sizes.append(rest)
+        if len(sizes) == 1:
+            return make_block(capacity)
+        blocks = [(make_block(size), size) for size in sizes]
+        return RowsApart(blocks, self.config.lm.num_agent_streams)
+
+    def _block_maker(self, sampling: SamplingConfig) -> Callable[[int], Rows]:
+        """Makes rows that step together, at most as many as a product has."""
         frame = self.make_frame(Sampler.of(self.config.lm, sampling))
-        if capacity > 1 and not self.on_gpu:
-            return RowsApart(
-                [MlxRows(self, 1, sampling, frame) for _ in range(capacity)]
-            )
-        return MlxRows(self, capacity, sampling, frame)
+        return lambda size: MlxRows(self, size, self._num_rows, sampling, frame)
 
     def forced(self, start: Start, columns: np.ndarray) -> Iterator[Logits]:
         """The logits of each of ``columns`` (streams, frames), given all before it."""
@@ -161,19 +184,27 @@ class MlxEngine:
 
     def make_ring(self, like: KvCache, num_rows: int) -> RowsCache:
         """The keys and values of ``num_rows`` rows that step together."""
-        return SlotCache(like, num_rows)
+        return CacheEach(num_rows)
 
     def _make_codec(self, mimi: Mimi) -> Codec:
-        return MlxCodec(mimi, on_gpu=self.on_gpu)
+        return MlxCodec(mimi, on_gpu=self.on_gpu, alone=self.alone)
 
     def _joint(self, before: TemporalLayer, after: TemporalLayer) -> Joint:
         return lambda x, y: self.lead(before, after, x, y)
 
     def temporal(self, x: mx.array, cache: Cache) -> mx.array:
-        """Run inputs (batch, t, dim) as the next ``t`` positions; before the norm."""
-        t, max_period = x.shape[1], self.config.lm.max_period
-        joints = self._compiled_joints if t == 1 else self._joints
-        mask = cache.mask(t)
+        """Run inputs (1, t, dim) as the next ``t`` positions; before the norm."""
+        joints = self._compiled_joints if x.shape[1] == 1 else self._joints
+        return self._layers(x, cache, x.shape[1], joints)
+
+    def step(self, x: mx.array, cache: RowsCache) -> mx.array:
+        """Run inputs (1, rows, dim) as the next position of each; before the norm."""
+        return self._layers(x, cache, 1, self._compiled_joints)
+
+    def _layers(
+        self, x: mx.array, cache: Cache, t: int, joints: Sequence[Joint]
+    ) -> mx.array:
+        max_period, mask = self.config.lm.max_period, cache.mask(t)
         qkv = self.lm.layers[0].split(x)
         for idx, joint in enumerate(joints):
             x, qkv = joint(x, cache.attend(idx, qkv, max_period, mask))
@@ -186,6 +217,8 @@ class MlxEngine:
         lm = self.lm
 
         def frame(x: mx.array, inputs: dict[str, mx.array]) -> mx.array:
+            rows = len(inputs["user"])
+            inputs = {name: _padded(each, len(x)) for name, each in inputs.items()}
             noise = sampler.noise(inputs["keys"]) if "keys" in inputs else None
             given = inputs.get("given")
             hidden, logits = lm.head(x)
@@ -199,7 +232,7 @@ class MlxEngine:
                 None if given is None else given[:, 1:],
             )
             parts = [text[:, None].astype(mx.int32), codes.astype(mx.int32)]
-            return mx.concatenate([*parts, inputs["user"]], axis=1)
+            return mx.concatenate([*parts, inputs["user"]], axis=1)[:rows]
 
         return frame
 
@@ -211,6 +244,11 @@ def _has_one_group(lm: LmTensors, name: str) -> bool:
 
 def _as_it_is(joint: Joint) -> Joint:
     return joint
+
+
+def _padded(x: mx.array, rows: int) -> mx.array:
+    """``x`` (some rows, width) with zeros behind, as ``rows``."""
+    return mx.pad(x, [(0, rows - len(x)), (0, 0)]) if rows > len(x) else x
 
 
 def cost_of(config: ModelConfig, lm: LmTensors, float_bytes: int) -> Cost:
@@ -244,18 +282,25 @@ def stored_bytes(weight: mx.array, form: Quantization | None, float_bytes: int) 
 
 
 class MlxRows:
-    """Rows that make each step together; one row has keys and values of its own.
+    """Rows that make each step together; one by itself has keys and values as a prompt.
 
-    A row that nobody takes idles. When half of them idle, the rest move together.
+    Products have ``num_rows`` rows, however many there are. A row that nobody takes
+    idles. When half of them idle, the rest move together.
     """
 
     def __init__(
-        self, engine: MlxEngine, capacity: int, sampling: SamplingConfig, frame: Frame
+        self,
+        engine: MlxEngine,
+        capacity: int,
+        num_rows: int,
+        sampling: SamplingConfig,
+        frame: Frame,
     ) -> None:
         config = engine.config.lm
         self._engine, self._frame = engine, frame
         self._draws = Sampler.of(config, sampling).draws
-        self._capacity, self._num_agent = capacity, config.num_agent_streams
+        self._capacity, self._num_rows = capacity, num_rows
+        self._num_agent = config.num_agent_streams
         self._cache: Any = None  # a RowsCache, or one row's KvCache
         self._places: list[int | None] = []  # by row
         self._column = mx.zeros((0, config.num_streams), mx.int32)
@@ -268,7 +313,7 @@ class MlxRows:
         taken = set(self._places)
         place = next(i for i in range(self._capacity) if i not in taken)
         row = self._free_row(start)
-        if self._capacity == 1:
+        if self._num_rows == 1:
             self._cache = start.memory.copy()
         else:
             self._cache.put(row, start.memory)
@@ -287,7 +332,7 @@ class MlxRows:
         """End the conversation in a place; another may join there."""
         idx = self._places.index(row)
         self._places[idx] = None
-        if self._capacity > 1:
+        if self._num_rows > 1:
             self._cache.leave(idx)
 
     def step(self, user: np.ndarray) -> Waiting:
@@ -305,8 +350,9 @@ class MlxRows:
         if self._given is not None:
             inputs["given"] = self._given
         engine = self._engine
-        x = engine.temporal(engine.inputs(self._column[..., None]), self._cache)
-        self._column, self._given = self._frame(x[:, 0], inputs), None
+        columns = _padded(self._column, self._num_rows)
+        x = engine.step(engine.inputs(columns.T[None]), self._cache)
+        self._column, self._given = self._frame(x.squeeze(0), inputs), None
         self._frames = [number + 1 for number in self._frames]
         # On CUDA what the host has read stays slow for a GPU to write to, and MLX gives
         # it to whoever asks for that size next: so it is not to be a column's.
@@ -325,7 +371,7 @@ class MlxRows:
                 mx.array(start.prompt.columns[None, :, -1]), self._capacity, axis=0
             )
             self._seeds, self._frames = [0] * self._capacity, [0] * self._capacity
-            if self._capacity > 1:
+            if self._num_rows > 1:
                 self._cache = self._engine.make_ring(start.memory, self._capacity)
             return 0
         more = min(count, self._capacity - count)
@@ -337,12 +383,12 @@ class MlxRows:
 
     def _take(self, rows: list[int]) -> None:
         """Make the rows copies of these."""
-        chosen = mx.array(rows)
-        if self._capacity > 1:
+        if self._num_rows > 1:
             self._cache.take(rows)
         self._places = [self._places[i] for i in rows]
-        self._column = self._column[chosen]
-        self._given = None if self._given is None else self._given[chosen]
+        self._column = take_rows(self._column, rows)
+        if self._given is not None:
+            self._given = take_rows(self._given, rows)
         self._seeds = [self._seeds[i] for i in rows]
         self._frames = [self._frames[i] for i in rows]
 
@@ -365,36 +411,54 @@ class Waiting:
         return column
 
 
-class RowsApart:
-    """Rows that step one after the other."""
+@dataclass(frozen=True)
+class WaitingApart:
+    """Steps under way of blocks of places, in order, None for one that nobody has."""
 
-    def __init__(self, rows: Sequence[MlxRows]) -> None:
-        """Each of ``rows`` has one place."""
-        self._rows = rows
-        self._is_taken = [False] * len(rows)
+    steps: Sequence[Pending | None]
+    sizes: Sequence[int]
+    width: int
+
+    def tokens(self) -> np.ndarray:
+        """The agent's column int32 (capacity, agent streams), once it is there."""
+        columns = [
+            np.zeros((size, self.width), np.int32) if step is None else step.tokens()
+            for step, size in zip(self.steps, self.sizes, strict=True)
+        ]
+        return np.concatenate(columns)
+
+
+class RowsApart:
+    """Blocks of rows that step one after the other."""
+
+    def __init__(
+        self, blocks: Sequence[tuple[Rows, int]], num_agent_streams: int
+    ) -> None:
+        """Each of ``blocks`` is rows, and how many places they have."""
+        self._blocks = [rows for rows, _ in blocks]
+        self._sizes = [size for _, size in blocks]
+        self._first: list[int] = np.cumsum([0, *self._sizes]).tolist()
+        self._taken = [0] * len(blocks)
+        self._width = num_agent_streams
 
     def join(self, start: Start, seed: int, frames: int | None = None) -> int:
         """Begin a conversation after a prompt; its place."""
-        place = self._is_taken.index(False)
-        self._rows[place].join(start, seed, frames)
-        self._is_taken[place] = True
-        return place
+        sizes = zip(self._taken, self._sizes, strict=True)
+        idx = next(i for i, (taken, size) in enumerate(sizes) if taken < size)
+        self._taken[idx] += 1
+        return self._first[idx] + self._blocks[idx].join(start, seed, frames)
 
     def leave(self, row: int) -> None:
         """End the conversation in a place; another may join there."""
-        self._rows[row].leave(0)
-        self._is_taken[row] = False
+        idx = bisect.bisect(self._first, row) - 1
+        self._taken[idx] -= 1
+        self._blocks[idx].leave(row - self._first[idx])
 
-    def step(self, user: np.ndarray) -> Done:
+    def step(self, user: np.ndarray) -> WaitingApart:
         """Make a step of every row."""
-        pending = {
-            place: self._rows[place].step(user[place : place + 1])
-            for place, is_taken in enumerate(self._is_taken)
-            if is_taken
-        }
-        columns = {place: step.tokens() for place, step in pending.items()}
-        width = next(iter(columns.values())).shape[1]
-        column = np.zeros((len(self._rows), width), np.int32)
-        for place, tokens in columns.items():
-            column[place] = tokens[0]
-        return Done(column)
+        parts = np.split(user, self._first[1:-1])
+        steps = [
+            rows.step(part) if taken else None
+            for rows, part, taken in zip(self._blocks, parts, self._taken, strict=True)
+        ]
+        return WaitingApart(steps, self._sizes, self._width)

@@ -1,13 +1,12 @@
-"""Keys and values of many rows that step together, in one ring."""
+"""Keys and values of many rows that step together: in one ring, or each its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import mlx.core as mx
-import numpy as np
 
-from pplex.model.cache import GROWTH, KvCache, Mask, scaled_attention
+from pplex.model.cache import GROWTH, KvCache, Mask
 
 
 class FastCache(KvCache):
@@ -28,6 +27,13 @@ def rope(x: mx.array, max_period: float, offset: int | mx.array) -> mx.array:
         scale=1.0,
         offset=offset,
     )
+
+
+def take_rows(x: mx.array, rows: list[int]) -> mx.array:
+    """``x[rows]``, by copies of stretches: MLX compiles its own kernel in seconds."""
+    starts = [i for i, row in enumerate(rows) if not i or row != rows[i - 1] + 1]
+    stretches = zip(starts, [*starts[1:], len(rows)], strict=True)
+    return mx.concatenate([x[rows[i] : rows[i] + j - i] for i, j in stretches])
 
 
 class Ring:
@@ -61,7 +67,7 @@ class Ring:
 
     def take(self, rows: list[int]) -> None:
         """Make the rows copies of these; a row may be there more than once."""
-        self._replace(lambda store: store[mx.array(rows)])
+        self._replace(lambda store: take_rows(store, rows))
 
     def grow(self, need: int) -> None:
         """Make room for ``need`` positions, or the window."""
@@ -92,60 +98,47 @@ class Ring:
             mx.eval(self.stores[idx])
 
 
-class SlotCache:
-    """One ring for all rows: a row's prompt lies in it as what it said does."""
+class CacheEach:
+    """A cache for each row: nothing of a row depends on the rows beside it."""
 
-    def __init__(self, like: KvCache, num_rows: int) -> None:
-        """Empty rows; layers, heads, type and window are those of ``like``."""
-        self._ring = Ring(like, num_rows)
-        self._lengths = np.zeros(num_rows, np.int32)
-        self._is_used = np.zeros(num_rows, bool)
-        self._offsets = mx.array(self._lengths)
+    def __init__(self, num_rows: int) -> None:
+        """Rows that nobody has."""
+        self._rows: list[KvCache | None] = [None] * num_rows
 
     def put(self, row: int, source: KvCache) -> None:
         """Replace ``row`` by the positions of a cache of one row."""
-        ring, length = self._ring, min(source.end, self._ring.window)
-        ring.grow(length + 1)
-        self._lengths[row], self._is_used[row] = source.end, True
-        start = (ring.slot - length) % ring.slots
-        first = min(length, ring.slots - start)
-        for into, new in zip(ring.stores, source.ordered(length), strict=True):
-            into[row : row + 1, :, start : start + first] = new[:, :, :first]
-            into[row : row + 1, :, : length - first] = new[:, :, first:]
+        self._rows[row] = source.copy()
 
     def leave(self, row: int) -> None:
         """Forget what ``row`` had; nobody uses it for now."""
-        self._is_used[row] = False
+        self._rows[row] = None
 
     def take(self, rows: list[int]) -> None:
         """Make the rows copies of these; a row may be there more than once."""
-        self._lengths, self._is_used = self._lengths[rows], self._is_used[rows]
-        self._ring.take(rows)
+        chosen = [self._rows[row] for row in rows]
+        self._rows = [None if cache is None else cache.copy() for cache in chosen]
 
-    def mask(self, t: int) -> mx.array:
-        """Boolean (rows, 1, 1, slots): the slots that hold a position of the row."""
+    def mask(self, t: int) -> None:
+        """A new position sees all that its row has."""
         assert t == 1
-        ring = self._ring
-        self._lengths[~self._is_used] = 0
-        ring.grow(int(self._lengths.max()) + 1)
-        self._offsets = mx.array(self._lengths)
-        ages = (ring.slot - np.arange(ring.slots)) % ring.slots
-        visible = mx.array(ages.astype(np.int32))[None] <= self._offsets[:, None]
-        return visible[:, None, None]
 
     def attend(
         self, layer: int, qkv: mx.array, max_period: float, mask: Mask
     ) -> mx.array:
-        """Attention of new positions (rows, 3 heads, 1, head_dim), which are added."""
+        """Attention of a new position of each row, which is added.
+
+        ``qkv`` is (1, 3 heads, rows, head_dim), with rows of nobody behind.
+        """
         heads = qkv.shape[1] // 3
-        slot = self._ring.slot
-        keys, values = self._ring.keys_values(layer)
-        rotated = rope(qkv[:, : 2 * heads], max_period, self._offsets)
-        keys[:, :, slot : slot + 1] = rotated[:, heads:]
-        values[:, :, slot : slot + 1] = qkv[:, 2 * heads :]
-        return scaled_attention(rotated[:, :heads], keys, values, mask)
+        y = [qkv[:, :heads, row : row + 1] for row in range(qkv.shape[2])]
+        for row, cache in enumerate(self._rows):
+            if cache is not None:
+                new = qkv[:, :, row : row + 1]
+                y[row] = cache.attend(layer, new, max_period, mask)
+        return mx.concatenate(y, axis=2)
 
     def advance(self, t: int) -> None:
         """Count ``t`` positions as written in every row."""
-        self._ring.advance(t)
-        self._lengths += t
+        for cache in self._rows:
+            if cache is not None:
+                cache.advance(t)

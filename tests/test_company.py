@@ -1,0 +1,73 @@
+"""Answers that do not depend on company, by the way of GPUs, here on a CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from small import SMALL, SharedSteps, converse, speech
+
+from pplex.bench.random_model import random_codec, random_lm, random_prompt
+from pplex.conversation.scheduler import converse_many
+from pplex.conversation.tracks import Conversation
+from pplex.engine.mlx.codec import MlxCodec
+from pplex.model.mimi import make_mimi
+from pplex.model.sampling import SamplingConfig
+
+PARTS = "pcm", "text", "agent", "user"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Rows that share each step, and a codec that works on groups."""
+    codec = random_codec(SMALL.mimi)
+    engine = SharedSteps(SMALL, random_lm(SMALL.lm, 4), codec)
+    engine.codec = MlxCodec(make_mimi(SMALL.mimi, codec), on_gpu=True)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def recordings(engine):
+    prompts = [random_prompt(SMALL)] * 2
+    starts = [engine.prefill(prompt) for prompt in prompts]
+    lengths = 20, 33, 2, 60, 9, 41, 20, 25, 12, 30
+    return [
+        Conversation(str(idx), speech(frames, idx).reshape(-1), starts[idx % 2], idx)
+        for idx, frames in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(engine, recordings):
+    """Each answered as if there were no other."""
+    return {
+        one.key: answer
+        for some in recordings
+        for one, answer in converse_many(engine, [some], SamplingConfig(), batch_size=1)
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3, SharedSteps.gpu_rows, 10])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_batch_of_any_size_in_any_order_says_the_same(
+    engine, recordings, alone, size, order
+):
+    found = dict.fromkeys(alone)
+    for one, answer in converse_many(
+        engine, recordings[::order], SamplingConfig(), batch_size=size
+    ):
+        found[one.key] = answer
+    for key, answer in found.items():
+        for part in PARTS:
+            expected = getattr(alone[key], part)
+            np.testing.assert_array_equal(getattr(answer, part), expected)
+
+
+def test_one_recording_by_itself_says_the_same(engine, recordings, alone):
+    start, frames = recordings[3].start, speech(60, 3)
+    tokens, user, pcm = converse(engine, start, frames, SamplingConfig(), 3, chunk=128)
+    answer = alone["3"]
+    np.testing.assert_array_equal(
+        tokens, np.concatenate([answer.text[None], answer.agent])
+    )
+    np.testing.assert_array_equal(user, answer.user)
+    np.testing.assert_array_equal(pcm, answer.pcm)
