@@ -284,9 +284,9 @@ def test_a_large_model_is_estimated_by_running_parts_of_it(monkeypatch):
     monkeypatch.setattr(estimate, "SMALL_BYTES", 0)
     made = []
 
-    def make(config, *tensors):
+    def make(config, *tensors, **how):
         made.append(config.lm.num_layers)
-        return make_engine(config, *tensors)
+        return make_engine(config, *tensors, **how)
 
     monkeypatch.setattr(estimate, "make_engine", make)
     frame_s = estimate.estimate_frame_s(MEDIUM, 4)

@@ -18,7 +18,7 @@ from pplex.engine.base import Codec, Cost, Engine
 from pplex.engine.choose import KINDS, batch_size
 from pplex.engine.cuda.cache import SharedCache
 from pplex.engine.mlx.codec import MlxCodec
-from pplex.engine.mlx.ring import SlotCache
+from pplex.engine.mlx.ring import CacheEach
 from pplex.model.cache import GROWTH, KvCache, scaled_attention
 from pplex.model.config import LmConfig
 from pplex.model.mimi import Mimi
@@ -218,7 +218,7 @@ def attend_as_the_kernel(qkv, ring, prompts, rows, tiles, slot, window, max_peri
     return mx.concatenate(outputs)
 
 
-@pytest.mark.parametrize("kind", [SlotCache, SharedCache])
+@pytest.mark.parametrize("kind", [lambda like, count: CacheEach(count), SharedCache])
 @pytest.mark.parametrize("window", [30, GROWTH + 50])
 def test_ring_for_many_rows_equals_caches_apart(window, kind, monkeypatch):
     monkeypatch.setattr("pplex.engine.cuda.cache.attend_rows", attend_as_the_kernel)
@@ -243,11 +243,11 @@ def test_ring_for_many_rows_equals_caches_apart(window, kind, monkeypatch):
                 ring.put(1, cache.copy())  # until it is taken
             apart[row : row + 1] = [cache]
         new = [qkv(1) for _ in range(2)]
-        found = ring.attend(0, mx.concatenate(new), 10000.0, ring.mask(1))
+        found = ring.attend(0, mx.concatenate(new, axis=2), 10000.0, ring.mask(1))
         ring.advance(1)
         for idx, (cache, one) in enumerate(zip(apart, new, strict=False)):
             expected = cache.attend(0, one, 10000.0, cache.mask(1))
             cache.advance(1)
             np.testing.assert_allclose(
-                np.array(found[idx]), np.array(expected[0]), atol=1e-5
+                np.array(found[:, :, idx : idx + 1]), np.array(expected), atol=1e-5
             )

@@ -175,6 +175,10 @@ def write_answer(
         "audio_s": round(audio_s, 3),
         "tail_s": took_s,
         "timings": {f"{part}_s": round(s, 4) for part, s in seconds.items()},
+        "computed": {
+            key: getattr(answered.info, key)
+            for key in ("device", "dtype", "compute", "kernels")
+        },
         "words": stats.words,
         "cut_off": stats.cut_off,
         "checks": _checks(check, outcomes),

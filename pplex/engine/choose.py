@@ -8,6 +8,9 @@ module of its own and a line there.
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.metadata
+import importlib.resources
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -206,6 +209,22 @@ def choose_form(
         reason = f"written out they take {need:.1f} GB, and {room} is free"
         return Form(False, reason, alone)
     return best
+
+
+@functools.cache
+def version_of(name: str) -> str:
+    """The version of an engine's arithmetic: what its files and MLX's version say.
+
+    Of another version other bits may come.
+    """
+    digest = hashlib.sha256(importlib.metadata.version("mlx").encode())
+    folders = ("c",) if name == "c" else dict.fromkeys(("mlx", name))
+    for folder in folders:
+        files = importlib.resources.files("pplex.engine").joinpath(folder).iterdir()
+        for file in sorted(files, key=lambda file: file.name):
+            if file.name.endswith((".py", ".c", ".h", ".cu")):
+                digest.update(file.read_bytes())
+    return f"{name} {digest.hexdigest()[:12]}"
 
 
 def make_engine(

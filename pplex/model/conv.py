@@ -91,7 +91,7 @@ class DepthwiseUpsample(nn.Module):
         """Upsample ``x`` (batch, t, channels) to (batch, 2 t, channels)."""
         b, t, c = x.shape
         x2 = with_previous(x, state).reshape(b, t, 2, c)
-        w = self.weight
+        w = mx.split(self.weight, 4)
         even = x2[:, :, 0] * w[0] + x2[:, :, 1] * w[2]
         odd = x2[:, :, 0] * w[1] + x2[:, :, 1] * w[3]
         return mx.stack([even, odd], axis=2).reshape(b, 2 * t, c), tail(x, 1)

@@ -138,6 +138,7 @@ class Stats:
     dtype: str
     bits: tuple[int, ...]
     compute: str
+    kernels: str
     layout: str
     model: str
     repo: str | None
@@ -179,12 +180,14 @@ class ModelInfo:
     dtype: str
     bits: tuple[int, ...]
     compute: str
+    kernels: str
     layout: str
     peak_memory_gb: float
 
 
 def model_info(model: Model) -> ModelInfo:
     """The facts as they are now."""
+    from pplex.engine.choose import version_of
     from pplex.engine.device import device_name, peak_memory_gb
 
     return ModelInfo(
@@ -192,6 +195,7 @@ def model_info(model: Model) -> ModelInfo:
         dtype=model.engine.dtype,
         bits=model.bits,
         compute=model.engine.compute,
+        kernels=version_of(model.engine.name),
         layout=model.layout,
         peak_memory_gb=peak_memory_gb(),
     )
@@ -262,6 +266,7 @@ def make_stats(
         dtype=info.dtype,
         bits=info.bits,
         compute=info.compute,
+        kernels=info.kernels,
         layout=info.layout,
         model=local.name,
         repo=local.repo,

@@ -72,6 +72,16 @@ class Kernel:
     threads: int
     shared_memory: int = 0
 
+    @classmethod
+    def of(cls, name: str, source: str, threads: int, shared_memory: int = 0) -> Kernel:
+        """The kernel ``name`` of ``source``, compiled.
+
+        MLX knows a kernel by its name alone, and a process may have several models.
+        """
+        unique = f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+        code = compile_cuda(f"#define {name} {unique}\n{source}")
+        return cls(unique, code, threads, shared_memory)
+
     def __call__(
         self,
         inputs: Sequence[mx.array],

@@ -6,7 +6,7 @@ import functools
 
 import mlx.core as mx
 
-from pplex.engine.cuda.compiler import Kernel, compile_cuda, read_source, with_constants
+from pplex.engine.cuda.compiler import Kernel, read_source, with_constants
 
 _THREADS = 256
 _EACH = 4  # values of four channels that a thread makes
@@ -49,4 +49,4 @@ def source() -> str:
 
 @functools.cache
 def _kernel() -> Kernel:
-    return Kernel("elu_behind", compile_cuda(source()), _THREADS)
+    return Kernel.of("elu_behind", source(), _THREADS)

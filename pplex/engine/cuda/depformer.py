@@ -11,7 +11,6 @@ import mlx.nn as nn
 
 from pplex.engine.cuda.compiler import (
     Kernel,
-    compile_cuda,
     num_multiprocessors,
     read_source,
     shared_memory,
@@ -76,8 +75,7 @@ class DepformerKernel:
         self._counters = mx.zeros(64, mx.uint32)
         mx.eval(self._weights, self._counters)
         self._sizes = _sizes(config)
-        code = compile_cuda(source(config))
-        self._kernel = Kernel(NAME, code, THREADS, SHARED_MEMORY)
+        self._kernel = Kernel.of(NAME, source(config), THREADS, SHARED_MEMORY)
         self._blocks = num_multiprocessors()
 
     def __call__(

@@ -17,7 +17,6 @@ import numpy as np
 from pplex.engine.base import Start
 from pplex.engine.cuda.compiler import (
     Kernel,
-    compile_cuda,
     num_multiprocessors,
     read_source,
     with_constants,
@@ -126,7 +125,7 @@ class FrameKernel:
         mx.eval(self._arrays)
         self.offsets, self._work = _workspace(_sizes(lm.config, self._splits))
         text, floats = source(lm.config, forms, self._splits)
-        self._kernel = Kernel(NAME, compile_cuda(text), THREADS, 4 * floats)
+        self._kernel = Kernel.of(NAME, text, THREADS, 4 * floats)
 
     def __call__(
         self,

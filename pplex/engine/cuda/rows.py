@@ -6,7 +6,7 @@ import functools
 
 import mlx.core as mx
 
-from pplex.engine.cuda.compiler import Kernel, compile_cuda, read_source, with_constants
+from pplex.engine.cuda.compiler import Kernel, read_source, with_constants
 from pplex.model.rotary import frequencies
 
 MOST_DIM = 8192  # add_norm.cu
@@ -189,5 +189,4 @@ def source(name: str, **sizes: int) -> str:
 
 @functools.cache
 def _kernel(name: str, shared_memory: int = 0, **sizes: int) -> Kernel:
-    code = compile_cuda(source(name, **sizes))
-    return Kernel(name, code, THREADS[name], shared_memory)
+    return Kernel.of(name, source(name, **sizes), THREADS[name], shared_memory)
