@@ -184,6 +184,8 @@ def test_every_command_works_through_the_hub_and_then_offline(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     assert run("models", "path", model).stdout == pulled.stdout
+    listed = {e["repo"]: e for e in json.loads(run("models", "list", "--json").stdout)}
+    assert listed[REPOS[name].name]["complete"]
     info = json.loads(run("models", "info", model, "--json").stdout)
     assert (info["repo"], info["revision"]) == (REPOS[name].name, path.name)
     verified = run("models", "verify", model, "-q")
@@ -278,6 +280,9 @@ def test_float_types_are_taken_as_they_come(twins, run, tmp_path, data):
             replies.append(out.read_bytes())
         assert replies[0] == replies[1]
         assert run("models", "verify", folder, "-q").stdout == ""
+        again = tmp_path / f"{name} again"
+        converted = run("models", "convert", folder, again, "--bits", "8", "-q")
+        assert (converted.exit_code, converted.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -452,12 +457,17 @@ def test_a_cache_that_is_only_read_is_enough(twins, run, hub, caches, data):
             process = run_as_user(hub, caches, *args)
             printed, stderr = process.communicate(timeout=60)
             assert (process.returncode, printed) == (0, stdout), stderr
-        # What is missing cannot be brought, which is said in a sentence.
+        # What cannot be brought or deleted is said in a sentence.
         serve(hub, "4bit", twins("4bit"))
-        process = run_as_user(hub, caches, "models", "pull", "4bit")
-        printed, stderr = process.communicate(timeout=60)
-        assert (process.returncode, printed) == (1, "")
-        assert f"Error: {REPOS['4bit'].name} cannot be downloaded" in stderr
+        for args, said in (
+            (("pull", "4bit"), f"Error: {REPOS['4bit'].name} cannot be downloaded"),
+            (("remove", model, "--yes"), f"Error: {REPOS['8bit'].name} cannot be rem"),
+        ):
+            process = run_as_user(hub, caches, "models", *args)
+            printed, stderr = process.communicate(timeout=60)
+            assert (process.returncode, printed) == (1, "")
+            assert said in stderr and "Traceback" not in stderr
+        assert run("models", "verify", model, "-q").exit_code == 0
     finally:
         for folder in folders:
             folder.chmod(0o755)

@@ -1,5 +1,6 @@
 """What of a model is in the Hugging Face cache; this module never goes online."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,16 +105,19 @@ def remove_from_cache(repo: str) -> int:
             scan = scan_cache_dir(cache_folder())
         except CacheNotFound:
             return 0
-    found = [r for r in scan.repos if r.repo_id == repo and r.repo_type == "model"]
-    commits = [revision.commit_hash for r in found for revision in r.revisions]
-    strategy = scan.delete_revisions(*commits)
-    try:
-        strategy.execute()
-    except OSError as e:
-        raise PplexError(
-            f"{repo} cannot be removed from {cache_folder()}: {e.strerror or e}"
-        ) from e
-    return strategy.expected_freed_size
+    freed = 0
+    for found in scan.repos:
+        if found.repo_id == repo and found.repo_type == "model":
+            # huggingface_hub's own way only logs what it cannot delete.
+            try:
+                shutil.rmtree(found.repo_path)
+            except OSError as e:
+                raise PplexError(
+                    f"{repo} cannot be removed, or not all of it, from "
+                    f"{found.repo_path}: {e.strerror or e}"
+                ) from e
+            freed += found.size_on_disk
+    return freed
 
 
 def cache_folder() -> Path:

@@ -14,6 +14,7 @@ from pplex.checkpoint.config import report_it
 from pplex.checkpoint.folder import SPLIT_PARTS, CheckpointFolder
 from pplex.checkpoint.layouts import (
     LAYOUTS,
+    PARTS,
     Layout,
     Matrix,
     Quantization,
@@ -124,9 +125,10 @@ class Source:
         return self._places[target][0].form
 
     def dtype(self, target: str) -> str:
-        """The type of the weight, or of the scales, of our module ``target``."""
+        """The type of the weight, or of scales and biases, of our module ``target``."""
         specs = self._places[target][0].specs
-        return specs["scales" if "scales" in specs else "weight"].dtype
+        types = {spec.dtype for spec in specs.values()} - {"U32"}
+        return types.pop() if len(types) == 1 else "F32"
 
     def whole(self, target: str) -> dict[str, mx.array]:
         """The tensors, by part, of the file's matrix that ``target`` is a share of."""
@@ -137,7 +139,10 @@ class Source:
         return {part: arrays[spec.name] for part, spec in stored.specs.items()}
 
     def parts(self, target: str) -> dict[str, mx.array]:
-        """The tensors of our module ``target`` as stored: its rows of each part."""
+        """The tensors of our module ``target`` as stored: its rows of each part.
+
+        Scales and biases of different types come in float32.
+        """
         stored, idx, num = self._places[target]
         parts = self.whole(target)
         if len(stored.matrix.shape) == 1:
@@ -145,6 +150,8 @@ class Source:
         if num > 1:
             rows = stored.matrix.shape[0] // num
             parts = {p: a[idx * rows : (idx + 1) * rows] for p, a in parts.items()}
+        if stored.form is not None and parts["scales"].dtype != parts["biases"].dtype:
+            parts |= {p: parts[p].astype(mx.float32) for p in PARTS[1:]}
         return parts
 
     def dense(self, target: str) -> mx.array:
