@@ -347,6 +347,16 @@ def test_a_change_is_found(name, change, finds, copy, intact, reference):
     assert found(folder, reference).items() >= finds.items()
 
 
+def test_files_as_published_that_compute_otherwise_are_not_praised(copy, reference):
+    folder = copy("4bit")
+    reorder_layers(folder)
+    _, findings = verify_numbers(
+        local(folder), None, None, quiet, hashing=False, reference=reference
+    )
+    (said,) = (f for f in findings if f.what == "the twin")
+    assert said.level == "note" and "is it run right?" in said.text
+
+
 def test_bits_are_those_of_the_name(twins):
     for name, repo, level in (
         ("8bit", "8bit", "ok"),
@@ -463,6 +473,8 @@ def test_what_another_machine_makes_of_the_same_files_must_be_the_same(records):
     moments[1] = mean, 1.02 * deviation
     other = replace(record, silence=replace(record.silence, moments=tuple(moments)))
     assert compared(other, record) == {"silent step": "fault"}
+    step = replace(record.initial, text=record.initial.text + 1)
+    assert compared(replace(record, initial=step), record) == {"first step": "fault"}
     assert "in layer 1 of 2" in next(
         f.text for f in compare_records(other, record, None) if f.level == "fault"
     )
@@ -475,6 +487,7 @@ def test_what_another_machine_makes_of_the_same_files_must_be_the_same(records):
         (swap_tables, {"silent step"}),
         (permute_the_text_head, set()),
         (exchange_voices, {"voices of both"}),
+        (another_codec, {"codec of both"}),
     ],
 )
 def test_a_change_is_found_beside_another_record(change, finds, copy, records):

@@ -263,7 +263,9 @@ def compare_records(
         ("first step", ours.initial, other.initial),
         ("silent step", ours.silence, other.silence),
     ):
-        yield _steps(what, a, b, tolerance, worst)
+        yield _steps(what, a, b, tolerance, worst, same)
+    if ours.codec is not None and other.codec is not None:
+        yield _codecs(ours.codec, other.codec)
     if forced is not None:
         passed = min(forced.text, forced.codes) >= MIN_SAME_CHOICES
         text = (
@@ -287,9 +289,9 @@ def _weights(record: Record) -> dict[str, str]:
 
 
 def _steps(
-    what: str, ours: Step, other: Step, tolerance: float, worst: Level
+    what: str, ours: Step, other: Step, tolerance: float, worst: Level, same: bool
 ) -> Finding:
-    """Deviations of all layers, and the likeliest token."""
+    """Deviations of all layers, and of the ``same`` weights the likeliest token."""
     a, b = (np.array(step.moments) for step in (ours, other))
     sizes = [(len(s.moments), len(s.outputs), s.tokens) for s in (ours, other)]
     if sizes[0] != sizes[1]:
@@ -308,7 +310,20 @@ def _steps(
         place = where.get(idx, f"in layer {idx} of {last - 1}")
         text += f"; {apart[idx]:.2g} {place}, allowed are {tolerance}"
     passed = not len(beyond) and bool(end <= _OUTPUTS_SHARE * tolerance)
+    passed &= ours.text == other.text or not same
     return check(what, passed, text, worst)
+
+
+def _codecs(ours: CodecFigures, other: CodecFigures) -> Finding:
+    """The codes of a tone and of zeros."""
+    pairs = [
+        (np.array(getattr(ours, key)), np.array(getattr(other, key)))
+        for key in ("sine", "zeros")
+    ]
+    same = sum(int((a == b).sum()) for a, b in pairs if a.shape == b.shape)
+    count = sum(a.size for a, _ in pairs)
+    text = f"{same} of {count} codes of a tone and of zeros are the same"
+    return check("codec of both", same >= MIN_FIRST_CODES * count, text, "warning")
 
 
 def _is_same_run(a: Run, b: Run) -> bool:
