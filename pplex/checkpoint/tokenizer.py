@@ -36,6 +36,8 @@ class TextTokenizer:
             loaded = bool(content) and processor.LoadFromSerializedProto(content)
             if not loaded or not processor.get_piece_size():
                 raise ValueError("it has no pieces")
+            for idx in range(processor.get_piece_size()):
+                processor.id_to_piece(idx)  # is text, or raises
         return cls(processor)
 
     @property

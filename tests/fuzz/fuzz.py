@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.extend(str(folder) for folder in Path(__file__).parents[:3])
 
 from mutate import mutate
 from targets import CORPUS, TARGETS, corpus, run
@@ -63,7 +63,6 @@ def fuzz(name: str, seconds: float, seed: int) -> int:
 def main() -> None:
     name, seconds = sys.argv[1], float(sys.argv[2])
     seed = int(sys.argv[3]) if len(sys.argv) > 3 else int(time.time())
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     start = time.monotonic()
     tried = fuzz(name, seconds, seed)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
