@@ -76,11 +76,13 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
 
 def read_regular(path: Path, limit: int) -> bytes:
     """The whole of an ordinary file of at most `limit` bytes."""
+    content = bytearray()
     with open_regular(path, limit) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:  # some files tell no size, others grow
-        raise PplexError(f"{path} has over {limit} bytes, which are the most")
-    return content
+        while block := file.read(_BLOCK):
+            content += block
+            if len(content) > limit:  # some files tell no size, others grow
+                raise PplexError(f"{path} has over {limit} bytes, which are the most")
+    return bytes(content)
 
 
 @contextmanager
