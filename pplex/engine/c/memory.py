@@ -34,7 +34,11 @@ def zeros(shape: tuple[int, ...], dtype: DTypeLike, *, huge: bool = True) -> np.
     if size < HUGE_PAGE // 2 or advice is None:
         return np.zeros(shape, dtype)
     pages = -(-size // HUGE_PAGE) + 1  # one more, for the first to begin at a page
-    memory = mmap.mmap(-1, pages * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANON
+    try:
+        memory = mmap.mmap(-1, pages * HUGE_PAGE, flags=flags)
+    except OSError as e:
+        raise MemoryError(f"no {pages * HUGE_PAGE >> 20} MB of it are free") from e
     try:
         memory.madvise(advice)
     except OSError:  # a system built without them
