@@ -432,6 +432,7 @@ def test_ctrl_c_ends_a_download_at_once_and_the_next_goes_on(twins, hub, caches)
         needed(twins("4bit")),
     )
     assert "temporal.safetensors" not in hub.asked_for()
+    assert hub.cut in hub.asked_for()  # not brought to its end by the first
 
 
 def can_be_denied() -> bool:

@@ -80,9 +80,11 @@ class Source:
         ours = [stored.matrix.name for stored in self.matrices]
         # NVIDIA's loader wants a table for the last step's token, which nothing reads.
         unread = f"depformer_emb.{self.steps - 1}."
-        for file, left in specs.items():
-            check_left(file, [n for n in left if not n.startswith(unread)], ours)
-        self.unneeded = {file: sorted(left) for file, left in specs.items()}
+        self.unneeded: dict[Path, list[str]] = {}
+        for file, unused in specs.items():
+            left = sorted(name for name in unused if not name.startswith(unread))
+            check_left(file, left, ours)
+            self.unneeded[file] = left
         self._places = dict(_places(self.matrices))
         self._read: dict[Path, dict[str, mx.array]] = {}
 

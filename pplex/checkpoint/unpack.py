@@ -42,7 +42,7 @@ def unpack_voices(archive: Path) -> Path:
                 raise
             raise PplexError(
                 f"the voices of {archive} cannot be unpacked into {cache_folder()}: "
-                f"{e.strerror or e}"
+                f"{e.strerror or e}; set XDG_CACHE_HOME to a folder that can be written"
             ) from e
     return folder
 
