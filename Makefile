@@ -50,6 +50,7 @@ ifneq ($(DEMO_MODEL),mini)
 endif
 	@echo "Listen to demo/reply.wav: left the recording $(SAMPLE), right the agent."
 	@echo "Its words with their times are in demo/reply.json, timings in demo/stats.json."
+	@echo "Next, your own recording: source $(BIN)/activate; pplex respond YOURS.wav -m mini"
 
 test: $(STAMP_DEV)
 	$(BIN)/python -m pytest -q

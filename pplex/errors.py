@@ -1,4 +1,8 @@
-"""The one exception that reaches the user as a message."""
+"""The one exception that reaches the user as a message, and what messages share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class PplexError(Exception):
@@ -9,3 +13,12 @@ def first_line(error: BaseException) -> str:
     """What an exception says, as far as a sentence takes it; else its name."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question about the known name that is nearest, to end a message; or nothing."""
+    import difflib
+
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, 1)
+    return f". Did you mean {by_lower[near[0]]}?" if near else ""

@@ -342,7 +342,10 @@ def _check_file(path: Path) -> None:
     except FileNotFoundError as e:
         raise PplexError(f"{path} does not exist; check the name") from e
     except IsADirectoryError as e:
-        raise PplexError(f"{path} is a folder; give one recording in it") from e
+        raise PplexError(
+            f"{path} is a folder; give one recording in it, or answer all with "
+            "pplex batch"
+        ) from e
     except PermissionError as e:
         raise PplexError(
             f"{path} cannot be read: no permission; change its rights or copy it"

@@ -11,7 +11,7 @@ from pplex.checkpoint import voices
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.conversation.prompts import choose_voice
-from pplex.errors import PplexError
+from pplex.errors import PplexError, did_you_mean
 from pplex.files import open_regular, reading
 from pplex.model.config import ModelConfig
 from pplex.respond.manifest import file_print
@@ -45,6 +45,7 @@ class Description:
             known = ", ".join(self.voices) or "none"
             raise PplexError(
                 f"voice {voice!r}: neither a voice of this model ({known}) nor a file"
+                + did_you_mean(voice, self.voices)
             )
         return path
 

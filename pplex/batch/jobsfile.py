@@ -12,7 +12,7 @@ from typing import Any
 
 from pplex.conversation.quiet import Tail
 from pplex.conversation.roles import ROLES
-from pplex.errors import PplexError
+from pplex.errors import PplexError, did_you_mean
 from pplex.files import open_regular, reading
 from pplex.values import parse_json, shown
 
@@ -74,14 +74,27 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         open_regular(path, _MAX_BYTES) as raw,
         io.TextIOWrapper(raw, "utf-8-sig", newline="") as file,
     ):
-        reader = csv.DictReader(file, strict=True)
+        first = file.readline()
+        # Where a comma is the decimal sign, spreadsheets write semicolons.
+        comma = ";" if ";" in first and "," not in first else ","
+        names = next(csv.reader([first], delimiter=comma, strict=True), [])
+        reader = csv.DictReader(
+            file, [_column(name) for name in names], delimiter=comma, strict=True
+        )
         for fields in reader:
+            line = reader.line_num + 1  # the names were read before
             if None in fields or None in fields.values():
                 raise PplexError(
-                    f"{path} line {reader.line_num} has not as many columns as the "
-                    "first line has names"
+                    f"{path} line {line} has not as many columns as the first line has "
+                    "names"
                 )
-            yield reader.line_num, {k: v for k, v in fields.items() if v != ""}
+            yield line, {k: v for k, v in fields.items() if v != ""}
+
+
+def _column(name: str) -> str:
+    """A column's name as it is known: without blanks around it, in small letters."""
+    plain = name.strip()
+    return plain.lower() if plain.lower() in COLUMNS else plain
 
 
 def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
@@ -98,7 +111,12 @@ def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
         if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise PplexError(f"{said}, which is not text")
     if "input" not in known:
-        raise PplexError(f"{where} has no input, the name of a recording")
+        found = ", ".join(map(shown, fields)) or "nothing"
+        near = [did_you_mean(str(name), ["input"]) for name in fields]
+        raise PplexError(
+            f"{where} has no input, the name of a recording; it has {found}"
+            + next((said for said in near if said), "")
+        )
     if "prompt" in known and "role" in known:
         raise PplexError(f"{where}: prompt and role exclude each other")
     text = known.get("prompt")

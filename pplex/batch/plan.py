@@ -66,6 +66,7 @@ class _Found:
     settings: Settings
     chosen: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
                 settings=own,
                 chosen=row.output is not None,
                 extra=row.extra,
+                where=f"{path} line {row.number}",
             )
         )
     return found
@@ -292,7 +294,9 @@ def _request(found: _Found, outdir: Path, options: OutputOptions) -> Request:
     else:  # beside a.wav there may be an a.flac
         target = name.with_name(f"{name.name}.wav")
     outputs = _outputs_of(outdir / target, options)
-    return Request(found.source, outputs, found.settings, found.name, found.extra)
+    return Request(
+        found.source, outputs, found.settings, found.name, found.extra, found.where
+    )
 
 
 def _outputs_of(audio: Path, options: OutputOptions) -> Outputs:

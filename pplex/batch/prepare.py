@@ -102,8 +102,11 @@ def make_workload(batch: Batch, progress: bool) -> Workload:
     model = describe(
         resolve(batch.model_name, offline=batch.offline, progress=progress)
     )
-    for one in {request.settings.voice: request for request in own}.values():
-        model.voice_file(model.voice_of(one))
+    for one in {request.settings.voice: request for request in reversed(own)}.values():
+        try:
+            model.voice_file(model.voice_of(one))
+        except PplexError as e:
+            raise PplexError(f"{one.where}: {e}" if one.where else str(e)) from e
     return Workload(own, others, model, plan.left_out)
 
 

@@ -16,7 +16,7 @@ from pplex.checkpoint.hub_cache import (
     remove_from_cache,
 )
 from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS, known_repo
-from pplex.errors import PplexError
+from pplex.errors import PplexError, did_you_mean
 
 _REPO_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 
@@ -67,6 +67,7 @@ def resolve(
         raise PplexError(
             f"there is no model {name!r}: give one of {known}, a folder or "
             ".safetensors file that exists, or owner/name of a Hugging Face repository"
+            + did_you_mean(name, KNOWN_MODELS)
         )
     repo, named = match.groups()
     if named and revision and named != revision:

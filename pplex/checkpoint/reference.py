@@ -116,7 +116,7 @@ _FILES = {
         598_195, "8de47fe2477491fac3dca404185d0430c8d39f9e0daf4c90ada5f03fdf830f45"
     ),
 }
-_VOICES = {
+PUBLISHED_VOICES = {
     **{"NATF0": 51, "NATF1": 48, "NATF2": 51, "NATF3": 51},
     **{"NATM0": 50, "NATM1": 51, "NATM2": 50, "NATM3": 46},
     **{"VARF0": 68, "VARF1": 50, "VARF2": 51, "VARF3": 62, "VARF4": 57},
@@ -133,7 +133,7 @@ _LENGTHS = {
     "tokenizer_spm_32k_3.model": 552_778,
     **{
         f"voices/{name}.safetensors": 424 + 8192 * frames
-        for name, frames in _VOICES.items()
+        for name, frames in PUBLISHED_VOICES.items()
     },
 }
 _TEXTS = {
@@ -178,7 +178,7 @@ class Reference:
     voices: Mapping[str, StoredVoice] = field(
         default_factory=lambda: {
             name: StoredVoice(frames, _HASHED.get(name))
-            for name, frames in _VOICES.items()
+            for name, frames in PUBLISHED_VOICES.items()
         }
     )
     first: FirstStep = _FIRST

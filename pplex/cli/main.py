@@ -19,6 +19,7 @@ from pplex.cli.help import help_
 from pplex.cli.models import models
 from pplex.cli.report import report
 from pplex.cli.respond import respond
+from pplex.cli.roles import roles
 from pplex.cli.score import score
 from pplex.cli.signals import CLOSED_PIPE, exit_code, stop_on_signals
 from pplex.cli.standard import explain, give_up_stdout, open_standard_streams
@@ -46,6 +47,17 @@ class Cli(click.Group):
                     f"the argument {arg!r} is not UTF-8 text; rename such a file"
                 )
         return super().parse_args(ctx, args)
+
+    def format_commands(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        """List the commands, each with the whole first sentence of its help."""
+        rows = [
+            (name, self.commands[name].get_short_help_str(limit=1000))
+            for name in self.list_commands(ctx)
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command line."""
@@ -108,6 +120,7 @@ def cli() -> None:
 cli.add_command(respond)
 cli.add_command(batch)
 cli.add_command(voices)
+cli.add_command(roles)
 cli.add_command(models)
 cli.add_command(score)
 cli.add_command(report)

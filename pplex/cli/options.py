@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
 from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
-from pplex.errors import PplexError
+from pplex.errors import PplexError, did_you_mean
 
 if TYPE_CHECKING:
     from pplex.evaluation.checks import Checks
@@ -137,7 +138,8 @@ class CheckType(click.ParamType):
         name, sign, text = value.partition("=")
         if name not in _CHECKS:
             known = ", ".join(_CHECKS)
-            self.fail(f"{name!r} is no check; there are {known}", param, ctx)
+            text = f"{name!r} is no check; there are {known}"
+            self.fail(text + did_you_mean(name, _CHECKS), param, ctx)
         kind = _CHECKS[name]
         if kind is None and sign:
             self.fail(f"{name} takes no value", param, ctx)
@@ -233,11 +235,12 @@ def conversation_options(command: Command) -> Command:
             ),
             click.option(
                 "--seed",
-                metavar="N",
-                type=click.IntRange(0, 2**63 - 1),
+                metavar="N|random",
+                type=SeedType(),
                 default=DEFAULT_SEED,
                 show_default=True,
-                help="The same seed gives the same answer on the same machine.",
+                help="The same seed gives the same answer on the same machine; random "
+                "draws one, and the summary says which.",
             ),
             click.option(
                 "--greedy", is_flag=True, help="Take the likeliest token every time."
@@ -309,6 +312,20 @@ def verbosity_options(command: Command) -> Command:
         return command(*args, verbosity=verbose - quiet, **kwargs)
 
     return wrapped
+
+
+class SeedType(click.ParamType):
+    """A whole number, or ``random`` for one that is drawn."""
+
+    name = "N|random"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Turn the option's text into its value."""
+        if value == "random":
+            return secrets.randbelow(1 << 31)
+        return click.IntRange(0, 2**63 - 1).convert(value, param, ctx)
 
 
 class TailType(click.ParamType):
@@ -384,6 +401,6 @@ def read_prompt(path: Path) -> str:
     if len(content) > limit:
         raise PplexError(f"--prompt-file {path}: over 1 MiB; give a short text")
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         raise PplexError(f"--prompt-file {path}: not UTF-8 text") from e

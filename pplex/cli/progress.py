@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 QUIET = -1
 VERBOSE = 1
 
+_MOST_LINES = 10  # of what was said that a summary repeats
+
 Own = TypeVar("Own", bound="Lines")
 
 
@@ -109,6 +111,7 @@ class Progress(Lines):
         super().__init__(verbosity)
         self._captions = captions or verbosity >= VERBOSE
         self._channel_chosen = channel_chosen
+        self.words = ""
 
     def reading(self, recording: Recording) -> None:
         """Say which channel is the user's, where there is a choice."""
@@ -161,9 +164,19 @@ class Progress(Lines):
         )
 
     def said(self, text: str) -> None:
-        """Show the agent's words."""
+        """Show the agent's words, and keep the first of them."""
+        if self.words.count("\n") <= _MOST_LINES:
+            self.words += text
         if self._captions and text:
             click.echo(text, err=True, nl=False)
+
+    def said_lines(self) -> list[str]:
+        """What the agent said, for a summary; nothing if it was shown."""
+        lines = self.words.strip().splitlines()
+        if self._captions or not lines:
+            return []
+        more = [] if len(lines) <= _MOST_LINES else ["..."]
+        return ["the agent said:", *lines[:_MOST_LINES], *more]
 
     def advance(self, seconds: float) -> None:
         """Move the bar on."""

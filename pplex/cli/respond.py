@@ -30,17 +30,44 @@ if TYPE_CHECKING:
 _FILE = click.Path(path_type=Path)
 
 
+_SECTIONS = {
+    "Output": ("output", "layout", "transcript", "stats", "tokens", "overwrite"),
+    "Model": ("model_name", "offline", "compute"),
+    "Conversation": ("voice", "prompt", "prompt_file", "role", "channel", "tail"),
+    "Sampling": ("seed", "greedy", "temp", "top_k", "text_temp", "text_top_k"),
+    "Streams": ("raw", "rate"),
+    "Reporting": (),  # and whatever else there is
+}
+
+
+class _Sectioned(click.Command):
+    """A command whose help has its many options in sections."""
+
+    def format_options(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        """Write the options section by section."""
+        params = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]
+        titles = {name: title for title, names in _SECTIONS.items() for name in names}
+        for title in _SECTIONS:
+            own = [p for p in params if titles.get(p.name or "", "Reporting") == title]
+            rows = [p.get_help_record(ctx) for p in own]
+            with formatter.section(title):
+                formatter.write_dl([row for row in rows if row is not None])
+
+
 @click.command(
-    epilog="Example: pplex respond call.wav -o reply.wav --model mini --role teacher"
+    cls=_Sectioned,
+    epilog="Example: pplex respond call.wav -o reply.wav --model mini --role teacher",
 )
-@click.argument("input", type=_FILE)
+@click.argument("inputs", metavar="INPUT", nargs=-1, required=True, type=_FILE)
 @click.option(
     "-o",
     "--output",
     metavar="OUT",
     type=_FILE,
-    required=True,
-    help="The WAV file to write, or - for stdout.",
+    help="The WAV file to write, or - for stdout.  [default: INPUT.reply.wav, beside "
+    "it]",
 )
 @layout_option
 @click.option(
@@ -87,8 +114,8 @@ _FILE = click.Path(path_type=Path)
 @click.pass_context
 def respond(
     ctx: click.Context,
-    input: Path,
-    output: Path,
+    inputs: tuple[Path, ...],
+    output: Path | None,
     layout: Any,
     raw: Any,
     rate: int | None,
@@ -111,7 +138,9 @@ def respond(
     written as soon as it has come. Ctrl-C ends it and leaves what there is.
     """
     text = role_text(options)
+    input = _one_of(inputs)
     is_stream = input == PIPE
+    output = output or _beside(input)
     check_pipes(is_stream, output == PIPE, raw, rate)
     refuse_checks(is_stream, is_descriptor(output), options["checks"])
     from pplex.audio.streams import StreamFormat
@@ -135,6 +164,8 @@ def respond(
         done = answer(request, config, progress, stop)
     if verbosity >= 0:
         click.echo(summary(done), err=True)
+        for line in progress.said_lines():
+            click.echo(line, err=True)
         if stop.signum is None:  # else it was cut off as it was asked to be
             from pplex.respond.ending import Ending, advice
 
@@ -143,6 +174,23 @@ def respond(
     stop.check()
     if not progress.all_passed:
         ctx.exit(1)
+
+
+def _one_of(inputs: Sequence[Path]) -> Path:
+    """The recording; more than one are a batch's."""
+    if len(inputs) > 1:
+        raise click.UsageError(
+            f"respond answers one recording, and {len(inputs)} are given; pplex batch "
+            "answers many: pplex batch FILES -o FOLDER"
+        )
+    return inputs[0]
+
+
+def _beside(source: Path) -> Path:
+    """Where the answer to a file goes if no place is named."""
+    if source == PIPE or is_descriptor(source):
+        raise click.UsageError("a stream has no name: say with -o where it goes")
+    return source.with_name(f"{source.stem}.reply.wav")
 
 
 def refuse_checks(reads: bool, writes: bool, checks: Sequence[tuple]) -> None:

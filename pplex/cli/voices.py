@@ -31,11 +31,21 @@ def voices() -> None:
 def list_voices(model_name: str, offline: bool) -> None:
     """Print the names of a model's voices, one a line.
 
-    Nothing is downloaded for this: the model must be on this machine.
+    Nothing is downloaded for this. Of a published model that is not on this machine
+    the published names are printed.
     """
+    from pplex.checkpoint.known import KNOWN_MODELS
+    from pplex.checkpoint.reference import PUBLISHED_VOICES
     from pplex.checkpoint.voices import find_voices
 
-    for name in find_voices(_local(model_name).path):
+    try:
+        found = list(find_voices(_local(model_name).path))
+    except PplexError:
+        if model_name not in KNOWN_MODELS:
+            raise
+        found = list(PUBLISHED_VOICES)
+        click.echo(f"{model_name} is not on this machine; as published:", err=True)
+    for name in found:
         click.echo(name)
 
 

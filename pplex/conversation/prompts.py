@@ -21,7 +21,7 @@ from pplex.checkpoint.folder import VOICE_SUFFIXES
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.voices import MADE_FOR, RING_LENGTH, write_voice_file
 from pplex.conversation.session import Model
-from pplex.errors import PplexError
+from pplex.errors import PplexError, did_you_mean
 from pplex.model.config import LmConfig
 from pplex.model.prompt import Prompt, initial_column, make_prompt
 
@@ -78,6 +78,7 @@ def make_role(model: Model, voice: str | None, text: str, warn: Warn = _ignore) 
             known = ", ".join(model.voices) or "none"
             raise PplexError(
                 f"voice {name!r}: neither a voice of this model ({known}) nor a file"
+                + did_you_mean(name, model.voices)
             )
     if path.suffix.lower() in VOICE_SUFFIXES:
         saved = voices.read_voice_file(path)

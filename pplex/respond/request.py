@@ -79,7 +79,7 @@ class Request:
     """One recording to answer; ``source`` may be ``-``, a stream on stdin.
 
     Of many, ``key`` is the recording's name, unique among them, and ``extra`` what is
-    kept with its results.
+    kept with its results; ``where`` says which line of a jobs file asks for it.
     """
 
     source: Path
@@ -87,6 +87,7 @@ class Request:
     settings: Settings
     key: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 def check_outputs(request: Request, overwrite: bool) -> None:

@@ -174,8 +174,17 @@ def test_voices_are_listed_one_a_line(run, tiny):
 
 def test_listing_voices_never_downloads_a_model(run):
     result = run("voices", "list")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "pplex models pull 8bit" in result.stderr
+    assert result.exit_code == 0
+    # Those of NVIDIA's README.
+    assert result.stdout.split() == [
+        f"{kind}{number}"
+        for kind, count in (("NATF", 4), ("NATM", 4), ("VARF", 5), ("VARM", 5))
+        for number in range(count)
+    ]
+    assert "8bit is not on this machine" in result.stderr
+    other = run("voices", "list", "--model", "nvidia/personaplex-7b-v1")
+    assert other.exit_code == 1
+    assert "pplex models pull nvidia/personaplex-7b-v1" in other.stderr
 
 
 def test_pull_prints_where_the_model_lies(run, tiny):

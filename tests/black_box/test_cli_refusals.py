@@ -271,10 +271,16 @@ def test_quiet_and_verbose_exclude_each_other(refuses, call):
     refuses(call, "-q", "-v", code=USAGE, names=("--quiet", "--verbose"))
 
 
-def test_no_output_is_a_usage_error(call, run):
-    result = run("respond", call)
+def test_a_stream_without_an_output_is_a_usage_error(run):
+    result = run("respond", "-")
     assert result.exit_code == USAGE
-    assert "--output" in result.stderr
+    assert "-o" in result.stderr
+
+
+def test_several_recordings_are_a_batchs(call, run):
+    result = run("respond", call, call)
+    assert result.exit_code == USAGE
+    assert "pplex batch" in result.stderr
 
 
 def test_an_unknown_option_is_a_usage_error(refuses, call):
@@ -579,7 +585,7 @@ def test_the_program_ends_with_1_after_a_failure(tmp_path, tiny):
 
 
 def test_the_program_ends_with_2_after_a_wrong_call(tmp_path):
-    done = pplex("respond", "call.wav", folder=tmp_path)
+    done = pplex("respond", folder=tmp_path)
     assert (done.returncode, done.stdout) == (USAGE, "")
     assert "Traceback" not in done.stderr
     assert listing(tmp_path) == {}

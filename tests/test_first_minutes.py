@@ -1,0 +1,130 @@
+"""What a new user meets in the first minutes: defaults, suggestions, plain answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pplex.conversation.roles import ROLES
+from pplex.errors import did_you_mean
+
+
+@pytest.fixture
+def call(tmp_path, data) -> Path:
+    return Path(shutil.copy(data / "respond" / "user_c.wav", tmp_path / "call.wav"))
+
+
+def test_without_an_output_the_answer_lies_beside_the_recording(run, call, tiny):
+    result = run("respond", call, "--model", tiny)
+    assert result.exit_code == 0, result.stderr
+    assert sorted(p.name for p in call.parent.iterdir()) == [
+        "call.reply.wav",
+        "call.wav",
+    ]
+    again = run("respond", call, "--model", tiny)
+    assert again.exit_code == 1 and "call.reply.wav exists already" in again.stderr
+
+
+def test_a_seed_may_be_drawn_and_is_said(run, call, tiny, tmp_path):
+    seeds = []
+    for name in ("a", "b"):
+        stats = tmp_path / f"{name}.json"
+        args = ("-o", tmp_path / f"{name}.wav", "--stats", stats, "--model", tiny)
+        result = run("respond", call, *args, "--seed", "random")
+        assert result.exit_code == 0, result.stderr
+        seeds.append(json.loads(stats.read_text())["seed"])
+        assert f"seed {seeds[-1]}" in result.stderr
+    assert seeds[0] != seeds[1]  # alike once in two thousand million runs
+
+
+def test_the_summary_ends_with_what_was_said(run, tmp_path):
+    samples = Path(__file__).parents[1] / "samples"
+    args = ("-o", tmp_path / "o.wav", "--model", "mini", "--prompt")
+    prompt = "You work for Green Bank and your name is Clara. The bank opens at nine "
+    prompt += "and closes at five."
+    result = run("respond", samples / "bank_hours.wav", *args, prompt)
+    said = result.stderr.partition("the agent said:\n")[2].splitlines()
+    assert len(said) == 2 and said[1].endswith("We close at five.")
+
+
+def test_a_prompt_file_may_come_from_windows(run, call, tiny, tmp_path):
+    path, stats = tmp_path / "role.txt", tmp_path / "s.json"
+    path.write_bytes(b"\xef\xbb\xbfYou are kind.\r\nAnd brief.")
+    args = ("-o", tmp_path / "o.wav", "--model", tiny, "--stats", stats)
+    assert run("respond", call, *args, "--prompt-file", path).exit_code == 0
+    assert json.loads(stats.read_text())["prompt"] == "You are kind.\nAnd brief."
+
+
+def test_roles_are_listed_and_shown(run):
+    names = run("roles", "list").stdout.splitlines()
+    assert names == ["teacher (default)", "casual", "service"]
+    assert run("roles", "show", "service").stdout == ROLES["service"] + "\n"
+    wrong = run("roles", "show", "techer")
+    assert wrong.exit_code == 1
+    assert wrong.stderr.endswith("Did you mean teacher?\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "meant"),
+    [
+        (("--model", "min"), "mini"),
+        (("--model", "8 bit"), "8bit"),
+        (("--model", "mini", "--voice", "natf0"), "NATF0"),
+        (("--model", "mini", "--check", "not_silent"), "not-silent"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_suggested(run, call, options, meant):
+    result = run("respond", call, *options)
+    assert f"Did you mean {meant}?" in result.stderr
+    assert not (call.parent / "call.reply.wav").exists()
+
+
+def test_nothing_is_suggested_for_what_is_like_nothing():
+    assert did_you_mean("xylophone", ["mini", "8bit"]) == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "input;voice\ncall.wav;NATF0\n",
+        "Input, Voice \ncall.wav,NATF0\n",
+        "\ufeff INPUT ,VOICE\r\ncall.wav,NATF0\r\n",
+    ],
+)
+def test_a_spreadsheets_jobs_file_is_understood(run, call, tmp_path, text):
+    jobs = tmp_path / "jobs.csv"
+    jobs.write_text(text, encoding="utf-8", newline="")
+    result = run("batch", "--jobs", jobs, "-o", tmp_path / "out", "-m", "mini")
+    assert result.exit_code == 0, result.stderr
+    (line,) = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
+    assert json.loads(line)["voice"] == "NATF0"
+
+
+def test_columns_that_are_not_known_are_named(run, call, tmp_path):
+    jobs = tmp_path / "jobs.csv"
+    jobs.write_text("inputs,voice\ncall.wav,NATF0\n")
+    result = run("batch", "--jobs", jobs, "-o", tmp_path / "out", "-m", "mini")
+    assert result.exit_code == 1
+    assert "'inputs', 'voice'. Did you mean input?" in result.stderr
+
+
+def test_a_bad_voice_of_a_jobs_file_names_its_line(run, call, tmp_path):
+    jobs = tmp_path / "jobs.csv"
+    jobs.write_text("input,voice\ncall.wav,NATF0\ncall.wav,NATF\n")
+    result = run("batch", "--jobs", jobs, "-o", tmp_path / "out", "-m", "mini")
+    assert result.exit_code == 1
+    assert f"{jobs} line 3: voice 'NATF'" in result.stderr
+
+
+def test_the_list_of_commands_cuts_no_sentence(run):
+    assert "..." not in run("--help").stdout.partition("Commands:")[2]
+
+
+def test_the_options_of_respond_come_in_sections(run):
+    page = run("respond", "--help").stdout
+    places = [page.index(f"\n{title}:\n") for title in ("Output", "Model", "Sampling")]
+    assert places == sorted(places)
+    assert "\nOptions:\n" not in page
