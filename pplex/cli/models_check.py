@@ -185,6 +185,7 @@ def _numbers(
     against: Path | None,
 ) -> list[Finding]:
     """Run the model and hold it against what is known; writes ``record``."""
+    from pplex.checkpoint.verify import Finding
     from pplex.quantization.numbers import verify_numbers
     from pplex.quantization.record import read_record, write_record
 
@@ -194,7 +195,8 @@ def _numbers(
                 f"{local.path} is at fault, so nothing is recorded; `pplex models "
                 f"verify {local.name}` says what is wrong"
             )
-        return []
+        text = "not looked at while files are at fault"
+        return [Finding("note", "numbers", text)]
     other = None if against is None else read_record(against)
     measured, found = verify_numbers(
         local,

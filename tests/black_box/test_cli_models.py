@@ -129,6 +129,8 @@ def test_a_model_at_fault_is_not_recorded(run, four, tmp_path):
     (tmp_path / "m" / "voices" / "NATF0.safetensors").unlink()
     result = run("models", "verify", tmp_path / "m", "--record", tmp_path / "r.json")
     assert result.exit_code == 1 and "nothing is recorded" in result.stderr
+    result = run("models", "verify", tmp_path / "m", "--numbers")
+    assert result.exit_code == 1 and "numbers: not looked at" in result.stdout
     assert not (tmp_path / "r.json").exists()
 
 
