@@ -2,11 +2,15 @@
 
    float32 throughout. Arrays are (rows, channels), a row a moment in time. Every value
    is summed in an order that depends on the sizes of its layer alone, so the same
-   sound gives the same bits in chunks of any number of frames. */
+   sound gives the same bits in chunks of any number of frames.
+
+   The functions that take a Crew are run by all of its threads together. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "threads.h"
 
 enum {
   PANEL = 16,      /* columns of a matrix that lie together */
@@ -52,14 +56,35 @@ typedef struct {
   convolution downsample;
   const float *upsample; /* (4, width) */
   long upsample_state, samples, latents;
+  long threads; /* that work together, at most */
 } direction;
 
 typedef struct {
   matrix input, output;
   const matrix *tables; /* a codebook's rows are the columns; bias -|row|^2 / 2 */
   const float *rows;    /* (codebooks, bins, dim) */
-  long num_codebooks, bins, dim;
+  long num_codebooks, bins, dim, threads;
 } quantizer;
+
+/* A chunk to encode or decode. */
+typedef struct {
+  const direction *direction;
+  float *state;
+  long position;
+  const float *from;
+  long frames;
+  float *to, *memory;
+} Chunk;
+
+typedef struct {
+  const quantizer *quantizer;
+  const float *latents;
+  int32_t *codes;
+  long frames;
+  float *to, *memory;
+} Codes;
+
+enum { MANY = 2 }; /* pieces of a phase that is shared in any case */
 
 /* What happens to the sums of a product. */
 typedef struct {
@@ -92,17 +117,15 @@ static float *lay_out(const direction *d, long frames, float *memory, room *r) {
   r->qkv = place(&next, rows * 3 * width);
   r->hidden = place(&next, rows * t->feed_forward);
   r->turns = place(&next, rows * width / t->heads);
-  r->scores = place(&next, t->window);
+  r->scores = place(&next, (t->window + PANEL - 1) / PANEL * PANEL * d->threads);
   return next;
 }
 
 typedef struct {
-  void (*encode)(const direction *, float *, long, const float *, long, float *,
-                 float *);
-  void (*quantize)(const quantizer *, const float *, long, int32_t *, float *);
-  void (*dequantize)(const quantizer *, const int32_t *, long, float *, float *);
-  void (*decode)(const direction *, float *, long, const float *, long, float *,
-                 float *);
+  void (*encode)(Crew *, void *);
+  void (*quantize)(Crew *, void *);
+  void (*dequantize)(Crew *, void *);
+  void (*decode)(Crew *, void *);
   void (*activate)(long, float *, long);
 } engine;
 
@@ -139,39 +162,52 @@ long pplex_codec_room(const direction *d, long frames) {
   return lay_out(d, frames, 0, &r) - (float *)0;
 }
 
+typedef struct {
+  void (*work)(Crew *, void *);
+  void *what;
+} Call;
+
+static void flushed(Crew *crew, void *what) {
+  const Call *call = what;
+  unsigned before = flush();
+  call->work(crew, call->what);
+  restore(before);
+}
+
+static void run(long threads, void (*work)(Crew *, void *), void *what) {
+  Call call = {work, what};
+  work_together((int)threads, flushed, &call);
+}
+
 /* PCM (frames * samples) to latents (frames, width). */
 void pplex_codec_encode(const direction *d, float *state, long position,
                         const float *pcm, long frames, float *latents,
                         float *memory) {
-  unsigned before = flush();
-  in_use->encode(d, state, position, pcm, frames, latents, memory);
-  restore(before);
+  Chunk chunk = {d, state, position, pcm, frames, latents, memory};
+  run(d->threads, in_use->encode, &chunk);
 }
 
 /* Latents (frames, width) to codes (codebooks, frames). Memory: frames times the
    columns of `input` and a codebook, and 32 more. */
 void pplex_codec_quantize(const quantizer *q, const float *latents, long frames,
                           int32_t *codes, float *memory) {
-  unsigned before = flush();
-  in_use->quantize(q, latents, frames, codes, memory);
-  restore(before);
+  Codes whole = {q, latents, codes, frames, 0, memory};
+  run(q->threads, in_use->quantize, &whole);
 }
 
 /* Codes (codebooks, frames) to latents (frames, width). */
 void pplex_codec_dequantize(const quantizer *q, const int32_t *codes, long frames,
                             float *latents, float *memory) {
-  unsigned before = flush();
-  in_use->dequantize(q, codes, frames, latents, memory);
-  restore(before);
+  Codes whole = {q, 0, (int32_t *)codes, frames, latents, memory};
+  run(q->threads, in_use->dequantize, &whole);
 }
 
 /* Latents (frames, width) to PCM (frames * samples). */
 void pplex_codec_decode(const direction *d, float *state, long position,
                         const float *latents, long frames, float *pcm,
                         float *memory) {
-  unsigned before = flush();
-  in_use->decode(d, state, position, latents, frames, pcm, memory);
-  restore(before);
+  Chunk chunk = {d, state, position, latents, frames, pcm, memory};
+  run(d->threads, in_use->decode, &chunk);
 }
 
 /* An activation of `count` values, in place. */

@@ -154,62 +154,76 @@ TARGET static void NAME(finished)(const finish *f, const float *sums, long rows,
 #undef FINISH
 }
 
-/* out (rows, n) = a (rows, k), whose rows start `lda` apart, times a matrix. */
-TARGET static void NAME(product)(const matrix *m, long rows, const float *a, long lda,
-                                 const finish *f, float *out) {
+/* out (rows, n) = a (rows, k), whose rows start `lda` apart, times a matrix: a phase,
+   which the caller ends. */
+TARGET static void NAME(product)(Crew *crew, const matrix *m, long rows, const float *a,
+                                 long lda, const finish *f, float *out) {
   float sums[MAX_ROWS * MAX_PANELS * PANEL] __attribute__((aligned(64)));
   long panels = (m->n + PANEL - 1) / PANEL, size = m->k * PANEL;
-  long most = NAME(panels_at_once)(rows);
-  for (long p = 0, wide; p < panels; p += wide) {
-    wide = panels - p < most ? panels - p : most;
+  long most = NAME(panels_at_once)(rows), parts = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  while (most > 1 && panels * parts < most * crew->of) most--;
+  long groups = (panels + most - 1) / most;
+  for (long i; (i = take_piece(crew, groups * parts)) >= 0;) {
+    long p = i / parts * most, wide = panels - p < most ? panels - p : most;
+    long first = i % parts * MAX_ROWS;
+    long high = rows - first < MAX_ROWS ? rows - first : MAX_ROWS;
     const NAME(tile) *tiles = NAME(tiles)[wide - 1];
     const int *heights = NAME(heights)[wide - 1];
     long column = p * PANEL;
     long columns = m->n - column < wide * PANEL ? m->n - column : wide * PANEL;
-    for (long first = 0, high; first < rows; first += high) {
-      high = rows - first < MAX_ROWS ? rows - first : MAX_ROWS;
-      for (long k = 0; k < m->k; k += MAX_DEPTH) {
-        long depth = m->k - k < MAX_DEPTH ? m->k - k : MAX_DEPTH;
-        for (long r = 0, step = 0; r < high; r += heights[step]) {
-          while (heights[step] > high - r) step++;
-          tiles[step](depth, a + (first + r) * lda + k, lda,
-                      m->weight + p * size + k * PANEL, size, k == 0,
-                      sums + r * MAX_PANELS * PANEL);
-        }
+    for (long k = 0; k < m->k; k += MAX_DEPTH) {
+      long depth = m->k - k < MAX_DEPTH ? m->k - k : MAX_DEPTH;
+      for (long r = 0, step = 0; r < high; r += heights[step]) {
+        while (heights[step] > high - r) step++;
+        tiles[step](depth, a + (first + r) * lda + k, lda,
+                    m->weight + p * size + k * PANEL, size, k == 0,
+                    sums + r * MAX_PANELS * PANEL);
       }
-      NAME(finished)(f, sums, high, columns, m->bias ? m->bias + column : 0,
-                     first * m->n + column, m->n, out);
     }
+    NAME(finished)(f, sums, high, columns, m->bias ? m->bias + column : 0,
+                   first * m->n + column, m->n, out);
   }
 }
 
-/* One convolution of x, `rows` rows with room before them; the carried rows change. */
-TARGET static void NAME(convolve)(const convolution *c, float *state, int starts,
-                                  float *x, long rows, float *kept, float *out) {
+/* One convolution of x, `rows` rows with room before them; the carried rows change. After
+   a phase, and a phase itself, which the caller ends. */
+TARGET static void NAME(convolve)(Crew *crew, const convolution *c, float *state,
+                                  int starts, float *x, long rows, float *kept,
+                                  float *out) {
   long size = c->overlap * c->channels;
   float *carried = state + c->state;
-  if (starts && c->flags & EDGE)
-    for (long i = 0; i < c->overlap; i++)
-      memcpy(carried + i * c->channels, x, c->channels * sizeof *x);
-  memcpy(x - size, carried, size * sizeof *x);
+  meet(crew, 1);
+  while (take_piece(crew, 1) == 0) {
+    if (starts && c->flags & EDGE)
+      for (long i = 0; i < c->overlap; i++)
+        memcpy(carried + i * c->channels, x, c->channels * sizeof *x);
+    memcpy(x - size, carried, size * sizeof *x);
+    memcpy(carried, x + rows * c->channels - size, size * sizeof *x);
+  }
+  meet(crew, MANY);
   finish f = {c->matrix.bias, c->flags & ADD ? kept : 0, c->flags & KEEP ? kept : 0,
               c->activation};
-  NAME(product)(&c->matrix, rows / c->stride, x - size, c->stride * c->channels, &f,
+  NAME(product)(crew, &c->matrix, rows / c->stride, x - size, c->stride * c->channels, &f,
                 out);
-  memcpy(carried, x + rows * c->channels - size, size * sizeof *x);
 }
 
 /* Run r->x, `count` floats, through convolutions, into r->x; how many floats. */
-TARGET static long NAME(convolve_all)(const convolution *c, long num, float *state,
-                                      int starts, long count, room *r) {
+TARGET static long NAME(convolve_all)(Crew *crew, const convolution *c, long num,
+                                      float *state, int starts, long count, room *r) {
   for (long i = 0; i < num; i++) {
     long rows = count / c[i].channels;
-    NAME(convolve)(&c[i], state, starts, r->x, rows, r->kept, r->y);
+    NAME(convolve)(crew, &c[i], state, starts, r->x, rows, r->kept, r->y);
     count = rows / c[i].stride * c[i].matrix.n;
     float *x = r->x;
     r->x = r->y, r->y = x;
   }
   return count;
+}
+
+/* Copy `count` floats, a phase of its own after a phase. */
+TARGET static void NAME(copy)(Crew *crew, const float *from, long count, float *to) {
+  meet(crew, 1);
+  while (take_piece(crew, 1) == 0) memcpy(to, from, count * sizeof *to);
 }
 
 TARGET static void NAME(layer_norm)(const float *x, long rows, long width,
@@ -233,80 +247,92 @@ TARGET static void NAME(layer_norm)(const float *x, long rows, long width,
   }
 }
 
-/* Turn the pairs of a row's queries and keys by its angles: cosines, then sines. */
-TARGET static void NAME(rotate)(float *x, long heads, long dim, const float *turns) {
-  for (long h = 0; h < heads; h++, x += dim)
-    for (long i = 0; i < dim / 2; i++) {
-      float real = x[2 * i], imaginary = x[2 * i + 1];
-      float cosine = turns[i], sine = turns[dim / 2 + i];
-      x[2 * i] = real * cosine - imaginary * sine;
-      x[2 * i + 1] = real * sine + imaginary * cosine;
-    }
+/* Turn the pairs of a head by a row's angles: cosines, then sines. */
+TARGET static void NAME(rotate)(float *x, long dim, const float *turns) {
+  for (long i = 0; i < dim / 2; i++) {
+    float real = x[2 * i], imaginary = x[2 * i + 1];
+    float cosine = turns[i], sine = turns[dim / 2 + i];
+    x[2 * i] = real * cosine - imaginary * sine;
+    x[2 * i + 1] = real * sine + imaginary * cosine;
+  }
 }
 
-/* Add a position's key and value, and attend: y (width) of qkv (3 width).
+/* Add a position's key and value of head `h`, and attend: its part of y (width) of qkv
+   (3 width).
 
    Keys are (heads, dim, slots), values (slots, width); position p lies in slot
    p % window, and slots are a whole number of vectors. */
-TARGET static void NAME(attend)(const transformer *t, const float *qkv, long position,
-                                float *keys, float *values, float *scores, float *y) {
+TARGET static void NAME(attend)(const transformer *t, long h, const float *qkv,
+                                long position, float *keys, float *values, float *scores,
+                                float *y) {
   long width = t->width, dim = width / t->heads, window = t->window;
   long slots = (window + PANEL - 1) / PANEL * PANEL, slot = position % window;
   long filled = position + 1 < window ? position + 1 : window;
   long used = (filled + WIDTH - 1) / WIDTH * WIDTH;
   long block_end = (position / t->block + 1) * t->block;
-  for (long i = 0; i < width; i++) keys[i * slots + slot] = qkv[width + i];
-  memcpy(values + slot * width, qkv + 2 * width, width * sizeof *values);
-  for (long h = 0; h < t->heads; h++) {
-    const float *q = qkv + h * dim, *k = keys + h * dim * slots;
-    for (long j = 0; j < used; j += 4 * WIDTH) {
-      vec sum[4] = {{0}};
-      long vectors = (used - j) / WIDTH < 4 ? (used - j) / WIDTH : 4;
-      if (vectors == 4) {
+  const float *q = qkv + h * dim, *k = keys + h * dim * slots;
+  for (long i = h * dim; i < (h + 1) * dim; i++)
+    keys[i * slots + slot] = qkv[width + i];
+  memcpy(values + slot * width + h * dim, qkv + 2 * width + h * dim, dim * sizeof *y);
+  for (long j = 0; j < used; j += 4 * WIDTH) {
+    vec sum[4] = {{0}};
+    long vectors = (used - j) / WIDTH < 4 ? (used - j) / WIDTH : 4;
+    if (vectors == 4) {
+      for (long i = 0; i < dim; i++)
+        for (int v = 0; v < 4; v++)
+          sum[v] += q[i] * NAME(load)(k + i * slots + j + v * WIDTH);
+      for (int v = 0; v < 4; v++) NAME(store)(scores + j + v * WIDTH, sum[v]);
+    } else
+      for (long v = 0; v < vectors; v++) {
+        vec one = {0};
         for (long i = 0; i < dim; i++)
-          for (int v = 0; v < 4; v++)
-            sum[v] += q[i] * NAME(load)(k + i * slots + j + v * WIDTH);
-        for (int v = 0; v < 4; v++) NAME(store)(scores + j + v * WIDTH, sum[v]);
-      } else
-        for (long v = 0; v < vectors; v++) {
-          vec one = {0};
-          for (long i = 0; i < dim; i++)
-            one += q[i] * NAME(load)(k + i * slots + j + v * WIDTH);
-          NAME(store)(scores + j + v * WIDTH, one);
-        }
-    }
-    float largest = scores[slot];
-    for (long j = 0; j < filled; j++)
-      if (scores[j] > largest) largest = scores[j];
-    for (long j = 0; j < used; j += WIDTH)
-      NAME(store)(scores + j, NAME(exp)(NAME(load)(scores + j) - largest));
-    for (long j = filled; j < used; j++) scores[j] = 0;
-    /* What the block's last position will not see, the block's first does not. */
-    for (long p = position + 1; p < block_end; p++)
-      if (p >= window) scores[p % window] = 0;
-    vec sum = {0};
-    for (long j = 0; j < used; j += WIDTH) sum += NAME(load)(scores + j);
-    float scale = 1.0f / NAME(total)(sum);
-    for (long i = 0; i < dim; i += WIDTH) {
-      vec even = {0}, odd = {0};
-      const float *v = values + h * dim + i;
-      long j = 0;
-      for (; j + 2 <= filled; j += 2) {
-        even += scores[j] * NAME(load)(v + j * width);
-        odd += scores[j + 1] * NAME(load)(v + (j + 1) * width);
+          one += q[i] * NAME(load)(k + i * slots + j + v * WIDTH);
+        NAME(store)(scores + j + v * WIDTH, one);
       }
-      if (j < filled) even += scores[j] * NAME(load)(v + j * width);
-      NAME(store_some)(y + h * dim + i, (even + odd) * scale, dim - i);
+  }
+  float largest = scores[slot];
+  for (long j = 0; j < filled; j++)
+    if (scores[j] > largest) largest = scores[j];
+  for (long j = 0; j < used; j += WIDTH)
+    NAME(store)(scores + j, NAME(exp)(NAME(load)(scores + j) - largest));
+  for (long j = filled; j < used; j++) scores[j] = 0;
+  /* What the block's last position will not see, the block's first does not. */
+  for (long p = position + 1; p < block_end; p++)
+    if (p >= window) scores[p % window] = 0;
+  vec sum = {0};
+  for (long j = 0; j < used; j += WIDTH) sum += NAME(load)(scores + j);
+  float scale = 1.0f / NAME(total)(sum);
+  for (long i = 0; i < dim; i += WIDTH) {
+    vec even = {0}, odd = {0};
+    const float *v = values + h * dim + i;
+    long j = 0;
+    for (; j + 2 <= filled; j += 2) {
+      even += scores[j] * NAME(load)(v + j * width);
+      odd += scores[j + 1] * NAME(load)(v + (j + 1) * width);
     }
+    if (j < filled) even += scores[j] * NAME(load)(v + j * width);
+    NAME(store_some)(y + h * dim + i, (even + odd) * scale, dim - i);
   }
 }
 
-/* x (rows, width), in place, at positions from `position` on. */
-TARGET static void NAME(transform)(const transformer *t, float *state, long position,
-                                   float *x, long rows, room *r) {
+/* Each row of x normalized: a phase after a phase. */
+TARGET static void NAME(norm_all)(Crew *crew, const float *x, long rows, long width,
+                                  const float *weight, const float *bias, float *out) {
+  meet(crew, rows);
+  for (long row; (row = take_piece(crew, rows)) >= 0;)
+    NAME(layer_norm)(x + row * width, 1, width, weight, bias, out + row * width);
+  meet(crew, MANY);
+}
+
+/* x (rows, width), in place, at positions from `position` on. After a phase; the caller
+   ends the last. */
+TARGET static void NAME(transform)(Crew *crew, const transformer *t, float *state,
+                                   long position, float *x, long rows, room *r) {
   long width = t->width, dim = width / t->heads;
   long slots = (t->window + PANEL - 1) / PANEL * PANEL;
-  for (long row = 0; row < rows; row++)
+  float *scores = r->scores + crew->me * slots;
+  meet(crew, rows);
+  for (long row; (row = take_piece(crew, rows)) >= 0;)
     for (long i = 0; i < dim / 2; i++) {
       float angle = (float)(position + row) * t->frequencies[i]; /* rounded, as there */
       r->turns[row * dim + i] = cos(angle);
@@ -317,78 +343,96 @@ TARGET static void NAME(transform)(const transformer *t, float *state, long posi
     const layer *l = &t->layers[i];
     float *keys = state + t->state + i * 2 * slots * width;
     float *values = keys + slots * width;
-    NAME(layer_norm)(x, rows, width, l->norm1_weight, l->norm1_bias, r->normed);
-    NAME(product)(&l->in_proj, rows, r->normed, width, &plain, r->qkv);
-    for (long row = 0; row < rows; row++) {
-      float *qkv = r->qkv + row * 3 * width;
-      NAME(rotate)(qkv, 2 * t->heads, dim, r->turns + row * dim);
-      NAME(attend)(t, qkv, position + row, keys, values, r->scores,
-                   r->normed + row * width);
-    }
-    NAME(product)(&l->out_proj, rows, r->normed, width, &added, x);
-    NAME(layer_norm)(x, rows, width, l->norm2_weight, l->norm2_bias, r->normed);
-    NAME(product)(&l->linear1, rows, r->normed, width, &gelu, r->hidden);
-    NAME(product)(&l->linear2, rows, r->hidden, t->feed_forward, &added, x);
+    NAME(norm_all)(crew, x, rows, width, l->norm1_weight, l->norm1_bias, r->normed);
+    NAME(product)(crew, &l->in_proj, rows, r->normed, width, &plain, r->qkv);
+    meet(crew, MANY);
+    for (long h; (h = take_piece(crew, t->heads)) >= 0;)
+      for (long row = 0; row < rows; row++) {
+        float *qkv = r->qkv + row * 3 * width, *turns = r->turns + row * dim;
+        NAME(rotate)(qkv + h * dim, dim, turns);
+        NAME(rotate)(qkv + width + h * dim, dim, turns);
+        NAME(attend)(t, h, qkv, position + row, keys, values, scores,
+                     r->normed + row * width);
+      }
+    meet(crew, MANY);
+    NAME(product)(crew, &l->out_proj, rows, r->normed, width, &added, x);
+    NAME(norm_all)(crew, x, rows, width, l->norm2_weight, l->norm2_bias, r->normed);
+    NAME(product)(crew, &l->linear1, rows, r->normed, width, &gelu, r->hidden);
+    meet(crew, MANY);
+    NAME(product)(crew, &l->linear2, rows, r->hidden, t->feed_forward, &added, x);
   }
 }
 
-TARGET static void NAME(encode)(const direction *d, float *state, long position,
-                                const float *pcm, long frames, float *latents,
-                                float *memory) {
+TARGET static void NAME(encode)(Crew *crew, void *what) {
+  const Chunk *c = what;
+  const direction *d = c->direction;
+  float *state = c->state, *memory = c->memory;
   room r;
-  lay_out(d, frames, memory, &r);
-  int starts = position == 0;
-  long fine = d->num_fine, rows = frames * d->latents;
-  for (long frame = 0; frame < frames; frame++) {
-    memcpy(r.x, pcm + frame * d->samples, d->samples * sizeof *pcm);
-    NAME(convolve_all)(d->convolutions, fine, state, starts, d->samples, &r);
-    memcpy(r.between + frame * d->between, r.x, d->between * sizeof *pcm);
+  lay_out(d, c->frames, memory, &r);
+  int starts = c->position == 0;
+  long fine = d->num_fine, rows = c->frames * d->latents;
+  while (take_piece(crew, 1) == 0) continue; /* a phase to come after */
+  for (long frame = 0; frame < c->frames; frame++) {
+    NAME(copy)(crew, c->from + frame * d->samples, d->samples, r.x);
+    NAME(convolve_all)(crew, d->convolutions, fine, state, starts, d->samples, &r);
+    NAME(copy)(crew, r.x, d->between, r.between + frame * d->between);
   }
-  memcpy(r.x, r.between, frames * d->between * sizeof *pcm);
-  NAME(convolve_all)(d->convolutions + fine, d->num_convolutions - fine, state, starts,
-                     frames * d->between, &r);
-  NAME(transform)(&d->transformer, state, position, r.x, rows, &r);
-  NAME(convolve)(&d->downsample, state, starts, r.x, rows, r.kept, latents);
+  NAME(copy)(crew, r.between, c->frames * d->between, r.x);
+  NAME(convolve_all)(crew, d->convolutions + fine, d->num_convolutions - fine, state,
+                     starts, c->frames * d->between, &r);
+  NAME(transform)(crew, &d->transformer, state, c->position, r.x, rows, &r);
+  NAME(convolve)(crew, &d->downsample, state, starts, r.x, rows, r.kept, c->to);
+  meet(crew, 0);
 }
 
-TARGET static void NAME(decode)(const direction *d, float *state, long position,
-                                const float *latents, long frames, float *pcm,
-                                float *memory) {
+TARGET static void NAME(decode)(Crew *crew, void *what) {
+  const Chunk *c = what;
+  const direction *d = c->direction;
+  float *state = c->state, *memory = c->memory;
   room r;
-  lay_out(d, frames, memory, &r);
-  long width = d->transformer.width, rows = frames * d->latents;
+  lay_out(d, c->frames, memory, &r);
+  long width = d->transformer.width, rows = c->frames * d->latents;
   long coarse = d->num_convolutions - d->num_fine;
-  const float *w = d->upsample;
-  float *previous = state + d->upsample_state;
-  for (long row = 0; row < frames; row++, latents += width) {
-    float *restrict out = r.x + row * 2 * width;
-    for (long i = 0; i < width; i++) {
-      out[i] = latents[i] * w[i] + previous[i] * w[2 * width + i];
-      out[width + i] = latents[i] * w[width + i] + previous[i] * w[3 * width + i];
+  while (take_piece(crew, 1) == 0) {
+    const float *w = d->upsample, *latents = c->from;
+    float *previous = state + d->upsample_state;
+    for (long row = 0; row < c->frames; row++, latents += width) {
+      float *restrict out = r.x + row * 2 * width;
+      for (long i = 0; i < width; i++) {
+        out[i] = latents[i] * w[i] + previous[i] * w[2 * width + i];
+        out[width + i] = latents[i] * w[width + i] + previous[i] * w[3 * width + i];
+      }
+      memcpy(previous, latents, width * sizeof *latents);
     }
-    memcpy(previous, latents, width * sizeof *latents);
   }
-  NAME(transform)(&d->transformer, state, position, r.x, rows, &r);
-  NAME(convolve_all)(d->convolutions, coarse, state, 0, rows * width, &r);
-  memcpy(r.between, r.x, frames * d->between * sizeof *pcm);
-  for (long frame = 0; frame < frames; frame++) {
-    memcpy(r.x, r.between + frame * d->between, d->between * sizeof *pcm);
-    NAME(convolve_all)(d->convolutions + coarse, d->num_fine, state, 0, d->between, &r);
-    memcpy(pcm + frame * d->samples, r.x, d->samples * sizeof *pcm);
+  NAME(transform)(crew, &d->transformer, state, c->position, r.x, rows, &r);
+  NAME(convolve_all)(crew, d->convolutions, coarse, state, 0, rows * width, &r);
+  NAME(copy)(crew, r.x, c->frames * d->between, r.between);
+  for (long frame = 0; frame < c->frames; frame++) {
+    NAME(copy)(crew, r.between + frame * d->between, d->between, r.x);
+    NAME(convolve_all)(crew, d->convolutions + coarse, d->num_fine, state, 0, d->between,
+                       &r);
+    NAME(copy)(crew, r.x, d->samples, c->to + frame * d->samples);
   }
+  meet(crew, 0);
 }
 
-TARGET static void NAME(quantize)(const quantizer *q, const float *latents, long frames,
-                                  int32_t *codes, float *memory) {
-  long dim = q->dim;
+TARGET static void NAME(quantize)(Crew *crew, void *what) {
+  const Codes *c = what;
+  const quantizer *q = c->quantizer;
+  long dim = q->dim, frames = c->frames;
+  float *memory = c->memory;
   float *residual = place(&memory, frames * 2 * dim), *scores = memory;
+  int32_t *codes = c->codes;
   finish plain = {0};
-  NAME(product)(&q->input, frames, latents, q->input.k, &plain, residual);
+  NAME(product)(crew, &q->input, frames, c->latents, q->input.k, &plain, residual);
   for (long book = 0; book < q->num_codebooks; book++, codes += frames) {
     float *part = residual + (book ? dim : 0);
     finish f = {.bias = q->tables[book].bias};
-    NAME(product)(&q->tables[book], frames, part, 2 * dim, &f, scores);
-    for (long frame = 0; frame < frames; frame++) {
+    meet(crew, MANY);
+    NAME(product)(crew, &q->tables[book], frames, part, 2 * dim, &f, scores);
+    meet(crew, frames);
+    for (long frame; (frame = take_piece(crew, frames)) >= 0;) {
       const float *score = scores + frame * q->bins;
       long best = 0;
       for (long i = 1; i < q->bins; i++)
@@ -398,20 +442,27 @@ TARGET static void NAME(quantize)(const quantizer *q, const float *latents, long
       for (long i = 0; i < dim; i++) part[frame * 2 * dim + i] -= row[i];
     }
   }
+  meet(crew, 0);
 }
 
-TARGET static void NAME(dequantize)(const quantizer *q, const int32_t *codes,
-                                    long frames, float *latents, float *memory) {
-  long dim = q->dim;
-  memset(memory, 0, frames * 2 * dim * sizeof *memory);
-  for (long book = 0; book < q->num_codebooks; book++)
-    for (long frame = 0; frame < frames; frame++) {
-      const float *row = q->rows + (book * q->bins + codes[book * frames + frame]) * dim;
-      float *sum = memory + frame * 2 * dim + (book ? dim : 0);
+TARGET static void NAME(dequantize)(Crew *crew, void *what) {
+  const Codes *c = what;
+  const quantizer *q = c->quantizer;
+  long dim = q->dim, frames = c->frames;
+  float *memory = c->memory;
+  for (long frame; (frame = take_piece(crew, frames)) >= 0;) {
+    float *sums = memory + frame * 2 * dim;
+    memset(sums, 0, 2 * dim * sizeof *sums);
+    for (long book = 0; book < q->num_codebooks; book++) {
+      const float *row = q->rows + (book * q->bins + c->codes[book * frames + frame]) * dim;
+      float *sum = sums + (book ? dim : 0);
       for (long i = 0; i < dim; i++) sum[i] += row[i];
     }
+  }
   finish plain = {0};
-  NAME(product)(&q->output, frames, memory, 2 * dim, &plain, latents);
+  meet(crew, MANY);
+  NAME(product)(crew, &q->output, frames, memory, 2 * dim, &plain, c->to);
+  meet(crew, 0);
 }
 
 static const engine NAME(engine) = {NAME(encode), NAME(quantize), NAME(dequantize),

@@ -18,6 +18,9 @@ import mlx.nn as nn
 import numpy as np
 
 from pplex.engine.c.binding import load_library
+from pplex.engine.c.memory import Arena
+from pplex.engine.c.structures import FLOAT32, LANES, Matrix
+from pplex.engine.device import num_cores
 from pplex.model.config import MimiConfig
 from pplex.model.conv import StreamConv, StreamConvTranspose
 from pplex.model.mimi import CodecTransformer, make_mimi
@@ -95,6 +98,7 @@ class _Direction(ctypes.Structure):
         ("upsample_state", ctypes.c_long),
         ("samples", ctypes.c_long),
         ("latents", ctypes.c_long),
+        ("threads", ctypes.c_long),
     ]
 
 
@@ -107,6 +111,7 @@ class _Quantizer(ctypes.Structure):
         ("num_codebooks", ctypes.c_long),
         ("bins", ctypes.c_long),
         ("dim", ctypes.c_long),
+        ("threads", ctypes.c_long),
     ]
 
 
@@ -119,17 +124,23 @@ class CodecState:
 
 
 class CCodec:
-    """PCM to codes and back, in chunks of whole frames of any number."""
+    """PCM to codes and back, in chunks of whole frames of any number.
 
-    concurrent = True
+    Calls may be made beside each other, and beside steps; but not where several threads
+    make one, which steps need too.
+    """
+
     chunk_frames = 32
     group = 1
 
-    def __init__(self, config: MimiConfig, weights: Mapping[str, mx.array]) -> None:
+    def __init__(
+        self, config: MimiConfig, weights: Mapping[str, mx.array], threads: int = 1
+    ) -> None:
         """Take over ``weights``, named as those of ``Mimi``.
 
         ValueError where the library is missing.
         """
+        self.concurrent = threads == 1
         lib = load_library("codec")
         if lib is None:
             raise ValueError("the compiled codec is missing")
@@ -150,6 +161,8 @@ class CCodec:
         self._decoder.upsample = self._weights.vector(mimi.upsample.weight)
         self._decoder.upsample_state = size.add(config.seanet.dimension)
         self._quantizer = _quantizer(self._weights, mimi.quantizer)
+        for part in (self._encoder, self._decoder, self._quantizer):
+            part.threads = threads
         self._state_size = size.total
         self._rooms = threading.local()
 
@@ -267,6 +280,8 @@ class _Weights:
     """Arrays in the library's order, kept as long as it may read them."""
 
     def __init__(self) -> None:
+        self._library = load_library("lm")
+        self._memory = Arena()
         self._kept: list[np.ndarray] = []
 
     def keep(self, array: np.ndarray) -> int:
@@ -282,12 +297,24 @@ class _Weights:
     def matrix(self, weight: np.ndarray, bias: np.ndarray | None = None) -> _Matrix:
         """A matrix (n, k), as of ``nn.Linear``, with its bias (n,)."""
         n, k = weight.shape
+        weight = np.ascontiguousarray(weight, np.float32)
+        # The language model's blocks of lanes are these panels.
+        blocks = Matrix(None, n, k, 0, 0, FLOAT32)
+        assert LANES == PANEL
+        size = self._library.pplex_lm_packed_bytes(ctypes.byref(blocks))
+        blocks.data = self._memory.take(size)
+        self._library.pplex_lm_pack(
+            ctypes.byref(blocks),
+            weight.ctypes.data,
+            None,
+            None,
+            0,
+            FLOAT32,
+            num_cores(),
+        )
         panels = -(-n // PANEL)
-        padded = np.zeros((panels * PANEL, k), np.float32)
-        padded[:n] = weight
-        packed = padded.reshape(panels, PANEL, k).transpose(0, 2, 1)
         return _Matrix(
-            self.keep(packed), None if bias is None else self._bias(bias, panels), k, n
+            blocks.data, None if bias is None else self._bias(bias, panels), k, n
         )
 
     def _bias(self, bias: np.ndarray, panels: int) -> int:
@@ -310,7 +337,7 @@ class _StateSize:
 
 
 def _array(parameter: mx.array) -> np.ndarray:
-    return np.array(parameter.astype(mx.float32))
+    return np.asarray(parameter.astype(mx.float32))
 
 
 def _convolution(
@@ -403,7 +430,7 @@ def _transformer(
     dim = t.d_model // t.num_heads
     layers = []
     for layer in source.layers:
-        in_proj = _array(layer.self_attn.in_proj.weight)
+        in_proj = _array(layer.self_attn.in_proj.weight).copy()
         in_proj[: t.d_model] /= math.sqrt(dim)
         matrices = {
             "in_proj": in_proj,

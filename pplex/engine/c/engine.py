@@ -74,8 +74,8 @@ class CEngine:
         """
         self.config = config
         self.compute = "quantized" if lm.forms else "dense"
-        self.codec: Codec = CCodec(config.mimi, codec)
         self.lm = CompiledLm(config.lm, lm)
+        self.codec: Codec = CCodec(config.mimi, codec, self.lm.threads)
 
     def prefill(self, prompt: Prompt) -> Start:
         """Read a prompt, so that conversations can start after it."""
@@ -282,8 +282,8 @@ class CompiledLm:
                 [self._matrix(f"depformer.steps.{step}.head") for step in range(steps)],
             ),
         )
-        if self.matrix_bytes >= SHARED_BYTES:
-            self._model.threads = num_cores()
+        self.threads = num_cores() if self.matrix_bytes >= SHARED_BYTES else 1
+        self._model.threads = self.threads
 
     def make_cache(self) -> RowCache:
         """An empty cache for the temporal transformer."""
