@@ -98,6 +98,29 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @needs_library
+def test_several_threads_give_the_same_bits(config):
+    one, many = (CCodec(config, random_weights(config), n) for n in (1, 5))
+    assert one.concurrent and not many.concurrent
+    rng = np.random.default_rng(5)
+    pcm = rng.uniform(-0.3, 0.3, (40, config.frame_size)).astype(np.float32)
+    for sizes in ([40], [1, 7, 32]):
+        states = [(c.make_state(), c.make_state()) for c in (one, many)]
+        end = 0
+        for size in sizes:
+            piece = pcm[end : end + size]
+            codes = [
+                c.encode(piece, s[0]) for c, s in zip((one, many), states, strict=True)
+            ]
+            np.testing.assert_array_equal(*codes)
+            sound = [
+                c.decode(codes[0], s[1])
+                for c, s in zip((one, many), states, strict=True)
+            ]
+            np.testing.assert_array_equal(*sound)
+            end += size
+
+
+@needs_library
 def test_exponential_is_right_to_two_units_in_the_last_place(instruction_set):
     x = np.linspace(-87, 88, 1_000_003).astype(np.float32)
     expected = np.exp(x.astype(np.float64))

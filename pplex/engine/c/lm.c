@@ -175,12 +175,23 @@ static long max_of(long a, long b) { return a > b ? a : b; }
 enum { MANY = 2 };       /* pieces of a phase that is shared in any case */
 enum { MIN_GROUP = 32 }; /* inputs that share a scale, at least */
 
-/* Floats that a thread needs for itself: the sums of a product's groups, or the weights
-   of a head's slots. */
-static long own_scratch(const Model *m, long rows) {
+/* Memory of a product, and of a head: rows that are mixed, and the sums of their groups,
+   which all threads read; and a thread's own, for the sums of other rows' groups or the
+   weights of a head's slots. */
+typedef struct {
+  float *mixed, *sums, *own;
+} Room;
+
+static Room room_of(const Model *m, long rows, int me, float *scratch) {
   long widest = max_of(max_of(m->dim, m->hidden), max_of(m->dep_dim, m->dep_hidden));
   long sums = padded(rows * (widest / MIN_GROUP + 1));
-  return max_of(sums, max_of(padded(m->window), padded(m->steps)));
+  long own = max_of(sums, max_of(padded(m->window), padded(m->steps)));
+  float *after = scratch + padded(rows * widest);
+  return (Room){scratch, after, after + sums + me * own};
+}
+
+static long room_size(const Model *m, long rows) {
+  return room_of(m, rows, m->threads, NULL).own - (float *)NULL;
 }
 
 /* Floats that pplex_lm_step needs beside its arguments, for `rows` rows. */
@@ -190,13 +201,13 @@ long pplex_lm_scratch(const Model *m, long rows) {
   long per_row = 2 * w.dim + max_of(w.qkv, w.dep_qkv) + max_of(w.hidden, w.dep_hidden) +
                  padded((long)m->steps * m->dep_dim) + 2 * w.dep_dim + w.text + w.audio +
                  m->dep_layers * m->dep_heads * slots * (head + padded(head));
-  return rows * per_row + m->threads * own_scratch(m, rows) + 16 * LANES;
+  return rows * per_row + room_size(m, rows) + 16 * LANES;
 }
 
 /* Floats that pplex_lm_read needs beside its arguments. */
 long pplex_lm_read_scratch(const Model *m, long rows) {
   Widths w = widths_of(m);
-  return rows * (2 * w.dim + w.qkv + w.hidden) + m->threads * own_scratch(m, rows);
+  return rows * (2 * w.dim + w.qkv + w.hidden) + room_size(m, rows);
 }
 
 /* ---- Calls ---- */

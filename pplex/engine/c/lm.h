@@ -50,6 +50,13 @@ INLINE vec NAME(load_as)(const uint8_t *x, int type) {
 #define EACH_VECTOR(i) _Pragma("GCC unroll 16") for (int i = 0; i < B * PARTS; i++)
 #define EACH_ROW(i) _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)
 #define PLACE(i, at) (((i) / PARTS + (at)) * LANES + (i) % PARTS * WIDTH)
+/* Input i of row r: of TOGETHER rows, these are mixed input by input. */
+#define INPUT(r, i) (R == TOGETHER ? x[(i) * TOGETHER + (r)] : x[(r) * ldx + (i)])
+#if VECTOR_BYTES == 64
+#define TOGETHER 8
+#else
+#define TOGETHER 4
+#endif
 
 /* float32, or float16. */
 INLINE void NAME(dense)(const Matrix *w, int type, int R, int B, long block,
@@ -72,14 +79,14 @@ INLINE void NAME(dense)(const Matrix *w, int type, int R, int B, long block,
     EACH_VECTOR(v) {
       vec w0 = WEIGHT(i, v), w1 = WEIGHT(i + 1, v);
       for (int r = 0; r < R; r++) {
-        even[r][v] += x[r * ldx + i] * w0;
-        odd[r][v] += x[r * ldx + i + 1] * w1;
+        even[r][v] += INPUT(r, i) * w0;
+        odd[r][v] += INPUT(r, i + 1) * w1;
       }
     }
   }
   if (i < n)
     EACH_VECTOR(v)
-      for (int r = 0; r < R; r++) even[r][v] += x[r * ldx + i] * WEIGHT(i, v);
+      for (int r = 0; r < R; r++) even[r][v] += INPUT(r, i) * WEIGHT(i, v);
 #undef WEIGHT
   for (int r = 0; r < R; r++)
     EACH_VECTOR(v) NAME(store)(y + r * ldy + PLACE(v, block), even[r][v] + odd[r][v]);
@@ -99,8 +106,8 @@ INLINE void NAME(pairs)(const Matrix *w, int R, int B, long block, const float *
                                   v % PARTS * WIDTH);
       vec w0 = (vec)(pair << 16), w1 = (vec)(pair & (int32_t)0xFFFF0000);
       EACH_ROW(r) {
-        even[r][v] += x[r * ldx + 2 * i] * w0;
-        odd[r][v] += x[r * ldx + 2 * i + 1] * w1;
+        even[r][v] += INPUT(r, 2 * i) * w0;
+        odd[r][v] += INPUT(r, 2 * i + 1) * w1;
       }
     }
   }
@@ -131,7 +138,7 @@ INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
   const uint8_t *start = w->data + block * length;
   vec sums[8][4 * PARTS];
   for (int r = 0; r < R; r++) EACH_VECTOR(v) sums[r][v] = (vec){0};
-  for (long g = 0; g < groups; g++, x += w->group) {
+  for (long g = 0; g < groups; g++, x += w->group * (R == TOGETHER ? TOGETHER : 1)) {
     const uint8_t *group = start + g * record, *words = group + 2 * floats;
     for (int b = 0; b < B; b++)
       for (size_t at = 0; at < 2 * floats; at += 64)
@@ -146,7 +153,7 @@ INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
                                     i * LANES + v % PARTS * WIDTH);
         for (int j = 0; j < per_word; j++) {
           vec q = NAME(values)(word >> j * bits, bits);
-          for (int r = 0; r < R; r++) part[r][v] += x[r * ldx + i * per_word + j] * q;
+          for (int r = 0; r < R; r++) part[r][v] += INPUT(r, i * per_word + j) * q;
         }
       }
     }
@@ -167,6 +174,7 @@ INLINE void NAME(affine)(const Matrix *w, int bits, int R, int B, long block,
 #undef EACH_VECTOR
 #undef EACH_ROW
 #undef PLACE
+#undef INPUT
 
 typedef void (*NAME(kernel))(const Matrix *, long, const float *, long, const float *,
                              float *, long);
@@ -182,6 +190,8 @@ typedef void (*NAME(kernel))(const Matrix *, long, const float *, long, const fl
   KERNEL(float32, R, B, NAME(dense)(w, FLOAT32, R, B, block, x, ldx, y, ldy);)       \
   KERNEL(float16, R, B, NAME(dense)(w, FLOAT16, R, B, block, x, ldx, y, ldy);)       \
   KERNEL(bfloat16, R, B, NAME(pairs)(w, R, B, block, x, ldx, y, ldy);)               \
+  QUANTIZED(R, B)
+#define QUANTIZED(R, B)                                                              \
   KERNEL(affine8, R, B, NAME(affine)(w, 8, R, B, block, x, ldx, plain, y, ldy);)     \
   KERNEL(affine4, R, B, NAME(affine)(w, 4, R, B, block, x, ldx, plain, y, ldy);)
 KERNELS(1, 1)
@@ -190,6 +200,7 @@ KERNELS(2, 1)
 KERNELS(4, 1)
 #if VECTOR_BYTES == 64
 KERNELS(8, 1)
+QUANTIZED(8, 2)
 KERNELS(1, 4)
 KERNELS(2, 2)
 KERNELS(2, 4)
@@ -202,16 +213,15 @@ KERNELS(4, 2)
   { NAME(float32_##R##x##B), NAME(float16_##R##x##B), NAME(bfloat16_##R##x##B),      \
     NAME(affine8_##R##x##B), NAME(affine4_##R##x##B) }
 #if VECTOR_BYTES == 64
-enum { NAME(LARGEST) = 3 };
-static const int NAME(at_once)[] = {4, 4, 2, 1};
+static const int NAME(at_once)[] = {4, 4, 2, 2};
 static const NAME(kernel) NAME(kernels)[4][3][5] = {
     {OF_EACH_KIND(1, 1), OF_EACH_KIND(1, 2), OF_EACH_KIND(1, 4)},
     {OF_EACH_KIND(2, 1), OF_EACH_KIND(2, 2), OF_EACH_KIND(2, 4)},
     {OF_EACH_KIND(4, 1), OF_EACH_KIND(4, 2)},
-    {OF_EACH_KIND(8, 1)},
+    {OF_EACH_KIND(8, 1),
+     {NULL, NULL, NULL, NAME(affine8_8x2), NAME(affine4_8x2)}},
 };
 #else
-enum { NAME(LARGEST) = 2 };
 static const int NAME(at_once)[] = {2, 1, 1};
 static const NAME(kernel) NAME(kernels)[3][3][5] = {
     {OF_EACH_KIND(1, 1), OF_EACH_KIND(1, 2)},
@@ -221,27 +231,40 @@ static const NAME(kernel) NAME(kernels)[3][3][5] = {
 #endif
 #undef KERNEL
 #undef KERNELS
+#undef QUANTIZED
 #undef OF_EACH_KIND
 
-/* Sums of each group of inputs of m rows: (m, groups). */
-TARGET static void NAME(sum_groups)(const Matrix *w, long m, const float *x, long ldx,
-                                    float *plain) {
-  for (long r = 0; r < m; r++)
-    for (long g = 0; g < w->columns; g += w->group) {
-      vec sum[PARTS] = {{0}};
-      for (long i = 0; i < w->group; i += LANES)
-        for (int v = 0; v < PARTS; v++)
-          sum[v] += NAME(load)(x + r * ldx + g + i + v * WIDTH);
-      *plain++ = NAME(total)(sum);
-    }
+/* Sums of each group of a row's inputs. */
+TARGET static void NAME(sum_groups)(const Matrix *w, const float *x, float *plain) {
+  for (long g = 0; w->bits && g < w->columns; g += w->group) {
+    vec sum[PARTS] = {{0}};
+    for (long i = 0; i < w->group; i += LANES)
+      for (int v = 0; v < PARTS; v++) sum[v] += NAME(load)(x + g + i + v * WIDTH);
+    *plain++ = NAME(total)(sum);
+  }
 }
 
-/* y = x w^T for m rows: a phase, which the caller ends. Rows of x and y are ldx and ldy apart; y is written up to
-   a multiple of LANES. A few blocks of the matrix are read, then used for every row. */
+/* Mix each TOGETHER rows of the first `m`, and sum the groups of all of these: a phase. */
+TARGET static void NAME(mix_rows)(Crew *crew, const Matrix *w, long m, const float *x,
+                                  long ldx, float *mixed, float *plain) {
+  long n = w->columns, groups = w->bits ? n / w->group : 0;
+  for (long r; (r = take_piece(crew, m)) >= 0;) {
+    float *to = mixed + r / TOGETHER * TOGETHER * n + r % TOGETHER;
+    for (long i = 0; i < n; i++) to[i * TOGETHER] = x[r * ldx + i];
+    NAME(sum_groups)(w, x + r * ldx, plain + r * groups);
+  }
+  meet(crew, MANY);
+}
+
+/* y = x w^T for m rows: a phase, which the caller ends. Rows of x and y are ldx and ldy
+   apart; y is written up to a multiple of LANES. A few blocks of the matrix are read, then
+   used for every row. */
 TARGET static void NAME(product)(Crew *crew, const Matrix *w, long m, const float *x,
-                                 long ldx, float *y, long ldy, float *plain) {
+                                 long ldx, float *y, long ldy, const Room *room) {
   int kind = w->bits ? w->bits == 8 ? 3 : 4 : w->type;
   long blocks = blocks_of(w), groups = w->bits ? w->columns / w->group : 0;
+  long mixed = m / TOGETHER * TOGETHER;
+  if (mixed) NAME(mix_rows)(crew, w, mixed, x, ldx, room->mixed, room->sums);
   /* As many blocks at once as leave no thread with much more than its share. */
   long wide = NAME(at_once)[0];
   while (wide > 1 && (blocks + wide * crew->of - 1) / (wide * crew->of) * wide *
@@ -249,18 +272,20 @@ TARGET static void NAME(product)(Crew *crew, const Matrix *w, long m, const floa
     wide /= 2;
   int is_first = 1;
   for (long i; (i = take_piece(crew, (blocks + wide - 1) / wide)) >= 0;) {
-    if (is_first && groups) NAME(sum_groups)(w, m, x, ldx, plain);
+    for (long r = mixed; is_first && r < m; r++)
+      NAME(sum_groups)(w, x + r * ldx, room->own + r * groups);
     is_first = 0;
     long start = i * wide, end = start + wide < blocks ? start + wide : blocks;
     for (long r = 0; r < m;) {
-      long left = m - r;
-      int size = left >= 8 ? 3 : left >= 4 ? 2 : left >= 2 ? 1 : 0;
-      if (size > NAME(LARGEST)) size = NAME(LARGEST);
+      int size = 0;
+      while (2 << size <= m - r && 2 << size <= TOGETHER) size++;
+      const float *from = r < mixed ? room->mixed + r * w->columns : x + r * ldx;
+      const float *sums = (r < mixed ? room->sums : room->own) + r * groups;
       for (long block = start; block < end;) {
-        int most = NAME(at_once)[size], some = 0;
+        /* Floats have two sums of an output. */
+        int most = w->bits || 1 << size < TOGETHER ? NAME(at_once)[size] : 1, some = 0;
         while (2 << some <= most && block + (2 << some) <= end) some++;
-        NAME(kernels)[size][some][kind](w, block, x + r * ldx, ldx, plain + r * groups,
-                                        y + r * ldy, ldy);
+        NAME(kernels)[size][some][kind](w, block, from, ldx, sums, y + r * ldy, ldy);
         block += 1 << some;
       }
       r += 1 << size;
@@ -412,20 +437,21 @@ TARGET static void NAME(norm_all)(Crew *crew, const float *weight, long m, long 
    added; y is what is to be added next. The caller ends the last phase. */
 TARGET static void NAME(finish)(Crew *crew, const Layer *layer, long m, long dim,
                                 long hidden, float *x, const float *attended,
-                                long ld_attended, float *y, float *wide, float *own) {
+                                long ld_attended, float *y, float *wide,
+                                const Room *room) {
   enum { SOME = 16 * LANES };
   long ld = padded(dim), ld_wide = padded(2 * hidden);
   long parts = (hidden + SOME - 1) / SOME;
-  NAME(product)(crew, &layer->out_proj, m, attended, ld_attended, y, ld, own);
+  NAME(product)(crew, &layer->out_proj, m, attended, ld_attended, y, ld, room);
   NAME(norm_all)(crew, layer->norm2, m, dim, x, 1, y, ld);
-  NAME(product)(crew, &layer->linear_in, m, y, ld, wide, ld_wide, own);
+  NAME(product)(crew, &layer->linear_in, m, y, ld, wide, ld_wide, room);
   meet(crew, m * parts);
   for (long i; (i = take_piece(crew, m * parts)) >= 0;) {
     long start = i % parts * SOME, left = hidden - start;
     NAME(gate)(left < SOME ? left : SOME, wide + i / parts * ld_wide + start, hidden);
   }
   meet(crew, MANY);
-  NAME(product)(crew, &layer->linear_out, m, wide, ld_wide, y, ld, own);
+  NAME(product)(crew, &layer->linear_out, m, wide, ld_wide, y, ld, room);
 }
 
 /* The first half of temporal layer `l`: the next position of each row, whose row of x is
@@ -434,12 +460,12 @@ TARGET static void NAME(finish)(Crew *crew, const Layer *layer, long m, long dim
    written before the next one attends. */
 TARGET static void NAME(attend_all)(Crew *crew, const Model *m, long l, long num_rows,
                                     const Row *rows, float *x, float *y, float *qkv,
-                                    float *own) {
+                                    const Room *room) {
   Widths w = widths_of(m);
   const Layer *layer = m->temporal + l;
   long head_dim = m->dim / m->heads, head_padded = padded(head_dim);
   NAME(norm_all)(crew, layer->norm1, num_rows, m->dim, x, l > 0, y, w.dim);
-  NAME(product)(crew, &layer->in_proj, num_rows, y, w.dim, qkv, w.qkv, own);
+  NAME(product)(crew, &layer->in_proj, num_rows, y, w.dim, qkv, w.qkv, room);
   meet(crew, MANY);
   /* Head by head: what rows share stays near from one to the next. */
   long at_once = num_rows > 1 && rows[0].keys == rows[1].keys ? num_rows : 1;
@@ -460,7 +486,7 @@ TARGET static void NAME(attend_all)(Crew *crew, const Model *m, long l, long num
         past.first_values += head * row->first_slots * head_padded;
       }
       NAME(remember)(head_dim, slot, key, value, keys, values);
-      NAME(attend)(head_dim, 0, filled, q, past, own, q);
+      NAME(attend)(head_dim, 0, filled, q, past, room->own, q);
     }
   }
   meet(crew, MANY);
@@ -477,14 +503,14 @@ TARGET static void NAME(read)(Crew *crew, void *what) {
   float *y = NAME(take)(&scratch, num_rows * w.dim);
   float *qkv = NAME(take)(&scratch, num_rows * w.qkv);
   float *wide = NAME(take)(&scratch, num_rows * w.hidden);
-  float *own = scratch + crew->me * own_scratch(m, num_rows);
+  Room room = room_of(m, num_rows, crew->me, scratch);
   for (long r; (r = take_piece(crew, num_rows)) >= 0;)
     memcpy(x + r * w.dim, reading->inputs + r * m->dim, (size_t)m->dim * sizeof *x);
   for (long l = 0; l < m->layers; l++) {
     if (l)
       NAME(finish)(crew, m->temporal + l - 1, num_rows, m->dim, m->hidden, x, qkv, w.qkv,
-                   y, wide, own);
-    NAME(attend_all)(crew, m, l, num_rows, reading->rows, x, y, qkv, own);
+                   y, wide, &room);
+    NAME(attend_all)(crew, m, l, num_rows, reading->rows, x, y, qkv, &room);
   }
 }
 
@@ -633,21 +659,21 @@ TARGET static void NAME(step)(Crew *crew, void *what) {
   long dep_values_size = m->dep_heads * slots * dep_padded;
   float *dep_keys = NAME(take)(&scratch, num_rows * m->dep_layers * dep_keys_size);
   float *dep_values = NAME(take)(&scratch, num_rows * m->dep_layers * dep_values_size);
-  float *own = scratch + crew->me * own_scratch(m, num_rows);
+  Room room = room_of(m, num_rows, crew->me, scratch);
 
   for (long r; (r = take_piece(crew, num_rows)) >= 0;)
     sum_rows(m, step->columns + r * m->streams, x + r * w.dim);
   for (long l = 0; l < m->layers; l++) {
-    NAME(attend_all)(crew, m, l, num_rows, step->rows, x, y, qkv, own);
+    NAME(attend_all)(crew, m, l, num_rows, step->rows, x, y, qkv, &room);
     NAME(finish)(crew, m->temporal + l, num_rows, m->dim, m->hidden, x, qkv, w.qkv, y,
-                 wide, own);
+                 wide, &room);
   }
   NAME(norm_all)(crew, m->out_norm, num_rows, m->dim, x, m->layers > 0, y, w.dim);
-  NAME(product)(crew, &m->text_linear, num_rows, y, w.dim, text, w.text, own);
+  NAME(product)(crew, &m->text_linear, num_rows, y, w.dim, text, w.text, &room);
   NAME(choose_all)(crew, step, 0, m->text_card, sampling->text_temp,
                    sampling->text_top_k, 0, text, 0);
   meet(crew, MANY);
-  NAME(product)(crew, &m->dep_input, num_rows, y, w.dim, inputs, inputs_width, own);
+  NAME(product)(crew, &m->dep_input, num_rows, y, w.dim, inputs, inputs_width, &room);
   for (long s = 0; s < m->steps; s++) {
     const Table *table = s ? &m->dep_audio_emb : &m->dep_text_emb;
     long first = s ? (s - 1) * (m->card + 1) : 0;
@@ -664,7 +690,7 @@ TARGET static void NAME(step)(Crew *crew, void *what) {
       NAME(norm_all)(crew, layer->norm1, num_rows, m->dep_dim, dep_x, l > 0, dep_y,
                      w.dep_dim);
       NAME(product)(crew, &layer->in_proj, num_rows, dep_y, w.dep_dim, qkv, w.dep_qkv,
-                    own);
+                    &room);
       meet(crew, MANY);
       for (long i; (i = take_piece(crew, num_rows * m->dep_heads)) >= 0;) {
         long r = i / m->dep_heads, h = i % m->dep_heads, at = r * m->dep_layers + l;
@@ -674,11 +700,11 @@ TARGET static void NAME(step)(Crew *crew, void *what) {
         float *values = dep_values + at * dep_values_size + h * slots * dep_padded;
         Past past = {.keys = keys, .values = values};
         NAME(remember)(dep_head, s, key, value, keys, values);
-        NAME(attend)(dep_head, hide_first, s + 1, q, past, own, q);
+        NAME(attend)(dep_head, hide_first, s + 1, q, past, room.own, q);
       }
       meet(crew, MANY);
       NAME(finish)(crew, layer, num_rows, m->dep_dim, m->dep_hidden, dep_x, qkv,
-                   w.dep_qkv, dep_y, wide, own);
+                   w.dep_qkv, dep_y, wide, &room);
     }
     meet(crew, num_rows);
     for (long r; (r = take_piece(crew, num_rows)) >= 0;)
@@ -686,10 +712,11 @@ TARGET static void NAME(step)(Crew *crew, void *what) {
         dep_x[r * w.dep_dim + i] += dep_y[r * w.dep_dim + i];
     meet(crew, MANY);
     NAME(product)(crew, m->dep_heads_out + s, num_rows, dep_x, w.dep_dim, audio, w.audio,
-                  own);
+                  &room);
     NAME(choose_all)(crew, step, 1 + s, m->card, sampling->temp, sampling->top_k,
                      sampling->text_noise + s * m->card, audio,
                      m->text_card + s * m->card);
   }
   meet(crew, 0);
 }
+#undef TOGETHER
