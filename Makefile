@@ -69,7 +69,7 @@ sanitize: $(STAMP_DEV)
 	rm -rf $(SANITIZED)
 	CFLAGS='$(SANITIZERS)' LDFLAGS='$(SANITIZERS)' $(BIN)/python setup.py -q build \
 		--build-base $(SANITIZED)/base --build-lib $(SANITIZED)/lib
-	ls $(SANITIZED)/lib/pplex/engine/c/_lm.*.so $(SANITIZED)/lib/pplex/engine/c/_codec.*.so
+	ls $(SANITIZED)/lib/pplex/engine/c/_native.*.so
 	PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD='$(PRELOADED)' \
 		$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED_TESTS)

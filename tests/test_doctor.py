@@ -86,7 +86,8 @@ def test_published_models_are_estimated_in_their_bits(run, small_machine, monkey
         assert not model["is_measured"] and not model["complete"] and model["fits"]
         assert model["verdict"] == (
             "not on this machine; it would run; real-time factor 0.50 (estimated from "
-            "a part of it): keeps up with a live stream"
+            "a short measurement): keeps up with a live stream, about 30 s for a "
+            "minute of sound"
         )
     assert sorted(bits for _, bits in small_machine) == [4, 8, 16]
     assert {config for config, _ in small_machine} == {ModelConfig()}
@@ -100,8 +101,9 @@ def test_a_slow_model_is_said_to_be_one(run, small_machine, monkeypatch):
     monkeypatch.setattr(job, "estimate_frame_s", lambda config, bits: 0.08)
     monkeypatch.setattr(job, "memory_gb", lambda: (1000.0, 900.0))
     result = run("doctor", "--model", "4bit")
-    assert "real-time factor 1.00 (estimated from a part of it): slower than" in (
-        result.stdout
+    assert (
+        "real-time factor 1.00 (estimated from a short measurement): slower than"
+        in (result.stdout)
     )
 
 

@@ -10,7 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pplex.bench.estimate import estimate_frame_s, loop_frame_s
+from pplex.bench.estimate import (
+    PUBLISHED_BITS,
+    estimate_frame_s,
+    loop_frame_s,
+    minute_in_words,
+    need_gb,
+)
 from pplex.bench.random_model import random_lm
 from pplex.checkpoint.download import Online
 from pplex.checkpoint.hub import LocalModel, list_models, locate, resolve
@@ -23,7 +29,7 @@ from pplex.checkpoint.voices import find_voices
 from pplex.checkpoint.weights import lm_tensors
 from pplex.conversation.prompts import make_role
 from pplex.conversation.session import load
-from pplex.engine.choose import KINDS, choose_form, cost_of, kind_here
+from pplex.engine.choose import KINDS, kind_here
 from pplex.engine.device import (
     compute_dtype,
     copy_bandwidth_gb_s,
@@ -34,7 +40,6 @@ from pplex.errors import PplexError, first_line
 from pplex.model.config import ModelConfig
 
 TEST_MODEL = "mini"
-_BITS = {"4bit": 4, "8bit": 8, "bf16": 16}  # of the published ones, on disk or not
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ def look_at_model(
     """
     faults: list[str] = []
     num_voices, published = 0, None
-    config, bits, need_gb = ModelConfig(), _BITS.get(entry.name), None
+    config, bits, needed_gb = ModelConfig(), PUBLISHED_BITS.get(entry.name), None
     tensors = random_lm(config.lm, bits) if bits else None
     if entry.path is not None and entry.complete:
         local = LocalModel(entry.name, entry.path, entry.repo, entry.revision)
@@ -200,13 +205,10 @@ def look_at_model(
         except PplexError:
             tensors = None  # one of the faults
     if tensors is not None:
-        if choose_form("auto", config, tensors, many=False).dense:
-            tensors = tensors.write_out()
-        cost = cost_of(config, tensors)
-        need_gb = (cost.held + cost.position * config.lm.window) / 1e9
+        needed_gb = need_gb(config, tensors)
     fits = None
-    if need_gb and machine.free_memory_gb is not None:
-        fits = need_gb <= machine.free_memory_gb
+    if needed_gb and machine.free_memory_gb is not None:
+        fits = needed_gb <= machine.free_memory_gb
     measured = entry.name == TEST_MODEL and factor is not None
     if not measured:
         factor = None
@@ -219,12 +221,12 @@ def look_at_model(
         complete=entry.complete,
         faults=tuple(faults),
         num_voices=num_voices,
-        need_gb=need_gb,
+        need_gb=needed_gb,
         fits=fits,
         real_time_factor=factor,
         is_measured=measured,
         published=published,
-        verdict=_verdict(entry, faults, fits, need_gb, factor, measured),
+        verdict=_verdict(entry, faults, fits, needed_gb, factor, measured),
     )
 
 
@@ -252,10 +254,13 @@ def _verdict(
         return f"will not run: it needs about {need_gb:.0f} GB of free memory"
     speed = ""
     if factor is not None:
-        kind = "measured" if measured else "estimated from a part of it"
+        kind = "measured" if measured else "estimated from a short measurement"
         live = (
             "keeps up with a live stream" if factor < 0.9 else "slower than real time"
         )
-        speed = f"; real-time factor {factor:.2f} ({kind}): {live}"
+        speed = (
+            f"; real-time factor {factor:.2f} ({kind}): {live}, "
+            f"{minute_in_words(factor)}"
+        )
     here = "runs" if entry.complete else "not on this machine; it would run"
     return here + speed

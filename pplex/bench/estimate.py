@@ -1,8 +1,9 @@
 """How fast a model will be here, from a short measurement of the engine that runs it.
 
-A small model is run as it is. Of a large one two are made that have its widths and few
-of its layers: what one layer takes and what the rest takes follows from both. As such
-parts may lie in a server's cache, which the whole would not, other memory is read
+A small model is run as it is. Where a step takes the time of reading its weights, that
+speed is measured. Elsewhere two models are made that have the widths of a large one and
+few of its layers: what one layer takes and what the rest takes follows from both. As
+such parts may lie in a server's cache, which the whole would not, other memory is read
 before each step.
 """
 
@@ -21,8 +22,8 @@ from pplex.bench.random_model import TINY, random_codec, random_lm, random_promp
 from pplex.checkpoint.weights import LmTensors
 from pplex.conversation.scheduler import converse
 from pplex.engine.base import Engine, Start
-from pplex.engine.choose import choose_form, cost_of, make_engine
-from pplex.engine.device import memory_gb
+from pplex.engine.choose import KINDS, choose_form, cost_of, kind_here, make_engine
+from pplex.engine.device import memory_gb, num_cores
 from pplex.model.config import MimiConfig, ModelConfig
 from pplex.model.prompt import Prompt, initial_column
 from pplex.model.sampling import SamplingConfig
@@ -30,10 +31,46 @@ from pplex.model.streams import NOT_FORCED
 
 SMALL_BYTES = 400 << 20  # of weights a step reads: such a model is run as it is
 FRAMES = 128  # ten seconds
+# Of the published models, on disk or not.
+PUBLISHED_BITS = {"4bit": 4, "8bit": 8, "bf16": 16}
+_MEAN_POSITION = 192  # a prompt, and half of FRAMES
 _LAYERS = 1, 3
 _TEXT_CARD = 2048
 _WARM_UP, _STEPS = 4, 12
 _CACHE_BYTES = 1 << 29
+
+
+def need_gb(config: ModelConfig, tensors: LmTensors) -> float:
+    """What a conversation with a full memory takes, weights and all, in GB."""
+    if choose_form("auto", config, tensors, many=False).dense:
+        tensors = tensors.write_out()
+    cost = cost_of(config, tensors)
+    return (cost.held + cost.position * config.lm.window) / 1e9
+
+
+def published_need_gb(name: str) -> float | None:
+    """``need_gb`` of a published 7B, on disk or not; None for other names."""
+    bits, config = PUBLISHED_BITS.get(name), ModelConfig()
+    return None if bits is None else need_gb(config, random_lm(config.lm, bits))
+
+
+@functools.cache
+def estimate_published(name: str) -> float | None:
+    """The real-time factor of a published 7B here; None for other names."""
+    bits, config = PUBLISHED_BITS.get(name), ModelConfig()
+    frame_s = None if bits is None else estimate_frame_s(config, bits)
+    return None if frame_s is None else frame_s * config.frame_rate
+
+
+def minute_in_words(real_time_factor: float) -> str:
+    """How long a minute of sound takes, for somebody who waits for it."""
+    seconds = 60 * real_time_factor
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s for a minute of sound"
+    minutes = seconds / 60
+    if minutes < 90:
+        return f"about {round(minutes)} minutes for a minute of sound"
+    return f"about {round(minutes / 60)} hours for a minute of sound"
 
 
 def estimate_frame_s(config: ModelConfig, bits: int) -> float | None:
@@ -47,6 +84,11 @@ def estimate_frame_s(config: ModelConfig, bits: int) -> float | None:
     if whole.step <= SMALL_BYTES:
         engine = _make_engine(config, bits, dense)
         return loop_frame_s(engine, engine.prefill(random_prompt(config)))
+    measure = KINDS[kind_here()].bytes_per_s
+    if measure is not None:
+        read = whole.step + whole.position * min(config.lm.window, _MEAN_POSITION)
+        codec_s, _ = _codec_s(config.mimi)
+        return read / measure(16 if dense else bits) + codec_s / num_cores()
     parts = []
     for layers in _LAYERS:
         lm = replace(config.lm, num_layers=layers, text_card=_TEXT_CARD)
@@ -88,7 +130,8 @@ def _make_engine(config: ModelConfig, bits: int, dense: bool) -> Engine:
     # Rows of tables are looked up, whatever they hold: zeros are made faster.
     table = tensors.weights["audio_emb.weight"]
     tensors.weights["audio_emb.weight"] = mx.zeros(table.shape, table.dtype)
-    return make_engine(config, tensors, random_codec(config.mimi), alone=True)
+    codec = {n: mx.zeros_like(w) for n, w in random_codec(config.mimi).items()}
+    return make_engine(config, tensors, codec, alone=True)
 
 
 def _steps(engines: Sequence[Engine]) -> tuple[list[float], list[int]]:

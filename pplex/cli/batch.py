@@ -15,6 +15,7 @@ from pplex.cli.batch_report import (
     kept_lines,
     summary,
 )
+from pplex.cli.foresee import foresee
 from pplex.cli.options import (
     check_option,
     checks_from,
@@ -164,6 +165,8 @@ def batch(dry_run: bool, verbosity: int, **options: Any) -> None:
     the same command again to go on where a run stopped: what is done is skipped.
     """
     job = batch_from(options)
+    if not job.offline:
+        foresee(job.model_name, quiet=verbosity < 0)
     with BatchProgress(verbosity) as progress:
         if dry_run:
             from pplex.batch.forecast import forecast

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import click
 
+from pplex.cli.foresee import foresee, machine_memory_gb
 from pplex.cli.models_check import info, verify
 from pplex.cli.models_compare import compare, sensitivity
 from pplex.cli.models_convert import convert
@@ -38,7 +38,12 @@ def pull_model(model: str, revision: str | None) -> None:
     goes on with the files that are not whole.
     """
     from pplex.checkpoint.hub import resolve
+    from pplex.errors import PplexError
 
+    try:
+        foresee(model)
+    except PplexError as e:  # it may be for another machine
+        click.echo(f"warning: {e}", err=True)
     click.echo(resolve(model, offline=False, revision=revision).path)
 
 
@@ -69,18 +74,24 @@ def remove(model: str, yes: bool) -> None:
 def list_models(as_json: bool) -> None:
     """Print the known models and those on this machine; never goes online.
 
-    MEMORY is what a conversation takes; FITS says whether this machine has it. WHAT
-    ends with the licence of the weights.
+    MEMORY is what a conversation takes here; FITS says whether this machine has it.
+    WHAT ends with how long a published model takes here, from a short measurement, and
+    the licence of the weights.
     """
-    from pplex.checkpoint.hub import list_models as entries
+    from pplex.checkpoint.hub import list_models as known
 
     memory_gb = machine_memory_gb()
+
+    def entries() -> list[ModelEntry]:
+        return [_here(entry) for entry in known()]
+
     if as_json:
         echo_json([_as_json(entry, memory_gb) for entry in entries()])
         return
     rows = [("NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "WHAT")]
     for entry in entries():
         fits = _fits(entry, memory_gb)
+        speed = "" if fits is False else _speed(entry)
         rows.append(
             (
                 entry.name,
@@ -88,18 +99,25 @@ def list_models(as_json: bool) -> None:
                 _gb(entry.download_gb),
                 _gb(entry.memory_gb),
                 "-" if fits is None else "yes" if fits else "no",
-                entry.description + (f"; {entry.licence}" if entry.licence else ""),
+                "; ".join(filter(None, (entry.description, speed, entry.licence))),
             )
         )
     echo_table(rows)
 
 
-def machine_memory_gb() -> float | None:
-    """Memory of this machine in GB, where the system tells."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    except (ValueError, OSError):
-        return None
+def _here(entry: ModelEntry) -> ModelEntry:
+    """With what a published model takes on the engine that this machine has."""
+    from pplex.bench.estimate import published_need_gb
+
+    need_gb = published_need_gb(entry.name)
+    return replace(entry, memory_gb=need_gb) if need_gb else entry
+
+
+def _speed(entry: ModelEntry) -> str:
+    from pplex.bench.estimate import estimate_published, minute_in_words
+
+    factor = estimate_published(entry.name)
+    return "" if factor is None else minute_in_words(factor)
 
 
 def _fits(entry: ModelEntry, memory_gb: float | None) -> bool | None:

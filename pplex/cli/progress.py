@@ -145,6 +145,16 @@ class Progress(Lines):
                 "--channel picks another"
             )
 
+    def expecting(self, real_time_factor: float) -> None:
+        """Say how long it will take, where that is longer than the sound."""
+        from pplex.bench.estimate import minute_in_words
+
+        slow = real_time_factor > 1
+        self.say(
+            f"this machine takes {minute_in_words(real_time_factor)}",
+            0 if slow else VERBOSE,
+        )
+
     def answering(self, duration_s: float | None) -> None:
         """Show a bar in seconds of audio, with the real-time factor so far."""
         self._start = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pplex.cli.foresee import foresee
 from pplex.cli.options import (
     check_option,
     checks_from,
@@ -159,6 +160,8 @@ def respond(
         raw=StreamFormat(raw, rate, channels=1) if raw and rate else None,
     )
     stop = ctx.ensure_object(Stop)
+    if not offline:
+        foresee(model_name, quiet=verbosity < 0)
     with Progress(verbosity, options["channel"] is not None, captions) as progress:
         answer = respond_stream if is_stream else run.respond
         done = answer(request, config, progress, stop)

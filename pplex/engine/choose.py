@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from pplex.checkpoint.weights import LmTensors
 from pplex.engine.base import Cost, Engine, form_name
-from pplex.engine.c import binding
+from pplex.engine.c import binding, pace
 from pplex.engine.c import engine as c
 from pplex.engine.cuda import compiler
 from pplex.engine.cuda.engine import CudaEngine
@@ -84,7 +84,8 @@ class Kind:
     and ``cost`` tells before what a model takes on it. ``one`` and
     ``many`` are the faster forms of weights for one recording at a time and for many;
     ``max_rows`` how many rows of so many bytes may step together, of a model's cost and
-    with so many bytes free.
+    with so many bytes free. ``bytes_per_s`` measures how fast a step reads weights of
+    so many bits; None where a step takes more than reading.
     """
 
     is_available: Callable[[], bool]
@@ -94,6 +95,7 @@ class Kind:
     many: Form
     max_rows: Callable[[Cost, int, float], int]
     has_alone: bool = False
+    bytes_per_s: Callable[[int], float] | None = None
 
 
 def _rows_in_cache(cost: Cost, row_bytes: int, free: float) -> int:
@@ -144,6 +146,7 @@ KINDS: dict[str, Kind] = {
         one=Form(False, "the compiled step reads fewer bytes so"),
         many=Form(False, "the compiled step reads fewer bytes so"),
         max_rows=_rows_in_cache,
+        bytes_per_s=pace.bytes_per_s,
     ),
     # MLX on a CPU. 4096 x 4096, one row: 0.83 ns a weight at 4 bits, 0.27 in float32.
     "cpu": Kind(

@@ -75,6 +75,9 @@ class Report(Protocol):
     def computing(self, how: str) -> None:
         """The model is loaded and computes in this form, for this reason."""
 
+    def expecting(self, real_time_factor: float) -> None:
+        """A frame was tried: how fast this machine is."""
+
     def answering(self, duration_s: float | None) -> None:
         """The agent starts to answer this many seconds of audio; None: a stream."""
 
@@ -225,6 +228,10 @@ def begin(
     start = model.engine.prefill(role.prompt)
     clock.lap("prefill")
     warm_up(model.engine, start)
+    if not model.engine.is_async:
+        begun = time.perf_counter()
+        warm_up(model.engine, start)
+        report.expecting((time.perf_counter() - begun) * model.config.frame_rate)
     clock.lap("warm_up")
     return role, start
 

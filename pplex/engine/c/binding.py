@@ -18,6 +18,7 @@ _FUNCTIONS: dict[str, dict[str, tuple[type | None, list[type]]]] = {
         "packed_bytes": (_long, [_pointer]),
         "pack": (None, [*[_pointer] * 4, _int, _int, _int]),
         "fits": (_int, [_pointer, _long, _int, _int, _int]),
+        "multiply": (None, [*[_pointer] * 4, _int]),
         "embed": (_int, [_pointer, _long, _pointer, _pointer]),
         "scratch": (_long, [_pointer, _long]),
         "step": (_int, [_pointer, _pointer, _long, *[_pointer] * 6]),

@@ -280,7 +280,9 @@ class _Weights:
     """Arrays in the library's order, kept as long as it may read them."""
 
     def __init__(self) -> None:
-        self._library = load_library("lm")
+        library = load_library("lm")
+        assert library is not None
+        self._library = library
         self._memory = Arena()
         self._kept: list[np.ndarray] = []
 

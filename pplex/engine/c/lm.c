@@ -246,6 +246,12 @@ typedef struct {
   float *scratch;
 } Reading;
 
+typedef struct {
+  const Matrix *w;
+  const float *x;
+  float *y, *own;
+} Multiplication;
+
 #define SOURCE "lm.h"
 #include "each_cpu.h"
 
@@ -303,6 +309,15 @@ void pplex_lm_read(const Model *model, long num_rows, const Row *rows,
   static void (*const reads[])(Crew *, void *) = OF_EACH_CPU(read);
   Reading reading = {model, num_rows, rows, inputs, scratch};
   work_together(model->threads, reads[best_set(level)], &reading);
+}
+
+/* y = x w^T for one row, of which nothing but its time is of use. `own` has room for the
+   columns of each thread. */
+void pplex_lm_multiply(const Matrix *w, const float *x, float *y, float *own,
+                       int threads) {
+  static void (*const multiply[])(Crew *, void *) = OF_EACH_CPU(multiply);
+  Multiplication whole = {w, x, y, own};
+  work_together(threads, multiply[best_set(level)], &whole);
 }
 
 /* ---- Packing ---- */

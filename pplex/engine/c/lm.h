@@ -293,6 +293,14 @@ TARGET static void NAME(product)(Crew *crew, const Matrix *w, long m, const floa
   }
 }
 
+TARGET static void NAME(multiply)(Crew *crew, void *what) {
+  const Multiplication *m = what;
+  long n = m->w->columns;
+  Room room = {.own = m->own + crew->me * n};
+  NAME(product)(crew, m->w, 1, m->x, n, m->y, padded(m->w->rows), &room);
+  meet(crew, 0);
+}
+
 /* ---- What lies between products ---- */
 
 /* x += y, if there is one, of n values; what is left of it after normalization. */
