@@ -19,4 +19,4 @@ library = Extension(
     optional=True,
 )
 
-setup(ext_modules=[library] if sys.platform == "linux" else [])
+setup(ext_modules=[library] if sys.platform in ("linux", "darwin") else [])
