@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pplex.cli.batch_report import BatchProgress
 from pplex.conversation.roles import ROLES
 from pplex.errors import did_you_mean
 
@@ -128,3 +129,32 @@ def test_the_options_of_respond_come_in_sections(run):
     places = [page.index(f"\n{title}:\n") for title in ("Output", "Model", "Sampling")]
     assert places == sorted(places)
     assert "\nOptions:\n" not in page
+
+
+def test_a_batch_may_end_with_one_object(run, call, tmp_path, tiny):
+    (tmp_path / "bad.wav").write_bytes(b"")
+    args = ("batch", tmp_path, "-o", tmp_path / "out", "--model", tiny, "--json")
+    result = run(*args)
+    assert result.exit_code == 3
+    found = json.loads(result.stdout)
+    assert (found["done"], found["failed"], found["skipped"]) == (1, 1, 0)
+    assert "empty" in found["failures"]["bad.wav"]
+    assert found["audio_s"] > 0 and found["total_s"] >= found["load_s"] > 0
+    again = json.loads(run(*args).stdout)
+    assert (again["done"], again["skipped"], again["failed"]) == (0, 1, 1)
+    both = run(*args, "--dry-run")
+    assert both.exit_code == 2 and "--dry-run" in both.stderr
+
+
+def test_without_a_terminal_a_batch_says_a_line_a_minute(capsys, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("pplex.cli.batch_report.time.perf_counter", lambda: now)
+    with BatchProgress(0) as progress:
+        progress.starting(500, 5000.0)
+        for second in range(1, 151):
+            now = 100.0 + second
+            progress.finished(f"{second}.wav", 10.0)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == ["60/500 recordings, 10.0 s/s", "120/500 recordings, 10.0 s/s"]
+        progress.stopped()
+    assert "150 of 500 recordings" in capsys.readouterr().err

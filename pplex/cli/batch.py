@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from pplex.cli.options import (
     settings_from,
     verbosity_options,
 )
+from pplex.cli.tables import echo_json
 
 if TYPE_CHECKING:
     from pplex.batch.forecast import Forecast
@@ -157,13 +159,21 @@ class RayAddress(click.ParamType):
     "local; needs pplex[ray].",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, and run no model.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object at the end: counts, seconds, speed, failures.",
+)
 @verbosity_options
-def batch(dry_run: bool, verbosity: int, **options: Any) -> None:
+def batch(dry_run: bool, as_json: bool, verbosity: int, **options: Any) -> None:
     """Answer many recordings with one load of the model, several at a time.
 
     INPUTS are files and folders; the tree under a folder is mirrored in OUTDIR. Run
     the same command again to go on where a run stopped: what is done is skipped.
     """
+    if as_json and dry_run:
+        raise click.UsageError("--json is about a run: leave --dry-run out")
     job = batch_from(options)
     if not job.offline:
         foresee(job.model_name, quiet=verbosity < 0)
@@ -179,12 +189,18 @@ def batch(dry_run: bool, verbosity: int, **options: Any) -> None:
         else:
             from pplex.batch.run import run_batch
 
-            done = run_batch(job, progress)
+            try:
+                done = run_batch(job, progress)
+            except KeyboardInterrupt:
+                progress.stopped()
+                raise
             bad = bad_ones(done)
             code = exit_code(done.done + done.skipped, bad)
             code = code or int(done.checks_failed > 0)
             progress.close()
             report(done, verbosity)
+            if as_json:
+                echo_json(as_object(done))
     click.get_current_context().exit(code)
 
 
@@ -233,6 +249,28 @@ def exit_code(good: int, bad: int) -> int:
     if not bad:
         return 0
     return SOME_FAILED if good else 1
+
+
+def as_object(done: Summary) -> dict[str, Any]:
+    """What a batch did, for programs."""
+    return {
+        "done": done.done,
+        "skipped": done.skipped,
+        "failed": len(done.failed),
+        "kept": len(done.kept),
+        "not_run": done.not_run,
+        "replaced": done.replaced,
+        "checked": done.checked,
+        "checks_failed": done.checks_failed,
+        "audio_s": done.audio_s,
+        "total_s": done.total_s,
+        "load_s": done.load_s,
+        "audio_s_per_s": done.audio_s / done.run_s if done.run_s > 0 else None,
+        "batch_size": done.batch_size,
+        "peak_memory_gb": done.peak_memory_gb,
+        "failures": done.failed,
+        "kept_recordings": asdict(done.kept),
+    }
 
 
 def report(done: Summary, verbosity: int) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pplex.batch.run import Summary
 
 _SHOWN_FAILURES = 20
+_SAID_EVERY_S = 60.0  # where there is no bar, as in logs
 
 
 class BatchProgress(Lines):
@@ -24,6 +25,7 @@ class BatchProgress(Lines):
         """``verbosity`` is as for ``Lines``."""
         super().__init__(verbosity)
         self._count = self._ended = 0
+        self._start = self._said = self._audio_s = 0.0
 
     def note(self, message: str) -> None:
         """Say something worth a line."""
@@ -31,7 +33,7 @@ class BatchProgress(Lines):
 
     def starting(self, count: int, audio_s: float) -> None:
         """Show a bar in seconds of audio."""
-        self._start = time.perf_counter()
+        self._start = self._said = time.perf_counter()
         self._count = count
         self._bar = tqdm(
             total=round(audio_s, 2),
@@ -55,12 +57,27 @@ class BatchProgress(Lines):
     def _advance(self, seconds: float) -> None:
         assert self._bar is not None
         self._ended += 1
+        self._audio_s += seconds
         self._bar.update(seconds)
-        spent = time.perf_counter() - self._start
-        self._bar.set_postfix_str(
-            f"{self._ended}/{self._count} recordings, {pace(self._bar.n, spent)} s/s",
-            refresh=False,
+        now = time.perf_counter()
+        counts = (
+            f"{self._ended}/{self._count} recordings, "
+            f"{pace(self._audio_s, now - self._start)} s/s"
         )
+        self._bar.set_postfix_str(counts, refresh=False)
+        if self._bar.disable and now - self._said >= _SAID_EVERY_S:
+            self._said = now
+            self.say(counts)
+
+    def stopped(self) -> None:
+        """Say how far a batch came that was stopped, and how it goes on."""
+        self.close()
+        if self._count:
+            self.say(
+                f"stopped: {self._ended} of {self._count} recordings were answered or "
+                f"failed, {self._count - self._ended} are left; the same command goes "
+                "on from here"
+            )
 
 
 def pace(audio_s: float, spent_s: float) -> str:
