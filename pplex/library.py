@@ -17,6 +17,7 @@ import numpy as np
 from pplex.audio.files import write_wav
 from pplex.audio.probe import probe
 from pplex.batch.decoding import Answered, Decoder, Job, Size
+from pplex.batch.jobsfile import MAX_TAIL_S
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.known import DEFAULT_MODEL
 from pplex.conversation import answer, session
@@ -192,6 +193,13 @@ class Model:
         seed: int,
         sampling: SamplingConfig,
     ) -> Settings:
+        if tail != "auto" and not (
+            isinstance(tail, int | float) and 0.0 <= tail <= MAX_TAIL_S
+        ):
+            raise PplexError(
+                f"tail is {tail!r}, where 0 to {MAX_TAIL_S:.0f} seconds or 'auto' are "
+                "expected"
+            )
         text = ROLES[DEFAULT_ROLE] if prompt is None else prompt
         return Settings(voice, text, sampling, seed, tail=tail)
 

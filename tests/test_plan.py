@@ -358,6 +358,14 @@ def test_a_bad_row_is_named_before_anything_runs(jobs, row, says):
         jobs({"input": "a.wav"}, row)
 
 
+@pytest.mark.parametrize("other", ["X.wav", "x\u200d.wav"])
+def test_two_rows_whose_outputs_may_be_one_file_are_refused(jobs, other):
+    rows = [{"input": "a.wav", "output": "x.wav"}]
+    for row in ({"input": "b.wav", "output": other}, {"input": other}):
+        with pytest.raises(PplexError, match="are one file where capitals"):
+            jobs(*rows, row)
+
+
 def test_two_rows_with_one_output_are_refused(jobs):
     with pytest.raises(PplexError, match="two recordings have the output x.wav"):
         jobs(*({"input": name, "output": "x.wav"} for name in ("a.wav", "b.wav")))

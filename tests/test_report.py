@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import struct
@@ -283,3 +284,17 @@ def test_what_fails_a_check_of_the_batch_is_said(tmp_path):
     (tmp_path / "manifest.jsonl").write_text(line)
     (note,) = find([tmp_path]).notes
     assert "1 of 1 recordings fail a check of pplex batch: a.wav" in note
+
+
+def test_an_output_that_was_changed_is_said_to_be_though_its_size_is_the_same(tmp_path):
+    write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    known = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    outputs = {"audio": {"path": "a.wav", "mtime_ns": 1, **known}}
+    line = manifest_line("a.wav", "done", outputs=outputs)
+    (tmp_path / "manifest.jsonl").write_text(line)
+    assert find([tmp_path]).items[0].status == "done"
+    content[-1] ^= 1
+    (tmp_path / "a.wav").write_bytes(content)
+    (item,) = find([tmp_path]).items
+    assert item.status == "missing" and "was changed after" in item.error

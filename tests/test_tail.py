@@ -8,21 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from small import SharedSteps
+from piped import HEADER, pipe, samples
 
 import pplex
-from pplex.audio.files import read_pcm
-from pplex.checkpoint.hub import resolve
-from pplex.checkpoint.weights import codec_tensors, lm_tensors
 from pplex.conversation.prompts import make_role
 from pplex.conversation.quiet import Quiet, is_quiet
 from pplex.conversation.scheduler import converse_many
-from pplex.conversation.session import load
 from pplex.conversation.tracks import Conversation
-from pplex.engine.base import Codec
-from pplex.engine.mlx.codec import MlxCodec
+from pplex.engine.base import Codec, Done, Start
 from pplex.errors import PplexError
-from pplex.model.mimi import Mimi
 from pplex.model.sampling import GREEDY
 from pplex.respond.ending import Ending, advice, is_cut_off
 
@@ -110,50 +104,91 @@ def test_a_batch_waits_as_one_recording_does(mini, calls, size):
         assert np.array_equal(one.codes, other.codes)
 
 
-class InGroups(SharedSteps):
-    """Steps that go on while the host does something else, sound coded in groups."""
+class Script(Codec):
+    """Sound of a code: a tone for 1, silence for 0. Recordings are coded in twos."""
+
+    concurrent, chunk_frames, group = False, 128, 2
+
+    def make_state(self):
+        return None
+
+    def encode(self, frames, state):
+        return np.zeros((8, len(frames)), np.int32)
+
+    def decode(self, codes, state):
+        return np.concatenate([SPEECH if code == 1 else SILENCE for code in codes[0]])
+
+    def encode_many(self, recordings):
+        return [self.encode(frames, None) for frames in recordings]
+
+    def decode_many(self, recordings):
+        return [self.decode(codes, None) for codes in recordings]
+
+
+class Scripted:
+    """An agent that sounds in the frames before its seed; steps run ahead."""
 
     is_async = True
 
-    def _make_codec(self, mimi: Mimi) -> Codec:
-        codec = MlxCodec(mimi, on_gpu=False)
-        codec.group, codec.chunk_frames = 2, 128
-        return codec
+    def __init__(self, config):
+        self.config, self.codec = config, Script()
+        self.at: dict[int, list[int]] = {}
+
+    def rows(self, capacity, sampling, *, live=False):
+        self.capacity, self.at = capacity, {}
+        return self
+
+    def join(self, start, seed, frames=None):
+        place = next(p for p in range(self.capacity) if p not in self.at)
+        self.at[place] = [0, seed]
+        return place
+
+    def leave(self, place):
+        del self.at[place]
+
+    def step(self, user):
+        columns = np.zeros((self.capacity, self.config.lm.num_agent_streams), np.int32)
+        columns[:, 0] = 3
+        for place, (frame, seed) in self.at.items():
+            columns[place, 1:] = frame < seed
+            self.at[place][0] += 1
+        return Done(columns)
 
 
-def test_where_sound_is_coded_in_groups_and_steps_run_ahead_it_is_the_same(calls):
+def test_where_sound_is_coded_in_groups_and_steps_run_ahead_it_is_the_same(tiny_model):
     """Of those whose tail is given, and those that wait, side by side."""
-    model = load(resolve("mini", offline=True))
-    folder, config = model.local.folder, model.config
-    engine = InGroups(
-        config, lm_tensors(folder, config.lm), codec_tensors(folder, config.mimi)
-    )
-    start = engine.prefill(make_role(model, None, "You are a teacher.").prompt)
-    pcms = [read_pcm(call, sample_rate=RATE).pcm for call in calls[1:]]
+    config = tiny_model.config
+    start = Start(make_role(tiny_model, None, "Hello.").prompt, None)
+    engine = Scripted(config)
+    # A recording of ten frames and a bit; it sounds until so many.
+    pcm, until = np.zeros(10 * FRAME + 7, np.float32), (0, 5, 11, 12, 40, 100, 1000)
     given = [
-        Conversation(f"{idx} {auto}", pcm, start, idx, auto)
-        for idx, pcm in enumerate(pcms)
+        Conversation(f"{seed} {auto}", pcm, start, seed, auto)
+        for seed in until
         for auto in (True, False)
     ]
-    found = {
-        one.key: answer
-        for one, answer in converse_many(engine, given, GREEDY, batch_size=3)
-    }
-    for idx, pcm in enumerate(pcms):
-        auto, plain = found[f"{idx} True"], found[f"{idx} False"]
-        assert len(plain.pcm) == len(pcm)
-        took = len(auto.pcm) - len(pcm)
-        assert 1.52 * RATE <= took < 30 * RATE
-        assert len(auto.timings.steps) == len(auto.text) == len(auto.pcm) // FRAME
-        longer = Conversation("", np.pad(pcm, (0, took)), start, idx)
-        ((_, same),) = converse_many(engine, [longer], GREEDY, batch_size=1)
-        assert np.array_equal(auto.text, same.text)
-        assert np.array_equal(auto.agent, same.agent)
-        assert np.array_equal(auto.user, same.user)
-        np.testing.assert_allclose(auto.pcm, same.pcm, atol=1e-6)
-        alone = Conversation("", pcm, start, idx, until_quiet=True)
-        ((_, same),) = converse_many(engine, [alone], GREEDY, batch_size=1)
-        assert np.array_equal(auto.pcm, same.pcm)
+    for size in (1, 3, 20):
+        found = {
+            one.key: answer
+            for one, answer in converse_many(engine, given, GREEDY, batch_size=size)
+        }
+        assert len(found) == len(given)
+        for seed in until:
+            auto, plain = found[f"{seed} True"], found[f"{seed} False"]
+            assert len(plain.pcm) == len(pcm)
+            loud = np.flatnonzero(auto.agent[0] == 1)
+            ends = max(11, loud[-1] + 1 if len(loud) else 0) + 19
+            most = len(pcm) + 30 * RATE
+            assert len(auto.pcm) == (ends * FRAME if seed < 1000 else most)
+            assert seed == 1000 or len(loud) == seed
+            assert len(auto.text) == len(auto.timings.steps)
+            assert len(auto.text) == -(-len(auto.pcm) // FRAME)
+            longer = np.pad(pcm, (0, len(auto.pcm) - len(pcm)))
+            one = Conversation("", longer, start, seed)
+            ((_, same),) = converse_many(engine, [one], GREEDY, batch_size=1)
+            assert np.array_equal(auto.pcm, same.pcm)
+            assert np.array_equal(auto.agent, same.agent)
+            assert np.array_equal(auto.user, same.user)
 
 
 def test_an_agent_that_never_is_quiet_has_half_a_minute(tiny, tmp_path, run):
@@ -169,6 +204,20 @@ def test_an_agent_that_never_is_quiet_has_half_a_minute(tiny, tmp_path, run):
     stats = json.loads((tmp_path / "s.json").read_text())
     assert (stats["tail_s"], stats["frames"]) == (30.0, 377)
     assert stats["cut_off"] and "--tail auto" in result.stderr
+
+
+@pytest.mark.parametrize("output", ["o.wav", "-"])
+def test_a_stream_waits_as_a_recording_does(calls, tmp_path, output):
+    for call in calls[1:]:
+        args = ("--model", "mini", "--tail", "auto", "--seed", "5", "--offline", "-q")
+        expected, found = tmp_path / "e.wav", tmp_path / "o.wav"
+        pipe(b"", "respond", call, "-o", expected, "--overwrite", *args)
+        where = "-" if output == "-" else found
+        line = ("respond", "-", "-o", where, "--overwrite", *args)
+        code, out, err = pipe(call.read_bytes(), *line)
+        assert (code, err) == (0, "")
+        content = out if output == "-" else found.read_bytes()
+        assert content[HEADER:] == samples(expected)
 
 
 def test_respond_and_batch_write_the_same(calls, run, tmp_path):
@@ -198,10 +247,9 @@ def test_a_length_other_than_a_number_is_named(mini, calls, tmp_path, run):
     jobs.write_text("input,tail\na.wav,Auto\n")
     result = run("batch", "--jobs", jobs, "-o", tmp_path / "out", "--model", "mini")
     assert result.exit_code == 1 and "or auto" in result.stderr
-    with pytest.raises(PplexError, match="line 2"):
-        from pplex.batch.jobsfile import read_jobs
-
-        read_jobs(jobs)
+    for tail in ("Auto", -1.0, float("nan"), None):
+        with pytest.raises(PplexError, match="or 'auto' are expected"):
+            mini.respond(calls[0], tail=tail)
 
 
 # How an answer ends

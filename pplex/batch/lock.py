@@ -122,6 +122,7 @@ class _LockFile:
                     f"{self._holder()}; wait until it ends, or choose another folder"
                 ) from None
             if self._is_in_place():
+                self._tells = any(line["begun"] for line in _lines(path))
                 return
             os.close(self._fd)  # the run before removed it in between
 
@@ -136,15 +137,15 @@ class _LockFile:
         return f" (process {named[-1]['pid']} on {named[-1]['host']})" if named else ""
 
     def append(self, line: dict[str, Any]) -> None:
+        self._tells |= "begun" in line
         os.write(self._fd, json.dumps(line).encode() + b"\n")
 
     def release(self, remove: bool) -> None:
         try:
-            told = any(line["begun"] is not None for line in _lines(self._path))
             if self.shared:  # the last shard removes it
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove = False  # what it tells is another run's
-            if remove or not told:
+            if remove or not self._tells:
                 self._path.unlink(missing_ok=True)
         except OSError:
             pass

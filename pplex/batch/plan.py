@@ -272,6 +272,7 @@ def _nothing_in(folder: Path, selection: Selection, left_out: LeftOut) -> str:
 
 def _named_apart(found: list[_Found]) -> list[_Found]:
     """Recordings of equal names get a hash each of what tells them apart."""
+    _check_chosen(found)
     groups = defaultdict(list)
     for one in found:
         groups[one.name].append(one)
@@ -283,6 +284,18 @@ def _named_apart(found: list[_Found]) -> list[_Found]:
             new = _with_hash(name, one.details) if len(group) > 1 else name
             apart.append(replace(one, name=new))
     return apart
+
+
+def _check_chosen(found: list[_Found]) -> None:
+    """Refuse outputs that a jobs file gives and a file system may take for one."""
+    names: dict[str, _Found] = {}
+    for one in found:
+        other = names.setdefault(folded(Path(one.name)), one)
+        if other.name != one.name and (one.chosen or other.chosen):
+            raise PplexError(
+                f"the outputs {other.name} and {one.name} are one file where capitals, "
+                "or forms of a letter, are not told apart; rename one"
+            )
 
 
 def _request(found: _Found, outdir: Path, options: OutputOptions) -> Request:

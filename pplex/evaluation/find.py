@@ -24,6 +24,7 @@ from pplex.respond.manifest import (
     LOCK_PATTERN,
     Line,
     Manifest,
+    is_unchanged,
     manifest_name,
     manifests_in,
 )
@@ -217,7 +218,7 @@ def _manifest_item(line: Line, folder: Path, notes: list[str]) -> Item:
     for what, path in paths.items():
         if not os.path.isfile(path):
             wrong.append(f"{path} is not there any more")
-        elif line["outputs"][what]["size"] not in (None, path.stat().st_size):
+        elif _was_changed(path, line["outputs"][what]):
             wrong.append(f"{path} was changed after the batch wrote it")
     audio = paths.get("audio") or paths.get("agent")
     if wrong or audio is None:
@@ -245,6 +246,12 @@ def _manifest_item(line: Line, folder: Path, notes: list[str]) -> Item:
         role=line["prompt"] or done.role,
         extra=line["extra"] or {},
     )
+
+
+def _was_changed(path: Path, output: Line) -> bool:
+    if output["sha256"] is not None:
+        return not is_unchanged(path, output)
+    return output["size"] not in (None, path.stat().st_size)
 
 
 def _sample_item(root: Path, folder: Path, notes: list[str]) -> Item:
