@@ -110,19 +110,21 @@ class Script(Codec):
     concurrent, chunk_frames, group = False, 128, 2
 
     def make_state(self):
-        return None
+        return []
 
     def encode(self, frames, state):
         return np.zeros((8, len(frames)), np.int32)
 
     def decode(self, codes, state):
+        state.append(codes.shape[1])  # only the last may be no power of two
+        assert all(size & (size - 1) == 0 for size in state[:-1])
         return np.concatenate([SPEECH if code == 1 else SILENCE for code in codes[0]])
 
     def encode_many(self, recordings):
-        return [self.encode(frames, None) for frames in recordings]
+        return [self.encode(frames, []) for frames in recordings]
 
     def decode_many(self, recordings):
-        return [self.decode(codes, None) for codes in recordings]
+        return [self.decode(codes, []) for codes in recordings]
 
 
 class Scripted:

@@ -48,6 +48,12 @@ class Quiet:
         most = num_samples + round(MAX_TAIL_S * self._sample_rate)
         return most if self.end is None else min(most, self.end * self._frame_size)
 
+    def may_end(self, num_frames: int) -> bool:
+        """Whether so many frames may be all, as far as is known of those heard."""
+        if self._first is None:
+            return False
+        return num_frames >= max(self._first, self._heard - self._quiet) + self._wanted
+
     def begin(self, frame: int) -> None:
         """Frame number ``frame`` is the tail's first; only the first call counts."""
         if self._first is None:

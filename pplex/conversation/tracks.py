@@ -24,9 +24,6 @@ from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.prompt import Prompt
 from pplex.model.streams import shift, unshift, user_rows
 
-# Of a tail that waits for silence: so many are decoded at a time, to know its end soon.
-_QUIET_FRAMES = 8
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -100,10 +97,15 @@ class Track:
         """Frames that are known whole."""
         return len(self._said) - self._config.lag
 
-    def _frames(self) -> np.ndarray:
-        """The agent's text and codes (agent streams, frames) of what was said."""
-        delays = self._config.delays[: self._config.num_agent_streams]
-        return unshift(np.stack(self._said, axis=1), delays, self._config.lag)
+    def _frames(self, count: int | None = None) -> np.ndarray:
+        """The agent's text and codes (agent streams, frames) of what was said.
+
+        The first ``count`` frames, or all.
+        """
+        delays, lag = self._config.delays, self._config.lag
+        said = self._said if count is None else self._said[: count + lag]
+        agent = delays[: self._config.num_agent_streams]
+        return unshift(np.stack(said, axis=1), agent, lag)
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,7 @@ class StreamedTrack(Track):
         super().__init__(engine.config.lm, start, seed, num_frames)
         self._codec = engine.codec
         self._quiet = quiet
-        self._decode_frames = (
-            decode_frames if quiet is None else min(decode_frames, _QUIET_FRAMES)
-        )
+        self._decode_frames = decode_frames
         self._num_asked = self._num_decoded = 0
         self._worker = worker
         encode = partial(self._codec.encode, state=self._codec.make_state())
@@ -191,6 +191,10 @@ class StreamedTrack(Track):
             return
         if self._num_said >= self._decode_frames or self.is_complete:
             self._decode()
+        if self._quiet is not None and self._quiet.may_end(len(self.timings.steps)):
+            while not self._is_over and (count := self._num_said):
+                self._decode(1 << (count.bit_length() - 1))
+            self._take_decoded()
 
     def pieces(self) -> Iterator[Answer]:
         """The stretches that are there and were not taken yet."""
@@ -211,13 +215,16 @@ class StreamedTrack(Track):
             del self.timings.steps[self._num_decoded :]
         return self.pieces()
 
-    def _decode(self) -> None:
-        """Begin to decode the frames that have come since."""
+    def _decode(self, count: int | None = None) -> None:
+        """Begin to decode the frames that have come since, the first ``count`` or all.
+
+        Unless they are the last, these are a power of two.
+        """
         self._take_decoded()
         if self._is_over:
             return
-        frames = self._frames()
-        self._said = self._said[self._num_said :]
+        frames = self._frames(count)
+        self._said = self._said[frames.shape[1] :]
         text, agent = frames[0], frames[1:]
         pcm = partial(self._codec.decode, agent, self._decoder)
         user = self._take_user_codes(len(text))
