@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ class Quiet:
 
     def __init__(self, config: ModelConfig) -> None:
         self._frame_size, self._sample_rate = config.frame_size, config.sample_rate
-        self._wanted = round(np.ceil(QUIET_S * config.frame_rate))
+        self._wanted = math.ceil(QUIET_S * config.frame_rate)
         self._first: int | None = None
         self._heard = self._quiet = 0
         self.end: int | None = None
