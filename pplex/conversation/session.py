@@ -19,6 +19,8 @@ from pplex.errors import PplexError, first_line
 from pplex.model.config import ModelConfig
 from pplex.model.sampling import SamplingConfig
 
+_WARM_UP_FRAMES = 4
+
 
 @dataclass
 class Model:
@@ -84,8 +86,14 @@ def load(
     )
 
 
-def warm_up(engine: Engine, start: Start) -> None:
-    """Run a frame that leaves no trace, so that the first real one is not slower."""
+def warm_up(engine: Engine, start: Start) -> float | None:
+    """Run frames that leave no trace, so that the first real one is not slower.
+
+    Seconds of one; None where more than one has to be compiled for.
+    """
     silence = np.zeros((1, engine.config.frame_size), np.float32)
-    for _ in converse(engine, start, 0, [silence], SamplingConfig(), decode_frames=1):
-        pass
+    chunks = [silence] * (1 if engine.is_async else _WARM_UP_FRAMES)
+    times = []
+    for _ in converse(engine, start, 0, chunks, SamplingConfig(), decode_frames=1):
+        times.append(time.perf_counter())
+    return float(np.diff(times).min()) if len(times) > 1 else None

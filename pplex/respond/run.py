@@ -227,11 +227,9 @@ def begin(
     role = make_role(model, settings.voice, settings.text, report.warn)
     start = model.engine.prefill(role.prompt)
     clock.lap("prefill")
-    warm_up(model.engine, start)
-    if not model.engine.is_async:
-        begun = time.perf_counter()
-        warm_up(model.engine, start)
-        report.expecting((time.perf_counter() - begun) * model.config.frame_rate)
+    frame_s = warm_up(model.engine, start)
+    if frame_s is not None:
+        report.expecting(frame_s * model.config.frame_rate)
     clock.lap("warm_up")
     return role, start
 

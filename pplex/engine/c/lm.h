@@ -234,9 +234,10 @@ static const NAME(kernel) NAME(kernels)[3][3][5] = {
 #undef QUANTIZED
 #undef OF_EACH_KIND
 
-/* Sums of each group of a row's inputs. */
-TARGET static void NAME(sum_groups)(const Matrix *w, const float *x, float *plain) {
-  for (long g = 0; w->bits && g < w->columns; g += w->group) {
+/* Sums of each group of `count` of a row's inputs. */
+TARGET static void NAME(sum_groups)(const Matrix *w, long count, const float *x,
+                                    float *plain) {
+  for (long g = 0; w->bits && g < count; g += w->group) {
     vec sum[PARTS] = {{0}};
     for (long i = 0; i < w->group; i += LANES)
       for (int v = 0; v < PARTS; v++) sum[v] += NAME(load)(x + g + i + v * WIDTH);
@@ -244,14 +245,21 @@ TARGET static void NAME(sum_groups)(const Matrix *w, const float *x, float *plai
   }
 }
 
-/* Mix each TOGETHER rows of the first `m`, and sum the groups of all of these: a phase. */
+/* Mix each TOGETHER rows of the first `m`, and sum the groups of all of these: a phase.
+   No two threads write to one line. */
 TARGET static void NAME(mix_rows)(Crew *crew, const Matrix *w, long m, const float *x,
                                   long ldx, float *mixed, float *plain) {
   long n = w->columns, groups = w->bits ? n / w->group : 0;
-  for (long r; (r = take_piece(crew, m)) >= 0;) {
-    float *to = mixed + r / TOGETHER * TOGETHER * n + r % TOGETHER;
-    for (long i = 0; i < n; i++) to[i * TOGETHER] = x[r * ldx + i];
-    NAME(sum_groups)(w, x + r * ldx, plain + r * groups);
+  long some = w->bits ? 4 * w->group : 256, parts = (n + some - 1) / some;
+  for (long piece; (piece = take_piece(crew, m / TOGETHER * parts)) >= 0;) {
+    long first = piece / parts * TOGETHER, start = piece % parts * some;
+    long count = n - start < some ? n - start : some;
+    float *to = mixed + first * n + start * TOGETHER;
+    for (int r = 0; r < TOGETHER; r++) {
+      const float *from = x + (first + r) * ldx + start;
+      for (long i = 0; i < count; i++) to[i * TOGETHER + r] = from[i];
+      NAME(sum_groups)(w, count, from, plain + (first + r) * groups + start / some * 4);
+    }
   }
   meet(crew, MANY);
 }
@@ -273,7 +281,7 @@ TARGET static void NAME(product)(Crew *crew, const Matrix *w, long m, const floa
   int is_first = 1;
   for (long i; (i = take_piece(crew, (blocks + wide - 1) / wide)) >= 0;) {
     for (long r = mixed; is_first && r < m; r++)
-      NAME(sum_groups)(w, x + r * ldx, room->own + r * groups);
+      NAME(sum_groups)(w, w->columns, x + r * ldx, room->own + r * groups);
     is_first = 0;
     long start = i * wide, end = start + wide < blocks ? start + wide : blocks;
     for (long r = 0; r < m;) {

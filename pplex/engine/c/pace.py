@@ -13,8 +13,8 @@ from pplex.engine.c.memory import zeros
 from pplex.engine.c.structures import BFLOAT16, FLOAT16, Matrix
 from pplex.engine.device import measurable, memory_gb, num_cores
 
-_BYTES = 512 << 20  # of a matrix that no cache holds
-_SHARE = 8  # it takes at most one part in so many of the free memory
+_BYTES = 1 << 30  # of a matrix that no cache holds: those of servers have 0.3 GB
+_SHARE = 16  # it takes at most one part in so many of the free memory
 _COLUMNS = 4096
 _GROUP = 64
 _ROUNDS = 5
