@@ -1,6 +1,7 @@
 """Names of models to local files, with a stand-in for Hugging Face."""
 
 import errno
+import json
 import socket
 import types
 from pathlib import Path
@@ -316,7 +317,9 @@ def test_a_dead_link_in_the_cache_counts_as_missing(cache, lost):
         (errors.GatedRepoError, 403, ["https://huggingface.co/o/n", "hf auth login"]),
         (errors.RepositoryNotFoundError, 404, ["no repository o/n"]),
         (errors.RevisionNotFoundError, 404, ["no revision 'v9'"]),
-        (errors.HfHubHTTPError, 503, ["o/n@v9", "503"]),
+        (errors.HfHubHTTPError, 503, ["o/n@v9", "503", "try again later"]),
+        (errors.HfHubHTTPError, 401, ["o/n@v9", "401", "run `hf auth login` again"]),
+        (errors.HfHubHTTPError, 403, ["o/n@v9", "403", "another token"]),
     ],
 )
 def test_what_the_server_refuses_is_one_sentence(online, where, kind, status, reasons):
@@ -347,6 +350,24 @@ def test_without_a_network_the_built_in_model_is_recommended(online, failure):
     message = refusal("o/n")
     assert "cannot be reached" in message
     assert "--model mini" in message
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        json.JSONDecodeError("Expecting value", "<html>", 0),
+        AttributeError("'list' object has no attribute 'get'"),
+        KeyError("id"),
+        TypeError("int + str"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_page_to_log_in_to_is_not_the_hub(online, failure):
+    """What a hotel's network answers in its place, with status 200."""
+    fake = online("o/n", SPLIT)
+    fake.listing_error = failure
+    message = refusal("o/n")
+    assert "instead of Hugging Face" in message and "log in" in message
 
 
 def test_without_a_network_a_complete_cache_is_used(online, cache):

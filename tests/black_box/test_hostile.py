@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,24 @@ def test_an_output_folder_that_is_taken_away_ends_the_batch(model, tmp_path):
     assert not out.exists()
 
 
+# Clocks.
+
+
+@pytest.mark.parametrize("step_s", [0.0, -10.0, 1e9])
+def test_a_clock_that_stands_still_or_jumps_ends_no_batch(
+    here, call, model, tmp_path, monkeypatch, step_s
+):
+    now = iter(float(step_s * i) for i in range(10**9))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    code, _, err = here("batch", call, "-o", tmp_path / "out", *model, "--stats", "-v")
+    assert code == 0 and "1 done" in err
+    code, _, err = here("respond", call, "-o", tmp_path / "o.wav", *model)
+    assert code == 0
+    code, _, err = here("bench", "--random", "tiny", "--frames", "4")
+    assert code == (1 if step_s <= 0 else 0)
+    assert ("clock of this machine stands still" in err) == (step_s <= 0)
+
+
 # Pipes and devices where files were meant.
 
 
@@ -352,6 +371,15 @@ def test_a_name_that_is_not_utf8_has_its_line_in_report_and_score(
     for form in ("json", "csv", "table"):
         code, shown, err = here("score", out, "--format", form, "--vad", "energy")
         assert code == 0 and "\\udce9.wav" in shown, err
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names there are UTF-8")
+def test_an_output_whose_name_is_not_utf8_is_shown_and_linked(here, reply, tmp_path):
+    shutil.copy(reply, os.fsencode(tmp_path) + b"/c\xe9.wav")
+    code, _, err = here("report", tmp_path, "-o", tmp_path / "r.html")
+    assert code == 0, err
+    (entry,) = read_data(tmp_path / "r.html")
+    assert (entry["n"], entry["a"]) == ("c\udce9.wav", "c%E9.wav")
 
 
 LOCKS = ("5", "null", '"x"', "[1]", DEEP, '{"pid": "x", "host": []}', '{"begun": 3}')
