@@ -599,3 +599,30 @@ def test_the_hand_made_pickles_name_what_torch_names():
     for name in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n"):
         assert name in reference
         assert name in made
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_tar_header_that_would_fill_the_memory_is_not_read(tmp_path, kind):
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, 500 << 20
+    path = tmp_path / "voices.tgz"
+    path.write_bytes(gzip.compress(header.tobuf() + b"a" * 4096))
+    with pytest.raises(PplexError, match="header of 524288000 bytes"):
+        unpack.unpack_voices(path)
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_sparse_files_are_no_voices(tmp_path, form):
+    """Their lists of holes may be longer than the archive."""
+    member = tarfile.TarInfo("a.pt")
+    member.size = 512
+    if form == "gnu":
+        member.type = tarfile.GNUTYPE_SPARSE
+    else:
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+        member.pax_headers["GNU.sparse.name"] = "a.pt"
+    path = tmp_path / "voices.tgz"
+    content = member.tobuf(tarfile.PAX_FORMAT) + b"1\n" * 256 + bytes(1024)
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(PplexError, match="sparse"):
+        unpack.unpack_voices(path)

@@ -14,6 +14,12 @@ MAX_VOICE_BYTES = 1 << 26
 MAX_UNPACKED_BYTES = 1 << 29
 MAX_MEMBERS = 1_000
 
+MAX_HEADER_BYTES = 1 << 16
+
+_HEADERS = {
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+}
 _SUFFIXES = (".pt", ".safetensors")
 _CHUNK_BYTES = 1 << 20
 
@@ -66,12 +72,32 @@ class _LimitedReader:
         return content
 
 
+class _Member(tarfile.TarInfo):
+    """A member whose headers are small: tarfile reads them whole and believes them."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        """Read a block of 512 bytes."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            raise ValueError("it has a sparse file")
+        if member.type in _HEADERS and member.size > MAX_HEADER_BYTES:
+            raise ValueError(f"it has a header of {member.size} bytes")
+        return member
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        """Sparse files have a list of their holes, of any length, in their content."""
+        raise ValueError("it has a sparse file")
+
+
 def _unpack(archive: Path, folder: Path) -> None:
     names: set[str] = set()
     with open_regular(archive) as file, gzip.open(file) as stream:
         reader = _LimitedReader(archive, stream)
         # A stream is read once and in order: nothing seeks past the limit.
-        with tarfile.open(fileobj=reader, mode="r|") as tar:  # type: ignore[call-overload]
+        with tarfile.open(  # type: ignore[call-overload]
+            fileobj=reader, mode="r|", tarinfo=_Member
+        ) as tar:
             for count, member in enumerate(tar):
                 if count >= MAX_MEMBERS:
                     raise PplexError(f"{archive} is refused: it has too many members")
