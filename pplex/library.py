@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pplex.audio.files import write_wav
+from pplex.audio.files import Samples, write_wav
 from pplex.audio.probe import probe
 from pplex.batch.decoding import Answered, Decoder, Job, Size
 from pplex.batch.jobsfile import MAX_TAIL_S
@@ -107,8 +107,8 @@ class Model:
         ``tail`` is how many seconds of silence follow it, or ``"auto"``.
         """
         settings = self._settings(voice, prompt, tail, seed, sampling)
-        pcm = self._read(recording, settings)
-        one = Conversation("", pcm, self._start(settings), seed, tail == "auto")
+        sound = Samples(self._read(recording, settings))
+        one = Conversation("", sound, self._start(settings), seed, tail == "auto")
         ((_, said),) = converse_many(self._model.engine, [one], sampling, batch_size=1)
         return self._answer(said)
 
@@ -138,7 +138,7 @@ class Model:
         jobs = (
             Job(
                 key=str(idx),
-                pcm=self._read(recording, settings),
+                sound=Samples(self._read(recording, settings)),
                 voice=name,
                 text=settings.text,
                 seed=seed,

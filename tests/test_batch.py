@@ -297,7 +297,7 @@ def test_one_that_never_fits_in_memory_fails_alone(calls, batch, monkeypatch):
     def short_of_memory(model, items, sampling, *, batch_size):
         def checked():
             for item in items:
-                if len(item.pcm) > 12000:
+                if item.sound.num_samples > 12000:
                     raise MemoryError("too much")
                 yield item
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from small import SMALL, SharedSteps, converse, speech
 
+from pplex.audio.files import Samples
 from pplex.bench.random_model import random_codec, random_lm, random_prompt
 from pplex.conversation.scheduler import converse_many
 from pplex.conversation.tracks import Conversation
@@ -31,7 +32,9 @@ def recordings(engine):
     starts = [engine.prefill(prompt) for prompt in prompts]
     lengths = 20, 33, 2, 60, 9, 41, 20, 25, 12, 30
     return [
-        Conversation(str(idx), speech(frames, idx).reshape(-1), starts[idx % 2], idx)
+        Conversation(
+            str(idx), Samples(speech(frames, idx).reshape(-1)), starts[idx % 2], idx
+        )
         for idx, frames in enumerate(lengths)
     ]
 

@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 from small import converse, speech
 
+from pplex.audio.files import Samples
 from pplex.bench.random_model import (
     TINY,
     random_codec,
@@ -332,7 +333,7 @@ def test_an_answer_does_not_depend_on_its_company(compute):
     engine = model.engine
     start = engine.prefill(random_prompt(model.config))
     recordings = [
-        Conversation(str(idx), speech(frames, idx).reshape(-1), start, idx)
+        Conversation(str(idx), Samples(speech(frames, idx).reshape(-1)), start, idx)
         for idx, frames in enumerate((70, 140, 33, 9, 131, 20, 64, 90))
     ]
     known = {}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small import SharedSteps, converse, speech
 
+from pplex.audio.files import Samples
 from pplex.batch.decoding import PROMPT_FRAMES, Decoder, Size
 from pplex.checkpoint.weights import codec_tensors, lm_tensors
 from pplex.conversation.prompts import make_role
@@ -56,7 +57,9 @@ def conversations(engine, model) -> list[Conversation]:
     return [
         Conversation(
             key=str(idx),
-            pcm=speech(frames, seed=idx).reshape(-1)[: frames * 1920 - 100 * idx],
+            sound=Samples(
+                speech(frames, seed=idx).reshape(-1)[: frames * 1920 - 100 * idx]
+            ),
             start=starts[idx % 2],
             seed=1000 + idx,
         )
@@ -72,7 +75,9 @@ def assert_as_alone():
     def alone(engine, one, sampling):
         key = engine, one.key, sampling
         if key not in known:
-            frames = np.pad(one.pcm, (0, -len(one.pcm) % 1920)).reshape(-1, 1920)
+            frames = np.pad(one.sound.pcm, (0, -one.sound.num_samples % 1920)).reshape(
+                -1, 1920
+            )
             known[key] = converse(
                 engine, one.start, frames, sampling, one.seed, chunk=32
             )
@@ -86,7 +91,7 @@ def assert_as_alone():
             found = np.concatenate([answer.text[None], answer.agent])
             np.testing.assert_array_equal(found, tokens)
             np.testing.assert_array_equal(answer.user, user)
-            expected = pcm[: len(one.pcm)]
+            expected = pcm[: one.sound.num_samples]
             np.testing.assert_allclose(answer.pcm, expected, rtol=0, atol=atol)
             assert len(answer.timings.steps) == LENGTHS[int(one.key)]
 

@@ -11,6 +11,7 @@ import soundfile
 from piped import HEADER, pipe, samples
 
 import pplex
+from pplex.audio.files import Samples
 from pplex.conversation.prompts import make_role
 from pplex.conversation.quiet import Quiet, is_quiet
 from pplex.conversation.scheduler import converse_many
@@ -165,7 +166,7 @@ def test_where_sound_is_coded_in_groups_and_steps_run_ahead_it_is_the_same(tiny_
     # A recording of ten frames and a bit; it sounds until so many.
     pcm, until = np.zeros(10 * FRAME + 7, np.float32), (0, 5, 11, 12, 40, 100, 1000)
     given = [
-        Conversation(f"{seed} {auto}", pcm, start, seed, auto)
+        Conversation(f"{seed} {auto}", Samples(pcm), start, seed, auto)
         for seed in until
         for auto in (True, False)
     ]
@@ -186,7 +187,7 @@ def test_where_sound_is_coded_in_groups_and_steps_run_ahead_it_is_the_same(tiny_
             assert len(auto.text) == len(auto.timings.steps)
             assert len(auto.text) == -(-len(auto.pcm) // FRAME)
             longer = np.pad(pcm, (0, len(auto.pcm) - len(pcm)))
-            one = Conversation("", longer, start, seed)
+            one = Conversation("", Samples(longer), start, seed)
             ((_, same),) = converse_many(engine, [one], GREEDY, batch_size=1)
             assert np.array_equal(auto.pcm, same.pcm)
             assert np.array_equal(auto.agent, same.agent)

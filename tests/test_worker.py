@@ -10,6 +10,7 @@ import pytest
 import reference_driver
 from small import speech
 
+from pplex.audio.files import Samples
 from pplex.conversation.prompts import make_role
 from pplex.conversation.scheduler import converse, converse_many
 from pplex.conversation.tracks import Conversation
@@ -84,7 +85,7 @@ def replies(engine, start, chunks, **options):
 
 def conversations(start):
     pcm = speech(40).reshape(-1)
-    return [Conversation(str(idx), pcm, start, idx) for idx in range(5)]
+    return [Conversation(str(idx), Samples(pcm), start, idx) for idx in range(5)]
 
 
 def test_the_next_call_is_under_way_while_a_result_is_used():

@@ -9,6 +9,7 @@ import wave
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import soxr
@@ -21,6 +22,37 @@ from pplex.files import Place, atomic_write, put
 
 _BLOCK_SAMPLES = 1 << 19  # written at a time, all channels together: 1 MB
 _MAX_WAV_BYTES = (1 << 32) - 64
+
+
+class Sound(Protocol):
+    """A mono signal that is in memory, or is read as it is needed."""
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples it has."""
+
+    @property
+    def pcm(self) -> np.ndarray:
+        """All of them, float32 (samples,)."""
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield them, float32 (samples,) at a time."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A signal in memory: ``pcm``, float32 (samples,)."""
+
+    pcm: np.ndarray
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples it has."""
+        return len(self.pcm)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield them, float32 (samples,) at a time."""
+        yield self.pcm
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pplex.audio.files import Samples
 from pplex.checkpoint.unpack import MAX_VOICE_BYTES
 from pplex.errors import PplexError, first_line
 from pplex.files import read_regular, reading
@@ -185,7 +186,9 @@ class Cluster:
                     content = path.suffix, read_regular(path, MAX_VOICE_BYTES)
                 self._voices[job.voice] = self._ray.put(content)
             voice = self._voices[job.voice]
-        worker.busy[worker.actor.answer.remote(job, voice)] = job
+        # The machine may not have the file, nor the folder of the results.
+        sent = replace(job, sound=Samples(job.sound.pcm), write=None)
+        worker.busy[worker.actor.answer.remote(sent, voice)] = job
 
     def _ready(self) -> list[tuple[Any, _Remote]]:
         """What has come in, or nothing after a while."""

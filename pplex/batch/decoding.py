@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
+from pplex.audio.files import Sound
 from pplex.conversation.answer import Answer
 from pplex.conversation.prompts import make_role
 from pplex.conversation.scheduler import converse_many
 from pplex.conversation.session import Model
-from pplex.conversation.tracks import Conversation
+from pplex.conversation.tracks import Conversation, WriteSound
 from pplex.engine.base import Start
 from pplex.engine.choose import batch_size
 from pplex.engine.device import is_out_of_memory
@@ -35,17 +35,19 @@ PROMPT_FRAMES = 250
 
 @dataclass(frozen=True)
 class Job:
-    """What a model needs to know of a recording: ``pcm`` (samples,), tail included.
+    """What a model needs to know of a recording: ``sound``, tail included.
 
-    With ``until_quiet`` its tail is as long as the agent speaks.
+    With ``until_quiet`` its tail is as long as the agent speaks. ``write`` is that of
+    ``Conversation``; when the work is done again it begins again, too.
     """
 
     key: str
-    pcm: np.ndarray
+    sound: Sound
     voice: str
     text: str
     seed: int
     until_quiet: bool = False
+    write: WriteSound | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,11 @@ class Decoder:
             batch_size=self.choose_batch_size(),
         ):
             _, prompt_frames = stream.under_way.pop(one.key)
-            yield Answered(one.key, answer, prompt_frames, model_info(self._model))
+            if answer.fault:
+                yield Failure(one.key, answer.fault)
+            else:
+                info = model_info(self._model)
+                yield Answered(one.key, answer, prompt_frames, info)
             yield from stream.take_failures()
 
     def _conversations(self, stream: _Stream) -> Iterator[Conversation]:
@@ -164,7 +170,9 @@ class Decoder:
                 stream.fail(job, str(e))
                 continue
             stream.under_way[job.key] = job, start.prompt.num_frames
-            yield Conversation(job.key, job.pcm, start, job.seed, job.until_quiet)
+            yield Conversation(
+                job.key, job.sound, start, job.seed, job.until_quiet, job.write
+            )
 
     def _start(self, voice: str, text: str) -> Start:
         found = self._roles.get((voice, text))

@@ -21,15 +21,18 @@ from pplex.batch.prepare import (
     remaining,
 )
 from pplex.batch.records import read_request
+from pplex.batch.run import READ_AHEAD
 from pplex.checkpoint.weights import lm_tensors
 from pplex.conversation.quiet import MAX_TAIL_S
 from pplex.engine.choose import batch_size, choose_form, cost_of
-from pplex.engine.device import memory_gb
+from pplex.engine.device import memory_gb, on_cpu
 from pplex.errors import PplexError
 from pplex.respond.manifest import DONE, Manifest
 from pplex.respond.request import Request
+from pplex.respond.run import MOST_KEPT
 
 _READERS = 2
+_SAMPLE_BYTES = 4
 # Of a transcript, stats and tokens: a few numbers or words a frame.
 _SIDE_BYTES_PER_FRAME = {"transcript": 60, "stats": 1, "tokens": 40}
 _SIDE_BYTES = 4096
@@ -58,6 +61,7 @@ class Forecast:
     disk_free_gb: float = 0.0
     weights_gb: float = 0.0
     row_gb: float = 0.0
+    sound_gb: float = 0.0
     memory_gb: float = 0.0
     batch_size: int = 0
     seconds: float | None = None
@@ -69,6 +73,12 @@ class Forecast:
             found.append(
                 f"the outputs need about {self.output_gb:.1f} GB and the disk has "
                 f"{self.disk_free_gb:.1f} GB free"
+            )
+        if self.sound_gb > _system_memory_gb():
+            found.append(
+                f"the sound of {self.batch_size} recordings at a time needs about "
+                f"{self.sound_gb:.1f} GB of memory, and there are "
+                f"{_system_memory_gb():.1f} GB"
             )
         if self.todo and self.weights_gb + self.row_gb > self.memory_gb:
             found.append(
@@ -161,6 +171,19 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
         config, cost, positions, free, alone=form.alone
     )
     found.batch_size = min(rows, found.todo if batch.batch_size else size.busy_rows)
+    found.sound_gb = _sound_bytes(found, config.sample_rate) / 1e9
+
+
+def _sound_bytes(found: Forecast, sample_rate: int) -> float:
+    """Of those answered and of those read ahead.
+
+    A GPU codes recordings whole, and has both sides of each; a CPU keeps none of long
+    ones.
+    """
+    longest = found.longest_s * sample_rate * _SAMPLE_BYTES
+    kept = min(longest, MOST_KEPT * _SAMPLE_BYTES)
+    ahead = min(READ_AHEAD, max(0, found.todo - found.batch_size))
+    return found.batch_size * (kept if on_cpu() else 2 * longest) + ahead * kept
 
 
 def _system_memory_gb() -> float:

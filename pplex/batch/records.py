@@ -7,9 +7,12 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pplex.audio.files import Recording
 from pplex.batch.decoding import Answered
@@ -28,9 +31,15 @@ from pplex.respond.manifest import (
     Manifest,
     file_print,
 )
-from pplex.respond.outputs import spoken_words, write_outputs
+from pplex.respond.outputs import (
+    SoundWriter,
+    Write,
+    open_sink,
+    spoken_words,
+    write_outputs,
+)
 from pplex.respond.request import Request
-from pplex.respond.run import lengthened, read_user, tail_s
+from pplex.respond.run import read_user, tail_s
 from pplex.respond.stats import Check, Outcome, Source, latency, make_stats
 
 
@@ -115,15 +124,33 @@ class Placing:
         }
 
 
+def sound_writer(request: Request, placing: Placing, sample_rate: int) -> SoundWriter:
+    """What writes the sound of an answer to the files of ``request``."""
+    outputs = request.outputs
+
+    def open_files() -> AbstractContextManager[Write]:
+        placing.check(outputs.files().values())
+        folder = outputs.audio.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
+        files = outputs.files()
+        return open_sink(outputs.layout, files, sample_rate, place=placing)
+
+    return SoundWriter(open_files)
+
+
 def write_answer(
     model: Description,
     placing: Placing,
+    writer: SoundWriter,
     request: Request,
     read: Read,
     answered: Answered,
     check: Check | None,
 ) -> tuple[Line, list[Outcome]]:
-    """Write the outputs of ``request`` and check them.
+    """Write the outputs of ``request`` to the end and check them.
 
     Returns the manifest's line, and how the checks went. Of the work, the figures have
     the recording's share; loading the model and its prompts is nobody's.
@@ -132,14 +159,13 @@ def write_answer(
     answer, timings = answered.answer, answered.answer.timings
     recording, outputs = read.recording, request.outputs
     voice = model.voice_of(request)
-    placing.check(outputs.files().values())
-    folder = outputs.audio.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
-    user_pcm = lengthened(recording.pcm, len(answer.pcm))
-    write_outputs(model, request, user_pcm, answer, voice, place=placing)
+    if not writer.num_samples:  # it came whole, from a GPU or a cluster
+        missing = len(answer.pcm) - recording.num_samples
+        writer(0, np.pad(recording.pcm, (0, missing)), answer.pcm)
+    writer.finish()
+    rate = model.config.sample_rate
+    audio_s = writer.num_samples / rate
+    write_outputs(model, request, answer, audio_s, voice, place=placing)
     seconds = {
         "read": read.seconds,
         "encode": timings.encode_s,
@@ -147,9 +173,7 @@ def write_answer(
         "decode": timings.decode_s,
         "write": time.perf_counter() - start,
     }
-    rate = model.config.sample_rate
-    audio_s = len(user_pcm) / rate
-    took_s = tail_s(request.settings, len(recording.pcm), len(user_pcm), rate)
+    took_s = tail_s(request.settings, recording.num_samples, writer.num_samples, rate)
     spoken = spoken_words(model, answer.text)
     stats = make_stats(
         request,

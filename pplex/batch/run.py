@@ -41,6 +41,7 @@ from pplex.batch.records import (
     check_again,
     failed_line,
     read_request,
+    sound_writer,
     stopped_line,
     write_answer,
 )
@@ -50,12 +51,13 @@ from pplex.engine.device import num_cores
 from pplex.errors import PplexError
 from pplex.respond.ending import Ending
 from pplex.respond.manifest import Line, Manifest
+from pplex.respond.outputs import SoundWriter
 from pplex.respond.request import Request
 from pplex.respond.stats import Outcome
 
 # On a large machine a batch starts with a hundred recordings at once.
 _READERS = min(8, max(2, num_cores() // 2))
-_READ_AHEAD = 2 * _READERS
+READ_AHEAD = 2 * _READERS
 _WRITERS = 2
 _WRITE_BEHIND = 8
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -176,6 +178,15 @@ def run_batch(batch: Batch, report: Report) -> Summary:
         lock.release()
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """A recording that is answered, and what writes its answer."""
+
+    read: Read
+    placing: Placing
+    writer: SoundWriter
+
+
 class _Run:
     """The work on the requests that are left."""
 
@@ -195,7 +206,7 @@ class _Run:
         self._report = report
         self._summary = summary
         self._seconds: dict[str, float] = {}
-        self._reads: dict[str, Read] = {}
+        self._reads: dict[str, _Reading] = {}
         self.failed: set[str] = set()
 
     def look_again(self, requests: list[Request]) -> None:
@@ -274,31 +285,26 @@ class _Run:
             try:
                 for outcome in outcomes:
                     if isinstance(outcome, Failure):
-                        self._reads.pop(outcome.key, None)
+                        if reading := self._reads.pop(outcome.key, None):
+                            reading.writer.abandon()
                         self._fail(by_key[outcome.key], outcome.error)
                         continue
                     request = by_key[outcome.key]
-                    read = self._reads.pop(request.key)
+                    reading = self._reads.pop(request.key)
                     self._summary.peak_memory_gb = max(
                         self._summary.peak_memory_gb, outcome.info.peak_memory_gb
-                    )
-                    placing = Placing(
-                        self._manifest,
-                        self._lock,
-                        request.key,
-                        self._model.settings_digest(request),
-                        self._batch.overwrite,
                     )
                     future = pool.submit(
                         write_answer,
                         self._model,
-                        placing,
+                        reading.placing,
+                        reading.writer,
                         request,
-                        read,
+                        reading.read,
                         outcome,
                         self._batch.check,
                     )
-                    writes.append((request, placing, future))
+                    writes.append((request, reading.placing, future))
                     while writes and (
                         writes[0][2].done() or len(writes) > _WRITE_BEHIND
                     ):
@@ -307,6 +313,8 @@ class _Run:
                 # Also where the run is cut short: what was answered is kept.
                 while writes:
                     self._written(*writes.popleft())
+                for reading in self._reads.values():
+                    reading.writer.abandon()
 
     def _written(
         self,
@@ -362,15 +370,27 @@ class _Run:
             except MemoryError:
                 self._fail(request, f"{request.source} is too long for this memory")
                 continue
-            self._reads[request.key] = read
+            placing = Placing(
+                self._manifest,
+                self._lock,
+                request.key,
+                self._model.settings_digest(request),
+                self._batch.overwrite,
+            )
+            writer = sound_writer(request, placing, rate)
+            self._reads[request.key] = _Reading(read, placing, writer)
             for warning in read.recording.warnings:
                 self._report.note(warning)
             settings = request.settings
             voice = self._model.voice_of(request)
-            pcm = read.recording.pcm
-            until_quiet = settings.tail == "auto"
             yield Job(
-                request.key, pcm, voice, settings.text, settings.seed, until_quiet
+                key=request.key,
+                sound=read.recording,
+                voice=voice,
+                text=settings.text,
+                seed=settings.seed,
+                until_quiet=settings.tail == "auto",
+                write=writer,
             )
 
 
@@ -383,7 +403,7 @@ def _ahead(
         try:
             for request in requests:
                 waiting.append((request, pool.submit(work, request)))
-                if len(waiting) > _READ_AHEAD:
+                if len(waiting) > READ_AHEAD:
                     yield waiting.popleft()
             while waiting:
                 yield waiting.popleft()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pplex.audio.files import Samples
 from pplex.bench.parts import Parts, Traffic, measure_parts, traffic
 from pplex.bench.random_model import random_model, random_prompt
 from pplex.checkpoint.hub import resolve
@@ -316,7 +317,7 @@ def _answer(
             _check(piece.pcm)
         return [piece.timings]
     conversations = (
-        Conversation(str(idx), pcm, start, SEED + idx)
+        Conversation(str(idx), Samples(pcm), start, SEED + idx)
         for idx, pcm in enumerate(recordings)
     )
     for _, answer in converse_many(engine, conversations, SAMPLING, batch_size=size):

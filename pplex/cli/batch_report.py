@@ -141,9 +141,9 @@ def forecast_text(found: Forecast, every: bool) -> str:
         f"disk:    about {size(found.output_gb)} of {size(found.disk_free_gb)} free"
     )
     lines.append(
-        f"memory:  about {size(found.weights_gb)} for the model and "
-        f"{size(found.row_gb)} for each of {found.batch_size} recordings at a time, of "
-        f"{size(found.memory_gb)}"
+        f"memory:  about {size(found.weights_gb)} for the model, "
+        f"{size(found.row_gb)} for each of {found.batch_size} recordings at a time and "
+        f"{size(found.sound_gb)} for their sound, of {size(found.memory_gb)}"
     )
     if found.seconds is None:
         lines.append("time:    unknown, as this model has answered nothing here yet")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,13 +21,17 @@ class Timings:
     steps: list[float] = field(default_factory=list)
 
 
+_NOTHING = np.zeros(0, np.float32)
+
+
 @dataclass(frozen=True)
 class Answer:
     """The agent's side of a recording, or of a stretch of one, beside the user's codes.
 
     ``pcm`` is (samples,), ``text`` (frames,), ``agent`` and ``user`` (codebooks,
     frames); all belong to the same frames of the recording. ``timings`` are those of
-    the whole conversation.
+    the whole conversation. ``heard`` is the user's side (samples,) of a stretch; that
+    of a whole answer is the recording. ``fault`` says why that could not be read on.
     """
 
     pcm: np.ndarray
@@ -35,14 +39,39 @@ class Answer:
     agent: np.ndarray
     user: np.ndarray
     timings: Timings
+    heard: np.ndarray = field(default_factory=lambda: _NOTHING)
+    fault: str = ""
 
 
-def join(pieces: Sequence[Answer], num_samples: int) -> Answer:
-    """The whole answer of ``num_samples`` samples, from its stretches in order."""
+def join(pieces: Sequence[Answer]) -> Answer:
+    """The whole answer, from its stretches in order."""
     return Answer(
-        pcm=np.concatenate([piece.pcm for piece in pieces])[:num_samples],
+        pcm=np.concatenate([piece.pcm for piece in pieces]),
         text=np.concatenate([piece.text for piece in pieces]),
         agent=np.concatenate([piece.agent for piece in pieces], axis=1),
         user=np.concatenate([piece.user for piece in pieces], axis=1),
         timings=pieces[-1].timings,
     )
+
+
+class Kept:
+    """What stays of an answer whose sound is written as it is made.
+
+    That is everything but the sound, of which the last frame is kept to be looked at.
+    """
+
+    def __init__(self, frame_size: int) -> None:
+        self._frame_size = frame_size
+        self._pieces: list[Answer] = []
+        self._end = _NOTHING
+        self.num_samples = 0
+
+    def add(self, piece: Answer) -> None:
+        """Keep the next stretch."""
+        self.num_samples += len(piece.pcm)
+        self._end = np.concatenate([self._end, piece.pcm])[-self._frame_size :]
+        self._pieces.append(replace(piece, pcm=_NOTHING, heard=_NOTHING))
+
+    def answer(self) -> Answer:
+        """The whole answer; its ``pcm`` is the end only."""
+        return replace(join(self._pieces), pcm=self._end)

@@ -105,16 +105,25 @@ def converse(
     decode_frames: int,
     live: bool = False,
     quiet: Quiet | None = None,
+    num_samples: int | None = None,
 ) -> Iterator[Answer]:
     """One conversation: a piece for each ``decode_frames`` frames, the last shorter.
 
     ``chunks`` are (frames, frame_size) PCM of the user. For a live stream give chunks
     of one frame, ``live`` and ``decode_frames=1``: every frame is answered before the
-    next is asked for. Where it ends before the chunks do ``quiet`` says.
+    next is asked for. Where it ends before the chunks do ``quiet`` says. Of the
+    sound ``num_samples`` count, or all, and those of that tail.
     """
     with codec_worker(engine.codec, beside=0 if live else 1) as worker:
         track = StreamedTrack(
-            engine, start, seed, chunks, decode_frames, worker, quiet=quiet
+            engine,
+            start,
+            seed,
+            chunks,
+            decode_frames,
+            worker,
+            quiet=quiet,
+            num_samples=num_samples,
         )
         for _ in run(engine, [track], sampling, capacity=1, live=live):
             yield from track.pieces()
@@ -140,6 +149,8 @@ def converse_many(
         tracks = _prepared(engine, conversations, worker)
         done: deque[RecordingTrack] = deque()
         for stepped in run(engine, tracks, sampling, capacity=batch_size):
+            for track in stepped:
+                track.write()
             done.extend(track for track in stepped if track.is_complete)
             # Where decoding cannot keep up it is waited for: nothing piles up.
             while done and (done[0].is_decoded or len(done) > batch_size):
@@ -194,6 +205,8 @@ def _converse_grouped(
 
     for stepped in run(engine, tracks(), sampling, capacity=batch_size):
         for track in stepped:
+            if isinstance(track, RecordingTrack):
+                track.write()
             if not track.is_complete:
                 continue
             if isinstance(track, RecordingTrack):

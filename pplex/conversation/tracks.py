@@ -8,62 +8,69 @@ like it.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from pplex.audio.files import frames_of
-from pplex.conversation.answer import Answer, Timings, join
+from pplex.audio.files import Sound, chunked, frames_of
+from pplex.conversation.answer import Answer, Kept, Timings, join
 from pplex.conversation.quiet import Quiet
 from pplex.conversation.worker import one_ahead
 from pplex.engine.base import Codec, Engine, Start
+from pplex.errors import PplexError
 from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.prompt import Prompt
 from pplex.model.streams import shift, unshift, user_rows
 
+# Takes the number of samples before a stretch, and its sides: user, agent (samples,).
+WriteSound = Callable[[int, np.ndarray, np.ndarray], None]
+
 
 @dataclass(frozen=True)
 class Conversation:
-    """A recording, float32 (samples,), to answer after a prompt; ``key`` names it.
+    """A recording to answer after a prompt; ``key`` names it.
 
-    With ``until_quiet`` it is followed by silence for as long as ``Quiet`` says.
+    With ``until_quiet`` it is followed by silence for as long as ``Quiet`` says. Where
+    the answer is made in stretches, ``write`` gets the sound of both sides of each
+    (samples,), after the number of those before, and the answer has none.
     """
 
     key: str
-    pcm: np.ndarray
+    sound: Sound
     start: Start
     seed: int
     until_quiet: bool = False
+    write: WriteSound | None = None
 
     def __post_init__(self) -> None:
         """ValueError for a recording without samples: it has no answer."""
-        if not len(self.pcm):
+        if not self.sound.num_samples:
             raise ValueError(f"recording {self.key!r} holds no samples")
 
 
 def cut(
-    pcm: np.ndarray, config: ModelConfig, size: int, quiet: Quiet | None = None
+    sound: Sound, config: ModelConfig, size: int, quiet: Quiet | None = None
 ) -> tuple[Iterator[np.ndarray], int]:
     """Chunks (frames, frame_size) of a recording, of ``size``; how many frames.
 
-    For ``quiet`` the longest tail is added, and the chunks are made when asked for.
+    They are made when asked for, and for ``quiet`` those of the longest tail follow.
     """
-    frames = frames_of(pcm, config.frame_size)
-    num_frames = len(frames)
+    num_samples, frame_size = sound.num_samples, config.frame_size
+    num_frames = -(-num_samples // frame_size)
     if quiet is not None:
         quiet.begin(num_frames)
-        num_frames = -(-quiet.length(len(pcm)) // config.frame_size)
+        num_frames = -(-quiet.length(num_samples) // frame_size)
 
-    def chunks() -> Iterator[np.ndarray]:
-        for first in range(0, num_frames, size):
-            chunk = frames[first : first + size]
-            missing = min(size, num_frames - first) - len(chunk)
-            yield np.pad(chunk, ((0, missing), (0, 0))) if missing else chunk
+    def blocks() -> Iterator[np.ndarray]:
+        yield from sound.blocks()
+        yield np.zeros(num_frames * frame_size - num_samples, np.float32)
 
-    return chunks(), num_frames
+    chunks = chunked(blocks(), size * frame_size)
+    return (chunk.reshape(-1, frame_size) for chunk in chunks), num_frames
 
 
 class Track:
@@ -132,8 +139,11 @@ class StreamedTrack(Track):
         worker: Executor | None = None,
         num_frames: int | None = None,
         quiet: Quiet | None = None,
+        num_samples: int | None = None,
     ) -> None:
         """``chunks`` are (frames, frame_size) PCM; pieces have ``decode_frames``.
+
+        Of the sound ``num_samples`` count, or all, and those of the tail of ``quiet``.
 
         With a ``worker`` the next chunk is encoded in it before it is needed, and a
         piece is there only when the one after it begins to be decoded. ``quiet`` may
@@ -146,7 +156,9 @@ class StreamedTrack(Track):
         self._num_asked = self._num_decoded = 0
         self._worker = worker
         encode = partial(self._codec.encode, state=self._codec.make_state())
-        self._encoded = one_ahead(worker, encode, chunks)
+        self._num_samples, self._num_given = num_samples, 0
+        self._heard: deque[np.ndarray] = deque()
+        self._encoded = one_ahead(worker, encode, self._hearing(chunks))
         self._user_codes: list[np.ndarray] = []
         self._decoder = self._codec.make_state()
         self._decoding: _Decoding | None = None
@@ -208,12 +220,15 @@ class StreamedTrack(Track):
 
     def rest(self) -> Iterator[Answer]:
         """The stretches still to come, after the last column."""
+        self._finish()
+        return self.pieces()
+
+    def _finish(self) -> None:
         if self._num_said and not self._is_over:
             self._decode()
         self._take_decoded()
         if self._is_over:
             del self.timings.steps[self._num_decoded :]
-        return self.pieces()
 
     def _decode(self, count: int | None = None) -> None:
         """Begin to decode the frames that have come since, the first ``count`` or all.
@@ -250,9 +265,35 @@ class StreamedTrack(Track):
                 count = self._quiet.end - self._num_decoded
                 pcm = pcm[: len(pcm) // len(done.text) * count]
         self._num_decoded += count
+        pcm, heard = self._counting(pcm)
         text, agent, user = done.text[:count], done.agent[:, :count], done.user
-        piece = Answer(pcm, text, agent, user[:, :count], self.timings)
+        piece = Answer(pcm, text, agent, user[:, :count], self.timings, heard)
         self._pieces.append(piece)
+
+    def _hearing(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Keep the user's side until it is given away beside the agent's."""
+        for chunk in chunks:
+            self._heard.append(chunk.reshape(-1))
+            yield chunk
+
+    def _counting(self, pcm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of decoded PCM (samples,) what counts, and the user's side of it."""
+        count = len(pcm)
+        if self._num_samples is not None:
+            length = self._num_samples
+            if self._quiet is not None:
+                length = self._quiet.length(length)
+            count = min(count, length - self._num_given)
+        self._num_given += count
+        heard: list[np.ndarray] = []
+        missing = count
+        while missing:
+            first = self._heard.popleft()
+            heard.append(first[:missing])
+            if len(first) > missing:
+                self._heard.appendleft(first[missing:])
+            missing -= len(heard[-1])
+        return pcm[:count], np.concatenate([pcm[:0], *heard])
 
     def _take_user_codes(self, count: int) -> np.ndarray:
         codes = np.concatenate(self._user_codes, axis=1)
@@ -267,23 +308,59 @@ class RecordingTrack(StreamedTrack):
         self, engine: Engine, conversation: Conversation, worker: Executor | None
     ) -> None:
         self.conversation, size = conversation, engine.codec.chunk_frames
+        sound = conversation.sound
         quiet = Quiet(engine.config) if conversation.until_quiet else None
-        chunks, num_frames = cut(conversation.pcm, engine.config, size, quiet)
+        chunks, num_frames = cut(sound, engine.config, size, quiet)
+        self._frame_size = engine.config.frame_size
+        self._kept = Kept(self._frame_size)
+        self._fault = ""
         super().__init__(
             engine,
             conversation.start,
             conversation.seed,
-            chunks,
+            self._readable(chunks, size, num_frames),
             size,
             worker,
             num_frames,
             quiet,
+            sound.num_samples,
         )
+
+    def _readable(
+        self, chunks: Iterator[np.ndarray], size: int, num_frames: int
+    ) -> Iterator[np.ndarray]:
+        """``chunks``; silence in the place of those that can no longer be read.
+
+        The others in the batch are not to end with this one.
+        """
+        done, frame_size = 0, self._frame_size
+        try:
+            for chunk in chunks:
+                done += len(chunk)
+                yield chunk
+        except PplexError as e:
+            self._fault = str(e)
+            for first in range(done, num_frames, size):
+                count = min(size, num_frames - first)
+                yield np.zeros((count, frame_size), np.float32)
+
+    def write(self) -> None:
+        """Give away the sound of what is there, where that is wanted."""
+        if (write := self.conversation.write) is None:
+            return
+        for piece in self.pieces():
+            write(self._kept.num_samples, piece.heard, piece.pcm)
+            self._kept.add(piece)
 
     def answer(self) -> Answer:
         """The whole answer, after the last column."""
-        pieces, length = [*self.pieces(), *self.rest()], len(self.conversation.pcm)
-        return join(pieces, self._quiet.length(length) if self._quiet else length)
+        if self.conversation.write is None:
+            answer = join([*self.pieces(), *self.rest()])
+        else:
+            self._finish()
+            self.write()
+            answer = self._kept.answer()
+        return replace(answer, fault=self._fault)
 
 
 class GroupedTrack(Track):
@@ -313,7 +390,7 @@ def encode_group(
     """Encode recordings together; their tracks, ready to start."""
     start = time.perf_counter()
     size = engine.config.frame_size
-    frames = [frames_of(one.pcm, size) for one in conversations]
+    frames = [frames_of(one.sound.pcm, size) for one in conversations]
     codes = engine.codec.encode_many(frames)
     per_frame = _per_frame(start, sum(map(len, frames)))
     return [
@@ -331,7 +408,7 @@ def decode_group(codec: Codec, tracks: Sequence[GroupedTrack]) -> list[Answer]:
     answers = []
     for track, frames, pcm in zip(tracks, said, sounds, strict=True):
         track.timings.decode_s = per_frame * frames.shape[1]
-        length = len(track.conversation.pcm)
+        length = track.conversation.sound.num_samples
         answers.append(
             Answer(pcm[:length], frames[0], frames[1:], track.user, track.timings)
         )

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pplex.audio.files import frames_of
+from pplex.audio.files import Samples
 from pplex.conversation.answer import Answer, join
 from pplex.conversation.scheduler import converse
+from pplex.conversation.tracks import cut
 from pplex.engine.base import FORCED_FRAMES, Engine, Logits
 from pplex.model.config import LmConfig
 from pplex.model.prompt import Prompt
@@ -39,11 +40,18 @@ def answer_whole(
     engine: Engine, prompt: Prompt, pcm: np.ndarray, sampling: SamplingConfig, seed: int
 ) -> Answer:
     """A model's answer to the user's ``pcm`` (samples,)."""
-    frames = frames_of(pcm, engine.config.frame_size)
     start, size = engine.prefill(prompt), engine.codec.chunk_frames
-    chunks = (frames[i : i + size] for i in range(0, len(frames), size))
-    pieces = converse(engine, start, seed, chunks, sampling, decode_frames=size)
-    return join(list(pieces), len(pcm))
+    chunks, _ = cut(Samples(pcm), engine.config, size)
+    pieces = converse(
+        engine,
+        start,
+        seed,
+        chunks,
+        sampling,
+        decode_frames=size,
+        num_samples=len(pcm),
+    )
+    return join(list(pieces))
 
 
 def write_script(

@@ -5,14 +5,15 @@ Sound may also go out while it is made: to WAV files or to stdout, frame by fram
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from pplex.audio.files import to_pcm16, write_wav
+from pplex.audio.files import to_pcm16
 from pplex.audio.streams import wav_header
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
@@ -34,6 +35,7 @@ from pplex.respond.transcript import Word, words, write_transcript
 # Takes both sides of a stretch: user and agent (samples,).
 Write = Callable[[np.ndarray, np.ndarray], None]
 
+_BLOCK_SAMPLES = 1 << 18
 _MAX_BYTES = (1 << 32) - 64  # of a WAV file's samples
 
 
@@ -56,25 +58,18 @@ class Described(Protocol):
 def write_outputs(
     model: Described,
     request: Request,
-    user_pcm: np.ndarray,
     reply: Answer,
+    duration_s: float,
     voice: str,
     *,
     place: Place = put,
 ) -> None:
-    """Write everything but the stats, sound first; ``place`` as ``atomic_write``.
+    """Write transcript and tokens of the whole answer; ``place`` as ``atomic_write``.
 
-    ``user_pcm`` is as long as the ``pcm`` of ``reply``, the whole answer.
+    Its sound was written as it was made.
     """
-    outputs, rate = request.outputs, model.config.sample_rate
-    if not is_descriptor(outputs.audio):  # else it was written as it was made
-        tracks = {"user": user_pcm, "agent": reply.pcm, "audio": reply.pcm}
-        if outputs.layout == "stereo":
-            tracks["audio"] = np.stack([user_pcm, reply.pcm], axis=1)
-        for what, path in outputs.files().items():
-            if what in tracks:
-                write_wav(path, tracks[what], rate, place=place)
-    write_words(model, request, reply.text, len(user_pcm) / rate, voice, place)
+    outputs = request.outputs
+    write_words(model, request, reply.text, duration_s, voice, place)
     if outputs.tokens is not None:
         write_tokens(outputs.tokens, reply.user, reply.agent, reply.text, place)
 
@@ -151,7 +146,7 @@ def open_sink(
         if audio is not None and is_descriptor(audio):
             write = stack.enter_context(open_pipe(audio))
             write(wav_header(num_samples, channels, sample_rate))
-            yield lambda user, agent: write(_pcm(layout, user, agent))
+            yield _in_blocks(lambda user, agent: write(_pcm(layout, user, agent)))
             return
         names = ("user", "agent") if layout == "separate" else ("audio",)
         tracks = {
@@ -168,7 +163,18 @@ def open_sink(
             else:
                 tracks["audio"](_pcm(layout, user, agent))
 
-        yield write_files
+        yield _in_blocks(write_files)
+
+
+def _in_blocks(write: Write) -> Write:
+    """``write``, but little at a time: copies of long stretches take much memory."""
+
+    def write_blocks(user: np.ndarray, agent: np.ndarray) -> None:
+        for start in range(0, len(agent), _BLOCK_SAMPLES):
+            end = start + _BLOCK_SAMPLES
+            write(user[start:end], agent[start:end])
+
+    return write_blocks
 
 
 def _pcm(layout: Layout, user: np.ndarray, agent: np.ndarray) -> bytes:
@@ -180,19 +186,77 @@ def _pcm(layout: Layout, user: np.ndarray, agent: np.ndarray) -> bytes:
 def _wav_file(
     path: Path, channels: int, sample_rate: int, place: Place
 ) -> Iterator[Callable[[bytes], None]]:
-    """Yield what appends samples to a WAV file, whose header is written last."""
-    with (
-        atomic_write(path, place=place) as temporary,
-        temporary.open("wb") as file,
-    ):
-        file.write(wav_header(0, channels, sample_rate))
-        yield lambda content: _append(path, file, content)
-        num_samples = (file.tell() - 44) // (2 * channels)
-        file.seek(0)
-        file.write(wav_header(num_samples, channels, sample_rate))
+    """Yield what appends samples to a WAV file, whose header is written last.
+
+    It is open only while it is written to: a batch has one for every row.
+    """
+    with atomic_write(path, place=place) as temporary:
+        temporary.write_bytes(wav_header(0, channels, sample_rate))
+        yield lambda content: _append(path, temporary, content)
+        with temporary.open("r+b") as file:
+            num_samples = (file.seek(0, os.SEEK_END) - 44) // (2 * channels)
+            file.seek(0)
+            file.write(wav_header(num_samples, channels, sample_rate))
 
 
-def _append(path: Path, file: IO[bytes], content: bytes) -> None:
-    if file.tell() + len(content) > _MAX_BYTES:
-        raise PplexError(f"cannot write {path}: a WAV file holds no more than 4 GB")
-    file.write(content)
+def _append(path: Path, temporary: Path, content: bytes) -> None:
+    with temporary.open("ab") as file:
+        if file.tell() + len(content) > _MAX_BYTES:
+            raise PplexError(
+                f"cannot write {path}: a WAV file holds no more than 4 GB; split the "
+                "recording"
+            )
+        file.write(content)
+
+
+class SoundWriter:
+    """Writes the sound of an answer as it is made; what fails shows at the end.
+
+    ``num_samples`` counts those that were written.
+    """
+
+    def __init__(self, open_files: Callable[[], AbstractContextManager[Write]]) -> None:
+        """``open_files`` is called when the first samples are there."""
+        self._open_files = open_files
+        self._files: ExitStack | None = None
+        self._write: Write | None = None
+        self._error: PplexError | None = None
+        self.num_samples = 0
+
+    def __call__(self, start: int, user: np.ndarray, agent: np.ndarray) -> None:
+        """Write both sides (samples,) of a stretch; from 0 all begins anew."""
+        if not start:
+            self.abandon()
+            self._error, self.num_samples = None, 0
+        if self._error is not None:
+            return
+        try:
+            if self._write is None:
+                self._files = ExitStack()
+                self._write = self._files.enter_context(self._open_files())
+            self._write(user, agent)
+        except (OSError, PplexError) as e:
+            self._give_up(e)
+        self.num_samples += len(agent)
+
+    def finish(self) -> None:
+        """Let the files be there."""
+        if self._error is not None:
+            raise self._error
+        if self._files is not None:
+            self._files.close()
+            self._files = self._write = None
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        if self._files is not None:
+            self._give_up(PplexError("not written to its end"))
+
+    def _give_up(self, error: Exception) -> None:
+        files, self._files, self._write = self._files, None, None
+        assert files is not None
+        try:
+            if not files.__exit__(type(error), error, error.__traceback__):
+                raise error
+        except PplexError as e:
+            self._error = e

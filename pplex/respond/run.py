@@ -9,12 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
-from pplex.audio.files import Recording, read_pcm
+from pplex.audio.files import Recording, Sound, read_pcm
 from pplex.audio.streams import StreamFormat
 from pplex.checkpoint.hub import LocalModel, resolve
-from pplex.conversation.answer import Answer, join
+from pplex.conversation.answer import Answer, Kept
 from pplex.conversation.prompts import Role, make_role
 from pplex.conversation.quiet import Quiet
 from pplex.conversation.scheduler import converse
@@ -22,7 +20,7 @@ from pplex.conversation.session import Model, load, warm_up
 from pplex.conversation.tracks import cut
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute
-from pplex.files import is_descriptor, put, put_new
+from pplex.files import put, put_new
 from pplex.model.config import MimiConfig
 from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.outputs import Write, open_sink, spoken_words, write_outputs
@@ -38,6 +36,10 @@ from pplex.respond.stats import (
 )
 from pplex.respond.stopping import Stop
 from pplex.respond.transcript import Captions
+
+# Samples of a recording that stay in memory, 32 MB and 6 min: a longer one is read
+# again while it is answered.
+MOST_KEPT = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,8 @@ def read_user(source: Path, settings: Settings, sample_rate: int) -> Recording:
         sample_rate=sample_rate,
         channel=settings.channel,
         tail=round(tail * sample_rate),
+        most_kept=MOST_KEPT,
     )
-
-
-def lengthened(pcm: np.ndarray, num_samples: int) -> np.ndarray:
-    """The user's side (samples,) with the tail that the agent took."""
-    missing = num_samples - len(pcm)
-    return np.pad(pcm, (0, missing)) if missing else pcm
 
 
 def tail_s(settings: Settings, num_samples: int, answered: int, rate: int) -> float:
@@ -156,53 +153,52 @@ def respond(
     role, start = begin(model, settings, clock, report)
     for warning in recording.warnings:
         report.warn(warning)
-    user_pcm, write = recording.pcm, None
+    place = put if config.overwrite else put_new
+    num_samples = recording.num_samples
     with ExitStack() as stack:
-        if is_descriptor(outputs.audio):
-            length = None if settings.tail == "auto" else len(user_pcm)
-            sink = open_sink(outputs.layout, outputs.files(), rate, length)
-            write = stack.enter_context(sink)
-        reply = answer(model, user_pcm, start, settings, report, write)
-    clock.lap("answer")
-    took_s = tail_s(settings, len(user_pcm), len(reply.pcm), rate)
-    user_pcm = lengthened(user_pcm, len(reply.pcm))
-    spoken = spoken_words(model, reply.text)
-    with stop.deferred():
-        # Another program may have written there in the meantime.
-        check_outputs(request, config.overwrite)
-        place = put if config.overwrite else put_new
-        write_outputs(model, request, user_pcm, reply, role.voice, place=place)
-        clock.lap("write")
-        timings = reply.timings
-        stats = make_stats(
-            request,
-            Source(
-                len(user_pcm) / rate,
-                took_s,
-                recording.source_rate,
-                recording.source_channels,
-            ),
-            Ending(
-                len(spoken),
-                is_cut_off(reply.pcm, reply.text, model.config.frame_size),
-            ),
-            model.local,
-            model_info(model),
-            latency(timings.steps, model.config.frame_s),
-            len(timings.steps),
-            clock.parts
-            | {
-                "encode": timings.encode_s,
-                "steps": sum(timings.steps),
-                "decode": timings.decode_s,
-            },
-            voice=role.voice,
-            prompt_frames=role.prompt.num_frames,
-            total_s=clock.total(),
-            steps_s=timings.steps,
-        )
-        if outputs.stats is not None:
-            stats.write(outputs.stats, place)
+        length = None if settings.tail == "auto" else num_samples
+        sink = open_sink(outputs.layout, outputs.files(), rate, length, place=place)
+        write = stack.enter_context(sink)
+        reply, answered = answer(model, recording, start, settings, report, write)
+        clock.lap("answer")
+        spoken = spoken_words(model, reply.text)
+        with stop.deferred():
+            # Another program may have written there in the meantime.
+            check_outputs(request, config.overwrite)
+            stack.close()
+            audio_s = answered / rate
+            write_outputs(model, request, reply, audio_s, role.voice, place=place)
+            clock.lap("write")
+            timings = reply.timings
+            stats = make_stats(
+                request,
+                Source(
+                    audio_s,
+                    tail_s(settings, num_samples, answered, rate),
+                    recording.source_rate,
+                    recording.source_channels,
+                ),
+                Ending(
+                    len(spoken),
+                    is_cut_off(reply.pcm, reply.text, model.config.frame_size),
+                ),
+                model.local,
+                model_info(model),
+                latency(timings.steps, model.config.frame_s),
+                len(timings.steps),
+                clock.parts
+                | {
+                    "encode": timings.encode_s,
+                    "steps": sum(timings.steps),
+                    "decode": timings.decode_s,
+                },
+                voice=role.voice,
+                prompt_frames=role.prompt.num_frames,
+                total_s=clock.total(),
+                steps_s=timings.steps,
+            )
+            if outputs.stats is not None:
+                stats.write(outputs.stats, place)
     if config.check is not None:
         files = outputs.files()
         report.checked(config.check(request.source, files, asdict(stats), spoken))
@@ -236,24 +232,24 @@ def begin(
 
 def answer(
     model: Model,
-    user_pcm: np.ndarray,
+    sound: Sound,
     start: Start,
     settings: Settings,
     report: Report,
-    write: Write | None = None,
-) -> Answer:
-    """The agent's answer to the whole of ``user_pcm`` (samples,).
+    write: Write,
+) -> tuple[Answer, int]:
+    """The agent's answer to the whole of ``sound``, and how many samples it has.
 
-    ``write`` is given both sides of each piece as soon as it is there.
+    ``write`` is given both sides of each stretch as soon as it is there; of the sound
+    only the end stays in the answer.
     """
     frame_rate, size = model.config.frame_rate, model.engine.codec.chunk_frames
     quiet = Quiet(model.config) if settings.tail == "auto" else None
-    chunks, num_frames = cut(user_pcm, model.config, size, quiet)
+    chunks, num_frames = cut(sound, model.config, size, quiet)
 
     report.answering(None if quiet else num_frames / frame_rate)
     captions = Captions(model.tokenizer.piece, frame_rate)
-    pieces: list[Answer] = []
-    done = 0
+    kept = Kept(model.config.frame_size)
     for piece in converse(
         model.engine,
         start,
@@ -262,16 +258,12 @@ def answer(
         settings.sampling,
         decode_frames=size,
         quiet=quiet,
+        num_samples=sound.num_samples,
     ):
-        pieces.append(piece)
-        if write is not None:
-            end = done + len(piece.pcm)
-            end = min(end, quiet.length(len(user_pcm)) if quiet else len(user_pcm))
-            user = lengthened(user_pcm[done:end], end - done)
-            write(user, piece.pcm[: len(user)])
-            done = end
+        write(piece.heard, piece.pcm)
+        kept.add(piece)
         report.advance(len(piece.text) / frame_rate)
         for idx in piece.text:
             report.said(captions.add(int(idx)))
     report.said(captions.end())
-    return join(pieces, quiet.length(len(user_pcm)) if quiet else len(user_pcm))
+    return kept.answer(), kept.num_samples
