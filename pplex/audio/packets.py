@@ -5,6 +5,7 @@ ends, and takes a half file for a whole one, all without a word. Here each frame
 page is walked over by its header, and nothing is decoded.
 """
 
+import re
 import struct
 from dataclasses import dataclass
 from typing import Protocol
@@ -51,6 +52,8 @@ _KBITS = {
     (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
+# How a frame or a tag begins.
+_MPEG_STARTS = re.compile(rb"\xff[\xe0-\xff]|ID3|TAG|APETAGEX|LYRICSBEGIN")
 _RATES = (44100, 48000, 32000)
 _FREE_FORMAT = 0
 
@@ -213,21 +216,22 @@ def _next_frame(
     while start < size:
         file.seek(start)
         block = file.read(_BLOCK)
-        for offset in range(len(block)):
-            head = block[offset : offset + 32]
-            if head[0] == 0xFF and (frame := _mpeg_frame(head)) is not None:
-                if kind is not None and frame.kind != kind:
-                    continue
-                end = start + offset + frame.num_bytes
-                file.seek(end)
-                after = _mpeg_frame(file.read(4))
-                if end == size or (after is not None and after.kind == frame.kind):
-                    return start + offset
-            elif head[:3] in (b"ID3", b"TAG", b"APE", b"LYR"):
-                file.seek(start + offset)
-                if _tag_bytes(file, file.read(192)):
-                    return start + offset
-        start += len(block)
+        for match in _MPEG_STARTS.finditer(block):
+            position = start + match.start()
+            file.seek(position)
+            head = file.read(192)
+            if _tag_bytes(file, head):
+                return position
+            frame = _mpeg_frame(head)
+            if frame is None or (kind is not None and frame.kind != kind):
+                continue
+            file.seek(position + frame.num_bytes)
+            after = _mpeg_frame(file.read(4))
+            is_last = position + frame.num_bytes == size
+            if is_last or (after is not None and after.kind == frame.kind):
+                return position
+        # What begins at the end of a block is in the next one, too.
+        start += max(1, len(block) - 10)
     return size
 
 
