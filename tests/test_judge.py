@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -133,3 +135,19 @@ def test_what_the_user_asked_must_be_known(tmp_path, run, server):
     scored = run("score", tmp_path, *options)
     assert "no score, what the agent said is not known" in scored.stdout
     assert server.asked == []
+
+
+def test_a_score_without_a_judge_loads_nothing_that_asks_a_server(tmp_path):
+    from dialogues import write_dialogue
+
+    write_dialogue(tmp_path / "a.wav", ((1, 2),), ((2.5, 4),), 5.0)
+    program = (
+        "import sys\n"
+        "from pplex.cli.main import cli\n"
+        f"cli(['score', {str(tmp_path)!r}, '--vad', 'energy'], standalone_mode=False)\n"
+        "print('urllib.request' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "False", done.stderr

@@ -8,8 +8,6 @@ so are its reasons: a judge's score means something beside the same judge's only
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -87,6 +85,9 @@ class Judge:
         return Verdict(score, reason, question.kind)
 
     def _post(self, path: str, content: dict[str, Any]) -> Any:
+        import urllib.error
+        import urllib.request
+
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/{path}",
             json.dumps(content).encode(),

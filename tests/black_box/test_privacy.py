@@ -97,6 +97,7 @@ def test_no_module_opens_sockets_of_its_own():
                 names = [node.module or ""]
             tops = {name.partition(".")[0] for name in names}
             assert not tops & NEVER_IMPORTED, path
-            assert not {"urllib.request", "http.client"} & set(names), path
+            if path.name != "judge.py":  # --judge
+                assert not {"urllib.request", "http.client"} & set(names), path
             if isinstance(node, ast.Attribute) and path.name != "cluster.py":  # --ray
                 assert node.attr not in ONLINE, path
