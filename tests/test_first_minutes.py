@@ -41,12 +41,15 @@ def test_a_seed_may_be_drawn_and_is_said(run, call, tiny, tmp_path):
     assert seeds[0] != seeds[1]  # alike once in two thousand million runs
 
 
-def test_the_summary_ends_with_what_was_said(run, tmp_path):
+def test_at_a_terminal_the_summary_ends_with_what_was_said(run, tmp_path, monkeypatch):
     samples = Path(__file__).parents[1] / "samples"
     args = ("-o", tmp_path / "o.wav", "--model", "mini", "--prompt")
     prompt = "You work for Green Bank and your name is Clara. The bank opens at nine "
     prompt += "and closes at five."
-    result = run("respond", samples / "bank_hours.wav", *args, prompt)
+    line = ("respond", samples / "bank_hours.wav", *args, prompt)
+    assert "five" not in run(*line).stderr
+    monkeypatch.setattr("pplex.cli.progress.is_terminal", lambda: True)
+    result = run(*line, "--overwrite")
     said = result.stderr.partition("the agent said:\n")[2].splitlines()
     assert len(said) == 2 and said[1].endswith("We close at five.")
 

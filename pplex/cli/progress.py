@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -27,6 +28,11 @@ Own = TypeVar("Own", bound="Lines")
 def size(size_gb: float) -> str:
     """A number of GB in the unit that suits it."""
     return f"{size_gb:.1f} GB" if size_gb >= 1 else f"{size_gb * 1000:.0f} MB"
+
+
+def is_terminal() -> bool:
+    """Whether somebody sees what goes to stderr."""
+    return sys.stderr.isatty()
 
 
 class Lines:
@@ -181,9 +187,12 @@ class Progress(Lines):
             click.echo(text, err=True, nl=False)
 
     def said_lines(self) -> list[str]:
-        """What the agent said, for a summary; nothing if it was shown."""
+        """What the agent said, for a summary at a terminal; nothing if it was shown.
+
+        A log keeps words only where they were asked for.
+        """
         lines = self.words.strip().splitlines()
-        if self._captions or not lines:
+        if self._captions or not lines or not is_terminal():
             return []
         more = [] if len(lines) <= _MOST_LINES else ["..."]
         return ["the agent said:", *lines[:_MOST_LINES], *more]
