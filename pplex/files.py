@@ -41,6 +41,16 @@ def put(temporary: Path, path: Path) -> None:
     os.replace(temporary, target)
 
 
+def check_new(path: Path, overwrite: bool) -> None:
+    """Refuse to replace a file unasked; devices and pipes are none."""
+    if path.exists() and not overwrite and not is_pipe(path):
+        raise _exists(path)
+
+
+def _exists(path: Path) -> PplexError:
+    return PplexError(f"{path} exists already; choose another name or give --overwrite")
+
+
 def put_new(temporary: Path, path: Path) -> None:
     """Give `path` its content if nobody else has; of several programs one does."""
     target = real_path(path)
@@ -49,9 +59,7 @@ def put_new(temporary: Path, path: Path) -> None:
     except OSError as e:
         # Where files cannot have two names, looking has to do.
         if isinstance(e, FileExistsError) or os.path.lexists(target):
-            raise PplexError(
-                f"{path} exists already; choose another name or give --overwrite"
-            ) from e
+            raise _exists(path) from e
         os.replace(temporary, target)
 
 

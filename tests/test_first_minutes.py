@@ -161,3 +161,21 @@ def test_without_a_terminal_a_batch_says_a_line_a_minute(capsys, monkeypatch):
         assert lines == ["60/500 recordings, 10.0 s/s", "120/500 recordings, 10.0 s/s"]
         progress.stopped()
     assert "150 of 500 recordings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("bench", "--random", "tiny", "--frames", 3, "--json"),
+        ("bench", "--random", "tiny", "--frames", 3, "--plot"),
+        ("models", "compare", "mini", "mini", "--plot"),
+        ("models", "sensitivity", "mini", "-o"),
+    ],
+)
+def test_measurements_replace_no_file_unasked(run, tmp_path, line):
+    path = tmp_path / "kept.svg"
+    path.write_text("mine")
+    result = run(*line, path)
+    assert result.exit_code == 1, result.output
+    assert f"{path} exists already" in result.stderr
+    assert path.read_text() == "mine"

@@ -12,7 +12,7 @@ import click
 from pplex.cli.options import compute_option, model_options, verbosity_options
 from pplex.cli.progress import size
 from pplex.cli.tables import echo_table
-from pplex.files import PIPE, write_text
+from pplex.files import PIPE, check_new, write_text
 
 if TYPE_CHECKING:
     from pplex.bench.compare import Change
@@ -102,6 +102,7 @@ class Lengths(click.ParamType):
     type=_FILE,
     help="The JSON of an earlier run: print what changed.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
 @verbosity_options
 @click.pass_context
 def bench(
@@ -112,6 +113,7 @@ def bench(
     json_file: Path | None,
     plot: Path | None,
     compare: Path | None,
+    overwrite: bool,
     verbosity: int,
     **options: Any,
 ) -> None:
@@ -133,6 +135,9 @@ def bench(
     before = None if compare is None else read_bench(compare, SCHEMA)
     if plot is not None:
         check_plot_path(plot)
+    for output in (json_file, plot):
+        if output is not None and output != PIPE:
+            check_new(output, overwrite)
     plan = Plan(model_name=model_name, random=random, bits=int(bits or 4), **options)
     found = measure(plan, lambda said: _note(said, verbosity))
     text = json.dumps(asdict(found), indent=1)

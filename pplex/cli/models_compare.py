@@ -13,6 +13,7 @@ from pplex.cli.options import FiniteRange, complete_model, complete_voice
 from pplex.cli.progress import size
 from pplex.cli.tables import echo_json, echo_table
 from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
+from pplex.files import check_new
 
 if TYPE_CHECKING:
     from pplex.quantization.compare_models import Comparison, Settings
@@ -62,6 +63,7 @@ def _conversation(command: Any) -> Any:
 @click.argument("recordings", nargs=-1, type=_FILE)
 @_conversation
 @click.option("--plot", metavar="FILE", type=_FILE, help="Draw bars: .png, .svg, .pdf.")
+@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(
     a: str,
@@ -69,6 +71,7 @@ def compare(
     recordings: tuple[Path, ...],
     offline: bool,
     plot: Path | None,
+    overwrite: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -91,6 +94,7 @@ def compare(
 
     if plot is not None:
         check_plot_path(plot)
+        check_new(plot, overwrite)
     first, second = (resolve(name, offline=offline) for name in (a, b))
     found = compare_models(first, second, recordings, _settings(options))
     if plot is not None:
@@ -156,11 +160,13 @@ def _echo(found: Comparison) -> None:
     help="The JSON file to write.",
 )
 @_conversation
+@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
 def sensitivity(
     model: str,
     recordings: tuple[Path, ...],
     output: Path,
     offline: bool,
+    overwrite: bool,
     **options: Any,
 ) -> None:
     """Measure what each part of MODEL costs when it alone is rounded to 4 bits.
@@ -172,6 +178,7 @@ def sensitivity(
     from pplex.checkpoint.hub import resolve
     from pplex.quantization.sensitivity import measure, write_costs
 
+    check_new(output, overwrite)
     local = resolve(model, offline=offline)
     costs = {}
     with tqdm(unit="part", disable=None, leave=False) as bar:

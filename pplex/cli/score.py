@@ -164,7 +164,6 @@ def score(
     check_diarization_options(rttm, speaker)
     if against and form == "csv":
         raise click.UsageError("--against has no CSV: give --format json")
-    from pplex.errors import PplexError
     from pplex.evaluation.against import as_table as as_comparison
     from pplex.evaluation.against import compare_sets, plot_differences, without_folder
     from pplex.evaluation.diarization import read_rttm
@@ -175,14 +174,13 @@ def score(
     from pplex.evaluation.recognisers import make_recogniser
     from pplex.evaluation.score import as_csv, as_table, score_and_measure
     from pplex.evaluation.sound_quality import make_sound_quality
-    from pplex.files import plan_files
+    from pplex.files import check_new, plan_files
     from pplex.plots import check_plot_path
 
     limits = [Limit.parse(text) for text in fail_if if text != _WORSE]
     if plot is not None:
         check_plot_path(plot)
-        if plot.exists() and not overwrite:
-            raise PplexError(f"{plot} exists already; another name, or --overwrite")
+        check_new(plot, overwrite)
     method = Method(
         vad,
         words,

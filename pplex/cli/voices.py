@@ -11,7 +11,7 @@ from pplex.cli.options import ChannelType, complete_voice, model_options
 from pplex.cli.progress import size
 from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
-from pplex.files import check_descriptor, is_descriptor
+from pplex.files import check_descriptor, check_new, is_descriptor
 
 if TYPE_CHECKING:
     from pplex.audio.files import Channel
@@ -90,8 +90,8 @@ def make(
         check_descriptor(output)
     elif output.suffix.lower() != ".safetensors":
         raise PplexError(f"cannot write {output}: end its name in .safetensors")
-    elif output.exists() and not overwrite:
-        raise PplexError(f"{output} exists already; give --overwrite or another name")
+    else:
+        check_new(output, overwrite)
     from pplex.checkpoint.hub import resolve
     from pplex.conversation.prompts import write_voice
     from pplex.conversation.session import load

@@ -11,6 +11,7 @@ from pplex.errors import PplexError
 from pplex.files import (
     PIPE,
     check_descriptor,
+    check_new,
     descriptor,
     is_descriptor,
     is_pipe,
@@ -157,10 +158,7 @@ def _check_place(path: Path, overwrite: bool) -> None:
         )
     if path.is_dir():
         raise PplexError(f"cannot write {path}: it is a folder; give a file name")
-    if path.exists() and not overwrite:
-        raise PplexError(
-            f"{path} exists already; choose another name or give --overwrite"
-        )
+    check_new(path, overwrite)
     if not os.access(path.parent, os.W_OK):
         raise PplexError(
             f"cannot write {path}: no permission to write in {path.parent}; choose "
