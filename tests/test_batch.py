@@ -80,7 +80,7 @@ def batch(tmp_path, tiny):
     return Batch(
         selection=Selection((tmp_path / "in",), recursive=True),
         outdir=tmp_path / "out",
-        outputs=OutputOptions(transcript="json", tokens=True),
+        outputs=OutputOptions(transcripts=("json",), tokens=True),
         settings=SETTINGS,
         model_name=str(tiny),
         offline=True,
@@ -198,7 +198,7 @@ def test_results_may_lie_beside_the_recordings(calls, batch):
         record(calls / "bench" / folder / "input.wav", 2000)
     tree = calls / "bench"
     selection = Selection((tree,), True, glob="input.wav")
-    wanted = OutputOptions(layout="agent", name="output.wav", transcript="json")
+    wanted = OutputOptions(layout="agent", name="output.wav", transcripts=("json",))
     for expected in ((2, 0), (0, 2)):
         done, _ = go(batch, selection=selection, outdir=tree, outputs=wanted)
         assert (done.done, done.skipped) == expected
@@ -474,9 +474,9 @@ def last_names(outdir: Path) -> list[str]:
         {"settings": replace(SETTINGS, voice="NATM0")},
         {"settings": replace(SETTINGS, tail=0.1)},
         {"settings": replace(SETTINGS, sampling=SamplingConfig(top_k=3))},
-        {"outputs": OutputOptions(transcript="srt", tokens=True)},
+        {"outputs": OutputOptions(transcripts=("srt",), tokens=True)},
         {"settings": replace(SETTINGS, tail="auto")},
-        {"outputs": OutputOptions(layout="agent", transcript="json", tokens=True)},
+        {"outputs": OutputOptions(layout="agent", transcripts=("json",), tokens=True)},
     ],
     ids=lambda change: next(iter(change)),
 )

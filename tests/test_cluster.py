@@ -63,7 +63,7 @@ def batch(tmp_path, tiny, data):
     return Batch(
         selection=Selection((tmp_path / "in",)),
         outdir=tmp_path / "out",
-        outputs=OutputOptions(transcript="json", tokens=True),
+        outputs=OutputOptions(transcripts=("json",), tokens=True),
         settings=replace(SETTINGS, voice=str(voice)),
         model_name=str(tiny),
         offline=True,

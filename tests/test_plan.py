@@ -215,7 +215,7 @@ def test_a_loop_of_links_ends(tree, plan):
 def test_results_lie_beside_the_recordings_under_a_name_of_their_own(tree, plan):
     folder = tree("1/input.wav", "1/output.wav", "2/input.wav", "2/pause.json")
     wanted = OutputOptions(
-        name="output.wav", transcript="json", stats=True, tokens=True
+        name="output.wav", transcripts=("json",), stats=True, tokens=True
     )
     tasks = plan(folder, recursive=True, outdir=folder, wanted=wanted)
     assert [t.key for t in tasks] == ["1/input.wav", "2/input.wav"]

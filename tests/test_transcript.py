@@ -1,4 +1,4 @@
-"""Words with times, and the four formats."""
+"""Words with times, and the five formats."""
 
 import json
 
@@ -132,7 +132,7 @@ def test_txt_is_the_plain_text(tmp_path):
     assert (tmp_path / "t.txt").read_text("utf-8") == "A<b & é.\n"
 
 
-@pytest.mark.parametrize("suffix", [".json", ".srt", ".vtt", ".txt"])
+@pytest.mark.parametrize("suffix", [".json", ".srt", ".vtt", ".tsv", ".txt"])
 def test_a_silent_agent_still_gets_a_file(tmp_path, suffix):
     write_transcript(tmp_path / f"t{suffix}", [], 1.0, {})
     assert (tmp_path / f"t{suffix}").is_file()

@@ -16,6 +16,7 @@ from pplex.files import open_regular, reading
 from pplex.model.config import ModelConfig
 from pplex.respond.manifest import file_print
 from pplex.respond.request import Request
+from pplex.respond.transcript import CueShape
 
 _BLOCK = 1 << 20
 # A file of weights up to this size is hashed whole, a larger one in samples.
@@ -52,7 +53,10 @@ class Description:
     def settings_digest(self, request: Request) -> str:
         """A hash of all that decides the outputs of ``request``, but its recording."""
         settings, outputs = request.settings, request.outputs
-        transcript = outputs.transcript
+        transcripts = ",".join(path.suffix for path in outputs.transcripts)
+        # Of subtitles only what differs from earlier versions counts: their answers
+        # are done.
+        cue = {} if outputs.cue == CueShape() else {"cue": asdict(outputs.cue)}
         return digest_of(
             {
                 "model": self.identity,
@@ -63,10 +67,11 @@ class Description:
                 "channel": settings.channel,
                 "tail_s": settings.tail,
                 "layout": outputs.layout,
-                "transcript": transcript.suffix if transcript else None,
+                "transcript": transcripts or None,
                 "stats": outputs.stats is not None,
                 "tokens": outputs.tokens is not None,
             }
+            | cue
         )
 
     def _voice_digest(self, request: Request) -> str:

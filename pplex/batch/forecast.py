@@ -147,8 +147,9 @@ def _output_bytes(request: Request, seconds: float, model: Description) -> float
     total = seconds * model.config.sample_rate * 2 * tracks
     frames = seconds * model.config.frame_rate
     for what in request.outputs.files():
-        if what in _SIDE_BYTES_PER_FRAME:
-            total += _SIDE_BYTES + frames * _SIDE_BYTES_PER_FRAME[what]
+        kind = what.partition("_")[0]  # of transcript_srt too
+        if kind in _SIDE_BYTES_PER_FRAME:
+            total += _SIDE_BYTES + frames * _SIDE_BYTES_PER_FRAME[kind]
     return total
 
 

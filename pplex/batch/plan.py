@@ -24,7 +24,14 @@ from pplex.batch.jobsfile import Row, read_jobs
 from pplex.errors import PplexError
 from pplex.files import folded
 from pplex.respond.manifest import manifest_name
-from pplex.respond.request import Layout, Outputs, Request, Settings
+from pplex.respond.request import (
+    Layout,
+    Outputs,
+    Request,
+    Settings,
+    transcript_beside,
+)
+from pplex.respond.transcript import CueShape
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,13 @@ class Selection:
 class OutputOptions:
     """What is written for each recording.
 
-    ``transcript`` is a format such as ``"srt"``; ``name`` replaces the file name.
+    ``transcripts`` are formats such as ``"srt"``, in the order of ``FORMATS``, ``cue``
+    the shape of subtitles; ``name`` replaces the file name.
     """
 
     layout: Layout = "stereo"
-    transcript: str | None = None
+    transcripts: tuple[str, ...] = ()
+    cue: CueShape = CueShape()
     stats: bool = False
     tokens: bool = False
     name: str | None = None
@@ -313,16 +322,14 @@ def _request(found: _Found, outdir: Path, options: OutputOptions) -> Request:
 
 
 def _outputs_of(audio: Path, options: OutputOptions) -> Outputs:
-    """No name ends in ``output.json``: Full-Duplex-Bench writes one of its own."""
     stem = audio.with_suffix("")
-    kind = options.transcript
-    suffix = ".transcript.json" if kind == "json" else f".{kind}"
     return Outputs(
         audio=audio,
         layout=options.layout,
-        transcript=stem.with_name(stem.name + suffix) if kind else None,
+        transcripts=tuple(transcript_beside(audio, f) for f in options.transcripts),
         stats=stem.with_name(f"{stem.name}.stats.json") if options.stats else None,
         tokens=stem.with_name(f"{stem.name}.npz") if options.tokens else None,
+        cue=options.cue,
     )
 
 

@@ -29,6 +29,7 @@ from pplex.cli.options import (
     verbosity_options,
 )
 from pplex.cli.tables import echo_json
+from pplex.cli.transcripts import FormatsType, cue_from, subtitle_options
 
 if TYPE_CHECKING:
     from pplex.batch.forecast import Forecast
@@ -119,9 +120,14 @@ class RayAddress(click.ParamType):
 )
 @click.option(
     "--transcript",
-    type=click.Choice(["json", "srt", "vtt", "txt"]),
-    help="Write what the agent said, with times, for each recording.",
+    "transcripts",
+    metavar="FORMATS",
+    type=FormatsType(),
+    default=(),
+    help="Write what the agent said, with times, for each recording: json, srt, vtt, "
+    "tsv, txt, several with commas between them, or all.",
 )
+@subtitle_options
 @click.option("--stats", is_flag=True, help="Write NAME.stats.json for each recording.")
 @click.option("--tokens", is_flag=True, help="Write NAME.npz for each recording.")
 @model_options
@@ -218,7 +224,12 @@ def batch_from(options: dict[str, Any]) -> Batch:
         selection=Selection(**take("inputs", "recursive", "glob", "jobs")),
         outputs=OutputOptions(
             name=options.pop("output_name"),
-            **take("layout", "transcript", "stats", "tokens"),
+            cue=cue_from(
+                options.pop("line_width"),
+                options.pop("cue_lines"),
+                options["transcripts"],
+            ),
+            **take("layout", "transcripts", "stats", "tokens"),
         ),
         **take("outdir", "model_name", "offline", "batch_size", "overwrite"),
         **take("retry_failed", "fail_fast", "shard", "ray", "compute"),

@@ -22,6 +22,7 @@ from pplex.cli.options import (
     verbosity_options,
 )
 from pplex.cli.progress import Progress, size
+from pplex.cli.transcripts import cue_from, subtitle_options, transcript_paths
 from pplex.files import PIPE, is_descriptor
 from pplex.respond.stopping import Stop
 
@@ -32,7 +33,10 @@ _FILE = click.Path(path_type=Path)
 
 
 _SECTIONS = {
-    "Output": ("output", "layout", "transcript", "stats", "tokens", "overwrite"),
+    "Output": (
+        *("output", "layout", "transcripts", "line_width", "cue_lines"),
+        *("stats", "tokens", "overwrite"),
+    ),
     "Model": ("model_name", "offline", "compute"),
     "Conversation": ("voice", "prompt", "prompt_file", "role", "channel", "tail"),
     "Sampling": ("seed", "greedy", "temp", "top_k", "text_temp", "text_top_k"),
@@ -87,11 +91,15 @@ class _Sectioned(click.Command):
 @compute_option
 @click.option(
     "--transcript",
-    metavar="FILE",
+    "transcripts",
+    metavar="FILE|FORMATS",
+    multiple=True,
     type=_FILE,
-    help="Write what the agent said, with times: .json, .srt, .vtt or .txt; - prints "
-    "the words.",
+    help="Write what the agent said, with times: .json, .srt, .vtt, .tsv or .txt; - "
+    "prints the words. Formats such as json,srt, or all, are written beside OUT. May "
+    "be given several times.",
 )
+@subtitle_options
 @click.option(
     "--stats",
     metavar="FILE",
@@ -122,7 +130,9 @@ def respond(
     rate: int | None,
     model_name: str,
     offline: bool,
-    transcript: Path | None,
+    transcripts: tuple[Path, ...],
+    line_width: int | None,
+    cue_lines: int | None,
     stats: Path | None,
     tokens: Path | None,
     captions: bool,
@@ -149,7 +159,10 @@ def respond(
     from pplex.respond.live import respond_stream
     from pplex.respond.request import Outputs, Request
 
-    outputs = Outputs(output, layout, transcript, stats, tokens)
+    paths = transcript_paths(transcripts, output)
+    formats = [path.suffix.lower().removeprefix(".") for path in paths]
+    cue = cue_from(line_width, cue_lines, formats)
+    outputs = Outputs(output, layout, paths, stats, tokens, cue)
     request = Request(input, outputs, settings_from(text, options))
     config = run.Config(
         model_name=model_name,

@@ -14,6 +14,7 @@ from pplex.cli.options import (
     diarization_options,
 )
 from pplex.cli.tables import echo_json
+from pplex.cli.transcripts import FormatsType
 
 if TYPE_CHECKING:
     from pplex.evaluation.asr import Recogniser
@@ -67,10 +68,12 @@ _WORSE = "worse"
 )
 @click.option(
     "--transcript-format",
-    type=click.Choice(["json", "srt", "vtt", "txt"]),
+    "transcript_formats",
+    metavar="FORMATS",
+    type=FormatsType(),
     default="vtt",
     show_default=True,
-    help="The format of --transcripts.",
+    help="The formats of --transcripts, as of pplex batch --transcript.",
 )
 @click.option(
     "--agent-lag",
@@ -132,7 +135,7 @@ def score(
     asr: str | None,
     asr_sentences: Path | None,
     transcripts: Path | None,
-    transcript_format: str,
+    transcript_formats: tuple[str, ...],
     agent_lag: float,
     human_timing: Path | None,
     mos: bool,
@@ -192,11 +195,14 @@ def score(
     )
     recogniser: Recogniser | None = make_recogniser(asr, asr_sentences) if asr else None
     found = [find(side) for side in (paths, against) if side]
-    planned: dict[str, Path] = {}
+    planned: dict[str, list[Path]] = {}
     if transcripts is not None:
         names = [item.name for item in found[0].items if item.agent is not None]
-        ending = f".dialogue.{transcript_format}"
-        planned = plan_files(transcripts, names, ending, overwrite)
+        plans = [
+            plan_files(transcripts, names, f".dialogue.{form}", overwrite)
+            for form in transcript_formats
+        ]
+        planned = {name: [plan[name] for plan in plans] for name in names}
     count = sum(len(side.items) for side in found)
     with tqdm(total=count, disable=None, unit="file") as bar:
         results = [

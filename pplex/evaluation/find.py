@@ -34,7 +34,7 @@ from pplex.values import fit, read_json
 SAMPLE_RATE = 24_000
 USER, AGENT = ".user.wav", ".agent.wav"
 # What lies beside recordings that were answered, and is none of them.
-_OURS = tuple(".json .jsonl .srt .vtt .txt .npz .html .png .svg .pdf .csv".split())
+_OURS = tuple(".json .jsonl .srt .vtt .tsv .txt .npz .html .png .svg .pdf .csv".split())
 
 # What is looked into of stats and transcripts.
 _STATS = {
@@ -361,11 +361,8 @@ class SideFiles:
         """The stats and the words of one audio file."""
         stats = self.stats.get(real_path(audio))
         words = None
-        if stats is not None:
-            name = stats["outputs"].get("transcript")
-            if name is not None:
-                beside = real_path(locate(audio.parent, name))
-                words = self.words.get(beside)
+        for name in stats["outputs"].values() if stats is not None else ():
+            words = self.words.get(real_path(locate(audio.parent, name)), words)
         if words is None:
             stem = audio.name.removesuffix(AGENT).removesuffix(USER)
             stem = stem.removesuffix(audio.suffix)

@@ -44,7 +44,7 @@ def score(
     method: Method,
     recogniser: Recogniser | None = None,
     told: Callable[[Item], object] = lambda item: None,
-    transcripts: Mapping[str, Path] | None = None,
+    transcripts: Mapping[str, Sequence[Path]] | None = None,
 ) -> dict[str, Any]:
     """Score every recording that has an answer; the rest is listed with its reason.
 
@@ -59,7 +59,7 @@ def score_and_measure(
     method: Method,
     recogniser: Recogniser | None = None,
     told: Callable[[Item], object] = lambda item: None,
-    transcripts: Mapping[str, Path] | None = None,
+    transcripts: Mapping[str, Sequence[Path]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Measured]]:
     """What ``score`` gives, and what was measured of each recording, by its name."""
     detector = make_detector(method.vad)
@@ -67,8 +67,8 @@ def score_and_measure(
     rows: list[dict[str, Any]] = []
     measured: dict[str, Measured] = {}
     for item in found.items:
-        path = (transcripts or {}).get(item.name)
-        row, one = _score_item(item, method, detector, recogniser, human, path)
+        paths = (transcripts or {}).get(item.name, ())
+        row, one = _score_item(item, method, detector, recogniser, human, paths)
         rows.append(row)
         if one is not None:
             measured[item.name] = one
@@ -99,7 +99,7 @@ def _score_item(
     detector: Detector,
     recogniser: Recogniser | None,
     human: dict[str, Any] | None,
-    transcript: Path | None,
+    transcripts: Sequence[Path],
 ) -> tuple[dict[str, Any], Measured | None]:
     """A recording's part of the result, and what was measured if it could be read."""
     row: dict[str, Any] = {
@@ -117,13 +117,13 @@ def _score_item(
         heard = asked = None
         if recogniser:
             heard = recogniser(item.agent.read(VAD_RATE))
-            if item.user and (method.judge or transcript):
+            if item.user and (method.judge or transcripts):
                 asked = recogniser(item.user.read(VAD_RATE))
         measured = measure(item, detector, method, heard, asked)
         sample = _bench(item, measured, human) if item.sample else None
-        if recogniser and transcript is not None:
+        for path in transcripts if recogniser else ():
             said = item.words if item.words is not None else heard or []
-            write_dialogue(transcript, asked or [], said)
+            write_dialogue(path, asked or [], said)
     except PplexError as e:
         return {**row, "status": "unreadable", "error": str(e)}, None
     row |= {"scored": True, "words_from": measured.words_from, "bench": sample}

@@ -30,7 +30,7 @@ from pplex.files import (
 )
 from pplex.model.config import ModelConfig
 from pplex.respond.request import Layout, Request
-from pplex.respond.transcript import Word, words, write_transcript
+from pplex.respond.transcript import Word, text_of, words, write_transcript
 
 # Takes both sides of a stretch: user and agent (samples,).
 Write = Callable[[np.ndarray, np.ndarray], None]
@@ -87,14 +87,9 @@ def write_words(
     voice: str,
     place: Place = put,
 ) -> None:
-    """Write the transcript of ``text_tokens`` (frames,), if one is wanted."""
-    path, settings = request.outputs.transcript, request.settings
-    if path is None:
-        return
+    """Write the transcripts of ``text_tokens`` (frames,) that are wanted."""
+    outputs, settings = request.outputs, request.settings
     spoken = spoken_words(model, text_tokens)
-    if is_pipe(path):
-        write_text(path, " ".join(word.text for word in spoken) + "\n")
-        return
     metadata = {
         "model": model.local.name,
         "revision": model.local.revision,
@@ -102,7 +97,11 @@ def write_words(
         "prompt": settings.text,
         "seed": settings.seed,
     }
-    write_transcript(path, spoken, duration_s, metadata, place)
+    for path in outputs.transcripts:
+        if is_pipe(path):
+            write_text(path, text_of(spoken) + "\n")
+        else:
+            write_transcript(path, spoken, duration_s, metadata, outputs.cue, place)
 
 
 def write_tokens(

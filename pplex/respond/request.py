@@ -17,7 +17,7 @@ from pplex.files import (
     is_pipe,
     name_of,
 )
-from pplex.respond.transcript import check_transcript_path
+from pplex.respond.transcript import CueShape, format_of
 
 if TYPE_CHECKING:
     from pplex.audio.files import Channel
@@ -48,14 +48,16 @@ class Settings:
 class Outputs:
     """Where the results of one recording go; None for what is not wanted.
 
-    ``-`` is stdout; transcript and stats may also be devices and pipes.
+    ``-`` is stdout; transcripts and stats may also be devices and pipes. The first
+    transcript is called so, another after its format as well; ``cue`` is of subtitles.
     """
 
     audio: Path
     layout: Layout
-    transcript: Path | None = None
+    transcripts: tuple[Path, ...] = ()
     stats: Path | None = None
     tokens: Path | None = None
+    cue: CueShape = CueShape()
 
     def files(self) -> dict[str, Path]:
         """Every file that will be written, by what it is."""
@@ -68,11 +70,23 @@ class Outputs:
         else:
             audio = {"audio": self.audio}
         side_files = {
-            "transcript": self.transcript,
-            "stats": self.stats,
-            "tokens": self.tokens,
-        }
+            f"transcript_{_kind(path)}" if idx else "transcript": path
+            for idx, path in enumerate(self.transcripts)
+        } | {"stats": self.stats, "tokens": self.tokens}
         return audio | {k: v for k, v in side_files.items() if v is not None}
+
+
+def transcript_beside(audio: Path, form: str) -> Path:
+    """The transcript's name that follows from the sound's.
+
+    None ends in ``output.json``: Full-Duplex-Bench writes one of its own.
+    """
+    return audio.with_suffix(".transcript.json" if form == "json" else f".{form}")
+
+
+def _kind(transcript: Path) -> str:
+    """A transcript's format; what is piped are the words alone."""
+    return "words" if is_pipe(transcript) else format_of(transcript)
 
 
 @dataclass(frozen=True)
@@ -105,8 +119,10 @@ def check_outputs(request: Request, overwrite: bool) -> None:
             f"cannot write {outputs.audio}: the output is a WAV file; end its name "
             "in .wav"
         )
-    if outputs.transcript is not None and not is_pipe(outputs.transcript):
-        check_transcript_path(outputs.transcript)
+    kinds = [_kind(path) for path in outputs.transcripts]
+    if len(set(kinds)) < len(kinds):
+        names = " and ".join(map(str, outputs.transcripts))
+        raise PplexError(f"{names}: one transcript of each format is written")
     tokens = outputs.tokens
     if tokens is not None and not (
         is_descriptor(tokens) or tokens.suffix.lower() == ".npz"
@@ -125,7 +141,7 @@ def check_outputs(request: Request, overwrite: bool) -> None:
                     "names"
                 )
             continue
-        if what in ("transcript", "stats") and is_pipe(path):
+        if (what == "stats" or path in outputs.transcripts) and is_pipe(path):
             continue
         other = seen.setdefault(os.path.realpath(path), f"the {what} output")
         if other != f"the {what} output":

@@ -1,4 +1,4 @@
-"""What the agent said and when: words of the text stream as json, srt, vtt or txt.
+"""What the agent said and when: words of the text stream, in files of five formats.
 
 For the eye, ``Captions`` shows them while they are said.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ from pathlib import Path
 from pplex.errors import PplexError
 from pplex.files import Place, put, write_text
 
-SUFFIXES = (".json", ".srt", ".vtt", ".txt")
+FORMATS = ("json", "srt", "vtt", "tsv", "txt")
+SUBTITLES = ("srt", "vtt")  # formats whose lines have a width
 
-MAX_CUE_CHARACTERS = 42
 MAX_CUE_S = 7.0
 MAX_GAP_S = 1.0
 
@@ -37,6 +38,20 @@ class Word:
     start_s: float
     end_s: float
     frame: int
+
+
+@dataclass(frozen=True)
+class CueShape:
+    """How much of the text a cue holds: lines, and characters a line."""
+
+    lines: int = 1
+    width: int = 42
+
+    def wrap(self, text: str) -> list[str]:
+        """Lines of whole words; one that is wider has a line of its own."""
+        return textwrap.wrap(
+            text, self.width, break_long_words=False, break_on_hyphens=False
+        )
 
 
 def words(
@@ -72,13 +87,20 @@ def words(
     return found
 
 
-def check_transcript_path(path: Path) -> None:
-    """Refuse a name whose suffix is none of the four formats."""
-    if Path(path).suffix.lower() not in SUFFIXES:
+def text_of(words: Sequence[Word]) -> str:
+    """The words in a row."""
+    return " ".join(word.text for word in words)
+
+
+def format_of(path: Path) -> str:
+    """The format that the suffix of a transcript's name says."""
+    form = path.suffix.lower().removeprefix(".")
+    if form not in FORMATS:
         raise PplexError(
             f"cannot tell the transcript's format from {path}: "
-            "end its name in .json, .srt, .vtt or .txt"
+            "end its name in .json, .srt, .vtt or .txt, or in .tsv for a table"
         )
+    return form
 
 
 def write_transcript(
@@ -86,6 +108,7 @@ def write_transcript(
     words: Sequence[Word],
     duration_s: float,
     metadata: Mapping[str, object],
+    shape: CueShape = CueShape(),
     place: Place = put,
 ) -> None:
     """Write words in the format that the path's suffix names, atomically.
@@ -93,10 +116,9 @@ def write_transcript(
     JSON has the keys `text`, `duration_s`, `metadata` and `words`; the other formats
     have no place for metadata.
     """
-    check_transcript_path(path)
-    suffix = Path(path).suffix.lower()
-    text = " ".join(word.text for word in words)
-    if suffix == ".json":
+    form = format_of(path)
+    text = text_of(words)
+    if form == "json":
         content = {
             "text": text,
             "duration_s": duration_s,
@@ -104,31 +126,67 @@ def write_transcript(
             "words": [asdict(word) for word in words],
         }
         text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        write_text(path, text, place=place)
-    elif suffix == ".srt":
-        write_text(path, _srt(cues(words)), place=place)
-    elif suffix == ".vtt":
-        write_text(path, _vtt(cues(words)), place=place)
+    elif form == "txt":
+        text = text + "\n" if text else ""
     else:
-        write_text(path, text + "\n" if text else "", place=place)
+        text = render_cues(form, [("", cue) for cue in cues(words, shape)], shape)
+    write_text(path, text, place=place)
 
 
-def cues(words: Sequence[Word]) -> list[Word]:
+def cues(words: Sequence[Word], shape: CueShape = CueShape()) -> list[Word]:
     """Group words into subtitles.
 
-    A new one begins after a sentence, after a gap over 1 s, and where 42 characters
-    or 7 s would be passed.
+    A new one begins after a sentence, after a gap over 1 s, and where the lines of
+    ``shape`` or 7 s would be passed.
     """
     grouped: list[Word] = []
     for word in words:
         last = grouped[-1] if grouped else None
-        if last and _belongs(last, word):
+        if last and _belongs(last, word, shape):
             grouped[-1] = Word(
                 f"{last.text} {word.text}", last.start_s, word.end_s, last.frame
             )
         else:
             grouped.append(word)
     return grouped
+
+
+def render_cues(
+    form: str, said: Sequence[tuple[str, Word]], shape: CueShape = CueShape()
+) -> str:
+    """Cues as a file of ``form`` (srt, vtt, tsv) has them.
+
+    Each comes with its speaker, all of them empty where there is only one. The TSV is
+    Whisper's, in whole milliseconds, with a column for speakers if there are any.
+    """
+    if form == "tsv":
+        with_speaker = any(speaker for speaker, _ in said)
+        rows = [["start", "end", *["speaker"] * with_speaker, "text"]]
+        for speaker, cue in said:
+            times_ms = (f"{round(s * 1000)}" for s in (cue.start_s, cue.end_s))
+            text = " ".join(cue.text.split())
+            rows.append([*times_ms, *[speaker] * with_speaker, text])
+        return "".join("\t".join(row) + "\n" for row in rows)
+    point = "," if form == "srt" else "."
+    blocks = [] if form == "srt" else ["WEBVTT"]
+    for number, (speaker, cue) in enumerate(said, start=1):
+        times = f"{clock(cue.start_s, point)} --> {clock(cue.end_s, point)}"
+        text, name = "\n".join(shape.wrap(cue.text)), speaker.title()
+        if form == "srt":
+            text = f"{name}: {text}" if name else text
+            blocks.append(f"{number}\n{times}\n{text}")
+        else:
+            text = _escape(text)
+            text = f"<v {name}>{text}</v>" if name else text
+            blocks.append(f"{times}\n{text}")
+    return "".join(f"{block}\n\n" for block in blocks)
+
+
+def clock(seconds: float, point: str = ".") -> str:
+    """Seconds as HH:MM:SS and milliseconds."""
+    minutes, ms = divmod(round(seconds * 1000), 60_000)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02}:{minutes:02}:{ms // 1000:02}{point}{ms % 1000:03}"
 
 
 class PieceText:
@@ -168,48 +226,24 @@ class Captions:
             return ""
         start = "" if self._last is None else "\n"
         self._last = frame
-        return f"{start}[{_clock(frame / self._frame_rate, '.')}] {text.lstrip()}"
+        return f"{start}[{clock(frame / self._frame_rate)}] {text.lstrip()}"
 
     def end(self) -> str:
         """What to print after the last frame."""
         return "" if self._last is None else "\n"
 
 
-def _belongs(cue: Word, word: Word) -> bool:
+def _belongs(cue: Word, word: Word, shape: CueShape) -> bool:
     return (
         not _SENTENCE_END.search(cue.text)
         and word.start_s - cue.end_s <= MAX_GAP_S
-        and len(cue.text) + 1 + len(word.text) <= MAX_CUE_CHARACTERS
         and word.end_s - cue.start_s <= MAX_CUE_S
-    )
-
-
-def _srt(cues: Sequence[Word]) -> str:
-    return "".join(
-        f"{number}\n{_clock(cue.start_s, ',')} --> {_clock(cue.end_s, ',')}\n"
-        f"{cue.text}\n\n"
-        for number, cue in enumerate(cues, start=1)
-    )
-
-
-def _vtt(cues: Sequence[Word]) -> str:
-    return "WEBVTT\n\n" + "".join(
-        f"{_clock(cue.start_s, '.')} --> {_clock(cue.end_s, '.')}\n"
-        f"{_escape(cue.text)}\n\n"
-        for cue in cues
+        and len(shape.wrap(f"{cue.text} {word.text}")) <= shape.lines
     )
 
 
 def _escape(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _clock(seconds: float, point: str) -> str:
-    """Print seconds as HH:MM:SS and milliseconds."""
-    total_ms = round(seconds * 1000)
-    minutes, ms = divmod(total_ms, 60_000)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:02}:{minutes:02}:{ms // 1000:02}{point}{ms % 1000:03}"
 
 
 def _piece_bytes(piece: str) -> bytes:
