@@ -45,6 +45,12 @@ def each_engine(each_way, small_model):
     return reference_driver.engine_of(each_way, small_model)
 
 
+@pytest.fixture(autouse=True)
+def outside_ci(monkeypatch):
+    """What is printed is the same wherever the tests run."""
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+
+
 @pytest.fixture
 def run():
     """Run ``pplex`` with arguments; stdout and stderr apart."""

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from pplex.audio.folders import LeftOut
@@ -83,8 +84,8 @@ class Report(Protocol):
     def finished(self, key: str, audio_s: float) -> None:
         """A recording's outputs are written."""
 
-    def checked(self, outcomes: Sequence[Outcome], key: str) -> None:
-        """A recording's outputs were checked."""
+    def checked(self, outcomes: Sequence[Outcome], audio: Path, key: str) -> None:
+        """A recording's outputs, ``audio`` and others, were checked."""
 
     def failed(self, key: str, error: str, audio_s: float) -> None:
         """A recording cannot be answered."""
@@ -346,7 +347,7 @@ class _Run:
     def _count_checks(self, request: Request, outcomes: list[Outcome]) -> None:
         self._summary.checked += 1
         self._summary.checks_failed += not all(check.passed for check in outcomes)
-        self._report.checked(outcomes, request.key)
+        self._report.checked(outcomes, request.outputs.audio, request.key)
 
     def _fail(
         self, request: Request, error: str, placing: Placing | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from pplex.cli.ci import annotate_checks, write_junit
 from pplex.cli.options import FiniteRange
 
 _FILE = click.Path(path_type=Path)
@@ -51,6 +52,13 @@ _FILE = click.Path(path_type=Path)
     help="The transcript matches; capitals do not matter.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+@click.option(
+    "--junit",
+    metavar="FILE",
+    type=_FILE,
+    help="Also write the checks as a JUnit file, which CI servers show.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing FILE of --junit.")
 def check(
     output: Path,
     stats: Path | None,
@@ -61,6 +69,8 @@ def check(
     max_late_frames: float | None,
     says: str | None,
     as_json: bool,
+    junit: Path | None,
+    overwrite: bool,
 ) -> None:
     """Check OUT.wav, a line a check; exit with 0 if all pass and 1 if one fails.
 
@@ -87,5 +97,8 @@ def check(
         for outcome in outcomes:
             verdict = "ok  " if outcome.passed else "FAIL"
             click.echo(f"{verdict} {outcome.check}: {outcome.detail}")
+    annotate_checks(output, outcomes)
+    if junit is not None:
+        write_junit(junit, output, outcomes, overwrite)
     if not passed(outcomes):
         click.get_current_context().exit(1)

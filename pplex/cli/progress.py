@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import click
 from tqdm import tqdm
+
+from pplex.cli.ci import annotate_checks
 
 if TYPE_CHECKING:
     from pplex.audio.files import Recording
@@ -89,7 +92,9 @@ class Lines:
             else:
                 self.say(f"warning: {what}: {text}")
 
-    def checked(self, outcomes: Sequence[Outcome], key: str | None = None) -> None:
+    def checked(
+        self, outcomes: Sequence[Outcome], audio: Path, key: str | None = None
+    ) -> None:
         """Say how the checks of an output went; what failed even when quiet.
 
         ``key`` is the recording's name, where there are many.
@@ -101,6 +106,7 @@ class Lines:
             level = usual if outcome.passed else QUIET
             self.say(f"{verdict} {name}: {outcome.detail}", level)
             self.all_passed &= outcome.passed
+        annotate_checks(audio, outcomes)
 
     def computing(self, how: str) -> None:
         """Say in what form the weights compute, and why."""

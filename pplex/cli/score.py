@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
+from pplex.cli.ci import annotate
 from pplex.cli.options import (
     FiniteRange,
     check_diarization_options,
@@ -233,5 +234,6 @@ def score(
         click.echo(as_csv(result) if form == "csv" else table, nl=False)
     for failure in filter(None, failures):
         click.echo(f"FAIL {failure}", err=True)
+        annotate("pplex score --fail-if", failure)
     if any(failures):
         click.get_current_context().exit(1)

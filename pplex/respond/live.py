@@ -174,7 +174,8 @@ def respond_stream(
         for warning in user.warnings():
             report.warn(warning)
     if config.check is not None:
-        report.checked(config.check(request.source, files, asdict(stats), spoken))
+        outcomes = config.check(request.source, files, asdict(stats), spoken)
+        report.checked(outcomes, outputs.audio)
     if closed is not None:
         raise closed
     fault = user.fault

@@ -86,8 +86,8 @@ class Report(Protocol):
     def advance(self, seconds: float) -> None:
         """Another stretch of audio is answered."""
 
-    def checked(self, outcomes: Sequence[Outcome]) -> None:
-        """The outputs are written and were checked."""
+    def checked(self, outcomes: Sequence[Outcome], audio: Path) -> None:
+        """The outputs, ``audio`` and others, are written and were checked."""
 
     def said(self, text: str) -> None:
         """The agent says this; for captions, as it is to be printed."""
@@ -201,7 +201,8 @@ def respond(
                 stats.write(outputs.stats, place)
     if config.check is not None:
         files = outputs.files()
-        report.checked(config.check(request.source, files, asdict(stats), spoken))
+        outcomes = config.check(request.source, files, asdict(stats), spoken)
+        report.checked(outcomes, outputs.audio)
     return stats
 
 
