@@ -236,7 +236,7 @@ AGENT = [Word("Hi", 0.4, 0.6, 5), Word("<there>.", 0.6, 1.0, 7)]
 
 def test_both_sides_stand_in_the_order_of_their_times(tmp_path):
     texts = {}
-    for form in ("vtt", "srt", "txt", "json"):
+    for form in ("vtt", "srt", "tsv", "txt", "json"):
         ending = f".dialogue.{form}"
         (path,) = plan_files(tmp_path, ["calls/a.wav"], ending, False).values()
         assert path.name == f"calls-a.dialogue.{form}"
@@ -248,6 +248,11 @@ def test_both_sides_stand_in_the_order_of_their_times(tmp_path):
     )
     assert texts["srt"].startswith("1\n00:00:00,000 --> 00:00:00,500\nUser: Hello?\n")
     assert texts["txt"].splitlines()[1] == "[00:00:00.400] Agent: Hi <there>."
+    assert texts["tsv"].splitlines() == [
+        "start\tend\tspeaker\ttext",
+        "0\t500\tuser\tHello?",
+        "400\t1000\tagent\tHi <there>.",
+    ]
     content = json.loads(texts["json"])
     assert [word["speaker"] for word in content["words"]] == ["user", "agent", "agent"]
     assert content["cues"][1]["end_s"] == 1.0

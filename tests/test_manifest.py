@@ -20,7 +20,7 @@ from pplex.evaluation.measure import Method
 from pplex.evaluation.report import make_entries
 from pplex.evaluation.score import score
 from pplex.files import read_regular
-from pplex.respond.manifest import Manifest, manifest_name, read_lines
+from pplex.respond.manifest import Manifest, flat, manifest_name, read_lines
 
 
 def line(recording: str = "a.wav", status: str = "done", **more: object) -> dict:
@@ -96,6 +96,23 @@ def test_each_file_and_each_line_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(json, "loads", counted(json.loads))
     assert len(Manifest(tmp_path).last) == 3000
     assert (calls.count("read_regular"), calls.count("loads")) == (3, 3000)
+
+
+def test_a_line_of_a_newer_schema_is_refused_and_one_without_is_of_the_first(tmp_path):
+    manifest = written(tmp_path, line(), line("b.wav", schema=1))
+    assert [x["schema"] for x in manifest.last.values()] == [1, 1]
+    with pytest.raises(PplexError, match="line 2 has schema 2.*update pplex"):
+        written(tmp_path, line(), line("b.wav", schema=2))
+
+
+def test_a_line_as_a_row_has_parts_with_dots_and_files_by_their_paths(tmp_path):
+    print_ = {"path": "a.wav", "size": 1, "mtime_ns": 2, "sha256": "3"}
+    outcome = {"check": "says", "passed": False, "detail": "d"}
+    checks = {"asked": {"says": "x"}, "outcomes": [outcome]}
+    row = flat(line(outputs={"audio": print_}, checks=checks, extra={"a": {"b": 1}}))
+    shown = {key: row[key] for key in ("outputs.audio", "checks", "extra.a.b")}
+    assert shown == {"outputs.audio": "a.wav", "checks": False, "extra.a.b": 1}
+    assert flat(line(checks=None))["checks"] is None
 
 
 def test_an_unsharded_run_takes_over_what_shards_did(tmp_path):

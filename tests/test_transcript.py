@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pplex.errors import PplexError
-from pplex.respond.transcript import Word, cues, words, write_transcript
+from pplex.respond.transcript import CueShape, Word, cues, words, write_transcript
 
 EPAD, PAD = 0, 3
 PIECES = {
@@ -94,6 +94,17 @@ def test_cues_end_before_42_characters_and_7_seconds_are_passed():
     assert [c.text for c in cues([word("x" * 60, 0)])] == ["x" * 60]
 
 
+def test_a_cue_has_the_lines_and_the_width_that_are_asked_for(tmp_path):
+    many = [word("abcdefghi", 0.08 * i) for i in range(8)]
+    shape = CueShape(lines=2, width=20)
+    assert [c.text.count("abcdefghi") for c in cues(many, shape)] == [4, 4]
+    write_transcript(tmp_path / "t.srt", many, 1.0, {}, shape)
+    text = (tmp_path / "t.srt").read_text("utf-8").splitlines()
+    assert text[2:4] == ["abcdefghi abcdefghi"] * 2 and text[4] == ""
+    long = [word("x" * 30, 0), word("y", 0.1), word("z", 0.2)]
+    assert [c.text for c in cues(long, CueShape(1, 5))] == ["x" * 30, "y z"]
+
+
 SPOKEN = [word("A<b", 0.08), word("&", 0.16), word("é.", 3661.5, 3661.58)]
 
 
@@ -124,6 +135,13 @@ def test_vtt_has_its_header_and_escapes(tmp_path):
     assert (tmp_path / "t.VTT").read_text("utf-8") == (
         "WEBVTT\n\n00:00:00.080 --> 00:00:00.240\nA&lt;b &amp;\n\n"
         "01:01:01.500 --> 01:01:01.580\né.\n\n"
+    )
+
+
+def test_tsv_has_a_row_a_cue_in_milliseconds(tmp_path):
+    write_transcript(tmp_path / "t.tsv", SPOKEN, 4000.0, {})
+    assert (tmp_path / "t.tsv").read_text("utf-8") == (
+        "start\tend\ttext\n80\t240\tA<b &\n3661500\t3661580\té.\n"
     )
 
 

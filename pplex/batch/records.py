@@ -25,6 +25,7 @@ from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.manifest import (
     DONE,
     FAILED,
+    SCHEMA,
     STOPPED,
     FilePrint,
     Line,
@@ -41,6 +42,7 @@ from pplex.respond.outputs import (
 from pplex.respond.request import Request
 from pplex.respond.run import read_user, tail_s
 from pplex.respond.stats import Check, Outcome, Source, latency, make_stats
+from pplex.respond.transcript import text_of
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def write_answer(
             for key in ("device", "dtype", "compute", "kernels")
         },
         "words": stats.words,
+        "text": text_of(spoken),
         "cut_off": stats.cut_off,
         "checks": _checks(check, outcomes),
     }
@@ -241,6 +244,7 @@ def check_again(manifest: Manifest, request: Request, check: Check) -> list[Outc
 def stopped_line(output: Line) -> Line:
     """The manifest's line of an output whose run was killed, as the lock has it."""
     return {
+        "schema": SCHEMA,
         "recording": output["recording"],
         "status": STOPPED,
         "error": "a run was killed while it wrote this",
@@ -268,6 +272,7 @@ def failed_line(
 def _line(model: Description, request: Request, status: str, known: Any) -> Line:
     settings = request.settings
     return {
+        "schema": SCHEMA,
         "recording": request.key,
         "status": status,
         "error": None,
@@ -277,6 +282,9 @@ def _line(model: Description, request: Request, status: str, known: Any) -> Line
         "voice": model.voice_of(request),
         "prompt": settings.text,
         "seed": settings.seed,
+        **asdict(settings.sampling),
+        "channel": settings.channel,
+        "layout": request.outputs.layout,
         "tail_s": longest(settings.tail),
         "model": model.local.name,
         "revision": model.local.revision,

@@ -19,6 +19,7 @@ from pplex.cli.help import help_
 from pplex.cli.models import models
 from pplex.cli.report import report
 from pplex.cli.respond import respond
+from pplex.cli.results import results
 from pplex.cli.roles import roles
 from pplex.cli.score import score
 from pplex.cli.signals import CLOSED_PIPE, exit_code, stop_on_signals
@@ -124,6 +125,7 @@ cli.add_command(roles)
 cli.add_command(models)
 cli.add_command(score)
 cli.add_command(report)
+cli.add_command(results)
 cli.add_command(check)
 cli.add_command(doctor)
 cli.add_command(bench)

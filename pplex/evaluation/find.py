@@ -27,6 +27,7 @@ from pplex.respond.manifest import (
     is_unchanged,
     manifest_name,
     manifests_in,
+    passes,
 )
 from pplex.respond.transcript import Word
 from pplex.values import fit, read_json
@@ -196,8 +197,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _fails_checks(line: Line) -> bool:
-    outcomes = (line["checks"] or {"outcomes": []})["outcomes"]
-    return line["status"] == DONE and not all(one["passed"] for one in outcomes)
+    return line["status"] == DONE and passes(line) is False
 
 
 def _outputs_of(line: Line, folder: Path) -> dict[str, Path]:

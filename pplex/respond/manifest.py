@@ -4,6 +4,9 @@ A line a result, only ever appended; the last line of a recording counts, whatev
 time says: a clock may have been set back. Of files that shards wrote side by side, the
 one with the latest line counts. A line that was cut off by a kill or a full disk is
 passed over, and its recording is done again.
+
+A line says by which ``SCHEMA`` it was written; one without a number is as the first.
+The number rises when a key goes or means something else, not when one is added.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pplex.errors import PplexError
 from pplex.files import open_regular, read_regular
 from pplex.values import fit, parse_json
 
+SCHEMA = 1
 DONE = "done"
 FAILED = "failed"
 STOPPED = "stopped"
@@ -33,6 +37,7 @@ _PRINT = {"size": (int, None), "mtime_ns": (int, None), "sha256": (str, None)}
 OUTPUT: dict[str, Any] = {"path": str, **_PRINT}
 _OUTCOME = {"check": str, "passed": bool, "detail": str}
 _LINE = {
+    "schema": (int, None),
     "recording": str,
     "status": str,
     "error": (str, None),
@@ -42,6 +47,7 @@ _LINE = {
     "audio_s": (float, None),
     "tail_s": (float, None),
     "words": (int, None),
+    "text": (str, None),
     "cut_off": (bool, None),
     "checks": ({"asked": {}, "outcomes": [_OUTCOME]}, None),
     "timings": ({str: float}, None),
@@ -129,10 +135,55 @@ def read_lines(
             continue
         try:
             if raw.strip():
-                lines.append(fit(line, _LINE))
+                line = fit(line, _LINE)
+                line["schema"] = _known(line["schema"], f"{path}: line {number}")
+                lines.append(line)
         except ValueError as e:
             note(f"{path}: line {number} is none of pplex batch and was left out: {e}")
     return lines
+
+
+def _known(schema: int | None, where: str) -> int:
+    """A line's schema; what a newer version wrote may mean something else."""
+    if schema is not None and schema > SCHEMA:
+        raise PplexError(
+            f"{where} has schema {schema}, and this pplex knows {SCHEMA}: update pplex"
+        )
+    return schema or 1
+
+
+def latest_lines(
+    outdir: Path, note: Callable[[str], None] = lambda message: None
+) -> list[Line]:
+    """The line that counts of each recording, by name; ``note`` as ``read_lines``."""
+    if not manifests_in(outdir):
+        why = "has no" if outdir.is_dir() else "is no folder with a"
+        raise PplexError(
+            f"{outdir} {why} {manifest_name()}; give the output folder of pplex batch"
+        )
+    return [line for _, line in sorted(Manifest(outdir, note=note).last.items())]
+
+
+def passes(line: Line) -> bool | None:
+    """Whether every check of a recording passed; None if nothing was asked."""
+    outcomes = (line["checks"] or {"outcomes": []})["outcomes"]
+    return all(one["passed"] for one in outcomes) if outcomes else None
+
+
+def flat(line: Line) -> dict[str, object]:
+    """A line as a row of a table: ``timings.read_s``, files by their paths alone."""
+    return _flat(line | {"checks": passes(line)}, "")
+
+
+def _flat(value: Any, name: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {name: value}
+    if OUTPUT.keys() <= value.keys():
+        return {name: value["path"]}
+    row: dict[str, object] = {}
+    for key, part in value.items():
+        row |= _flat(part, f"{name}.{key}" if name else key)
+    return row
 
 
 class Manifest:

@@ -122,7 +122,9 @@ def check_outputs(request: Request, overwrite: bool) -> None:
     kinds = [_kind(path) for path in outputs.transcripts]
     if len(set(kinds)) < len(kinds):
         names = " and ".join(map(str, outputs.transcripts))
-        raise PplexError(f"{names}: one transcript of each format is written")
+        raise PplexError(
+            f"{names} would be two transcripts of one format; leave one out"
+        )
     tokens = outputs.tokens
     if tokens is not None and not (
         is_descriptor(tokens) or tokens.suffix.lower() == ".npz"
