@@ -41,25 +41,6 @@ def capability() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def num_multiprocessors() -> int:
-    """How many multiprocessors the GPU has."""
-    return _attribute(16)
-
-
-def shared_memory() -> int:
-    """Bytes of shared memory that a block may have."""
-    return _attribute(97)
-
-
-def _attribute(number: int) -> int:
-    """A ``CUdevice_attribute`` of the first device, MLX's; 0 where nobody says."""
-    cuda = ctypes.CDLL("libcuda.so.1")
-    value = ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetAttribute(ctypes.byref(value), number, 0):
-        return 0
-    return value.value
-
-
 Output = tuple[tuple[int, ...], mx.Dtype]
 
 

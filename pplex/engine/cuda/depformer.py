@@ -9,13 +9,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from pplex.engine.cuda.compiler import (
-    Kernel,
-    num_multiprocessors,
-    read_source,
-    shared_memory,
-    with_constants,
-)
+from pplex.engine.cuda.compiler import Kernel, read_source, with_constants
+from pplex.engine.cuda.driver import num_multiprocessors, shared_memory
 from pplex.engine.cuda.weights import DENSE, form_of, stack
 from pplex.model.config import LmConfig
 from pplex.model.lm import Lm

@@ -15,12 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from pplex.engine.base import Start
-from pplex.engine.cuda.compiler import (
-    Kernel,
-    num_multiprocessors,
-    read_source,
-    with_constants,
-)
+from pplex.engine.cuda.compiler import Kernel, read_source, with_constants
+from pplex.engine.cuda.driver import num_multiprocessors
 from pplex.engine.cuda.weights import DENSE, form_of, stack
 from pplex.engine.mlx.engine import Waiting
 from pplex.model.cache import GROWTH, KvCache

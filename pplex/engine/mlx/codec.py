@@ -164,7 +164,10 @@ class MlxCodec:
             parts = [frames[start : start + CHUNK_FRAMES] for frames in group]
             chunk = _chunk(parts, GROUP_ROWS, CHUNK_FRAMES)
             computed = run(chunk, state)
-            mx.async_eval(computed, state.arrays())
+            # After the last, nobody wants the state; and what is let go of while a GPU
+            # still writes it may become somebody else's.
+            is_last = start + CHUNK_FRAMES >= len(group[-1])
+            mx.async_eval(computed, [] if is_last else state.arrays())
             yield start, computed
 
 

@@ -1,0 +1,81 @@
+"""What CUDA's driver says and does without MLX."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+import mlx.core as mx
+
+_MULTIPROCESSORS, _SHARED_MEMORY = 16, 97  # of ``CUdevice_attribute``
+
+
+def num_devices() -> int:
+    """How many GPUs this process sees; 0 where nobody says."""
+    count = ctypes.c_int()
+    cuda = _cuda()
+    return (
+        0 if cuda is None or cuda.cuDeviceGetCount(ctypes.byref(count)) else count.value
+    )
+
+
+def num_multiprocessors() -> int:
+    """How many multiprocessors the GPU has."""
+    return _attribute(_MULTIPROCESSORS)
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a block may have."""
+    return _attribute(_SHARED_MEMORY)
+
+
+def _attribute(number: int) -> int:
+    """A ``CUdevice_attribute`` of the first device, MLX's; 0 where nobody says."""
+    value, cuda = ctypes.c_int(), _cuda()
+    if cuda is None or cuda.cuDeviceGetAttribute(ctypes.byref(value), number, 0):
+        return 0
+    return value.value
+
+
+def copy_seconds(size: int, copies: int, rounds: int) -> float | None:
+    """The best time of ``copies`` plain copies of ``size`` bytes; None without memory.
+
+    They are the driver's own, in memory of its own.
+    """
+    cuda = _cuda()
+    if cuda is None:
+        return None
+    mx.eval(mx.zeros(1))  # the device's context is there, and this thread's
+    count, context = ctypes.c_size_t(size), ctypes.c_void_p()
+    if cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0):
+        return None
+    held: list[ctypes.c_void_p] = []
+    spent = []
+    try:
+        if cuda.cuCtxSetCurrent(context):
+            return None
+        for _ in range(2):
+            pointer = ctypes.c_void_p()
+            if cuda.cuMemAlloc_v2(ctypes.byref(pointer), count):
+                return None
+            held.append(pointer)
+        for _ in range(rounds):
+            start = time.perf_counter()
+            for _ in range(copies):
+                cuda.cuMemcpyDtoDAsync_v2(held[1], held[0], count, None)
+            if cuda.cuCtxSynchronize():
+                return None
+            spent.append(time.perf_counter() - start)
+    finally:
+        for pointer in held:
+            cuda.cuMemFree_v2(pointer)
+        cuda.cuDevicePrimaryCtxRelease_v2(0)
+    return min(spent)
+
+
+def _cuda() -> ctypes.CDLL | None:
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return None if cuda.cuInit(0) else cuda
