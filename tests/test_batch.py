@@ -597,3 +597,9 @@ def test_a_second_run_on_the_same_folder_is_refused(calls, batch):
         go(batch)
     lock.release(ended=True)
     assert go(batch)[0].done == 5
+
+
+def test_gpus_that_idle_are_named_with_what_uses_them(calls, batch, monkeypatch):
+    monkeypatch.setattr("pplex.batch.run.num_gpus", lambda: 4)
+    _, notes = go(batch)
+    assert sum("idle (3); --ray=local" in note for note in notes.notes) == 1

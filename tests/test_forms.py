@@ -43,6 +43,14 @@ def test_on_a_gpu_what_is_computed_alone_is_so_one_by_one(gpu):
     assert batch_size(SMALL, cost, 100, 1e12) > 1
 
 
+def test_rows_that_share_their_prompts_need_no_memory_for_them(gpu):
+    cost = job.cost_of(SMALL, random_lm(SMALL.lm, 16))
+    free = 100 * 10 * cost.position
+    with_prompts = batch_size(SMALL, cost, 10, free, prompt_frames=10)
+    shared = job.kind_here() == "cuda"
+    assert (with_prompts == batch_size(SMALL, cost, 10, free)) == shared
+
+
 @pytest.mark.parametrize("kind", ["c", "cpu"])
 def test_on_a_cpu_rows_are_the_same_alone(monkeypatch, kind):
     for name, found in KINDS.items():

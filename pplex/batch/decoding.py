@@ -135,10 +135,14 @@ class Decoder:
     def choose_batch_size(self) -> int:
         """How many recordings are answered at a time; chosen once, from memory."""
         if self.batch_size is None:
-            frames = self._size.max_frames + PROMPT_FRAMES
             model = self._model
-            cost, alone = model.engine.cost(), model.form.alone
-            rows = batch_size(model.config, cost, frames, alone=alone)
+            rows = batch_size(
+                model.config,
+                model.engine.cost(),
+                self._size.max_frames,
+                prompt_frames=PROMPT_FRAMES,
+                alone=model.form.alone,
+            )
             self.batch_size = min(rows, self._size.busy_rows)
             self._note(f"batch size {self.batch_size}")
         return self.batch_size

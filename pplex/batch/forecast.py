@@ -169,7 +169,7 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     found.memory_gb = memory_gb()[0] or _system_memory_gb()
     free = 1e9 * found.memory_gb - cost.held
     rows = batch.batch_size or batch_size(
-        config, cost, positions, free, alone=form.alone
+        config, cost, frames, free, prompt_frames=PROMPT_FRAMES, alone=form.alone
     )
     found.batch_size = min(rows, found.todo if batch.batch_size else size.busy_rows)
     found.sound_gb = _sound_bytes(found, config.sample_rate) / 1e9

@@ -48,7 +48,7 @@ from pplex.batch.records import (
 )
 from pplex.checkpoint.hub import LocalModel
 from pplex.conversation.session import load
-from pplex.engine.device import num_cores
+from pplex.engine.device import num_cores, num_gpus
 from pplex.errors import PplexError
 from pplex.respond.ending import Ending
 from pplex.respond.manifest import Line, Manifest
@@ -274,6 +274,10 @@ class _Run:
         self._report.loading(self._model.local)
         model = load(self._model.local, compute=self._batch.compute, many=True)
         self._report.computing(str(model.form))
+        if (others := num_gpus() - 1) > 0:
+            self._report.note(
+                f"other GPUs of this machine idle ({others}); --ray=local uses them all"
+            )
         return Decoder(model, sampling, size, self._report.note)
 
     def _answer(self, workers: Workers, requests: list[Request]) -> None:

@@ -78,7 +78,8 @@ class Make(Protocol):
 class Kind:
     """An engine where it is the best, and what is best for it.
 
-    What ``has_alone`` computes one conversation by itself in a form of its own.
+    What ``has_alone`` computes one conversation by itself in a form of its own; with
+    ``shares_prompts`` rows hold what is said after a prompt only.
 
     ``is_available`` tells whether MLX's default device is one for it; ``make`` makes it
     and ``cost`` tells before what a model takes on it. ``one`` and
@@ -95,6 +96,7 @@ class Kind:
     many: Form
     max_rows: Callable[[Cost, int, float], int]
     has_alone: bool = False
+    shares_prompts: bool = False
     bytes_per_s: Callable[[int], float] | None = None
 
 
@@ -167,6 +169,7 @@ KINDS: dict[str, Kind] = {
         many=Form(True, "CUDA's products of many rows are faster so"),
         max_rows=_rows_in_memory,
         has_alone=True,
+        shares_prompts=True,
     ),
     # Metal, and GPUs that our kernels do not know; nothing here was measured on a Mac.
     "gpu": Kind(
@@ -252,16 +255,19 @@ def batch_size(
     frames: int,
     free_bytes: float | None = None,
     *,
+    prompt_frames: int = 0,
     alone: bool = False,
 ) -> int:
     """How many recordings to answer at once, none with more than ``frames`` frames.
 
-    Prompts included. Of the free memory, or of ``free_bytes``; one if each is computed
-    ``alone``.
+    They begin after prompts of ``prompt_frames``. Of the free memory, or of
+    ``free_bytes``; one if each is computed ``alone``.
     """
     if alone:
         return 1
     if free_bytes is None:
         free_bytes = 1e9 * (memory_gb()[1] or 0.0)
-    row_bytes = cost.position * min(config.lm.window, frames)
-    return max(1, KINDS[kind_here()].max_rows(cost, row_bytes, free_bytes))
+    kind = KINDS[kind_here()]
+    positions = frames if kind.shares_prompts else frames + prompt_frames
+    row_bytes = cost.position * min(config.lm.window, positions)
+    return max(1, kind.max_rows(cost, row_bytes, free_bytes))

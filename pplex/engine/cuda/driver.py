@@ -12,11 +12,10 @@ _MULTIPROCESSORS, _SHARED_MEMORY = 16, 97  # of ``CUdevice_attribute``
 
 def num_devices() -> int:
     """How many GPUs this process sees; 0 where nobody says."""
-    count = ctypes.c_int()
-    cuda = _cuda()
-    return (
-        0 if cuda is None or cuda.cuDeviceGetCount(ctypes.byref(count)) else count.value
-    )
+    count, cuda = ctypes.c_int(), _cuda()
+    if cuda is None or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 def num_multiprocessors() -> int:
