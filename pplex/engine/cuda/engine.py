@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from pplex.checkpoint.weights import LmTensors
 from pplex.engine.base import Codec, Rows
@@ -150,4 +151,8 @@ class CudaEngine(MlxEngine):
 
     def _make_codec(self, mimi: Mimi) -> Codec:
         fuse(mimi)
-        return super()._make_codec(mimi)
+        codec = super()._make_codec(mimi)
+        if codec.group > 1:  # kernels are compiled and convolutions planned
+            frame = np.zeros((1, self.config.frame_size), np.float32)
+            codec.decode_many(codec.encode_many([frame]))
+        return codec

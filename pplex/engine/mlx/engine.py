@@ -144,7 +144,7 @@ class MlxEngine:
             last = min(first + FORCED_FRAMES, grid.shape[1] - 1)
             given = grid[: self.config.lm.num_agent_streams, first + 1 : last + 1].T
             x = self.temporal(self.inputs(mx.array(grid[None, :, first:last])), cache)
-            yield self._logits(x[0], mx.array(given))
+            yield self._logits(x.squeeze(0), mx.array(given))
 
     def _logits(self, x: mx.array, given: mx.array) -> Logits:
         """What is said of temporal outputs ``x`` (t, dim), if ``given`` is chosen."""
@@ -154,7 +154,8 @@ class MlxEngine:
 
     def embed(self, columns: np.ndarray) -> np.ndarray:
         """The model's inputs float32 (frames, dim) for columns (streams, frames)."""
-        return np.array(self.inputs(mx.array(columns[None]))[0].astype(mx.float32))
+        inputs = self.inputs(mx.array(columns[None])).squeeze(0)
+        return np.array(inputs.astype(mx.float32))
 
     def cost(self) -> Cost:
         """What the model takes."""
