@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import struct
 from html.parser import HTMLParser
@@ -16,15 +17,18 @@ import soundfile
 from dialogues import write_dialogue
 from test_score import batch, manifest_line, transcript
 
-from pplex.evaluation.find import find
+from pplex.errors import PplexError
+from pplex.evaluation.find import Item, find
 from pplex.evaluation.measure import Method
 from pplex.evaluation.pictures import write_picture
 from pplex.evaluation.report import (
     COLUMNS,
     _thinned,
+    check_embedded,
     heading,
     make_entries,
     peaks,
+    picture_names,
     write_report,
 )
 
@@ -65,13 +69,15 @@ def test_a_recording_has_its_row_and_its_picture(tmp_path):
     transcript(tmp_path / "call.json", ("Good", 3.4, 4.0), ("morning.", 4.0, 5.0))
     page = page_of(tmp_path)
     head, row = page.rows
-    assert head == [
+    assert head[:6] == [
         "Recording",
-        "Status",
+        "State",
+        "First words",
         "Who spoke when",
-        *(heading(column) for column in COLUMNS),
+        "all 0 to 8 s",
+        "Length, s",
     ]
-    assert row[:4] == ["call.wav", "done", "8.0", "0.40"]
+    assert row[:6] == ["call.wav", "done", "Good morning.", "8.0", "0.40", "1 of 1"]
     (data,) = page.data
     assert data["a"] == "call.wav"
     assert data["w"] == [["Good", 3.4, 4.0], ["morning.", 4.0, 5.0]]
@@ -116,12 +122,10 @@ def test_a_half_finished_batch_says_so(tmp_path):
     assert "2 of 3 recordings are not done:" in text
     assert "1 failed, 1 missing" in text
     assert "line 5 is cut off; the batch was stopped or is still running" in text
-    assert [row[:2] for row in page.rows[1:]] == [
-        ["a.wav", "done"],
-        ["bad.wav", "failed"],
-        ["lost.wav", "missing"],
-    ]
-    assert page.data[1]["e"] == "bad.wav is empty (0 bytes)"
+    failed, missing, done = page.rows[1:]
+    assert failed[:3] == ["bad.wav", "failed", "bad.wav is empty (0 bytes)"]
+    assert missing[:2] == ["lost.wav", "missing"] and done[:2] == ["a.wav", "done"]
+    assert page.data[0]["e"] == "bad.wav is empty (0 bytes)"
 
 
 def test_a_batch_that_has_only_begun_makes_a_page(tmp_path):
@@ -135,8 +139,8 @@ def test_a_file_that_cannot_be_read_is_a_row(tmp_path):
     write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
     (tmp_path / "b.wav").write_text("not sound")
     page = page_of(tmp_path)
-    assert page.rows[2][:2] == ["b.wav", "unreadable"]
-    assert "not an audio file" in page.data[1]["e"]
+    assert page.rows[1][:2] == ["b.wav", "unreadable"]
+    assert "not an audio file" in page.data[0]["e"]
 
 
 def test_a_link_that_goes_in_a_circle_is_a_row(tmp_path):
@@ -145,10 +149,10 @@ def test_a_link_that_goes_in_a_circle_is_a_row(tmp_path):
     (tmp_path / "b.json").symlink_to("b.json")
     page = page_of(tmp_path)
     assert [row[:2] for row in page.rows[1:]] == [
-        ["a.wav", "done"],
         ["b.wav", "unreadable"],
+        ["a.wav", "done"],
     ]
-    assert "Too many levels of symbolic links" in page.data[1]["e"]
+    assert "Too many levels of symbolic links" in page.data[0]["e"]
 
 
 @pytest.mark.parametrize("name", ["loop/input.wav", "nothing\0there"])
@@ -176,6 +180,90 @@ def test_the_latency_of_steps_is_there_where_stats_have_it(tmp_path):
     page = page_of(tmp_path)
     assert page.data[0]["lat"] == [10.0, 95.5, 12.0]
     assert "1.50" in page.rows[1]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1.5 times slower than real time" in text
+
+
+def test_answers_of_two_folders_stand_together_and_are_told_apart(tmp_path, run):
+    for folder, start_s in (("old", 3.4), ("new", 4.1)):
+        (tmp_path / folder).mkdir()
+        for name in ("b.wav", "a.wav"):
+            write_dialogue(tmp_path / folder / name, ((1, 3),), ((start_s, 6),), 8.0)
+    write_dialogue(tmp_path / "new" / "c.wav", ((1, 3),), (), 8.0)
+    old, new = tmp_path / "old", tmp_path / "new"
+    options = ("-o", tmp_path / "two.html", "--svg", tmp_path / "svg")
+    done = run("report", old, new, *options)
+    assert done.exit_code == 0, done.output
+    page = Page((tmp_path / "two.html").read_text(encoding="utf-8"))
+    assert [(row[0], row[1], row[5]) for row in page.rows[1:5]] == [
+        ("a.wav", "old", "0.40"),
+        ("a.wav", "new", "1.10"),
+        ("b.wav", "old", "0.40"),
+        ("b.wav", "new", "1.10"),
+    ]
+    groups = [one.get("k") for one in page.data]
+    assert groups[0] == groups[1] != groups[2] == groups[3] and groups[4] is None
+    drawn = sorted(path.name for path in (tmp_path / "svg").iterdir())
+    assert drawn == ["new-a.svg", "new-b.svg", "new-c.svg", "old-a.svg", "old-b.svg"]
+    assert "old/a.wav, 8.0 s" in (tmp_path / "svg" / "old-a.svg").read_text()
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    for folder in ("x/replies", "y/replies"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_dialogue(tmp_path / folder / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
+    found = find([tmp_path / "x/replies", tmp_path / "y/replies"])
+    names = [Path(name).parts[-3:] for name in picture_names(found.items)]
+    assert names == [("x", "replies", "a.wav"), ("y", "replies", "a.wav")]
+
+
+def test_answers_made_of_one_recording_stand_together(tmp_path):
+    write_dialogue(tmp_path / "call.wav", ((1, 3),), (), 8.0)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("first", "other", "third"):
+        write_dialogue(folder / f"{name}.wav", ((1, 3),), ((3.4, 6),), 8.0)
+        source = "call.wav" if name != "other" else "lost.wav"
+        stats = {"input": str(tmp_path / source), "real_time_factor": 0.5}
+        stats |= {"outputs": {"audio": f"{name}.wav"}, "seed": 7}
+        (folder / f"{name}.stats.json").write_text(json.dumps(stats))
+    page = page_of(folder)
+    assert [one["n"] for one in page.data] == ["first.wav", "third.wav", "other.wav"]
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "seed 7" in text and "2.0 times faster than real time" in text
+
+
+def test_what_has_no_figure_is_no_column_but_a_tile(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        write_dialogue(tmp_path / name, ((1, 3),), ((3.4, 6),), 8.0)
+    page = page_of(tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    missing = {"Pauses kept", "Words", "Real-time factor"}
+    assert {heading(column) for column in COLUMNS} - set(page.rows[0]) == missing
+    assert len(page.rows[1]) == len(page.rows[0]) - 2  # the strip and its scale
+    for name in missing:
+        assert f"<dt>{name}</dt><dd>\u2013</dd>" in text
+    assert "model and settings are not known" in text
+    assert "before the user does again, for 1 s or more" in text
+
+
+def test_the_sound_can_be_in_the_page(tmp_path, run):
+    path = tmp_path / "a.wav"
+    write_dialogue(path, ((1, 3),), ((3.4, 6),), 8.0)
+    assert run("report", tmp_path, "--embed").exit_code == 0
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    kind, sound = page.data[0]["a"].split(",")
+    assert kind == "data:audio/wav;base64"
+    assert base64.b64decode(sound) == path.read_bytes()
+
+
+def test_too_much_sound_is_not_put_into_a_page(tmp_path):
+    path = tmp_path / "a.wav"
+    path.touch()
+    os.truncate(path, 150_000_000)  # without taking room
+    with pytest.raises(PplexError, match="is 300 MB.*at most 100 MB"):
+        check_embedded([Item("a.wav", audio=path), Item("b.wav", audio=path)])
+    check_embedded([Item("a.wav")])
 
 
 def test_thinning_keeps_the_slowest():
@@ -229,6 +317,7 @@ def test_a_picture_has_levels_speech_words_and_what_went_wrong(tmp_path):
     assert picture == (tmp_path / "b.svg").read_text()
     said = set(re.findall(r">([^<>]+)</text>", picture))
     assert {"a.wav, 8.0 s", "time (s)", "level (dBFS)", "Good", "$5$"} <= said
+    assert {"user", "agent", "words"} <= said
     assert {"user speaks", "user's level", "agent speaks", "agent's level"} <= said
     assert "interrupts the user" in said and "backchannel" not in said
     found = re.findall(r'middle" x="([\d.]+)"[^>]*>(\d)</text>', picture)
@@ -248,6 +337,9 @@ def test_silence_and_cut_ends_are_counted_and_the_tail_is_named(tmp_path, run):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for text in said:
         assert text in report.stderr and text in page and text in score.stdout
+    rows = Page(page).rows[1:]
+    assert [row[1] for row in rows] == ["done", "silent", "cut off"]
+    assert "1 silent, 1 cut off" in page
     result = run("score", tmp_path, "--vad", "energy", "--format", "json")
     content = json.loads(result.stdout)
     found = {row["name"]: row["ending"] for row in content["recordings"]}

@@ -29,6 +29,17 @@ _FILE = click.Path(path_type=Path)
     help="Also write a picture of each recording into DIR.",
 )
 @click.option(
+    "--svg",
+    metavar="DIR",
+    type=_FILE,
+    help="The same as SVG, which a slide or a paper can scale.",
+)
+@click.option(
+    "--embed",
+    is_flag=True,
+    help="Put the sound into the page, so that it can be sent to someone.",
+)
+@click.option(
     "--vad",
     type=click.Choice(["silero", "energy"]),
     default="energy",
@@ -41,6 +52,8 @@ def report(
     paths: tuple[Path, ...],
     output: Path | None,
     png: Path | None,
+    svg: Path | None,
+    embed: bool,
     vad: str,
     rttm: tuple[Path, ...],
     speaker: str | None,
@@ -49,19 +62,27 @@ def report(
     """Write one HTML page about PATHS: a batch's folder, or WAV files.
 
     It needs no network and no other file; the sound is played from where it lies.
+    Answers of several folders are shown beside each other, recording by recording.
     """
     from pplex.evaluation.diarization import read_rttm
     from pplex.evaluation.find import find
     from pplex.evaluation.measure import Method
     from pplex.evaluation.pictures import write_picture
-    from pplex.evaluation.report import make_entries, write_report
+    from pplex.evaluation.report import (
+        check_embedded,
+        make_entries,
+        picture_names,
+        write_report,
+    )
     from pplex.files import check_descriptor, is_descriptor, plan_files
     from pplex.plots import check_plot_path
     from pplex.respond.ending import advice
 
     check_diarization_options(rttm, speaker)
-    if png is not None:
-        check_plot_path(png / "NAME.png")
+    wanted = {".png": png, ".svg": svg}
+    for ending, drawn in wanted.items():
+        if drawn is not None:
+            check_plot_path(drawn / f"NAME{ending}")
     if output is None:
         folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
         output = folder / "report.html"
@@ -75,21 +96,27 @@ def report(
         )
     method = Method(vad, diarization=read_rttm(rttm, speaker) if rttm else None)
     found = find(paths)
-    pictures = {}
-    if png is not None:
-        names = [item.name for item in found.items if item.agent is not None]
-        pictures = plan_files(png, names, ".png", overwrite)
+    if embed:
+        check_embedded(found.items)
+    names = picture_names(found.items)
+    heard = [n for n, i in zip(names, found.items, strict=True) if i.agent is not None]
+    pictures = [
+        plan_files(drawn, heard, ending, overwrite)
+        for ending, drawn in wanted.items()
+        if drawn is not None
+    ]
     with tqdm(total=len(found.items), disable=None, unit="file") as bar:
         entries = make_entries(found, method, lambda _: bar.update())
     title = f"pplex report: {', '.join(path.name or str(path) for path in paths[:3])}"
     measured = [entry.measured for entry in entries if entry.measured is not None]
     advised = advice([one.ending for one in measured if one.ending is not None])
-    write_report(output, entries, [*found.notes, *advised], vad, title)
-    for entry in entries:
-        if entry.measured is not None and entry.item.name in pictures:
-            write_picture(pictures[entry.item.name], entry)
+    notes = [*found.notes, *advised]
+    write_report(output, entries, notes, vad, title, embed=embed)
+    for name, entry in zip(names, entries, strict=True):
+        for planned in pictures if entry.measured is not None else ():
+            write_picture(planned[name], entry)
     not_done = sum(entry.status != "done" for entry in entries)
     said = f", {not_done} of them not done" if not_done else ""
     click.echo(f"{output}: {len(entries)} recordings{said}", err=True)
-    for line in [*found.notes, *advised]:
+    for line in notes:
         click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)

@@ -82,6 +82,8 @@ class Item:
 
     ``role`` are the agent's instructions, ``extra`` a jobs file's other columns.
     ``partner`` is the other side of the user's recording, whom the agent stands in for.
+    ``source`` is the recording that was answered, where it is there, ``settings`` what
+    stats or a manifest say of the run, ``root`` the folder that was asked about.
     ``status`` is ``done``, ``failed``, ``missing`` (said to be done, but a file is not
     there), ``unreadable``, ``no answer`` or what a manifest says.
     """
@@ -100,6 +102,9 @@ class Item:
     chunks: Path | None = None
     sample: Sample | None = None
     folder: Path | None = None
+    source: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    root: Path | None = None
 
 
 @dataclass
@@ -114,6 +119,7 @@ def find(paths: Sequence[Path]) -> Found:
     """All recordings of ``paths``, in order; refuses paths without a trace of one."""
     found = Found()
     for path in paths:
+        before = len(found.items)
         if path.is_dir():
             _search(path, found)
         elif path.exists():
@@ -121,6 +127,8 @@ def find(paths: Sequence[Path]) -> Found:
             found.items.append(_outputs_item(path, known))
         else:
             raise PplexError(f"{path} does not exist; check the name")
+        root = path if path.is_dir() else path.parent
+        found.items[before:] = [replace(i, root=root) for i in found.items[before:]]
     if not found.items and not found.notes:
         names = ", ".join(str(path) for path in paths)
         raise PplexError(
@@ -211,7 +219,7 @@ def _input_of(line: Line, folder: Path) -> Path | None:
 
 def _manifest_item(line: Line, folder: Path, notes: list[str]) -> Item:
     name, status = line["recording"], line["status"]
-    item = Item(name, status, line["error"], folder=folder)
+    item = Item(name, status, line["error"], folder=folder, settings=line)
     if status != "done":
         return item
     paths, wrong = _outputs_of(line, folder), []
@@ -245,6 +253,7 @@ def _manifest_item(line: Line, folder: Path, notes: list[str]) -> Item:
         words=words,
         role=line["prompt"] or done.role,
         extra=line["extra"] or {},
+        settings=line | (stats or {}),
     )
 
 
@@ -295,6 +304,7 @@ def _outputs_item(
         name = str(path.relative_to(folder))
     role = str((stats or {}).get("prompt", ""))
     item = Item(name, stats=stats, words=words, folder=path.parent, role=role)
+    item = replace(item, settings=stats or {})
     if path.name.endswith(USER):
         path = path.with_name(_partner(path))
     if path.name.endswith(AGENT):
@@ -306,6 +316,8 @@ def _outputs_item(
     except PplexError as e:
         return replace(item, status="unreadable", error=str(e))
     source = source or _source_of(stats, path.parent)
+    if source is not None and os.path.isfile(source):
+        item = replace(item, source=source)
     channel: Channel = (stats or {}).get("channel") or 1
     if channel in (1, 2) and (stats or {}).get("source_channels") == 2:
         if source is not None and os.path.isfile(source):

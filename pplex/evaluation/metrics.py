@@ -148,7 +148,14 @@ def _real_time(stats: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("duration_s", "s", "length", digits=1, about="Seconds", compared=False),
+    Metric(
+        "duration_s",
+        "s",
+        "length",
+        digits=1,
+        about="Of the recording and its answer",
+        compared=False,
+    ),
     Metric("user_turns", "", "turns", "turns", compared=False),
     Metric(
         "reply_delay_s",
@@ -158,7 +165,7 @@ METRICS: tuple[Metric, ...] = (
         attrgetter("reply_delays_s"),
         spread,
         digits=2,
-        about="Median seconds from the user's end to the reply",
+        about="From the user's end to the reply, the median; people leave about 0.2 s",
         better=-1,
     ),
     Metric(
@@ -168,7 +175,8 @@ METRICS: tuple[Metric, ...] = (
         "turns",
         attrgetter("takeovers", "judged_turns"),
         ratio,
-        about="Turns of the user after which the agent speaks",
+        about="Turns of the user after which the agent speaks, of all that leave it "
+        "time to",
         better=1,
     ),
     Metric(
@@ -187,7 +195,7 @@ METRICS: tuple[Metric, ...] = (
         "talk-over",
         "turns",
         digits=1,
-        about="Seconds of talking at once that the agent began, backchannels apart",
+        about="Talking at once that the agent began, backchannels apart",
         better=-1,
     ),
     Metric(
@@ -233,7 +241,6 @@ METRICS: tuple[Metric, ...] = (
         "ending",
         value=lambda ending: int(not ending.words),
         table=False,
-        about="Recordings in which the agent says nothing",
     ),
     Metric(
         "cut_off_at_end",
@@ -242,7 +249,6 @@ METRICS: tuple[Metric, ...] = (
         "ending",
         value=lambda ending: int(ending.cut_off),
         table=False,
-        about="Recordings at whose end the agent still speaks",
     ),
     Metric(
         "word_error_rate",
@@ -256,13 +262,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "speech_db",
-        "dB",
+        "dBFS",
         "loudness",
         "levels",
         total=mean,
         digits=1,
         table=False,
-        about="The agent's speech in dB relative to full scale",
+        about="Of the agent's speech, in dB below full scale (dBFS)",
     ),
     Metric(
         "clips",
@@ -270,7 +276,7 @@ METRICS: tuple[Metric, ...] = (
         "clips",
         "levels",
         table=False,
-        about="Stretches at full scale",
+        about="Stretches of the agent's sound at full scale, which distorts; 0 is good",
         limit=0.0,
         better=-1,
     ),
@@ -283,7 +289,7 @@ METRICS: tuple[Metric, ...] = (
         ratio,
         digits=2,
         table=False,
-        about="Computing time over audio time; below 1 keeps up",
+        about="Computing time over audio time; below 1 is faster than real time",
         limit=1.0,
         compared=False,
     ),

@@ -17,8 +17,9 @@ from pplex.respond.transcript import Word
 if TYPE_CHECKING:
     from pplex.plots import Axes
 
-WIDTH = 14.0  # inches
-_ROW_HEIGHT, _MARGIN_HEIGHT = 1.6, 0.9
+WIDTH = 11.0  # inches, on which letters are large enough for a slide
+_ROW_HEIGHT, _MARGIN_HEIGHT = 1.6, 1.1
+_LEGEND_COLUMNS = 4
 _ROW_S = (30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 _MAX_ROWS = 20
 _COLUMNS = 1200  # a row
@@ -65,7 +66,8 @@ def write_picture(path: Path, entry: Entry) -> None:
         sides.insert(0, _Side("user", 1, BLUE, *levels, measured.user))
     with plot(path, WIDTH, rows * height + _MARGIN_HEIGHT) as figure:
         all_axes = figure.subplots(rows, squeeze=False)[:, 0]
-        all_axes[0].set_title(f"{shortened(item.name, 120)}, {duration_s:.1f} s")
+        name = f"{entry.folder}/{entry.name}" if entry.folder else entry.name
+        all_axes[0].set_title(f"{shortened(name, 100)}, {duration_s:.1f} s")
         all_axes[-1].set_xlabel("time (s)")
         for k, axes in enumerate(all_axes):
             window = Segment(k * row_s, (k + 1) * row_s)
@@ -84,6 +86,7 @@ def write_picture(path: Path, entry: Entry) -> None:
             axes.set_ylim(-1.15 - _LANES * _LANE * has_words, 1.15)
             if has_words:
                 _draw_words(axes, window, measured.words or [])
+                _name_lane(axes, "words", -1.15 - _LANES * _LANE / 2, GREY)
         named = {
             label: handle
             for axes in all_axes
@@ -93,7 +96,7 @@ def write_picture(path: Path, entry: Entry) -> None:
             list(named.values()),
             list(named),
             loc="outside lower center",
-            ncols=len(named),
+            ncols=min(len(named), _LEGEND_COLUMNS),
         )
 
 
@@ -108,6 +111,7 @@ def _loudness(track: Track, row_s: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw_side(axes: Axes, window: Segment, side: _Side) -> None:
     """Its speech as bands, its level over them."""
+    _name_lane(axes, side.name, 0.5 * side.sign, side.colour)
     bands = [
         (segment.start_s, segment.duration_s)
         for segment in side.speech
@@ -124,6 +128,13 @@ def _draw_side(axes: Axes, window: Segment, side: _Side) -> None:
         lw=0,
         step="post",
         label=f"{side.name}'s level",
+    )
+
+
+def _name_lane(axes: Axes, name: str, y: float, colour: str) -> None:
+    """Write whose lane it is beside it."""
+    axes.text(
+        1.005, y, name, color=colour, va="center", transform=axes.get_yaxis_transform()
     )
 
 

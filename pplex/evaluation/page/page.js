@@ -6,9 +6,9 @@ const SVG = "http://www.w3.org/2000/svg";
 const KINDS = {
   opening: ["O", "opens"], reply: ["R", "replies"], speech: ["S", "speaks on"],
   backchannel: ["B", "backchannel"], pause_taken: ["P", "takes a pause"],
-  interruption: ["I", "interrupts the user"],
-  user_interruption: ["U", "is interrupted by the user"],
-  user_backchannel: ["u", "hears a backchannel"], no_reply: ["N", "does not reply"],
+  interruption: ["X", "interrupts the user"],
+  user_interruption: ["Y", "is interrupted by the user"],
+  user_backchannel: ["H", "hears a backchannel"], no_reply: ["N", "does not reply"],
 };
 const MARKED = ["backchannel", "pause_taken", "interruption", "user_interruption", "no_reply"];
 
@@ -37,13 +37,16 @@ function wavePath(packed, width, middle, height) {
   return path + `L${width} ${middle}` + back + "Z";
 }
 
-// The small picture in the table: both sides' speech as bars.
-function strip(cell, r) {
+const scaled = document.querySelector("thead [data-scale]");
+const common = scaled ? +scaled.dataset.scale : 0;
+
+// The small picture in the table: both sides' speech as bars, of so many seconds.
+function strip(cell, r, seconds) {
   if (!r.d) return;
   const w = 170, svg = make("svg", { viewBox: `0 0 ${w} 22`, preserveAspectRatio: "none",
     width: "100%", height: 22, role: "img", "aria-label": "user above, agent below" });
-  const k = w / r.d;
-  for (const y of [6, 16]) svg.append(make("line", { x1: 0, x2: w, y1: y, y2: y, class: "grid" }));
+  const k = w / (seconds || r.d);
+  for (const y of [6, 16]) svg.append(make("line", { x1: 0, x2: (r.d * k).toFixed(1), y1: y, y2: y, class: "grid" }));
   for (const [segments, y, name] of [[r.us, 2, "user"], [r.gs, 12, "agent"]])
     for (const [a, b] of segments)
       svg.append(make("rect", { x: (a * k).toFixed(1), y, height: 8, class: name,
@@ -69,13 +72,15 @@ function words(svg, r, k, top) {
 
 function picture(r, k) {
   const width = Math.ceil(r.d * k) + 2, height = 206;
-  const svg = make("svg", { width, height, role: "img", "aria-label": describe(r) });
+  const svg = make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
+    "aria-label": describe(r) });
   const every = [0.5, 1, 2, 5, 10, 30, 60, 120, 300].find((s) => s * k >= 55) || 600;
   for (let t = 0; t <= r.d; t += every) {
+    const unit = t ? "" : every < 1 ? " s" : " min:s";
     svg.append(make("line", { x1: t * k, x2: t * k, y1: 20, y2: 190, class: "grid" }));
     const anchor = t * k > width - 20 ? "end" : t ? "middle" : "start";
     svg.append(make("text", { x: t * k, y: 202, class: "axis", "text-anchor": anchor },
-      every < 1 ? clock(t) : clock(t).slice(0, -2)));
+      unit && every < 1 ? "0 s" : (every < 1 ? clock(t) : clock(t).slice(0, -2)) + unit));
   }
   for (const [segments, y, name] of [[r.us, 22, "userband"], [r.gs, 84, "agentband"]])
     for (const [a, b] of segments)
@@ -89,7 +94,7 @@ function picture(r, k) {
       const g = make("g", {}, make("title", {}, tip),
         make("line", { x1: (a - value) * k, x2: a * k, y1: 81, y2: 81, class: "gap" }));
       if (value * k > 18) g.append(make("text", { x: (a - value / 2) * k, y: 79,
-        class: "axis", "text-anchor": "middle" }, value.toFixed(2)));
+        class: "axis", "text-anchor": "middle" }, value.toFixed(2) + (value * k > 34 ? " s" : "")));
       svg.append(g);
     }
     if (!MARKED.includes(kind)) continue;
@@ -102,8 +107,8 @@ function picture(r, k) {
   }
   for (const [packed, middle, name] of [[r.u, 51, "user"], [r.g, 113, "agent"]])
     if (packed) svg.append(make("path", { d: wavePath(packed, width, middle, 27), class: name }));
-  svg.append(make("text", { x: 4, y: 34, class: "user" }, r.u ? "user" : "user: not in this file"),
-    make("text", { x: 4, y: 96, class: "agent" }, "agent"));
+  svg.append(make("text", { x: 4, y: 34, class: "user" }, r.u ? "user, up to 0 dBFS" : "user: not in this file"),
+    make("text", { x: 4, y: 96, class: "agent" }, "agent, up to 0 dBFS"));
   words(svg, r, k, 144);
   return svg;
 }
@@ -145,9 +150,34 @@ function sentences(r) {
   return found;
 }
 
+function replies(r) {
+  const delays = (r.ev || []).filter((e) => e[0] === "reply").map((e) => e[4].toFixed(2));
+  return delays.length && `replies after ${delays.join(", ")} s`;
+}
+
+// All answers to the recording of r, below each other on one scale.
+function takes(r) {
+  const all = data.filter((one) => one.k === r.k);
+  const longest = Math.max(...all.map((one) => one.d || 0));
+  const grid = make("div", { class: "takes" });
+  for (const one of all) {
+    const name = [one.f, all.some((o) => o.n !== r.n) && one.n].filter(Boolean).join(" / ");
+    const picture = make("div", {});
+    strip(picture, one, longest);
+    const said = (one.w || []).map((w) => w[0]).join(" ");
+    grid.append(
+      make("p", {}, one === r ? make("strong", {}, name) : name), picture,
+      make("p", { class: "soft" }, [one.s !== "done" && one.s, one.e,
+        replies(one),
+        said && `\u201c${said}\u201d`].filter(Boolean).join(" \u00b7 ")));
+  }
+  return [make("h2", {}, `Answers to this recording, all on a scale of 0 to ${longest.toFixed(1)} s`), grid];
+}
+
 function panel(r, width) {
   const box = make("div", { class: "panel" });
   box.style.width = `${width}px`;
+  if (r.k !== undefined) box.append(...takes(r));
   if (r.e) box.append(make("p", {}, make("strong", {}, `${r.s}: `), r.e));
   if (!r.d) {
     if (!r.e) box.append(make("p", {}, `${r.s}: there is no sound to show.`));
@@ -157,14 +187,15 @@ function panel(r, width) {
   const facts = [st.voice && `voice ${st.voice}`, st.seed !== undefined && `seed ${st.seed}`,
     st.model && `model ${st.model}`, st.device, st.step_ms &&
     `step p50 ${st.step_ms.p50.toFixed(1)} ms, p95 ${st.step_ms.p95.toFixed(1)} ms, ` +
-    `${st.step_ms.late_frames} over 80 ms`].filter(Boolean);
+    `${st.step_ms.late_frames} over 80 ms`, replies(r)].filter(Boolean);
   if (facts.length) box.append(make("p", { class: "soft" }, facts.join(" \u00b7 ")));
   if (st.prompt) box.append(make("p", { class: "soft" }, `Role: ${st.prompt}`));
   let audio = null;
   if (r.a) {
     audio = make("audio", { controls: "", preload: "none", src: r.a });
     audio.addEventListener("error", () => audio.replaceWith(
-      make("p", { class: "soft" }, `The sound is not beside this page (${r.a}).`)));
+      make("p", { class: "soft" }, r.a.startsWith("data:") ? "This browser cannot play the sound."
+        : `The sound is not beside this page (${r.a}).`)));
     box.append(audio);
   }
   const fit = (width - 30) / r.d;
@@ -196,6 +227,7 @@ function panel(r, width) {
     move();
     audio.play();
   }
+  wave.print = () => draw(fit);
   if (audio) for (const event of ["timeupdate", "seeked"]) audio.addEventListener(event, move);
   const used = MARKED.filter((kind) => r.ev.some((event) => event[0] === kind));
   const legend = make("div", { class: "legend" });
@@ -203,7 +235,7 @@ function panel(r, width) {
     legend.append(make("span", {}, make("b", {}, KINDS[kind][0]), ` ${KINDS[kind][1]}`));
   const zoom = make("div", { class: "zoom" });
   for (const [name, act, tip] of [["\u2212", () => draw(Math.max(fit, k / 1.6)), "zoom out"],
-    ["+", () => draw(Math.min(400, k * 1.6, 30000 / r.d)), "zoom in"], ["all", () => draw(fit), "whole recording"]]) {
+    ["+", () => draw(Math.min(400, k * 1.6, 30000 / r.d)), "zoom in"], ["all", () => draw(fit), "show all of the recording"]]) {
     const button = make("button", { type: "button", "aria-label": tip, title: tip }, name);
     button.addEventListener("click", act);
     zoom.append(button);
@@ -282,22 +314,45 @@ function filter() {
     const r = data[row.dataset.i];
     const said = () => (r.w || []).map((w) => w[0]).join(" ").toLowerCase();
     const hit = (!bad.checked || r.s !== "done") &&
-      (!wanted || r.n.toLowerCase().includes(wanted) || said().includes(wanted));
+      (!wanted || [r.n, r.f || "", r.e || ""].join(" ").toLowerCase().includes(wanted) ||
+        said().includes(wanted));
     row.hidden = !hit;
     shown += hit;
   }
   document.getElementById("shown").textContent =
     wanted || bad.checked ? `${shown} of ${rows.length}` : "";
+  const none = document.getElementById("none");
+  none.hidden = shown > 0;
+  none.textContent = wanted ? `No recording has \u201c${find.value}\u201d in its name or words` +
+    (bad.checked ? " among those that failed, are silent or cut off." : ".")
+    : "No recording failed, is silent or cut off.";
 }
 find.addEventListener("input", filter);
 bad.addEventListener("change", filter);
 
+// A table that fits is no box that scrolls, so that its headings stay in the window.
+const scroll = document.querySelector(".scroll");
+new ResizeObserver(() => {
+  scroll.classList.remove("fits");
+  scroll.classList.toggle("fits", scroll.scrollWidth <= scroll.clientWidth);
+}).observe(scroll);
+
+// On paper nothing can be opened or scrolled.
+addEventListener("beforeprint", () => {
+  document.querySelector(".meaning").open = true;
+  for (const wave of document.querySelectorAll(".wave")) wave.print();
+  for (const row of rows) draw(row);
+});
+
+function draw(row) {
+  const cell = row.querySelector(".strip");
+  if (!cell.firstChild) strip(cell, data[row.dataset.i], common);
+}
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) {
     if (!entry.isIntersecting) continue;
     seen.unobserve(entry.target);
-    const row = entry.target;
-    strip(row.querySelector(".strip"), data[row.dataset.i]);
+    draw(entry.target);
   }
 }, { rootMargin: "300px" });
 rows.forEach((row) => seen.observe(row));
@@ -306,7 +361,8 @@ rows.forEach((row) => seen.observe(row));
 function openNamed() {
   let name = location.hash.slice(1);
   try { name = decodeURIComponent(name); } catch { /* as it stands */ }
-  const row = rows.find((row) => data[row.dataset.i].n === name);
+  const row = rows.find(({ dataset: { i } }) =>
+    data[i].n === name || `${data[i].f}/${data[i].n}` === name);
   if (!row) return;
   if (row.querySelector(".open").getAttribute("aria-expanded") !== "true") toggle(row);
   row.scrollIntoView();
