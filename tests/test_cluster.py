@@ -18,6 +18,7 @@ import pytest
 from test_batch import SETTINGS, Notes, contents, last_lines, record
 
 from pplex.batch import cluster as ray_cluster
+from pplex.batch.decoding import Size
 from pplex.batch.plan import OutputOptions, Selection
 from pplex.batch.prepare import Batch
 from pplex.batch.run import run_batch
@@ -120,7 +121,7 @@ class Deadly(ray_cluster.Worker):
         if job.key == "3.wav":
             os._exit(1)
         if job.key == "5.wav":
-            job = replace(job, pcm=None)
+            job = replace(job, sound=None)
         return await super().answer(job, voice)
 
 
@@ -166,3 +167,24 @@ def test_a_machine_that_joins_later_gets_work(cluster, batch, monkeypatch):
     monkeypatch.setattr(ray_cluster.Cluster, "_send", noted)
     summary = run_batch(replace(batch, ray=cluster.address), Notes())
     assert (summary.done, len(set(sent))) == (COUNT, 2)
+
+
+def test_each_worker_has_rows_for_its_share():
+    size = Size(None, 100, 800, 16_000)
+    assert (size.busy_rows, size.shared_by(4).busy_rows) == (160, 40)
+    assert size.shared_by(1) == size
+
+
+def test_recordings_are_handed_out_in_turn(cluster, batch, monkeypatch):
+    sent = []
+    send = ray_cluster.Cluster._send
+
+    def noted(self, worker, job):
+        sent.append(worker.actor)
+        send(self, worker, job)
+
+    monkeypatch.setattr(ray_cluster.Cluster, "_send", noted)
+    monkeypatch.setattr(ray_cluster, "_TOGETHER_S", 60.0)
+    summary = run_batch(replace(batch, ray=cluster[0].address), Notes())
+    assert summary.done == COUNT
+    assert sent[0] is not sent[1]

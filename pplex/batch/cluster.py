@@ -37,11 +37,12 @@ if TYPE_CHECKING:
     from pplex.engine.choose import Compute
     from pplex.model.sampling import SamplingConfig
 
-_AHEAD = 4  # recordings a worker has beyond its batch
+_AHEAD = 4  # recordings a worker has beyond its batch, and those its codec is given
 _MAX_TRIES = 3  # of a recording whose worker was lost
 _MAX_RESTARTS = 3  # of a worker on its machine
 _CONNECT_S = 10.0
 _RESTART_S = 0.2  # between looks whether Ray has started a worker again
+_TOGETHER_S = 2.0  # that a worker which is ready waits for those that start beside it
 _LOOK_S = 2.0  # between looks for machines without a worker
 # A batch waits so long for another recording to join it.
 _PATIENCE_S = 0.3
@@ -85,6 +86,7 @@ class Cluster:
         if self._own_cluster:
             _connect(self._ray, address)
         self._model = model
+        self._size = size
         self._note = note
         name = model.local.name
         if model.local.repo is not None:
@@ -97,7 +99,6 @@ class Cluster:
             "offline": offline,
             "pplex": importlib.metadata.version("pplex"),
             "sampling": asdict(sampling),
-            "size": asdict(size),
             "compute": compute,
         }
         self.batch_size: int | None = None
@@ -109,7 +110,7 @@ class Cluster:
         # that none fails for the one beside it.
         self._doubtful: deque[Job] = deque()
         self._voices: dict[str, Any] = {}
-        self._looked = 0.0
+        self._looked = self._ready_at = 0.0
         self._last_error = ""
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Answered | Failure]:
@@ -121,6 +122,9 @@ class Cluster:
                 while worker := self._freest():
                     job = self._again.popleft() if self._again else next(jobs, None)
                     if job is None:
+                        if more:  # nobody need wait for another
+                            for each in self._workers:
+                                each.actor.no_more.remote()
                         more = False
                         break
                     self._send(worker, job)
@@ -148,13 +152,18 @@ class Cluster:
 
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         has_gpus = any(node["Resources"].get("GPU") for node in nodes)
-        for node in nodes:
-            resources, idx = node["Resources"], node["NodeID"]
+        places = {
+            node["NodeID"]: int(node["Resources"].get("GPU", 0))
+            if has_gpus
             # A machine whose owner gave it no CPUs is not to compute.
-            places = int(resources.get("CPU", 0) >= 1)
-            if has_gpus:
-                places = int(resources.get("GPU", 0))
-            for _ in range(places - self._hired[idx]):
+            else int(node["Resources"].get("CPU", 0) >= 1)
+            for node in nodes
+        }
+        share = self._size.shared_by(sum(places.values()))
+        spec = self._spec | {"size": asdict(share)}
+        for node in nodes:
+            idx = node["NodeID"]
+            for _ in range(places[idx] - self._hired[idx]):
                 self._hired[idx] += 1
                 options = {
                     "num_cpus": 1,
@@ -163,11 +172,14 @@ class Cluster:
                     "max_restarts": _MAX_RESTARTS,
                     "scheduling_strategy": NodeAffinitySchedulingStrategy(idx, False),
                 }
-                actor = self._ray.remote(Worker).options(**options).remote(self._spec)
+                actor = self._ray.remote(Worker).options(**options).remote(spec)
                 host = node["NodeManagerHostname"]
                 self._workers.append(_Remote(actor, host, actor.start.remote()))
 
     def _freest(self) -> _Remote | None:
+        # The longest come first: they are to be shared out.
+        if self._are_starting():
+            return None
         last_try = _MAX_TRIES - 1
         free = [
             worker
@@ -176,6 +188,14 @@ class Cluster:
             and all(self._tries[job.key] < last_try for job in worker.busy.values())
         ]
         return min(free, key=lambda w: len(w.busy) / w.room, default=None)
+
+    def _are_starting(self) -> bool:
+        """Whether the first worker is ready and others will be in a moment."""
+        ready = [worker for worker in self._workers if worker.room]
+        if ready and not self._ready_at:
+            self._ready_at = time.monotonic()
+        others = len(ready) < len(self._workers)
+        return others and time.monotonic() < self._ready_at + _TOGETHER_S
 
     def _send(self, worker: _Remote, job: Job) -> None:
         voice = None
@@ -221,8 +241,9 @@ class Cluster:
                 yield from self._lose(worker)
             return
         if is_start:
-            worker.room = value + _AHEAD
-            self.batch_size = max(value, self.batch_size or 0)
+            rows, ahead = value
+            worker.room = rows + ahead
+            self.batch_size = max(rows, self.batch_size or 0)
             return
         outcome, notes = value
         del worker.busy[ref]
@@ -291,20 +312,24 @@ class Worker:
     def __init__(self, spec: dict[str, Any]) -> None:
         """``spec`` holds plain values only, see ``Cluster``."""
         self._spec = spec
-        self._jobs: queue.Queue[Job] = queue.Queue()
+        self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._waiting: dict[str, asyncio.Future] = {}
         self._notes: list[str] = []
         self._voices = tempfile.TemporaryDirectory(prefix="pplex-voices-")
         self._is_ending = False
 
-    async def start(self) -> int:
-        """Load the model; how many recordings it answers at a time."""
+    async def start(self) -> tuple[int, int]:
+        """Load the model; how many recordings it answers at a time, and wants ahead."""
         if self._is_ending:  # Ray asks again where it starts the next one
             await asyncio.Event().wait()
         self._loop = asyncio.get_running_loop()
-        self._started: asyncio.Future[int] = self._loop.create_future()
+        self._started: asyncio.Future[tuple[int, int]] = self._loop.create_future()
         threading.Thread(target=self._serve, daemon=True).start()
         return await self._started
+
+    async def no_more(self) -> None:
+        """Nothing will come that is worth waiting for."""
+        self._jobs.put(None)
 
     async def answer(
         self, job: Job, voice: Voice | None
@@ -330,7 +355,7 @@ class Worker:
     def _serve(self) -> None:
         try:
             decoder = self._load()
-            self._tell(self._started.set_result, decoder.batch_size)
+            self._tell(self._started.set_result, (decoder.batch_size, self._ahead))
             while True:
                 for outcome in decoder.run(self._batch_of_jobs()):
                     self._tell(self._waiting.pop(outcome.key).set_result, outcome)
@@ -353,10 +378,13 @@ class Worker:
 
     def _batch_of_jobs(self) -> Iterator[Job]:
         """Recordings as they come; ends when none does, so that no row waits long."""
-        yield self._jobs.get()
-        while True:
+        while (job := self._jobs.get()) is None:
+            pass
+        while job is not None or not self._jobs.empty():
+            if job is not None:
+                yield job
             try:
-                yield self._jobs.get(timeout=_PATIENCE_S)
+                job = self._jobs.get(timeout=_PATIENCE_S)
             except queue.Empty:
                 return
 
@@ -382,4 +410,7 @@ class Worker:
         sampling = SamplingConfig(**spec["sampling"])
         decoder = Decoder(model, sampling, size, self._notes.append)
         decoder.choose_batch_size()
+        group = model.engine.codec.group
+        # As many wait while others are coded.
+        self._ahead = _AHEAD + (2 * group if group > 1 else 0)
         return decoder

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -91,6 +91,12 @@ class Size:
             for s in seconds
         ]
         return cls(rows, max(frames), len(frames), sum(frames))
+
+    def shared_by(self, workers: int) -> Size:
+        """What is one's share of as many workers."""
+        workers = max(1, workers)
+        count = -(-self.count // workers)
+        return replace(self, count=count, total_frames=-(-self.total_frames // workers))
 
     @property
     def busy_rows(self) -> int:
