@@ -21,9 +21,9 @@ from pplex.batch.jobsfile import MAX_TAIL_S
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.known import DEFAULT_MODEL
 from pplex.conversation import answer, session
-from pplex.conversation.prompts import choose_voice, make_role
+from pplex.conversation.prompts import choose_text, choose_voice, make_role
 from pplex.conversation.quiet import Tail, longest
-from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
+from pplex.conversation.roles import DEFAULT_SEED
 from pplex.conversation.scheduler import converse, converse_many
 from pplex.conversation.tracks import Conversation
 from pplex.engine.base import Start
@@ -134,13 +134,12 @@ class Model:
         seconds = [self._seconds(recording, tail) for recording in every]
         size = Size.of(batch_size, seconds, self._model.config)
         decoder = Decoder(self._model, sampling, size, lambda note: None)
-        name = choose_voice(self._model, voice)
         jobs = (
             Job(
                 key=str(idx),
                 sound=Samples(self._read(recording, settings)),
-                voice=name,
-                text=settings.text,
+                voice=settings.voice or "",
+                text=settings.text or "",
                 seed=seed,
                 until_quiet=tail == "auto",
             )
@@ -200,16 +199,20 @@ class Model:
                 f"tail is {tail!r}, where 0 to {MAX_TAIL_S:.0f} seconds or 'auto' are "
                 "expected"
             )
-        text = ROLES[DEFAULT_ROLE] if prompt is None else prompt
-        return Settings(voice, text, sampling, seed, tail=tail)
+        return Settings(
+            choose_voice(self._model, voice),
+            choose_text(self._model, prompt),
+            sampling,
+            seed,
+            tail=tail,
+        )
 
     def _start(self, settings: Settings) -> Start:
         """The prompt, read; a named voice's last one is kept."""
-        voice = choose_voice(self._model, settings.voice)
-        key = voice, settings.text
+        key = voice, _ = settings.voice or "", settings.text or ""
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        role = make_role(self._model, voice, settings.text, _warn)
+        role = make_role(self._model, *key, _warn)
         start = self._model.engine.prefill(role.prompt)
         if voice in self._model.voices:
             self._last = key, start

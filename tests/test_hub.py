@@ -436,7 +436,12 @@ def test_the_list_without_a_cache_has_the_known_models():
     assert (
         [e.name for e in entries]
         == list(KNOWN_MODELS)
-        == ["8bit", "4bit", "bf16", "mini"]
+        == [
+            *("8bit", "4bit", "bf16", "mini"),
+            *("moshika-4bit", "moshika-8bit", "moshika-bf16"),
+            *("moshiko-4bit", "moshiko-8bit", "moshiko-bf16"),
+            *("personaplex-rl", "moshika-rl"),
+        ]
     )
     assert all(e.path is None and not e.complete for e in entries if e.name != "mini")
     assert all(e.description and e.memory_gb for e in entries)
@@ -484,6 +489,9 @@ def test_each_known_model_has_the_licence_of_its_page():
         assert licences[name] == "CC BY-NC 4.0, the base NVIDIA Open Model License"
         assert "for commercial use pull bf16" in KNOWN_MODELS[name].terms
     assert KNOWN_MODELS["bf16"].terms == licences["bf16"]
+    assert licences["moshika-4bit"] == licences["moshiko-bf16"] == "CC-BY 4.0"
+    assert licences["moshika-rl"] == "CC BY-NC 4.0"
+    assert licences["personaplex-rl"] == "CC BY-NC 4.0 and NVIDIA Open Model License"
 
 
 def test_a_download_says_the_licence_before_it_begins(cache, online, capsys):

@@ -148,7 +148,7 @@ def test_weights_written_out_at_loading_compute_the_same(tmp_path, dtype):
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-4)
 
 
-def as_sliced(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+def as_sliced(arrays: dict[str, mx.array], steps: int = 16) -> dict[str, mx.array]:
     """NVIDIA's names turned into those of moshi_mlx, as the published table says."""
     out = {}
     for name, array in arrays.items():
@@ -164,13 +164,13 @@ def as_sliced(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         elif name == "depformer_text_emb.weight":
             out["depformer.slices.0.emb.weight"] = array
         elif match := re.fullmatch(r"depformer\.(layers\.\d+)\.(norm\d)\.alpha", name):
-            for step in range(16):
+            for step in range(steps):
                 stem = f"depformer.slices.{step}.transformer.{match[1]}.{match[2]}"
                 out[f"{stem}.weight"] = squeezed
         elif match := re.fullmatch(
             r"depformer\.(layers\.\d+)\.self_attn\.(in|out)_proj[._]weight", name
         ):
-            for step, rows in enumerate(mx.split(array, 16)):
+            for step, rows in enumerate(mx.split(array, steps)):
                 stem = f"depformer.slices.{step}.transformer.{match[1]}.self_attn"
                 out[f"{stem}.{match[2]}_proj.weight"] = rows
         elif match := re.fullmatch(

@@ -199,7 +199,7 @@ class Cluster:
 
     def _send(self, worker: _Remote, job: Job) -> None:
         voice = None
-        if job.voice not in self._model.voices:
+        if job.voice and job.voice not in self._model.voices:
             if job.voice not in self._voices:
                 path = Path(job.voice)
                 with reading(f"voice {path}", "cannot be read"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pplex.batch.plan import digest_of
 from pplex.checkpoint import voices
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
-from pplex.conversation.prompts import choose_voice
+from pplex.conversation.prompts import choose_text, choose_voice
 from pplex.errors import PplexError, did_you_mean
 from pplex.files import open_regular, reading
 from pplex.model.config import ModelConfig
@@ -35,8 +35,17 @@ class Description:
     identity: str
     _digests: dict[Path, str] = field(default_factory=dict)
 
+    def with_role(self, request: Request) -> Request:
+        """``request`` with a voice and a role, the model's own where it has none."""
+        settings = request.settings
+        voice = choose_voice(self, settings.voice)
+        if voice:
+            self.voice_file(voice)
+        text = choose_text(self, settings.text)
+        return replace(request, settings=replace(settings, voice=voice, text=text))
+
     def voice_of(self, request: Request) -> str:
-        """The voice of ``request``: a name of this model, or a file."""
+        """The voice of ``request``: a name of this model, or a file; empty for none."""
         return choose_voice(self, request.settings.voice)
 
     def voice_file(self, voice: str) -> Path:
@@ -61,7 +70,7 @@ class Description:
             {
                 "model": self.identity,
                 "voice": [self.voice_of(request), self._voice_digest(request)],
-                "prompt": settings.text,
+                "prompt": choose_text(self, settings.text),
                 "sampling": asdict(settings.sampling),
                 "seed": settings.seed,
                 "channel": settings.channel,
@@ -74,8 +83,10 @@ class Description:
             | cue
         )
 
-    def _voice_digest(self, request: Request) -> str:
-        path = self.voice_file(self.voice_of(request))
+    def _voice_digest(self, request: Request) -> str | None:
+        if not (voice := self.voice_of(request)):
+            return None
+        path = self.voice_file(voice)
         if path not in self._digests:
             with reading(f"voice {path}", "cannot be read"):
                 self._digests[path] = file_print(path).sha256

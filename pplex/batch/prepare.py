@@ -102,11 +102,12 @@ def make_workload(batch: Batch, progress: bool) -> Workload:
     model = describe(
         resolve(batch.model_name, offline=batch.offline, progress=progress)
     )
-    for one in {request.settings.voice: request for request in reversed(own)}.values():
+    for idx, request in enumerate(own):
         try:
-            model.voice_file(model.voice_of(one))
+            own[idx] = model.with_role(request)
         except PplexError as e:
-            raise PplexError(f"{one.where}: {e}" if one.where else str(e)) from e
+            where = request.where
+            raise PplexError(f"{where}: {e}" if where else str(e)) from e
     return Workload(own, others, model, plan.left_out)
 
 

@@ -387,12 +387,11 @@ class _Run:
             for warning in read.recording.warnings:
                 self._report.note(warning)
             settings = request.settings
-            voice = self._model.voice_of(request)
             yield Job(
                 key=request.key,
                 sound=read.recording,
-                voice=voice,
-                text=settings.text,
+                voice=settings.voice or "",
+                text=settings.text or "",
                 seed=settings.seed,
                 until_quiet=settings.tail == "auto",
                 write=writer,

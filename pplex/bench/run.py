@@ -21,7 +21,6 @@ from pplex.bench.random_model import random_model, random_prompt
 from pplex.checkpoint.hub import resolve
 from pplex.conversation.answer import Timings
 from pplex.conversation.prompts import make_role
-from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 from pplex.conversation.scheduler import converse, converse_many
 from pplex.conversation.session import Model, load
 from pplex.conversation.tracks import Conversation
@@ -191,7 +190,7 @@ def _load(plan: Plan, note: Callable[[str], None]) -> Model:
 
 def _prefill(model: Model, plan: Plan) -> Start:
     if plan.random is None:
-        prompt = make_role(model, None, ROLES[DEFAULT_ROLE]).prompt
+        prompt = make_role(model, None, None).prompt
     else:
         prompt = random_prompt(model.config)
     return model.engine.prefill(prompt)

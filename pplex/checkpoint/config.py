@@ -28,6 +28,8 @@ from pplex.model.config import (
 from pplex.values import read_json, shown
 
 BASE_MODEL = "nvidia/personaplex-7b-v1"
+PERSONAPLEX = "personaplex"  # `model_type`
+MOSHI_MODEL = "kyutai/moshiko-pytorch-bf16"
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -39,6 +41,18 @@ def load_config(path: Path) -> ModelConfig:
     except _ConfigError as e:
         raise PplexError(f"{path}: {e}; {report_it(path)}") from e
     return config
+
+
+def tells_family(path: Path) -> bool:
+    """Whether ``config.json`` says if its model is a PersonaPlex or a Moshi.
+
+    "moshi" as type says nothing: Kyutai's further trained PersonaPlex may have it too.
+    """
+    raw = _read(path)
+    sizes = raw.get("explicit", raw)
+    lm = sizes.get("lm") if isinstance(sizes, dict) else None
+    is_explicit = isinstance(lm, dict) and "is_moshi" in lm
+    return is_explicit or raw.get("model_type") == PERSONAPLEX
 
 
 def report_it(path: Path) -> str:
@@ -86,9 +100,9 @@ def split_config(
     """
     lm = config.lm
     return {
-        "model_type": "personaplex",
+        "model_type": "moshi" if lm.is_moshi else PERSONAPLEX,
         "version": "pplex",
-        "base_model": BASE_MODEL,
+        "base_model": MOSHI_MODEL if lm.is_moshi else BASE_MODEL,
         "temporal": {
             "dim": lm.dim,
             "num_layers": lm.num_layers,
@@ -394,6 +408,9 @@ def _build(cls: type[Section], values: dict[str, Any], where: str) -> Section:
                     f"`{name}` must be a list of whole numbers, {most} at most"
                 )
             value = tuple(value)
+        elif isinstance(default, bool):
+            if type(value) is not bool:
+                raise _ConfigError(f"`{name}` must be true or false")
         elif isinstance(default, float):
             value = _number(value, name, *_RANGES[name])
         else:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pplex.checkpoint.config import load_config
+from pplex.checkpoint.config import load_config, tells_family
 from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
 
@@ -39,10 +39,14 @@ def needed_files(names: Iterable[str]) -> list[str]:
     """Pick from file names (relative, with slashes) those that the model needs."""
     present = sorted(names)
     needed = [name for part in _PARTS for name in part(present)]
-    needed += _match(present, CONFIG_FILE)
+    return needed + _match(present, CONFIG_FILE) + voice_files(present)
+
+
+def voice_files(names: list[str]) -> list[str]:
+    """Pick from file names those of voices: files of their own, else the archive."""
     patterns = [f"{VOICES_FOLDER}/*{suffix}" for suffix in VOICE_SUFFIXES]
-    voices = [n for pattern in patterns for n in _match(present, pattern)]
-    return needed + (voices or _match(present, VOICES_ARCHIVE))
+    voices = [name for pattern in patterns for name in _match(names, pattern)]
+    return voices or _match(names, VOICES_ARCHIVE)
 
 
 class CheckpointFolder:
@@ -102,8 +106,33 @@ class CheckpointFolder:
         return self.path / CONFIG_FILE
 
     def read_config(self) -> ModelConfig:
-        """The model's sizes."""
-        return load_config(self.config_file)
+        """The model's sizes.
+
+        Where config.json does not say whose model it is, one of as many depformer steps
+        as the agent has codebooks, without voices, is a Moshi, as Kyutai publishes it.
+        """
+        config = load_config(self.config_file)
+        if not tells_family(self.config_file) and self._looks_like_moshi(config):
+            return config.as_moshi()
+        return config
+
+    def _looks_like_moshi(self, config: ModelConfig) -> bool:
+        # What these import takes long to load.
+        from pplex.checkpoint.layouts import LAYOUTS
+        from pplex.checkpoint.safetensors import read_specs
+
+        try:
+            names = [name for file in self.lm_files for name in read_specs(file)]
+        except PplexError:  # for those to say who load it
+            return False
+        steps = max(layout.num_steps(names) for layout in LAYOUTS)
+        # NVIDIA's loader takes PersonaPlex of so few steps with one table more.
+        table = f"depformer_emb.{steps - 1}.weight"
+        return (
+            steps == config.lm.num_codebooks
+            and not voice_files(self.names)
+            and table not in names
+        )
 
     def _find(self, part: Callable[[list[str]], list[str]]) -> list[Path]:
         try:

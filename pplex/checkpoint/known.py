@@ -5,6 +5,7 @@ from dataclasses import dataclass
 DEFAULT_MODEL = "8bit"
 
 NVIDIA = "NVIDIA Open Model License"
+KYUTAI = "CC-BY 4.0"
 # What the conversions' pages say; the base that they were made of is NVIDIA's.
 CONVERTED = f"CC BY-NC 4.0, the base {NVIDIA}"
 
@@ -61,6 +62,35 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         0.0,
         1.0,
         "MIT",
+    ),
+    **{
+        f"{name}-{form}": KnownModel(
+            f"kyutai/{name}-mlx-{published}",
+            f"Kyutai's Moshi, {voice} voice, in {bits} bits; no roles, no login",
+            download_gb,
+            memory_gb,
+            KYUTAI,
+        )
+        for name, voice in (("moshika", "a woman's"), ("moshiko", "a man's"))
+        for form, published, bits, download_gb, memory_gb in (
+            ("4bit", "q4", 4, 5.2, 7.5),
+            ("8bit", "q8", 8, 8.6, 10.8),
+            ("bf16", "bf16", 16, 15.8, 18.5),
+        )
+    },
+    "personaplex-rl": KnownModel(
+        "kyutai/personaplex-rl-seamless",
+        "PersonaPlex 7B, trained further by Kyutai; accept its licence first",
+        17.2,
+        20.0,
+        f"CC BY-NC 4.0 and {NVIDIA}",
+    ),
+    "moshika-rl": KnownModel(
+        "kyutai/moshika-rl-seamless",
+        "Moshi, a woman's voice, trained further by Kyutai; accept its licence first",
+        15.8,
+        18.5,
+        "CC BY-NC 4.0",
     ),
 }
 

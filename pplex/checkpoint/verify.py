@@ -193,6 +193,9 @@ def _voices(
         if name not in found:
             text = f"the voice {name}, which config.json names, is missing"
             yield Finding("fault", "voices", text)
+    if config.lm.is_moshi:
+        yield Finding("ok", "voices", "none: a Moshi takes none")
+        return
     if not found:
         yield Finding("warning", "voices", "none; give one with --voice FILE.wav")
         return

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from pplex.cli.options import FiniteRange, complete_model, complete_voice
 from pplex.cli.progress import size
 from pplex.cli.tables import echo_json, echo_table
-from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
+from pplex.conversation.roles import DEFAULT_SEED
 from pplex.files import check_new
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def _conversation(command: Any) -> Any:
         click.option(
             "--prompt",
             metavar="TEXT",
-            default=ROLES[DEFAULT_ROLE],
-            show_default="the teacher's",
-            help="The agent's role in words.",
+            help="The agent's role in words.  [default: the teacher's]",
         ),
         click.option(
             "--voice",

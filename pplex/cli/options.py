@@ -358,7 +358,7 @@ class ChannelType(click.ParamType):
         self.fail(f"{value!r} is neither a channel number from 1 nor 'mix'", param, ctx)
 
 
-def settings_from(text: str, options: dict[str, Any]) -> Settings:
+def settings_from(text: str | None, options: dict[str, Any]) -> Settings:
     """The job's settings: the role's text, and what ``conversation_options`` parsed."""
     from pplex.model.sampling import GREEDY, SamplingConfig
     from pplex.respond.request import Settings
@@ -376,8 +376,8 @@ def settings_from(text: str, options: dict[str, Any]) -> Settings:
     )
 
 
-def role_text(options: dict[str, Any]) -> str:
-    """The role prompt that ``conversation_options`` parsed, in words."""
+def role_text(options: dict[str, Any]) -> str | None:
+    """The role prompt that ``conversation_options`` parsed, in words; None: its own."""
     names = ("prompt", "prompt_file", "role")
     given = [name for name in names if options[name] is not None]
     if len(given) > 1:
@@ -387,7 +387,7 @@ def role_text(options: dict[str, Any]) -> str:
         return read_prompt(options["prompt_file"])
     if options["prompt"] is not None:
         return options["prompt"]
-    return ROLES[options["role"] or DEFAULT_ROLE]
+    return ROLES[options["role"]] if options["role"] else None
 
 
 def read_prompt(path: Path) -> str:

@@ -240,9 +240,10 @@ def summary(stats: Stats) -> str:
             f"ms, p95 {latency.p95:.0f} ms, max {latency.max:.0f} ms; "
             f"{latency.late_frames} late frames, {stats.start_up_frames} at start-up"
         )
+    voice = f"voice {stats.voice}, " if stats.voice else ""
     return (
         f"{', '.join(stats.outputs.values())}: {stats.audio_s:.1f} s, "
-        f"voice {stats.voice}, seed {stats.seed}\n"
+        f"{voice}seed {stats.seed}\n"
         f"{stats.total_s:.1f} s in all, {stats.load_s:.1f} s of it loading; real-time "
         f"factor {stats.real_time_factor:.2f} without that; step p50 {step.p50:.1f} "
         f"ms, p95 {step.p95:.1f} ms; {size(stats.peak_memory_gb)}{live}"

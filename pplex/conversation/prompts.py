@@ -20,10 +20,11 @@ from pplex.checkpoint import voice_codes, voices
 from pplex.checkpoint.folder import VOICE_SUFFIXES
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.voices import MADE_FOR, RING_LENGTH, write_voice_file
+from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 from pplex.conversation.session import Model
 from pplex.errors import PplexError, did_you_mean
-from pplex.model.config import LmConfig
-from pplex.model.prompt import Prompt, initial_column, make_prompt
+from pplex.model.config import LmConfig, ModelConfig
+from pplex.model.prompt import Prompt, initial_column, make_prompt, no_prompt
 
 DEFAULT_VOICE = "NATF2"
 _MIN_FRAMES = 2
@@ -43,12 +44,15 @@ class HasVoices(Protocol):
     def local(self) -> LocalModel: ...
 
     @property
+    def config(self) -> ModelConfig: ...
+
+    @property
     def voices(self) -> dict[str, Path]: ...
 
 
 @dataclass(frozen=True)
 class Role:
-    """A prompt laid out for a model, with the names to report."""
+    """A prompt laid out for a model, with the names to report, empty of none."""
 
     prompt: Prompt
     voice: str
@@ -56,7 +60,17 @@ class Role:
 
 
 def choose_voice(model: HasVoices, voice: str | None) -> str:
-    """The voice to use: ``voice`` itself, else NATF2, else the first by name."""
+    """The voice to use: ``voice`` itself, else NATF2, else the first by name.
+
+    Of a model that knows none it is empty.
+    """
+    if model.config.lm.is_moshi:
+        if voice:
+            raise PplexError(
+                f"{model.local.name} is a Moshi, which has one voice of its own and "
+                "takes no other: leave out --voice"
+            )
+        return ""
     if voice is not None:
         return voice
     if not model.voices:
@@ -67,9 +81,31 @@ def choose_voice(model: HasVoices, voice: str | None) -> str:
     return DEFAULT_VOICE if DEFAULT_VOICE in model.voices else next(iter(model.voices))
 
 
-def make_role(model: Model, voice: str | None, text: str, warn: Warn = _ignore) -> Role:
-    """Lay out the prompt of ``voice`` (a name or a file) and the role ``text``."""
-    name = choose_voice(model, voice)
+def choose_text(model: HasVoices, text: str | None) -> str:
+    """The role to play: ``text`` itself, else the default one.
+
+    Of a model that knows none it is empty.
+    """
+    if model.config.lm.is_moshi:
+        if text:
+            raise PplexError(
+                f"{model.local.name} is a Moshi, which takes no role: leave out "
+                "--prompt, --prompt-file and --role"
+            )
+        return ""
+    return ROLES[DEFAULT_ROLE] if text is None else text
+
+
+def make_role(
+    model: Model, voice: str | None, text: str | None, warn: Warn = _ignore
+) -> Role:
+    """Lay out the prompt of ``voice`` (a name or a file) and the role ``text``.
+
+    None is the model's own.
+    """
+    name, text = choose_voice(model, voice), choose_text(model, text)
+    if model.config.lm.is_moshi:
+        return Role(no_prompt(model.config.lm), name, text)
     text_ids = model.tokenizer.encode_prompt(text)
     path = model.voices.get(name)
     if path is None:
@@ -203,8 +239,12 @@ def write_voice(
     warn: Warn = _ignore,
 ) -> OwnVoice:
     """Make a voice and write it to ``output``, with a note of the model it is for."""
-    made = make_voice(model, recording, channel=channel, trim=trim, warn=warn)
     local = model.local
+    if model.config.lm.is_moshi:
+        raise PplexError(
+            f"{local.name} is a Moshi, which takes no voice: make one for a PersonaPlex"
+        )
+    made = make_voice(model, recording, channel=channel, trim=trim, warn=warn)
     notes = {
         MADE_FOR: f"{local.repo}@{local.revision}" if local.repo else local.name,
         "pplex_source": recording.name,

@@ -86,13 +86,28 @@ class Track:
         self.timings = Timings()
         self.columns: Iterator[np.ndarray] = iter(())  # (codebooks,) for each frame
         self._config = config
+        # PersonaPlex's answer begins with the prompt's last frame.
+        kept = 0 if config.is_moshi else config.lag
         said = start.prompt.columns[: config.num_agent_streams]
-        self._said = list(said.T[len(said.T) - config.lag :])
+        self._said = list(said.T[len(said.T) - kept :])
+        self._is_opening = config.is_moshi
 
     def push(self, column: np.ndarray, seconds: float) -> None:
-        """Add the agent's column of a frame."""
-        self.timings.steps.append(seconds)
+        """Add the agent's column of a frame, or one that comes before the first."""
         self._said.append(column)
+        if self._is_opening:
+            self._is_opening = False
+        else:
+            self.timings.steps.append(seconds)
+
+    def _opened(self, columns: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """What comes before the user's ``columns``, of a model that reads them first.
+
+        It reads a column of no frame, and there is an answer to each frame so.
+        """
+        if self._config.is_moshi:
+            yield self.start.prompt.columns[user_rows(self._config), -1]
+        yield from columns
 
     @property
     def is_complete(self) -> bool:
@@ -163,7 +178,7 @@ class StreamedTrack(Track):
         self._decoder = self._codec.make_state()
         self._decoding: _Decoding | None = None
         self._pieces: list[Answer] = []
-        self.columns = self._asked(self._user_columns(start.prompt))
+        self.columns = self._opened(self._asked(self._user_columns(start.prompt)))
 
     @property
     def _is_over(self) -> bool:
@@ -377,7 +392,8 @@ class GroupedTrack(Track):
         self.conversation, self.user = conversation, user
         self.timings.encode_s = encode_s
         rows, pending = user_rows(config), conversation.start.prompt.pending
-        self.columns = iter(shift(user, config.delays[rows], pending[rows]).T)
+        columns = shift(user, config.delays[rows], pending[rows]).T
+        self.columns = self._opened(iter(columns))
 
     def said(self) -> np.ndarray:
         """The agent's text and codes (agent streams, frames)."""

@@ -90,6 +90,7 @@ class Rows(Protocol):
     def step(self, user: np.ndarray) -> Pending:
         """Give every row its next user tokens int32 (capacity, codebooks), by place.
 
+        They are those of the column that is made; of Moshi, of the one that is read.
         The next step may be asked for before this one's tokens are.
         """
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # Prompt constants of the published codec: eight codes of a silent agent frame and of a
 # user frame that holds a sine tone.
@@ -24,7 +24,12 @@ def gated_hidden_dim(feed_forward: int) -> int:
 
 @dataclass(frozen=True)
 class LmConfig:
-    """Sizes of the language model: temporal transformer, depformer, token streams."""
+    """Sizes of the language model: temporal transformer, depformer, token streams.
+
+    ``is_moshi``: Kyutai's Moshi, of which PersonaPlex was made. It knows no prompts,
+    reads what the user says in a frame before it answers that frame, and its rings of
+    keys hide no slot.
+    """
 
     dim: int = 4096
     num_heads: int = 32
@@ -41,6 +46,7 @@ class LmConfig:
     depformer_num_heads: int = 16
     depformer_num_layers: int = 6
     depformer_hidden_dim: int = 2816
+    is_moshi: bool = False
 
     @property
     def num_codebooks(self) -> int:
@@ -74,8 +80,16 @@ class LmConfig:
 
     @property
     def window(self) -> int:
-        """Keys a position sees, itself included: the reference hides one slot."""
-        return self.context - 1
+        """Keys a position sees, itself included: NVIDIA's code hides one slot."""
+        return self.context if self.is_moshi else self.context - 1
+
+    @property
+    def hiding_step(self) -> int:
+        """The depformer step that does not see the first one; -1: none.
+
+        NVIDIA's ring has ``dep_q`` slots and hides the oldest when full.
+        """
+        return self.dep_q - 1 if self.dep_q > 1 and not self.is_moshi else -1
 
     def kv_bytes(self, positions: int, item_bytes: int) -> int:
         """Bytes of a row's keys and values once it has been given ``positions``.
@@ -109,11 +123,12 @@ class CodecTransformerConfig:
     dim_feedforward: int = 2048
     context: int = 250
     max_period: float = 10000.0
+    is_moshi: bool = False
 
     @property
     def window(self) -> int:
-        """Keys visible to the last latent of a frame: the reference hides one slot."""
-        return self.context - 1
+        """Keys visible to the last latent of a frame: NVIDIA's code hides one slot."""
+        return self.context if self.is_moshi else self.context - 1
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,15 @@ class ModelConfig:
     mimi: MimiConfig = field(default_factory=MimiConfig)
     silence_codes: tuple[int, ...] = SILENCE_CODES
     sine_codes: tuple[int, ...] = SINE_CODES
+
+    def as_moshi(self) -> ModelConfig:
+        """The same sizes of Kyutai's Moshi."""
+        transformer = replace(self.mimi.transformer, is_moshi=True)
+        return replace(
+            self,
+            lm=replace(self.lm, is_moshi=True),
+            mimi=replace(self.mimi, transformer=transformer),
+        )
 
     @property
     def sample_rate(self) -> int:

@@ -105,8 +105,7 @@ class Depformer(nn.Module):
         token, codes = text, []
         for idx, step in enumerate(self.steps):
             x = inputs[:, idx] + self._embed(token, idx)
-            # The reference's ring has `dep_q` slots and hides the oldest when full.
-            hide_first = idx == config.dep_q - 1 and idx > 0
+            hide_first = idx == config.hiding_step
             for number, layer in enumerate(step.layers):
                 qkv = layer.in_proj(layer.norm1(x))
                 x = layer.finish(x, past.attend(number, qkv, hide_first))

@@ -89,6 +89,16 @@ def make_prompt(
     return Prompt(embeddings, grid[:, :end], grid[:, end])
 
 
+def no_prompt(lm: LmConfig) -> Prompt:
+    """The start of a model that knows no prompts: the ids before the first frame.
+
+    Of the next column they fill the delayed rows.
+    """
+    initial = initial_column(lm)
+    pending = np.where(np.array(lm.delays) > 0, initial, NOT_FORCED).astype(np.int32)
+    return Prompt(None, initial[:, None], pending)
+
+
 def _role_frame(config: ModelConfig, text: int) -> np.ndarray:
     frame = np.empty(config.lm.num_streams, np.int32)
     frame[TEXT_ROW] = text

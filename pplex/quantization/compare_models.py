@@ -36,7 +36,7 @@ class Settings:
     """What A is asked: ``seconds`` of each recording, in a voice and a role."""
 
     voice: str | None
-    text: str
+    text: str | None
     seed: int
     seconds: float
     sampling: SamplingConfig

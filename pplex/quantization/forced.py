@@ -72,13 +72,16 @@ def script_of(
 ) -> Script:
     """The grid of what was ``said`` (agent streams, frames) to a ``user``'s codes.
 
-    What was said in a frame lies in the column before the user's, so the last column is
-    not known whole and left out.
+    What PersonaPlex said in a frame lies in the column before the user's, so the last
+    column is not known whole and left out.
     """
     rows = user_rows(config)
-    first = prompt.columns[: config.num_agent_streams, -1]
-    said = shift(said, config.delays[: config.num_agent_streams], first)
-    said = said[:, config.lag :]
+    agent = slice(config.num_agent_streams)
+    if config.is_moshi:
+        said = shift(said, config.delays[agent], prompt.pending[agent])
+    else:
+        said = shift(said, config.delays[agent], prompt.columns[agent, -1])
+        said = said[:, config.lag :]
     user = shift(user, config.delays[rows], prompt.pending[rows])[:, : said.shape[1]]
     return Script(prompt, np.concatenate([said, user]))
 

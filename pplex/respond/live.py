@@ -95,6 +95,8 @@ def respond_stream(
     model = load_model(config, report, live=True)
     clock.lap("load")
     role, start = begin(model, settings, clock, report)
+    settings = replace(settings, voice=role.voice, text=role.text)
+    request = replace(request, settings=settings)
     rate = model.config.sample_rate
     record = _Record(outputs.tokens is not None, model.config.frame_s)
     closed: BrokenPipeError | None = None

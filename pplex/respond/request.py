@@ -31,13 +31,13 @@ Layout = Literal["stereo", "agent", "separate"]
 class Settings:
     """What decides the answer, apart from the model and the recording.
 
-    ``voice`` is a name or a file, None for the model's own; ``text`` the role; ``tail``
+    ``voice`` is a name or a file, ``text`` the role, None for the model's own; ``tail``
     how many seconds of silence follow the recording, or ``"auto"``: as many as the
     agent needs to finish.
     """
 
     voice: str | None
-    text: str
+    text: str | None
     sampling: SamplingConfig
     seed: int
     channel: Channel = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -151,6 +151,8 @@ def respond(
         recording = read_user(request.source, settings, rate)
     clock.lap("load")
     role, start = begin(model, settings, clock, report)
+    settings = replace(settings, voice=role.voice, text=role.text)
+    request = replace(request, settings=settings)
     for warning in recording.warnings:
         report.warn(warning)
     place = put if config.overwrite else put_new

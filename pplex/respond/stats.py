@@ -272,7 +272,7 @@ def make_stats(
         repo=local.repo,
         revision=local.revision,
         voice=voice,
-        prompt=settings.text,
+        prompt=settings.text or "",
         seed=settings.seed,
         temp=sampling.temp,
         top_k=sampling.top_k,

@@ -192,6 +192,8 @@ class CRows:
         """Make a step of all rows."""
         places = self._taken
         whole = len(places) == len(self._caches)
+        if self._lm.config.is_moshi:
+            self._columns[:, self._num_agent :] = user
         columns = self._columns if whole else self._columns[places]
         given = None
         if self._is_given:
@@ -237,8 +239,6 @@ class CompiledLm:
         self._tensors, self._forms = _Tensors(tensors.weights), tensors.forms
         self._memory = Arena()
         steps = config.num_codebooks
-        # The reference's ring has `dep_q` slots and hides the oldest when full.
-        hiding = config.dep_q - 1
         self._model = Model(
             dim=config.dim,
             heads=config.num_heads,
@@ -249,7 +249,7 @@ class CompiledLm:
             card=config.card,
             streams=config.num_streams,
             steps=steps,
-            hiding_step=hiding if 0 < hiding < steps else -1,
+            hiding_step=config.hiding_step,
             dep_dim=config.depformer_dim,
             dep_heads=config.depformer_num_heads,
             dep_layers=config.depformer_num_layers,

@@ -36,9 +36,12 @@ class SharedCache:
 
     @staticmethod
     def serves(like: KvCache) -> bool:
-        """Whether the kernel can attend to keys and values like these."""
+        """Whether the kernel can attend to keys and values like these.
+
+        They are a prompt's: without one there is nothing to share.
+        """
         array = like.arrays()[0]
-        return array.dtype == mx.bfloat16 and array.shape[3] in WIDTHS
+        return like.end > 0 and array.dtype == mx.bfloat16 and array.shape[3] in WIDTHS
 
     def put(self, row: int, source: KvCache) -> None:
         """Replace ``row`` by one that starts after the prompt in ``source``."""

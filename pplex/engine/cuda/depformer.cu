@@ -287,8 +287,7 @@ __device__ void depformer(const Weights& w, Work work, const bf16* inputs,
       const bf16* out = w.out + layer * DIM * DIM;
       narrow.prefetch<DIM>(out);
       grid.sync();
-      // The reference's ring has DEP_Q slots and hides the oldest when full.
-      attend(work, rows, l, s, s == DEP_Q - 1 && s > 0);
+      attend(work, rows, l, s, s == HIDING_STEP);
       grid.sync();
       narrow.product<DIM>(
           sh, out, nothing,

@@ -125,7 +125,7 @@ def _sizes(config: LmConfig) -> dict[str, int]:
         "CARD": config.card,
         "LAYERS": config.depformer_num_layers,
         "STEPS": config.num_codebooks,
-        "DEP_Q": config.dep_q,
+        "HIDING_STEP": config.hiding_step,
         "STREAMS": config.num_streams,
         "TILE_FLOATS": TILE_FLOATS,
     }

@@ -570,8 +570,7 @@ __device__ void frame(const Weights& w, const int* tokens, const int* user,
       {
         auto p = product<1>(w.dep_out.part(layer * DEP_DIM), DEP_DIM, single);
         grid.sync();
-        // The reference's ring has DEP_Q slots and hides the oldest when full.
-        int first = s == DEP_Q - 1 && s > 0;
+        int first = s == HIDING_STEP;
         attend_steps(sh, steps, s, first, sh.partial);
         stage<DepOut>(sh, nullptr, [&](int k) {
           return *(const float4*)(sh.partial + k);

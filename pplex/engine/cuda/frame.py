@@ -214,7 +214,7 @@ def _sizes(config: LmConfig, splits: int) -> dict[str, int]:
         "TEXT_CARD": config.text_card,
         "CARD": config.card,
         "N_Q": config.n_q,
-        "DEP_Q": config.dep_q,
+        "HIDING_STEP": config.hiding_step,
         "STEPS": config.num_codebooks,
         "DEP_DIM": config.depformer_dim,
         "DEP_HEADS": config.depformer_num_heads,
@@ -316,6 +316,9 @@ class FrameRows:
         assert self._cache is not None
         key = noise_key(self._seed, self._frame)
         tokens, cache = mx.array(user[0]), self._cache
+        if self._kernel.config.is_moshi:
+            agent = self._column[: self._num_agent]
+            self._column = mx.concatenate([agent, tokens])
         self._column = self._kernel(
             self._column, tokens, cache, self._sampler, key, self._given
         )

@@ -107,14 +107,17 @@ class MlxEngine:
 
     def prefill(self, prompt: Prompt) -> Start:
         """Read a prompt, so that conversations can start after it."""
+        kind = FastCache if self.on_gpu else KvCache
+        cache = kind(self.config.lm.num_layers, self.config.lm.window)
+        # What is read before the first step; where that is nothing, all for the arrays.
+        last = -1 if prompt.num_frames > 1 else None
         saved = 0 if prompt.embeddings is None else len(prompt.embeddings)
-        inputs = self.inputs(mx.array(prompt.columns[None, :, saved:-1]))
+        inputs = self.inputs(mx.array(prompt.columns[None, :, saved:last]))
         if prompt.embeddings is not None:
             embeddings = mx.array(prompt.embeddings[None]).astype(inputs.dtype)
             inputs = mx.concatenate([embeddings, inputs], axis=1)
-        kind = FastCache if self.on_gpu else KvCache
-        cache = kind(self.config.lm.num_layers, self.config.lm.window)
         self.temporal(inputs, cache)
+        cache.end = prompt.num_frames - 1
         mx.eval(cache.arrays())
         return Start(prompt, cache)
 
@@ -351,6 +354,9 @@ class MlxRows:
         if self._given is not None:
             inputs["given"] = self._given
         engine = self._engine
+        if engine.config.lm.is_moshi:
+            agent = self._column[:, : self._num_agent]
+            self._column = mx.concatenate([agent, inputs["user"]], axis=1)
         columns = _padded(self._column, self._num_rows)
         x = engine.step(engine.inputs(columns.T[None]), self._cache)
         self._column, self._given = self._frame(x.squeeze(0), inputs), None
