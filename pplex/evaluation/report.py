@@ -16,6 +16,7 @@ import importlib.resources
 import json
 import math
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ from pplex.evaluation.metrics import METRICS, Metric, rounded, single
 from pplex.evaluation.speech_activity import Segment, make_detector
 from pplex.evaluation.turns import TurnSettings
 from pplex.files import is_descriptor, open_regular, reading, real_path, write_text
-from pplex.plots import shortened
 
 _COLUMNS_PER_S = 20
 _MIN_COLUMNS, _MAX_COLUMNS = 300, 1500
@@ -358,9 +358,10 @@ def _setting(key: str, what: str, runs: Sequence[dict[str, Any]]) -> str:
     values = list(dict.fromkeys(str(one) for one in found if one not in (None, "")))
     if not values:
         return ""
-    if len(values) > 3:
+    if len(values) > 2:
         return f"{len(values)} {what}s"
-    return f"{what} {' / '.join(shortened(value, 60) for value in values)}"
+    shown = (textwrap.shorten(value, 80, placeholder=" \u2026") for value in values)
+    return f"{what} {' / '.join(shown)}"
 
 
 def meaning(columns: Sequence[Metric]) -> str:

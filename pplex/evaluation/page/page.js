@@ -332,10 +332,16 @@ bad.addEventListener("change", filter);
 
 // A table that fits is no box that scrolls, so that its headings stay in the window.
 const scroll = document.querySelector(".scroll");
+function edge() {
+  const right = scroll.scrollLeft + scroll.clientWidth;
+  scroll.classList.toggle("more", scroll.scrollWidth - right > 1);
+}
 new ResizeObserver(() => {
   scroll.classList.remove("fits");
   scroll.classList.toggle("fits", scroll.scrollWidth <= scroll.clientWidth);
+  edge();
 }).observe(scroll);
+scroll.addEventListener("scroll", edge, { passive: true });
 
 // On paper nothing can be opened or scrolled.
 addEventListener("beforeprint", () => {
