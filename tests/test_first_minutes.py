@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pplex.audio.files import Part, read_pcm, write_wav
 from pplex.cli.batch_report import BatchProgress
 from pplex.conversation.roles import ROLES
 from pplex.errors import did_you_mean
@@ -179,3 +181,60 @@ def test_measurements_replace_no_file_unasked(run, tmp_path, line):
     assert result.exit_code == 1, result.output
     assert f"{path} exists already" in result.stderr
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("rate", [24_000, 16_000])
+def test_a_part_is_answered_as_if_it_were_a_file(run, tmp_path, tiny, data, rate):
+    whole = read_pcm(data / "respond" / "user_a.wav", sample_rate=24_000).pcm
+    write_wav(tmp_path / "whole.wav", whole, rate)
+    args = ("--model", tiny, "--layout", "separate", "--tail", "0.2")
+    part = (*args, "--start", "0.5", "--duration", "1.01")
+    stats = tmp_path / "s.json"
+    made = run("respond", tmp_path / "whole.wav", *part, "--stats", stats)
+    assert made.exit_code == 0, made.stderr
+    full = read_pcm(tmp_path / "whole.wav", sample_rate=24_000).pcm
+    expected = np.concatenate([full[12_000:36_240], np.zeros(4800, np.float32)])
+    heard = read_pcm(tmp_path / "whole.reply.user.wav", sample_rate=24_000).pcm
+    assert np.abs(heard - expected).max() <= 2 / 32768
+    found = json.loads(stats.read_text())
+    assert found["start_s"] == 0.5 and found["audio_s"] == pytest.approx(1.21)
+    rest = run(
+        "respond",
+        tmp_path / "whole.wav",
+        *args,
+        "--start",
+        "2",
+        "-o",
+        tmp_path / "o.wav",
+    )
+    seconds = len(full) / 24_000 - 2 + 0.2
+    assert f"{seconds:.1f} s" in rest.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--start", "99"), 1, "call.wav is 3.20 s long"),
+        (("--start", "-1"), 2, "--start"),
+        (("--duration", "0"), 2, "--duration"),
+        (("--start", "1", "--check", "length-of"), 2, "length-of"),
+    ],
+)
+def test_a_part_that_is_none_is_refused(run, tmp_path, tiny, data, options, code, said):
+    call = Path(shutil.copy(data / "respond" / "user_a.wav", tmp_path / "call.wav"))
+    result = run("respond", call, "--model", tiny, *options)
+    assert result.exit_code == code and said in result.stderr
+    assert list(tmp_path.iterdir()) == [call]
+
+
+def test_a_long_recordings_part_is_read_as_it_is_needed(tmp_path):
+    pcm = np.linspace(-0.5, 0.5, 100_000, dtype=np.float32)
+    write_wav(tmp_path / "a.wav", pcm, 24_000)
+    kept = read_pcm(tmp_path / "a.wav", sample_rate=24_000).pcm
+    part = Part(1.0, 2.0)
+    found = read_pcm(
+        tmp_path / "a.wav", sample_rate=24_000, part=part, tail=7, most_kept=10
+    )
+    assert found.num_samples == 48_007
+    read = np.concatenate(list(found.blocks()))
+    assert np.array_equal(read[:48_000], kept[24_000:72_000])

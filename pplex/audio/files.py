@@ -56,13 +56,35 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stretch of a recording, in seconds; without ``duration_s`` to its end."""
+
+    start_s: float = 0.0
+    duration_s: float | None = None
+
+    def of(self, blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+        """Yield what is in it of blocks of PCM, which are asked for to their end."""
+        at, start = 0, round(self.start_s * rate)
+        end = None if self.duration_s is None else start + round(self.duration_s * rate)
+        for block in blocks:
+            some = block[max(0, start - at) : None if end is None else max(0, end - at)]
+            at += len(block)
+            if len(some):
+                yield some
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
 class Recording:
     """One mono signal of a file that was read to its end, and what the file was.
 
     ``num_samples`` are at the model's rate, ``tail`` samples of silence at the end
-    among them; ``source_frames`` counts sample frames at ``source_rate`` before
-    resampling; ``format`` and ``subtype`` are libsndfile's names, such as WAV and
-    PCM_16. ``warnings`` say in a sentence each what is odd about it.
+    among them; they are of ``part`` alone. ``source_frames`` counts sample frames at
+    ``source_rate`` before resampling, of the whole file; ``format`` and ``subtype``
+    are libsndfile's names, such as WAV and PCM_16. ``warnings`` say in a sentence each
+    what is odd about it.
     """
 
     path: Path
@@ -76,6 +98,7 @@ class Recording:
     subtype: str
     warnings: tuple[str, ...]
     tail: int = 0
+    part: Part = WHOLE
     _kept: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -95,7 +118,8 @@ class Recording:
             return
         done = 0
         with open_source(self.path) as source:
-            for block in _samples(source, self.path, self.sample_rate, self.channel):
+            read = _samples(source, self.path, self.sample_rate, self.channel)
+            for block in self.part.of(read, self.sample_rate):
                 done += len(block)
                 yield block
         if done != self.num_samples - self.tail:
@@ -110,13 +134,14 @@ def read_pcm(
     channel: Channel = 1,
     tail: int = 0,
     most_kept: int | None = None,
+    part: Part = WHOLE,
 ) -> Recording:
     """Read one channel (from 1) or the average ("mix") of a recording, to its end.
 
     At `sample_rate` the samples come back unchanged. Any other rate is resampled with
     soxr's HQ setting, without delay, to `resampled_length` samples. Samples beyond
-    [-1, 1] in float files pass through. `tail` samples of silence follow. Of a
-    recording with more than `most_kept` samples none stay in memory.
+    [-1, 1] in float files pass through. Of these `part` is taken, and `tail` samples of
+    silence follow. If there are more than `most_kept` samples none stay in memory.
     """
     path = Path(path)
     if channel != "mix" and channel < 1:
@@ -125,11 +150,18 @@ def read_pcm(
     parts: list[np.ndarray] = []
     num_samples = 0
     with open_source(path) as source:
-        for block in _samples(source, path, sample_rate, channel, levels):
+        read = _samples(source, path, sample_rate, channel, levels)
+        for block in part.of(read, sample_rate):
             num_samples += len(block)
             parts.append(block)
             if most_kept is not None and num_samples > most_kept:
                 parts.clear()
+    if not num_samples:
+        seconds = source.num_frames / source.rate
+        raise PplexError(
+            f"{path} is {seconds:.2f} s long: nothing of it lies in the part that "
+            f"begins at {part.start_s:g} s; choose another --start"
+        )
     is_kept = most_kept is None or num_samples <= most_kept
     parts.append(np.zeros(tail, np.float32))
     return Recording(
@@ -144,6 +176,7 @@ def read_pcm(
         subtype=source.subtype,
         warnings=(*source.warnings, *levels.warnings(str(path), channel)),
         tail=tail,
+        part=part,
         _kept=np.concatenate(parts) if is_kept else None,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 
 from pplex.cli.foresee import foresee
 from pplex.cli.options import (
+    FiniteRange,
     check_option,
     checks_from,
     compute_option,
@@ -38,7 +40,16 @@ _SECTIONS = {
         *("stats", "tokens", "overwrite"),
     ),
     "Model": ("model_name", "offline", "compute"),
-    "Conversation": ("voice", "prompt", "prompt_file", "role", "channel", "tail"),
+    "Conversation": (
+        "start",
+        "duration",
+        "voice",
+        "prompt",
+        "prompt_file",
+        "role",
+        "channel",
+        "tail",
+    ),
     "Sampling": ("seed", "greedy", "temp", "top_k", "text_temp", "text_top_k"),
     "Streams": ("raw", "rate"),
     "Reporting": (),  # and whatever else there is
@@ -86,6 +97,20 @@ class _Sectioned(click.Command):
     type=click.IntRange(1000, 768_000),
     help="Samples a second of --raw.",
 )
+@click.option(
+    "--start",
+    metavar="SECONDS",
+    type=FiniteRange(0.0),
+    default=0.0,
+    show_default=True,
+    help="Answer INPUT from there on.",
+)
+@click.option(
+    "--duration",
+    metavar="SECONDS",
+    type=FiniteRange(0.0, min_open=True),
+    help="Answer so much of INPUT.  [default: to its end]",
+)
 @model_options
 @conversation_options
 @compute_option
@@ -128,6 +153,8 @@ def respond(
     layout: Any,
     raw: Any,
     rate: int | None,
+    start: float,
+    duration: float | None,
     model_name: str,
     offline: bool,
     transcripts: tuple[Path, ...],
@@ -154,6 +181,9 @@ def respond(
     output = output or _beside(input)
     check_pipes(is_stream, output == PIPE, raw, rate)
     refuse_checks(is_stream, is_descriptor(output), options["checks"])
+    is_part = start > 0.0 or duration is not None
+    refuse_part(is_part, is_stream, options["checks"])
+    from pplex.audio.files import Part
     from pplex.audio.streams import StreamFormat
     from pplex.respond import run
     from pplex.respond.live import respond_stream
@@ -163,7 +193,10 @@ def respond(
     formats = [path.suffix.lower().removeprefix(".") for path in paths]
     cue = cue_from(line_width, cue_lines, formats)
     outputs = Outputs(output, layout, paths, stats, tokens, cue)
-    request = Request(input, outputs, settings_from(text, options))
+    settings = settings_from(text, options)
+    if is_part:
+        settings = replace(settings, part=Part(start, duration))
+    request = Request(input, outputs, settings)
     config = run.Config(
         model_name=model_name,
         offline=offline,
@@ -215,6 +248,14 @@ def refuse_checks(reads: bool, writes: bool, checks: Sequence[tuple]) -> None:
         raise click.UsageError("--check reads the output again: give -o a file")
     if reads and any(name == "length-of" for name, _ in checks):
         raise click.UsageError("--check length-of needs a recording, not a stream")
+
+
+def refuse_part(is_part: bool, is_stream: bool, checks: Sequence[tuple]) -> None:
+    """Refuse what a part of a recording excludes."""
+    if is_part and is_stream:
+        raise click.UsageError("--start and --duration are for a file, not a stream")
+    if is_part and any(name == "length-of" for name, _ in checks):
+        raise click.UsageError("--check length-of is about the whole of INPUT")
 
 
 def check_pipes(reads: bool, writes: bool, raw: str | None, rate: int | None) -> None:

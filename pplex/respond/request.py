@@ -20,7 +20,7 @@ from pplex.files import (
 from pplex.respond.transcript import CueShape, format_of
 
 if TYPE_CHECKING:
-    from pplex.audio.files import Channel
+    from pplex.audio.files import Channel, Part
     from pplex.conversation.quiet import Tail
     from pplex.model.sampling import SamplingConfig
 
@@ -33,7 +33,7 @@ class Settings:
 
     ``voice`` is a name or a file, ``text`` the role, None for the model's own; ``tail``
     how many seconds of silence follow the recording, or ``"auto"``: as many as the
-    agent needs to finish.
+    agent needs to finish. Of the recording only ``part`` is answered.
     """
 
     voice: str | None
@@ -42,6 +42,7 @@ class Settings:
     seed: int
     channel: Channel = 1
     tail: Tail = 0.0
+    part: Part | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from pplex.audio.files import Recording, Sound, read_pcm
+from pplex.audio.files import WHOLE, Recording, Sound, read_pcm
 from pplex.audio.streams import StreamFormat
 from pplex.checkpoint.hub import LocalModel, resolve
 from pplex.conversation.answer import Answer, Kept
@@ -123,6 +123,7 @@ def read_user(source: Path, settings: Settings, sample_rate: int) -> Recording:
         channel=settings.channel,
         tail=round(tail * sample_rate),
         most_kept=MOST_KEPT,
+        part=settings.part or WHOLE,
     )
 
 

@@ -155,6 +155,7 @@ class Stats:
     source_channels: int
     pplex: str
     mlx: str
+    start_s: float = 0.0
     latency_ms: Latency | None = None
     start_up_frames: int | None = None
     source_pace: float | None = None
@@ -279,6 +280,7 @@ def make_stats(
         text_temp=sampling.text_temp,
         text_top_k=sampling.text_top_k,
         channel=settings.channel,
+        start_s=settings.part.start_s if settings.part else 0.0,
         source_rate=source.rate,
         source_channels=source.channels,
         pplex=importlib.metadata.version("pplex"),
