@@ -49,7 +49,7 @@ def batch(tmp_path, calls, tiny) -> Batch:
     return Batch(
         selection=Selection((calls,)),
         outdir=tmp_path / "out",
-        outputs=OutputOptions(transcript="json", tokens=True),
+        outputs=OutputOptions(transcripts=("json",), tokens=True),
         settings=SETTINGS,
         model_name=str(tiny),
         offline=True,
@@ -61,7 +61,7 @@ def batch(tmp_path, calls, tiny) -> Batch:
 def test_a_batch_of_long_recordings_gives_the_bytes_of_those_in_memory(
     batch, tmp_path, monkeypatch, layout
 ):
-    outputs = OutputOptions(layout=layout, transcript="json", tokens=True)
+    outputs = OutputOptions(layout=layout, transcripts=("json",), tokens=True)
     go(batch, outputs=outputs)
     monkeypatch.setattr(respond_run, "MOST_KEPT", 0)
     summary, _ = go(batch, outputs=outputs, outdir=tmp_path / "long")
