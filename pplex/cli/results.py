@@ -13,7 +13,7 @@ from pplex.cli.tables import echo_json, echo_table
 _MOST_WORDS = 32  # characters of the last column
 
 
-@click.command(epilog="Example: pplex results replies --format csv > results.csv")
+@click.command(epilog="Example: pplex results replies --format csv")
 @click.argument("outdir", type=click.Path(path_type=Path))
 @click.option(
     "--format",
