@@ -24,6 +24,11 @@ class KnownModel:
     licence: str
 
     @property
+    def speaks_published_voices(self) -> bool:
+        """Whether the voices that NVIDIA published belong to it; a Moshi has none."""
+        return self.repo is not None and "personaplex" in self.repo.lower()
+
+    @property
     def terms(self) -> str:
         """What to know of the licence before a download, in a clause or two."""
         if self.licence != CONVERTED:

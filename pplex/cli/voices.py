@@ -41,7 +41,8 @@ def list_voices(model_name: str, offline: bool) -> None:
     try:
         found = list(find_voices(_local(model_name).path))
     except PplexError:
-        if model_name not in KNOWN_MODELS:
+        known = KNOWN_MODELS.get(model_name)
+        if known is None or not known.speaks_published_voices:
             raise
         found = list(PUBLISHED_VOICES)
         click.echo(f"{model_name} is not on this machine; as published:", err=True)

@@ -158,12 +158,20 @@ def test_a_fault_of_another_import_is_not_taken_for_mlx(monkeypatch, run):
 # Models and voices
 
 
+BITS = ("4bit", "8bit", "bf16")
+
+
 def test_models_are_listed_with_their_sizes(run):
     result = run("models", "list")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "WHAT"]
-    assert [line.split()[0] for line in lines[1:]] == ["8bit", "4bit", "bf16", "mini"]
+    kyutai = [f"{name}-{kind}" for name in ("moshika", "moshiko") for kind in BITS]
+    assert [line.split()[0] for line in lines[1:]] == [
+        *("8bit", "4bit", "bf16", "mini"),
+        *kyutai,
+        *("personaplex-rl", "moshika-rl"),
+    ]
 
 
 def test_voices_are_listed_one_a_line(run, tiny):
@@ -182,6 +190,8 @@ def test_listing_voices_never_downloads_a_model(run):
         for number in range(count)
     ]
     assert "8bit is not on this machine" in result.stderr
+    moshi = run("voices", "list", "--model", "moshika-4bit")
+    assert (moshi.exit_code, moshi.stdout) == (1, "")
     other = run("voices", "list", "--model", "nvidia/personaplex-7b-v1")
     assert other.exit_code == 1
     assert "pplex models pull nvidia/personaplex-7b-v1" in other.stderr

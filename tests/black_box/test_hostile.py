@@ -336,7 +336,7 @@ def test_a_damaged_side_file_is_named_and_left_out(here, reply, tmp_path, what, 
     assert code == 0, err
     assert "a.json was left out" in page.read_text()
     (data,) = read_data(page)
-    assert data["s"] == "done"
+    assert data["s"] == "cut off"  # it sounds to its end
     check = ("check", tmp_path / "a.wav", "--max-rtf", "1", "--says", "x")
     code, out, err = here(*check)
     assert code == 1 and "a.json was left out" in out
