@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from pplex.audio.files import Part, read_pcm, write_wav
 from pplex.cli.batch_report import BatchProgress
@@ -238,3 +239,31 @@ def test_a_long_recordings_part_is_read_as_it_is_needed(tmp_path):
     assert found.num_samples == 48_007
     read = np.concatenate(list(found.blocks()))
     assert np.array_equal(read[:48_000], kept[24_000:72_000])
+
+
+@pytest.mark.parametrize("suffix", [".flac", ".mp3", ".ogg", ".opus"])
+@pytest.mark.parametrize("layout", ["stereo", "agent"])
+def test_an_answer_may_be_written_in_another_format(run, call, tiny, suffix, layout):
+    args = ("--model", tiny, "--layout", layout, "--tail", 20)
+    wav, other = call.with_name("r.wav"), call.with_name(f"r{suffix}")
+    for path in (wav, other):
+        assert run("respond", call, "-o", path, *args).exit_code == 0
+    expected, rate = soundfile.read(wav, dtype="float64", always_2d=True)
+    found, other_rate = soundfile.read(other, dtype="float64", always_2d=True)
+    assert (other_rate, found.shape[1]) == (rate, expected.shape[1])
+    assert len(found) == pytest.approx(len(expected), abs=rate * 0.1)
+    if suffix == ".flac":
+        assert np.array_equal(found, expected)
+        return
+    length = min(len(expected), len(found))
+    loudness = [np.sqrt((one[:length] ** 2).mean(axis=0)) for one in (expected, found)]
+    # The tiny model says noise, of which codecs keep the lower part.
+    assert loudness[1] == pytest.approx(loudness[0], rel=0.5)
+
+
+def test_formats_that_cannot_be_are_refused(run, call, tiny):
+    for name, options in (("r.aac", ()), ("r.flac", ("--layout", "separate"))):
+        output = call.with_name(name)
+        result = run("respond", call, "-o", output, "--model", tiny, *options)
+        assert result.exit_code == 1 and ".wav" in result.stderr
+    assert list(call.parent.iterdir()) == [call]

@@ -7,11 +7,13 @@ signal and rounds the length up (see the project's notes on alignment).
 
 import wave
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import soundfile
 import soxr
 
 from pplex.audio.levels import Channel as Channel
@@ -21,6 +23,7 @@ from pplex.errors import PplexError
 from pplex.files import Place, atomic_write, put
 
 _BLOCK_SAMPLES = 1 << 19  # written at a time, all channels together: 1 MB
+_ENCODED_SAMPLES = 1 << 13
 _MAX_WAV_BYTES = (1 << 32) - 64
 
 
@@ -245,6 +248,29 @@ def write_wav(
             for start in range(0, num_samples, step):
                 block = to_pcm16(tracks[start : start + step])
                 out.writeframesraw(block.astype("<i2").tobytes())
+
+
+@contextmanager
+def encoder(
+    path: Path, kind: str, subtype: str, channels: int, sample_rate: int
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yield what appends int16 samples, channels in turn, to a file at ``path``.
+
+    ``kind`` and ``subtype`` are libsndfile's names of its format.
+    """
+    with soundfile.SoundFile(
+        path, "w", sample_rate, channels, subtype, format=kind
+    ) as file:
+
+        def encode(samples: np.ndarray) -> None:
+            pcm = samples.reshape(-1, channels)
+            if kind != "FLAC":  # libsndfile's MP3 makes noise of stereo integers
+                pcm = pcm.astype(np.float32) / 32768
+            # libvorbis takes its stack from the length of what it is given.
+            for start in range(0, len(pcm), _ENCODED_SAMPLES):
+                file.write(pcm[start : start + _ENCODED_SAMPLES])
+
+        yield encode
 
 
 def check_channel(name: str, channels: int, channel: Channel) -> None:

@@ -82,8 +82,8 @@ class _Sectioned(click.Command):
     "--output",
     metavar="OUT",
     type=_FILE,
-    help="The WAV file to write, or - for stdout.  [default: INPUT.reply.wav, beside "
-    "it]",
+    help="The file to write: WAV, or by its suffix .flac, .mp3, .ogg, .opus; - for WAV "
+    "on stdout.  [default: INPUT.reply.wav, beside it]",
 )
 @layout_option
 @click.option(

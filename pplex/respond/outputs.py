@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pplex.audio.files import to_pcm16
+from pplex.audio.files import encoder, to_pcm16
 from pplex.audio.streams import wav_header
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
@@ -29,7 +29,7 @@ from pplex.files import (
     write_text,
 )
 from pplex.model.config import ModelConfig
-from pplex.respond.request import Layout, Request
+from pplex.respond.request import SOUND_FORMATS, Layout, Request
 from pplex.respond.transcript import Word, text_of, words, write_transcript
 
 # Takes both sides of a stretch: user and agent (samples,).
@@ -150,7 +150,7 @@ def open_sink(
         names = ("user", "agent") if layout == "separate" else ("audio",)
         tracks = {
             name: stack.enter_context(
-                _wav_file(files[name], channels, sample_rate, place)
+                _sound_file(files[name], channels, sample_rate, place)
             )
             for name in names
         }
@@ -196,6 +196,23 @@ def _wav_file(
             num_samples = (file.seek(0, os.SEEK_END) - 44) // (2 * channels)
             file.seek(0)
             file.write(wav_header(num_samples, channels, sample_rate))
+
+
+@contextmanager
+def _sound_file(
+    path: Path, channels: int, sample_rate: int, place: Place
+) -> Iterator[Callable[[bytes], None]]:
+    """Yield what appends samples to a file of the format that its suffix tells."""
+    if path.suffix.lower() == ".wav":
+        with _wav_file(path, channels, sample_rate, place) as write:
+            yield write
+        return
+    kind, subtype = SOUND_FORMATS[path.suffix.lower()]
+    with (
+        atomic_write(path, place=place) as temporary,
+        encoder(temporary, kind, subtype, channels, sample_rate) as encode,
+    ):
+        yield lambda content: encode(np.frombuffer(content, "<i2"))
 
 
 def _append(path: Path, temporary: Path, content: bytes) -> None:

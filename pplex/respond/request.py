@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 Layout = Literal["stereo", "agent", "separate"]
 
+# What else than WAV is written, as libsndfile calls it: the last three lose something.
+SOUND_FORMATS = {
+    ".flac": ("FLAC", "PCM_16"),
+    ".mp3": ("MP3", "MPEG_LAYER_III"),
+    ".ogg": ("OGG", "VORBIS"),
+    ".opus": ("OGG", "OPUS"),
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -115,10 +123,15 @@ def check_outputs(request: Request, overwrite: bool) -> None:
                 f"two files do not fit on {name_of(outputs.audio)}: choose another "
                 "--layout"
             )
-    elif outputs.audio.suffix.lower() != ".wav":
+    elif outputs.layout == "separate" and outputs.audio.suffix.lower() != ".wav":
         raise PplexError(
-            f"cannot write {outputs.audio}: the output is a WAV file; end its name "
-            "in .wav"
+            f"cannot write {outputs.audio}: separate tracks are WAV files; end its "
+            "name in .wav"
+        )
+    elif outputs.audio.suffix.lower() not in (".wav", *SOUND_FORMATS):
+        raise PplexError(
+            f"cannot write {outputs.audio}: the output is a WAV file; end its name in "
+            f".wav, or for another format in {', '.join(SOUND_FORMATS)}"
         )
     kinds = [_kind(path) for path in outputs.transcripts]
     if len(set(kinds)) < len(kinds):

@@ -215,7 +215,7 @@ def test_two_outputs_cannot_have_one_name(refuses, call, tmp_path):
 
 
 def test_the_reply_must_be_named_wav(refuses, call, tmp_path):
-    output = tmp_path / "out.mp3"
+    output = tmp_path / "out.aac"
     refuses(call, output=output, names=(output, ".wav"))
 
 

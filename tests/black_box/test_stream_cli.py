@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_sentence(call, model):
         (("-", "-o", "-", "--stats", "-"), 1, "only one output fits on stdout"),
         (("-", "-o", "-", "--raw", "s16le"), 2, "--raw and --rate go together"),
         (("a.wav", "-o", "-", "--raw", "s16le", "--rate", "24000"), 2, "give - as"),
-        (("-", "-o", "out.mp3"), 1, "end its name in .wav"),
+        (("-", "-o", "out.aac"), 1, "end its name in .wav"),
         (("-", "-o", "-"), 1, "is empty"),
     ],
 )
