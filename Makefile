@@ -13,6 +13,8 @@ ifeq ($(shell uname -s),Linux)
 EXTRA ?= cpu
 endif
 
+# Tests run side by side; more than a few would want much memory.
+WORKERS := -n auto --maxprocesses 4
 comma := ,
 BIN := $(VENV)/bin
 PACKAGE := .$(if $(EXTRA),[$(EXTRA)])
@@ -53,7 +55,7 @@ endif
 	@echo "Next, your own recording: source $(BIN)/activate; pplex respond YOURS.wav -m mini"
 
 test: $(STAMP_DEV)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 lint: $(STAMP_DEV)
 	$(BIN)/ruff check .
@@ -72,7 +74,7 @@ sanitize: $(STAMP_DEV)
 	ls $(SANITIZED)/lib/pplex/engine/c/_native.*.so
 	PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD='$(PRELOADED)' \
-		$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED_TESTS)
+		$(BIN)/pytest -q $(WORKERS) -p no:cacheprovider $(SANITIZED_TESTS)
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache
