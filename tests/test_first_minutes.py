@@ -32,6 +32,15 @@ def test_without_an_output_the_answer_lies_beside_the_recording(run, call, tiny)
     assert again.exit_code == 1 and "call.reply.wav exists already" in again.stderr
 
 
+@pytest.mark.parametrize("folder", [".", "..", "/", "calls"])
+def test_a_folder_names_the_command_that_takes_it(run, tmp_path, monkeypatch, folder):
+    (tmp_path / "calls").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = run("respond", folder, "--model", "mini")
+    assert result.exit_code == 1
+    assert f"{folder} is a folder" in result.stderr and "pplex batch" in result.stderr
+
+
 def test_a_seed_may_be_drawn_and_is_said(run, call, tiny, tmp_path):
     seeds = []
     for name in ("a", "b"):

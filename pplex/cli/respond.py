@@ -239,7 +239,7 @@ def _beside(source: Path) -> Path:
     """Where the answer to a file goes if no place is named."""
     if source == PIPE or is_descriptor(source):
         raise click.UsageError("a stream has no name: say with -o where it goes")
-    return source.with_name(f"{source.stem}.reply.wav")
+    return source.parent / f"{source.stem}.reply.wav"  # a folder may have no name
 
 
 def refuse_checks(reads: bool, writes: bool, checks: Sequence[tuple]) -> None:
