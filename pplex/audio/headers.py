@@ -93,7 +93,7 @@ def _sphere(file: BinaryIO) -> Extent | None:
 
 def _in_chunks(file: BinaryIO, size: int, layout: _Chunks, name: str) -> Extent | None:
     found: Extent | None = None
-    for position, chunk, length in _chunks(file, layout):
+    for position, chunk, length in _chunks(file, size, layout):
         end = position + struct.calcsize(layout.header) + length
         if found is None:
             if chunk[:4] == layout.samples:
@@ -109,15 +109,17 @@ def _in_chunks(file: BinaryIO, size: int, layout: _Chunks, name: str) -> Extent 
     return found
 
 
-def _chunks(file: BinaryIO, layout: _Chunks) -> Iterator[tuple[int, bytes, int]]:
+def _chunks(
+    file: BinaryIO, size: int, layout: _Chunks
+) -> Iterator[tuple[int, bytes, int]]:
     """Position, name and length without its header of each chunk."""
     position = layout.first
     head_size = struct.calcsize(layout.header)
     for _ in range(_MAX_CHUNKS):
+        if position >= size:  # lengths of 64 bits lead further than files can be
+            return
         file.seek(position)
         head = file.read(head_size)
-        if not head:
-            return
         chunk, length = struct.unpack(layout.header, head.ljust(head_size, b"\0"))
         length = length - layout.counted
         if length < 0:
