@@ -28,7 +28,7 @@ from pplex.cli.options import (
     settings_from,
     verbosity_options,
 )
-from pplex.cli.tables import echo_json
+from pplex.cli.tables import echo_json, printable
 from pplex.cli.transcripts import FormatsType, cue_from, subtitle_options
 
 if TYPE_CHECKING:
@@ -290,4 +290,4 @@ def report(done: Summary, verbosity: int) -> None:
     if verbosity >= 0:
         lines = [*failures_before(done), *lines, summary(done)]
     for line in lines:
-        click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)
+        click.echo(printable(line), err=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from pplex.cli.progress import QUIET, VERBOSE, Lines, size
+from pplex.cli.tables import printable
 
 if TYPE_CHECKING:
     from pplex.batch.forecast import Forecast
@@ -150,8 +151,7 @@ def forecast_text(found: Forecast, every: bool) -> str:
     else:
         lines.append(f"time:    about {found.seconds:.0f} s at the speed so far")
     lines += [f"problem: {problem}" for problem in found.problems()]
-    text = "\n".join(lines)
-    return text.encode("utf-8", "backslashreplace").decode()
+    return printable("\n".join(lines))
 
 
 def kept_lines(kept: Kept, every: bool) -> list[str]:

@@ -13,6 +13,7 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.ci import annotate_checks
+from pplex.cli.tables import printable
 
 if TYPE_CHECKING:
     from pplex.audio.files import Recording
@@ -73,8 +74,7 @@ class Lines:
             return
         if self._bar is not None:
             self._bar.clear()
-        # A file name may hold bytes that are not text.
-        click.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
+        click.echo(printable(message), err=True)
 
     def loading(self, local: LocalModel) -> None:
         """Say what is being loaded."""

@@ -8,6 +8,7 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.options import check_diarization_options, diarization_options
+from pplex.cli.tables import printable
 from pplex.errors import PplexError
 
 _FILE = click.Path(path_type=Path)
@@ -74,7 +75,7 @@ def report(
         picture_names,
         write_report,
     )
-    from pplex.files import check_descriptor, is_descriptor, plan_files
+    from pplex.files import check_descriptor, check_new, is_descriptor, plan_files
     from pplex.plots import check_plot_path
     from pplex.respond.ending import advice
 
@@ -90,10 +91,8 @@ def report(
         check_descriptor(output)
     elif output.suffix.lower() not in (".html", ".htm"):
         raise PplexError(f"cannot write {output}: end the page's name in .html")
-    elif output.exists() and not overwrite:
-        raise PplexError(
-            f"{output} exists already; choose another name or give --overwrite"
-        )
+    else:
+        check_new(output, overwrite)
     method = Method(vad, diarization=read_rttm(rttm, speaker) if rttm else None)
     found = find(paths)
     if embed:
@@ -119,4 +118,4 @@ def report(
     said = f", {not_done} of them not done" if not_done else ""
     click.echo(f"{output}: {len(entries)} recordings{said}", err=True)
     for line in notes:
-        click.echo(line.encode("utf-8", "backslashreplace").decode(), err=True)
+        click.echo(printable(line), err=True)

@@ -1,4 +1,4 @@
-"""Tables and JSON on stdout."""
+"""Tables, JSON, and what may hold names that are not text, as they are printed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+
+
+def printable(text: str) -> str:
+    """A text as a terminal takes it: a file name may hold bytes that are none."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def echo_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
