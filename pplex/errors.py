@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 
 
 class PplexError(Exception):
-    """A failure the user can act on, whose text is the whole message."""
+    """A failure the user can act on, whose text is the whole message, in one line.
+
+    What it quotes of a file or a name may hold line ends and other controls.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(map(_visible, message)))
+
+
+def _visible(character: str) -> str:
+    """A character, or what stands for one that is a control or half of a pair."""
+    is_control = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+    return repr(character)[1:-1] if is_control else character
 
 
 def first_line(error: BaseException) -> str:

@@ -94,3 +94,8 @@ def test_whatever_reading_raises_is_one_sentence(error, said):
     with pytest.raises(PplexError) as info, reading("x", "is none of ours"):
         raise error
     assert str(info.value) == said
+
+
+def test_a_message_is_one_line_whatever_it_quotes():
+    said = str(PplexError("a\nb\r\x1b[2J.wav\udcff, Å\u200d日 is missing"))
+    assert said == "a\\nb\\r\\x1b[2J.wav\\udcff, Å\u200d日 is missing"

@@ -25,6 +25,8 @@ from pplex.files import Place, atomic_write, put
 _BLOCK_SAMPLES = 1 << 19  # written at a time, all channels together: 1 MB
 _ENCODED_SAMPLES = 1 << 13
 _MAX_WAV_BYTES = (1 << 32) - 64
+# Above floats on the scale of 32-bit integers; what resampling adds up stays finite.
+_MAX_SAMPLE = 1e12
 
 
 class Sound(Protocol):
@@ -143,8 +145,9 @@ def read_pcm(
 
     At `sample_rate` the samples come back unchanged. Any other rate is resampled with
     soxr's HQ setting, without delay, to `resampled_length` samples. Samples beyond
-    [-1, 1] in float files pass through. Of these `part` is taken, and `tail` samples of
-    silence follow. If there are more than `most_kept` samples none stay in memory.
+    [-1, 1] in float files pass through, but not what `first_unsound` finds. Of these
+    `part` is taken, and `tail` samples of silence follow. If there are more than
+    `most_kept` samples none stay in memory.
     """
     path = Path(path)
     if channel != "mix" and channel < 1:
@@ -293,7 +296,12 @@ def _samples(
     frames = done = 0
     for block in source.blocks():
         mono = pick(block, channel)
-        _check_finite(path, mono, frames, source.rate)
+        if found := first_unsound(mono):
+            first, what = found
+            raise PplexError(
+                f"{path} has a sample that is {what} at "
+                f"{(frames + first) / source.rate:.3f} s; export the recording again"
+            )
         if levels is not None:
             levels.add(block, mono)
         frames += len(block)
@@ -313,15 +321,17 @@ def _samples(
     yield np.pad(rest, (0, length - done - len(rest)))
 
 
-def _check_finite(path: Path, mono: np.ndarray, done: int, rate: int) -> None:
-    finite = np.isfinite(mono)
-    if not finite.all():
-        first = int(np.argmin(finite))
-        kind = "NaN" if np.isnan(mono[first]) else "infinite"
-        raise PplexError(
-            f"{path} has a sample that is {kind} at {(done + first) / rate:.3f} s; "
-            "export the recording again"
-        )
+def first_unsound(mono: np.ndarray) -> tuple[int, str] | None:
+    """The first sample that is no sound, and what it is: NaN, infinite, 1e+30."""
+    with np.errstate(invalid="ignore"):
+        is_sound = np.abs(mono) <= _MAX_SAMPLE
+    if is_sound.all():
+        return None
+    first = int(np.argmin(is_sound))
+    value = float(mono[first])
+    if not np.isfinite(value):
+        return first, "NaN" if np.isnan(value) else "infinite"
+    return first, f"{value:.0e}, where full scale is 1"
 
 
 def pick(block: np.ndarray, channel: Channel) -> np.ndarray:

@@ -22,6 +22,7 @@ import soundfile
 from pplex.audio.files import (
     Channel,
     check_channel,
+    first_unsound,
     make_resampler,
     pick,
     resampled_length,
@@ -318,7 +319,7 @@ class UserStream:
             yield LiveFrame(frame, num_samples, ended if len(part) else None)
 
     def _mono(self) -> Iterator[tuple[np.ndarray, float]]:
-        """The wanted channel, each sample finite, as it comes."""
+        """The wanted channel, each sample sound, as it comes."""
         size = self.format.block_bytes
         left = self.format.num_bytes
         while left is None or left > 0:
@@ -344,13 +345,10 @@ class UserStream:
                 continue
             block = self.format.decode(content[:whole])
             mono = pick(block, self._channel)
-            finite = np.isfinite(mono)
-            if not finite.all():
-                mono = mono[: int(np.argmin(finite))]
+            if found := first_unsound(mono):
+                mono = mono[: found[0]]
                 where = (self.source_frames + len(mono)) / self.format.rate
-                self.fault = (
-                    f"{NAME} has a sample that is no finite number at {where:.3f} s"
-                )
+                self.fault = f"{NAME} has a sample that is {found[1]} at {where:.3f} s"
                 if not self.source_frames + len(mono):
                     raise PplexError(self.fault)
             if len(mono):
