@@ -8,8 +8,9 @@ import numpy as np
 
 from pplex.bench.random_model import TINY
 from pplex.conversation.scheduler import converse as run
+from pplex.engine.base import Engine, Start
 from pplex.engine.mlx.engine import MlxEngine
-from pplex.model.sampling import GREEDY
+from pplex.model.sampling import GREEDY, SamplingConfig
 
 FRAME = 1920
 # Published checkpoints hold depformer steps that no conversation runs; so has this.
@@ -41,3 +42,45 @@ def converse(engine, start, frames, sampling=GREEDY, seed=0, chunk=16):
         np.concatenate([r.user for r in replies], 1),
         np.concatenate([r.pcm for r in replies]),
     )
+
+
+def check_saved_rows(engine: Engine, start: Start, frames: int, points: int) -> None:
+    """That rows go on from random points of a run as that run did, side by side.
+
+    Each is saved there without a trace, and its tokens are drawn.
+    """
+    lm, rng = engine.config.lm, np.random.default_rng(3)
+    user = rng.integers(0, lm.card, (frames, lm.num_codebooks)).astype(np.int32)
+    sampling = SamplingConfig(top_k=20, text_top_k=10)
+    at = sorted(rng.choice(frames, points, replace=False).tolist())
+    saved = []
+
+    def run(stops: list[int]) -> np.ndarray:
+        rows = engine.rows(1, sampling)
+        place = rows.join(start, 5)
+        columns = []
+        for frame, tokens in enumerate(user):
+            if frame in stops:
+                saved.append(rows.save(place))
+            columns.append(rows.step(tokens[None]))
+        return np.stack([column.tokens()[place] for column in columns])
+
+    whole = run([])
+    np.testing.assert_array_equal(run(at), whole)
+    rows = engine.rows(points, sampling)
+    places = [rows.join(engine.restore(one), 5) for one in saved]
+    for step in range(frames):
+        seated = [(p, a + step) for p, a in zip(places, at, strict=True) if p >= 0]
+        for place, frame in seated:
+            if frame == frames:
+                rows.leave(place)
+                places[places.index(place)] = -1
+        seated = [(place, frame) for place, frame in seated if frame < frames]
+        if not seated:
+            break
+        tokens = np.zeros((points, lm.num_codebooks), np.int32)
+        for place, frame in seated:
+            tokens[place] = user[frame]
+        found = rows.step(tokens).tokens()
+        for place, frame in seated:
+            np.testing.assert_array_equal(found[place], whole[frame], f"{at}, {frame}")

@@ -335,14 +335,21 @@ def test_on_gpus_the_last_chunk_may_be_ragged(config, last):
     np.testing.assert_allclose(np.concatenate(pcm), whole, atol=1e-5)
 
 
-def test_on_gpus_nothing_may_follow_a_ragged_chunk():
-    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True, alone=True)
-    codes = codec.encode(speech(3), codec.make_state())
-    for run, chunk in ((codec.encode, speech(3)), (codec.decode, codes)):
-        state = codec.make_state()
-        run(chunk, state)
-        with pytest.raises(ValueError, match="no power of two"):
-            run(chunk, state)
+@pytest.mark.parametrize("alone", [False, True])
+def test_on_gpus_what_follows_a_ragged_chunk_goes_on_from_it(alone):
+    """The way of GPUs, here on the CPU; and from where it was saved."""
+    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True, alone=alone)
+    frames = speech(CHUNK_FRAMES + 5)
+    codes = codec.encode(frames, codec.make_state())
+    pcm = codec.decode(codes, codec.make_state())
+    states = codec.make_state(), codec.make_state()
+    found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for first, last in ((0, 3), (3, 100), (100, CHUNK_FRAMES + 2), (-3, None)):
+        found[0].append(codec.encode(frames[first:last], states[0]))
+        found[1].append(codec.decode(codes[:, first:last], states[1]))
+        states = tuple(codec.make_state(codec.save(state)) for state in states)
+    np.testing.assert_array_equal(np.concatenate(found[0], axis=1), codes)
+    np.testing.assert_array_equal(np.concatenate(found[1]), pcm)
 
 
 @needs_library

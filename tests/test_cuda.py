@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from small import converse, speech
+from small import check_saved_rows, converse, speech
 
 from pplex.audio.files import Samples
 from pplex.bench.random_model import (
@@ -38,6 +38,7 @@ from pplex.model.cache import KvCache
 from pplex.model.config import LmConfig, ModelConfig, SeanetConfig
 from pplex.model.lm import Lm
 from pplex.model.mimi import make_mimi
+from pplex.model.prompt import make_prompt
 from pplex.model.sampling import Sampler, SamplingConfig, noise_key, noise_keys
 from pplex.model.seanet import make_decoder, make_encoder
 from pplex.model.streams import NOT_FORCED
@@ -95,7 +96,7 @@ def in_type(lm: Lm, bits: int, group: int, dtype: mx.Dtype) -> Lm:
     return other
 
 
-def make_engine(lm: Lm) -> CudaEngine:
+def make_engine(lm: Lm, *, alone: bool = False) -> CudaEngine:
     """The engine with the weights of ``lm``."""
     forms = {
         name: Quantization(module.bits, module.group_size)
@@ -104,7 +105,7 @@ def make_engine(lm: Lm) -> CudaEngine:
     }
     tensors = LmTensors(dict(tree_flatten(lm.parameters())), forms, "random", (16,))
     config = ModelConfig(lm=CONFIG, mimi=TINY.mimi)
-    return CudaEngine(config, tensors, random_codec(TINY.mimi))
+    return CudaEngine(config, tensors, random_codec(TINY.mimi), alone=alone)
 
 
 def write_out_tables(lm: Lm) -> None:
@@ -396,3 +397,20 @@ def test_a_codec_is_fused_where_the_kernel_knows_its_widths():
                 for codec, state in zip((mimi, fused), states, strict=True)
             )
             assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("frames", [12, 60])
+@pytest.mark.parametrize("alone", [False, True])
+def test_saved_rows_go_on_as_if_they_had_not_stopped(alone, frames):
+    """Past the window: rows that share a ring and prompts, and those of one kernel.
+
+    The prompt is shorter and longer than that.
+    """
+    engine = make_engine(random_lm(16), alone=alone)
+    voice = np.zeros((CONFIG.num_codebooks, frames), np.int32)
+    start = engine.prefill(make_prompt(engine.config, [7], voice_codes=voice))
+    if not alone:
+        rows = engine.rows(2, SamplingConfig())
+        rows.join(start, 0)
+        assert type(rows._cache) is SharedCache
+    check_saved_rows(engine, start, 90, 12)

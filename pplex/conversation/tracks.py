@@ -170,12 +170,14 @@ class StreamedTrack(Track):
         self._decode_frames = decode_frames
         self._num_asked = self._num_decoded = 0
         self._worker = worker
-        encode = partial(self._codec.encode, state=self._codec.make_state())
+        by_frame = decode_frames == 1
+        encoder = self._codec.make_state(start.encoder, by_frame=by_frame)
+        encode = partial(self._codec.encode, state=encoder)
         self._num_samples, self._num_given = num_samples, 0
         self._heard: deque[np.ndarray] = deque()
         self._encoded = one_ahead(worker, encode, self._hearing(chunks))
         self._user_codes: list[np.ndarray] = []
-        self._decoder = self._codec.make_state()
+        self._decoder = self._codec.make_state(start.decoder, by_frame=by_frame)
         self._decoding: _Decoding | None = None
         self._pieces: list[Answer] = []
         self.columns = self._opened(self._asked(self._user_columns(start.prompt)))

@@ -6,28 +6,34 @@ past positions and its codec. The loop around it (``conversation``) is the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from mlx.utils import tree_flatten
+from numpy.typing import DTypeLike
 
-from pplex.model.config import MimiConfig, ModelConfig
+from pplex.model.config import LmConfig, MimiConfig, ModelConfig
 from pplex.model.mimi import Mimi
 from pplex.model.prompt import Prompt
 from pplex.model.sampling import SamplingConfig
+from pplex.model.streams import NOT_FORCED
 
 FORCED_FRAMES = 32  # positions whose logits are computed at a time
+
+# What a conversation goes on from, by name: bfloat16 as its bits in uint16.
+Arrays = Mapping[str, np.ndarray]
 
 
 class Codec(Protocol):
     """PCM to codes and back, in chunks of whole frames.
 
-    A chunk has a power of two of frames, and the last of a stream any number.
-    ``concurrent``: calls may run in a thread beside the steps. ``chunk_frames`` are
-    best taken at a time where nobody waits for them; ``group`` recordings are best
-    coded together, 1 for one by one.
+    A chunk has any number of frames, and the bits do not depend on how a stream was
+    cut; but where one is coded ``by_frame``, chunks have one. ``concurrent``: calls may
+    run in a thread beside the steps. ``chunk_frames`` are best taken at a time where
+    nobody waits for them; ``group`` recordings are best coded together, 1 for one by
+    one.
     """
 
     @property
@@ -39,8 +45,14 @@ class Codec(Protocol):
     @property
     def group(self) -> int: ...
 
-    def make_state(self) -> Any:
-        """A fresh state, for one direction of one stream."""
+    def make_state(self, saved: Arrays | None = None, *, by_frame: bool = False) -> Any:
+        """A state for one direction of one stream: a fresh one, or as it was ``saved``.
+
+        ValueError for arrays of another model's codec.
+        """
+
+    def save(self, state: Any) -> dict[str, np.ndarray]:
+        """A copy of a state, for ``make_state``."""
 
     def encode(self, frames: np.ndarray, state: Any) -> np.ndarray:
         """PCM (frames, frame_size) to codes int32 (codebooks, frames)."""
@@ -57,10 +69,17 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """A prompt that was read; rows begin after it. ``memory`` is the engine's own."""
+    """Where rows begin: after a prompt that was read, or where one was saved.
+
+    ``memory`` is the engine's own. A saved conversation made so many ``steps``, and its
+    ``prompt`` is the last column; ``encoder`` and ``decoder`` are the codec's states.
+    """
 
     prompt: Prompt
     memory: Any
+    steps: int = 0
+    encoder: Arrays | None = None
+    decoder: Arrays | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,12 @@ class Rows(Protocol):
 
         They are those of the column that is made; of Moshi, of the one that is read.
         The next step may be asked for before this one's tokens are.
+        """
+
+    def save(self, row: int) -> dict[str, np.ndarray]:
+        """What a conversation goes on from after the steps that were asked for.
+
+        It is for ``Engine.restore``.
         """
 
     def leave(self, row: int) -> None:
@@ -135,6 +160,12 @@ class Engine(Protocol):
     def prefill(self, prompt: Prompt) -> Start:
         """Read a prompt, so that conversations can start after it."""
 
+    def restore(self, saved: Arrays) -> Start:
+        """Where a row was saved, so that conversations can go on from there.
+
+        ValueError for arrays of another model, or of an engine of another name or form.
+        """
+
     def rows(
         self, capacity: int, sampling: SamplingConfig, *, live: bool = False
     ) -> Rows:
@@ -165,6 +196,48 @@ class Done:
     def tokens(self) -> np.ndarray:
         """The agent's column int32 (capacity, agent streams)."""
         return self.column
+
+
+def save_place(column: np.ndarray, given: np.ndarray, steps: int) -> dict[str, Any]:
+    """What every engine saves of a row: its last column (streams,), the tokens that
+    are given of the agent's next (agent streams,), and how many steps it made.
+    """
+    return {
+        "column": np.array(column, np.int32),
+        "given": np.array(given, np.int32),
+        "steps": np.array([steps], np.int64),
+    }
+
+
+def restored(config: LmConfig, saved: Arrays, memory: Any) -> Start:
+    """Where a row was saved whose keys and values are in ``memory``."""
+    column = checked(saved, "column", (config.num_streams,), np.int32)
+    given = checked(saved, "given", (config.num_agent_streams,), np.int32)
+    cards = np.array([config.text_card] + [config.card] * config.n_q)
+    if (column > cards).any() or (given > cards[: len(given)]).any():
+        raise ValueError("a token is none of this model")
+    pending = np.full(config.num_streams, NOT_FORCED, np.int32)
+    pending[: len(given)] = given
+    return Start(Prompt(None, column[:, None], pending), memory, number(saved, "steps"))
+
+
+def checked(
+    saved: Arrays, name: str, shape: tuple[int, ...], dtype: DTypeLike
+) -> np.ndarray:
+    """An array of what was saved; ValueError if it has another shape or type."""
+    array = saved.get(name)
+    if array is None or array.shape != shape or array.dtype != dtype:
+        found = "missing" if array is None else f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"`{name}` is {found}, not {np.dtype(dtype)} {list(shape)}")
+    return array
+
+
+def number(saved: Arrays, name: str) -> int:
+    """A count of what was saved."""
+    count = int(checked(saved, name, (1,), np.int64)[0])
+    if not 0 <= count < 1 << 31:
+        raise ValueError(f"`{name}` is {count}")
+    return count
 
 
 def form_name(dense: bool, alone: bool) -> str:

@@ -9,6 +9,7 @@ codec brings two latents a frame), the earlier ones of a block therefore see few
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -40,14 +41,16 @@ class KvCache:
     """Keys and values of every layer of one transformer, for a batch of rows.
 
     ``window`` is the number of positions kept, ``block`` how many positions arrive at
-    a time in streaming use, ``end`` how many were written since the start. Arrays are
-    ``(batch, heads, slots, head_dim)``; position ``p`` lies in slot ``p % window``.
+    a time in streaming use, ``end`` how many were written since the start, ``said`` of
+    these, how many after a prompt. Arrays are ``(batch, heads, slots, head_dim)``;
+    position ``p`` lies in slot ``p % window``.
     """
 
     def __init__(self, num_layers: int, window: int, block: int = 1) -> None:
         self.window = window
         self.block = block
-        self.end = 0
+        self.end = self.said = 0
+        self.num_layers = num_layers
         self._keys: list[mx.array | None] = [None] * num_layers
         self._values: list[mx.array | None] = [None] * num_layers
 
@@ -62,6 +65,11 @@ class KvCache:
     def arrays(self) -> list[mx.array]:
         """The arrays held, for evaluation."""
         return [a for a in self._keys + self._values if a is not None]
+
+    def put(self, arrays: Sequence[mx.array]) -> None:
+        """Take over arrays, in the order of ``arrays()``."""
+        self._keys[:] = arrays[: self.num_layers]
+        self._values[:] = arrays[self.num_layers :]
 
     def mask(self, t: int) -> Mask:
         """What ``t`` new positions may see of the keys ``update`` will return.
@@ -117,6 +125,7 @@ class KvCache:
     def advance(self, t: int) -> None:
         """Count ``t`` positions as written, once every layer has attended."""
         self.end += t
+        self.said += t
 
     def ordered(self, length: int) -> list[mx.array]:
         """The last ``length`` positions of ``arrays()``, in order."""

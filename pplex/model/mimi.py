@@ -76,6 +76,11 @@ class Mimi(nn.Module):
         self.decoder_transformer = CodecTransformer(config.transformer)
         self.decoder = make_decoder(config.seanet)
 
+    @property
+    def frame_size(self) -> int:
+        """Samples of a frame."""
+        return self._config.frame_size
+
     def make_state(self) -> CodecState:
         """A fresh state, for one direction of one stream."""
         transformer = self._config.transformer

@@ -28,6 +28,7 @@ from cases import (
     write,
 )
 from engines import NAMES, Engine, Logits, Start, make
+from small import check_saved_rows
 
 from pplex.model.lm import Lm
 from pplex.model.prompt import Prompt
@@ -466,6 +467,23 @@ def test_a_codec_keeps_its_streams_apart(recorded_codec):
     alone = codec.encode(others, codec.make_state())
     assert_codes(engine, np.concatenate(found[1], axis=1), alone)
     assert_pcm(engine, np.concatenate(found[2])[:, 0], recorded["pcm"][0])
+
+
+def test_a_saved_row_goes_on_as_if_it_had_not_stopped(recorded_engine):
+    """From either side of the window."""
+    check_saved_rows(recorded_engine, read(recorded_engine, "codes"), 45, 4)
+
+
+def test_what_is_no_saved_row_of_the_model_is_refused(recorded_engine):
+    rows = recorded_engine.rows(1, GREEDY)
+    saved = rows.save(rows.join(read(recorded_engine, "codes"), 0))
+    for name, array in saved.items():
+        for other in ({}, {name: np.zeros((*array.shape, 1), array.dtype)}):
+            broken = {k: v for k, v in saved.items() if k != name} | other
+            with pytest.raises(ValueError, match=name):
+                recorded_engine.restore(broken)
+    with pytest.raises(ValueError, match="token"):
+        recorded_engine.restore(saved | {"column": saved["column"] + 4000})
 
 
 def test_a_concurrent_codec_works_beside_the_steps(engine):

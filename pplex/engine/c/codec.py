@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from pplex.engine.base import Arrays, checked, number
 from pplex.engine.c.binding import load_library
 from pplex.engine.c.memory import Arena
 from pplex.engine.c.structures import FLOAT32, LANES, Matrix
@@ -166,9 +167,21 @@ class CCodec:
         self._state_size = size.total
         self._rooms = threading.local()
 
-    def make_state(self) -> CodecState:
-        """A fresh state, for one direction of one stream."""
-        return CodecState(_aligned_zeros(self._state_size))
+    def make_state(
+        self, saved: Arrays | None = None, *, by_frame: bool = False
+    ) -> CodecState:
+        """A state for one direction of one stream: a fresh one, or as it was saved."""
+        state = CodecState(_aligned_zeros(self._state_size))
+        if saved is not None:
+            shape = state.carried.shape
+            state.carried[:] = checked(saved, "carried", shape, np.float32)
+            state.end = number(saved, "end")
+        return state
+
+    def save(self, state: CodecState) -> dict[str, np.ndarray]:
+        """A copy of a state."""
+        end = np.array([state.end], np.int64)
+        return {"carried": state.carried.copy(), "end": end}
 
     def encode(self, frames: np.ndarray, state: CodecState) -> np.ndarray:
         """PCM (frames, frame_size) to codes int32 (codebooks, frames)."""

@@ -19,12 +19,15 @@ from pplex.checkpoint.safetensors import widen_bfloat16
 from pplex.checkpoint.weights import LmTensors
 from pplex.engine.base import (
     FORCED_FRAMES,
+    Arrays,
     Codec,
     Cost,
     Done,
     Logits,
     Start,
     codec_bytes,
+    restored,
+    save_place,
 )
 from pplex.engine.c.binding import load_library
 from pplex.engine.c.codec import CCodec
@@ -86,6 +89,12 @@ class CEngine:
         cache = self.lm.make_cache()
         self.lm.read(cache, inputs)
         return Start(prompt, cache)
+
+    def restore(self, saved: Arrays) -> Start:
+        """Where a row was saved, so that conversations can go on from there."""
+        cache = self.lm.make_cache()
+        cache.restore(saved)
+        return restored(self.config.lm, saved, cache)
 
     def rows(
         self, capacity: int, sampling: SamplingConfig, *, live: bool = False
@@ -173,12 +182,19 @@ class CRows:
         if self._live:
             cache.reserve()
         self._caches[place] = cache
-        self._keys[place] = noise_key(seed, 0)
+        self._keys[place] = noise_key(seed, start.steps)
         self._columns[place] = start.prompt.columns[:, -1]
         self._given[place] = start.prompt.pending[: self._num_agent]
         self._is_given = True
         self._taken = sorted([*self._taken, place])
         return place
+
+    def save(self, row: int) -> dict[str, np.ndarray]:
+        """What a conversation goes on from after the steps that were asked for."""
+        cache, steps = self._caches[row], int(self._keys[row, 1])
+        assert cache is not None
+        place = save_place(self._columns[row], self._given[row], steps)
+        return place | cache.save()
 
     def leave(self, row: int) -> None:
         """End the conversation in a place; another may join there."""

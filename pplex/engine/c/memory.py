@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
+from pplex.engine.base import Arrays, checked, number
 from pplex.engine.c.structures import LANES, Row
 from pplex.model.cache import GROWTH
 from pplex.model.config import LmConfig
@@ -135,6 +136,27 @@ class RowCache:
         other._make_room(self.end + room if room else self._slots)
         return other
 
+    def save(self) -> dict[str, np.ndarray]:
+        """Copies of the arrays as far as they are filled, and the positions so far."""
+        blocks = -(-min(self.end, self.window) // LANES)
+        return {
+            "keys": self._keys[:, :, :blocks].copy(),
+            "values": self._values[:, :, : blocks * LANES].copy(),
+            "end": np.array([self.end], np.int64),
+        }
+
+    def restore(self, saved: Arrays) -> None:
+        """Take over the arrays of one that was saved; ValueError if they do not fit."""
+        end = number(saved, "end")
+        size = -(-min(end, self.window) // LANES) * LANES
+        shapes = self._shapes(size)
+        keys, values = (
+            np.ascontiguousarray(checked(saved, name, shape, np.float32))
+            for name, shape in zip(("keys", "values"), shapes, strict=True)
+        )
+        self._slots, self._keys, self._values = size, keys, values
+        self._places, self.end = (keys.ctypes.data, values.ctypes.data), end
+
     def release(self) -> None:
         """Give its memory back: neither it nor a copy of it is used any more."""
         if self._is_pooled:
@@ -177,20 +199,17 @@ class RowCache:
     def _make_room(self, size: int, *, huge: bool = True) -> None:
         """Move to arrays of ``size`` slots, but no more than the window."""
         size = -(-min(size, self.window) // LANES) * LANES
-        layers, heads, width = self._layers, self._heads, self._head_dim
-        padded = -(-width // LANES) * LANES
-        num_keys, num_values = (layers * heads * size * n for n in (width, padded))
-        count = num_keys + num_values
+        key_shape, value_shape = self._shapes(size)
+        num_keys = math.prod(key_shape)
+        count = num_keys + math.prod(value_shape)
         if not huge:
             memory = zeros((count,), np.float32, huge=False)
         elif self._is_pooled:
             memory = self._pool.take(count)
         else:
             memory = np.zeros(count, np.float32)
-        key_shape = layers, heads, size // LANES, width, LANES
         keys: np.ndarray = memory[:num_keys].reshape(key_shape)
-        values: np.ndarray = memory[num_keys : num_keys + num_values]
-        values = values.reshape(layers, heads, size, padded)
+        values: np.ndarray = memory[num_keys:count].reshape(value_shape)
         if self.end:
             held = min(self.end, self.window)
             blocks = -(-held // LANES)
@@ -199,6 +218,13 @@ class RowCache:
         self._slots, self._memory = size, memory
         self._keys, self._values = keys, values
         self._places = keys.ctypes.data, values.ctypes.data
+
+    def _shapes(self, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of keys and of values of ``size`` slots, a multiple of ``LANES``."""
+        layers, heads, width = self._layers, self._heads, self._head_dim
+        padded = -(-width // LANES) * LANES
+        keys = layers, heads, size // LANES, width, LANES
+        return keys, (layers, heads, size, padded)
 
 
 _BLOCK = 128  # positions whose angles are made at once

@@ -41,7 +41,8 @@ class SharedCache:
         They are a prompt's: without one there is nothing to share.
         """
         array = like.arrays()[0]
-        return like.end > 0 and array.dtype == mx.bfloat16 and array.shape[3] in WIDTHS
+        is_known = array.dtype == mx.bfloat16 and array.shape[3] in WIDTHS
+        return like.end > like.said and is_known
 
     def put(self, row: int, source: KvCache) -> None:
         """Replace ``row`` by one that starts after the prompt in ``source``."""
@@ -49,9 +50,32 @@ class SharedCache:
         number = next(found, None)
         if number is None:
             number = self._add(source)
-        kept = min(source.end, self._ring.window)
-        self._rows[row] = source.end, source.end, source.end - kept, number
+        before = source.end - source.said
+        kept = min(before, self._ring.window)
+        self._rows[row] = source.end, before, before - kept, number
         self._tiles = None
+        if said := min(source.said, self._ring.window):
+            self._ring.grow(said + 1)
+            self._ring.put(row, source.ordered(said))
+
+    def save(self, row: int) -> KvCache:
+        """A cache from which ``row`` can go on, once its arrays are copied."""
+        end, before, first, number = self._rows[row].tolist()
+        window = self._ring.window
+        cache = KvCache(len(self._ring.stores) // 2, window)
+        cache.end, cache.said = end, end - before
+        filled, said = min(end, window), min(end - before, window)
+        stretch = slice(end - filled - first, before - first)
+        arrays = self._ring.latest(row, said)
+        if said < filled:
+            pairs = zip(self._prompt_stores, arrays, strict=True)
+            arrays = [
+                mx.concatenate([prompt[number : number + 1, :, stretch], new], axis=2)
+                for prompt, new in pairs
+            ]
+        turn = end % window if filled == window else 0
+        cache.put([mx.roll(array, turn, 2) for array in arrays])
+        return cache
 
     def leave(self, row: int) -> None:
         """Forget what ``row`` had; nobody uses it for now."""
@@ -73,12 +97,15 @@ class SharedCache:
         self._rows[:, 3] = np.searchsorted(used, self._rows[:, 3])
 
     def _stack_prompts(self) -> None:
-        longest = max(min(prompt.end, self._ring.window) for prompt in self._prompts)
+        window = self._ring.window
+        lengths = [min(p.end - p.said, window) for p in self._prompts]
         per_prompt = []
-        for prompt in self._prompts:
-            length = min(prompt.end, self._ring.window)
-            room = [(0, 0), (0, 0), (0, longest - length), (0, 0)]
-            per_prompt.append([mx.pad(a, room) for a in prompt.ordered(length)])
+        for prompt, length in zip(self._prompts, lengths, strict=True):
+            # What has left the window since is zeros, so that all lies as before.
+            held = max(0, min(prompt.end, window) - prompt.said)
+            room = [(0, 0), (0, 0), (length - held, max(lengths) - length), (0, 0)]
+            whole = prompt.ordered(min(prompt.end, window))
+            per_prompt.append([mx.pad(a[:, :, :held], room) for a in whole])
         self._prompt_stores = [
             mx.concatenate(list(arrays)) for arrays in zip(*per_prompt, strict=True)
         ]

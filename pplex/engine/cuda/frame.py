@@ -14,11 +14,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from pplex.engine.base import Start
+from pplex.engine.base import Start, save_place
 from pplex.engine.cuda.compiler import Kernel, read_source, with_constants
 from pplex.engine.cuda.driver import num_multiprocessors
 from pplex.engine.cuda.weights import DENSE, form_of, stack
 from pplex.engine.mlx.engine import Waiting
+from pplex.engine.mlx.saved import save_cache, to_numpy
 from pplex.model.cache import GROWTH, KvCache
 from pplex.model.config import LmConfig
 from pplex.model.depformer import DepformerLayer
@@ -80,6 +81,14 @@ class FrameCache:
         half = len(arrays) // 2
         self.keys, self.values = mx.stack(arrays[:half]), mx.stack(arrays[half:])
         mx.eval(self.keys, self.values)
+
+    def save(self) -> KvCache:
+        """A cache from which to go on, once its arrays are copied."""
+        mx.synchronize()
+        cache = KvCache(len(self.keys), self.window)
+        cache.end = self.end
+        cache.put([layer[None] for both in (self.keys, self.values) for layer in both])
+        return cache
 
     def place(self) -> list[int]:
         """The next position, its slot, the positions then visible, the slots."""
@@ -302,10 +311,19 @@ class FrameRows:
         """Begin a conversation after a prompt; its place."""
         assert self._cache is None
         self._cache = FrameCache(start.memory)
-        self._seed, self._frame = seed, 0
+        self._seed, self._frame = seed, start.steps
         self._column = mx.array(start.prompt.columns[:, -1])
         self._given = mx.array(start.prompt.pending[: self._num_agent])
         return 0
+
+    def save(self, row: int) -> dict[str, np.ndarray]:
+        """What a conversation goes on from after the steps that were asked for."""
+        assert self._cache is not None
+        given = np.full(self._num_agent, NOT_FORCED, np.int32)
+        if self._given is not None:
+            given = to_numpy(self._given)
+        place = save_place(to_numpy(self._column), given, self._frame)
+        return place | save_cache(self._cache.save())
 
     def leave(self, row: int) -> None:
         """End the conversation; another may begin."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from pplex.engine.base import Arrays
+from pplex.engine.mlx.saved import restore_codec, save_codec
 from pplex.model.mimi import CodecState, Mimi
 
 # Rows and frames of a chunk on a GPU, always: libraries choose by the shape in which
@@ -18,15 +21,14 @@ CHUNK_FRAMES = 128
 
 @dataclass
 class StreamState:
-    """One direction of a stream.
+    """One direction of a stream, in chunks of ``size`` frames.
 
-    Where chunks have the frames that there are it ``is_over`` after one that was
-    padded. Where they have one shape ``codec`` is as before the last that is not full
-    yet, and ``begun`` has its frames (frames, width).
+    ``codec`` is as before the last that is not full yet, and ``begun`` has its frames
+    (frames, width).
     """
 
     codec: CodecState
-    is_over: bool = False
+    size: int
     begun: np.ndarray | None = None
 
 
@@ -39,9 +41,9 @@ class MlxCodec:
 
     On a GPU a chunk of any size takes as long to launch, and a chunk of sixteen
     recordings little longer than one of one: chunks are long, and recordings coded in
-    groups. A chunk has one shape there, so that a recording's bits do not depend on
-    what is coded beside it; but of one conversation ``alone`` chunks have the frames
-    that there are. What is causal does not see the padding.
+    groups; but ``alone`` is one row. A chunk has one shape, so that a recording's bits
+    depend neither on how it comes nor on what is coded beside it. What is causal does
+    not see the padding.
     """
 
     concurrent = False
@@ -52,9 +54,31 @@ class MlxCodec:
         self.chunk_frames = CHUNK_FRAMES if on_gpu else 32
         self.group = GROUP_ROWS if on_gpu and not alone else 1
 
-    def make_state(self) -> StreamState:
-        """A fresh state, for one direction of one stream."""
-        return StreamState(self._mimi.make_state())
+    def make_state(
+        self, saved: Arrays | None = None, *, by_frame: bool = False
+    ) -> StreamState:
+        """A state for one direction of one stream: a fresh one, or as it was saved."""
+        size = 1 if by_frame and self.group == 1 else self.chunk_frames
+        state = StreamState(self._mimi.make_state(), size)
+        if saved is not None:
+            restore_codec(state.codec, saved, self._after_a_chunk, self.group)
+            state.begun = saved.get("begun")
+            if state.begun is not None and state.begun.ndim != 2:
+                raise ValueError("the codec's state is none of this model")
+        return state
+
+    def save(self, state: StreamState) -> dict[str, np.ndarray]:
+        """A copy of a state."""
+        begun = {} if state.begun is None else {"begun": np.array(state.begun)}
+        return save_codec(state.codec) | begun
+
+    @functools.cached_property
+    def _after_a_chunk(self) -> list[CodecState]:
+        """States of each direction."""
+        encoder, decoder = self._mimi.make_state(), self._mimi.make_state()
+        silence = mx.zeros((1, self._mimi.frame_size))
+        self._mimi.decode(self._mimi.encode(silence, encoder), decoder)
+        return [encoder, decoder]
 
     def encode(self, frames: np.ndarray, state: StreamState) -> np.ndarray:
         """PCM (frames, frame_size) to codes int32 (codebooks, frames)."""
@@ -63,37 +87,21 @@ class MlxCodec:
 
     def decode(self, codes: np.ndarray, state: StreamState) -> np.ndarray:
         """Codes (codebooks, frames) to PCM (frames * frame_size,)."""
-        frames = codes.T
-        if not self._on_gpu:
-            # The order in which sums are taken depends on the length of a chunk.
-            parts = [
-                self._coded(frame[None], state, self._decode_group) for frame in frames
-            ]
-            return np.concatenate(parts).reshape(-1)
-        return self._coded(frames, state, self._decode_group).reshape(-1)
+        return self._coded(codes.T, state, self._decode_group).reshape(-1)
 
     def _coded(self, frames: np.ndarray, state: StreamState, run: Run) -> np.ndarray:
         """``run`` over the next frames (frames, width) of a stream."""
-        if not self._on_gpu:
-            return np.array(run(frames[None], state.codec).squeeze(0))
-        if self.group == 1:
-            size = 1 << (len(frames) - 1).bit_length()
-            if state.is_over:
-                raise ValueError("a chunk came after one of no power of two of frames")
-            state.is_over = size > len(frames)
-            made = run(_chunk([frames], 1, size), state.codec)
-            return np.array(made.squeeze(0)[: len(frames)])
-        known = 0
+        known, size = 0, state.size
         if state.begun is not None:
             known, frames = len(state.begun), np.concatenate([state.begun, frames])
         parts = []
-        for first in range(0, len(frames), CHUNK_FRAMES):
-            some = frames[first : first + CHUNK_FRAMES]
-            is_full = len(some) == CHUNK_FRAMES
+        for first in range(0, len(frames), size):
+            some = frames[first : first + size]
+            is_full = len(some) == size
             # One that is not full yet is run again with what comes.
             state.begun = None if is_full else some
             codec = state.codec if is_full else state.codec.copy()
-            made = run(_chunk([some], GROUP_ROWS, CHUNK_FRAMES), codec)
+            made = run(_chunk([some], self.group, size), codec)
             parts.append(np.array(made[:1, known : len(some)].squeeze(0)))
             known = 0
         return np.concatenate(parts)

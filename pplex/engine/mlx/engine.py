@@ -21,6 +21,7 @@ from pplex.checkpoint.layouts import Quantization
 from pplex.checkpoint.weights import LmTensors, make_lm
 from pplex.engine.base import (
     FORCED_FRAMES,
+    Arrays,
     Codec,
     Cost,
     Logits,
@@ -29,9 +30,12 @@ from pplex.engine.base import (
     Start,
     codec_bytes,
     form_name,
+    restored,
+    save_place,
 )
 from pplex.engine.mlx.codec import MlxCodec
 from pplex.engine.mlx.ring import CacheEach, FastCache, take_rows
+from pplex.engine.mlx.saved import restore_cache, save_cache, to_numpy
 from pplex.model.cache import Cache, KvCache
 from pplex.model.config import ModelConfig
 from pplex.model.mimi import Mimi, make_mimi
@@ -58,6 +62,9 @@ class RowsCache(Cache, Protocol):
 
     def put(self, row: int, source: KvCache) -> None:
         """Replace ``row`` by one that starts after the prompt in ``source``."""
+
+    def save(self, row: int) -> KvCache:
+        """A cache from which ``row`` can go on, once its arrays are copied."""
 
     def leave(self, row: int) -> None:
         """Forget what ``row`` had; nobody uses it for now."""
@@ -93,6 +100,7 @@ class MlxEngine:
         self.dtype = str(dtype).removeprefix("mlx.core.")
         self.compute = form_name(not lm.forms, alone)
         self.on_gpu, self.alone = on_gpu, alone
+        self._dtype = dtype
         self._num_rows = self.gpu_rows if on_gpu and not alone else 1
         # MLX 0.32.4, H100: NaN of 4-bit weights of one group of 64, from 2 rows on.
         if on_gpu and (narrow := [n for n in lm.forms if _has_one_group(lm, n)]):
@@ -107,8 +115,7 @@ class MlxEngine:
 
     def prefill(self, prompt: Prompt) -> Start:
         """Read a prompt, so that conversations can start after it."""
-        kind = FastCache if self.on_gpu else KvCache
-        cache = kind(self.config.lm.num_layers, self.config.lm.window)
+        cache = self._make_cache()
         # What is read before the first step; where that is nothing, all for the arrays.
         last = -1 if prompt.num_frames > 1 else None
         saved = 0 if prompt.embeddings is None else len(prompt.embeddings)
@@ -117,9 +124,20 @@ class MlxEngine:
             embeddings = mx.array(prompt.embeddings[None]).astype(inputs.dtype)
             inputs = mx.concatenate([embeddings, inputs], axis=1)
         self.temporal(inputs, cache)
-        cache.end = prompt.num_frames - 1
+        cache.end, cache.said = prompt.num_frames - 1, 0
         mx.eval(cache.arrays())
         return Start(prompt, cache)
+
+    def restore(self, saved: Arrays) -> Start:
+        """Where a row was saved, so that conversations can go on from there."""
+        cache, lm = self._make_cache(), self.config.lm
+        head_dim = lm.dim // lm.num_heads
+        restore_cache(cache, saved, lm.num_heads, head_dim, self._dtype)
+        return restored(lm, saved, cache)
+
+    def _make_cache(self) -> KvCache:
+        kind = FastCache if self.on_gpu else KvCache
+        return kind(self.config.lm.num_layers, self.config.lm.window)
 
     def rows(
         self, capacity: int, sampling: SamplingConfig, *, live: bool = False
@@ -322,7 +340,7 @@ class MlxRows:
         else:
             self._cache.put(row, start.memory)
         self._places[row] = place
-        self._seeds[row], self._frames[row] = seed, 0
+        self._seeds[row], self._frames[row] = seed, start.steps
         column, given = mx.array(self._column), self._given
         column[row] = mx.array(start.prompt.columns[:, -1])
         if given is None:
@@ -331,6 +349,16 @@ class MlxRows:
         given[row] = mx.array(start.prompt.pending[: self._num_agent])
         self._column, self._given = column, given
         return place
+
+    def save(self, row: int) -> dict[str, np.ndarray]:
+        """What a conversation goes on from after the steps that were asked for."""
+        idx = self._places.index(row)
+        given = np.full(self._num_agent, NOT_FORCED, np.int32)
+        if self._given is not None:
+            given = to_numpy(self._given[idx])
+        column, steps = to_numpy(self._column[idx]), self._frames[idx]
+        cache = self._cache if self._num_rows == 1 else self._cache.save(idx)
+        return save_place(column, given, steps) | save_cache(cache)
 
     def leave(self, row: int) -> None:
         """End the conversation in a place; another may join there."""
@@ -454,6 +482,11 @@ class RowsApart:
         idx = next(i for i, (taken, size) in enumerate(sizes) if taken < size)
         self._taken[idx] += 1
         return self._first[idx] + self._blocks[idx].join(start, seed, frames)
+
+    def save(self, row: int) -> dict[str, np.ndarray]:
+        """What a conversation goes on from after the steps that were asked for."""
+        idx = bisect.bisect(self._first, row) - 1
+        return self._blocks[idx].save(row - self._first[idx])
 
     def leave(self, row: int) -> None:
         """End the conversation in a place; another may join there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -69,6 +69,37 @@ class Ring:
         """Make the rows copies of these; a row may be there more than once."""
         self._replace(lambda store: take_rows(store, rows))
 
+    def latest(self, row: int, count: int) -> list[mx.array]:
+        """What ``row`` wrote last (1, heads, count, head_dim), in order."""
+        mx.synchronize()
+        stretches = [slots for slots, _ in self._latest(count)]
+        return [
+            mx.concatenate([store[row : row + 1, :, slots] for slots in stretches], 2)
+            for store in self.stores
+        ]
+
+    def put(self, row: int, arrays: Sequence[mx.array]) -> None:
+        """Let ``row`` have written ``arrays`` (1, heads, count, head_dim) last."""
+        coming = iter(arrays)
+        stretches = self._latest(arrays[0].shape[2])
+
+        def change(store: mx.array) -> mx.array:
+            new = next(coming)
+            for slots, part in stretches:
+                store[row : row + 1, :, slots] = new[:, :, part]
+            return store
+
+        self._replace(change)
+
+    def _latest(self, count: int) -> list[tuple[slice, slice]]:
+        """The slots of the last ``count`` positions in order, and which of these."""
+        first = (self._step - count) % self.slots if count else 0
+        before = min(count, self.slots - first)
+        return [
+            (slice(first, first + before), slice(before)),
+            (slice(count - before), slice(before, count)),
+        ]
+
     def grow(self, need: int) -> None:
         """Make room for ``need`` positions, or the window."""
         need = min(need, self.window)
@@ -108,6 +139,12 @@ class CacheEach:
     def put(self, row: int, source: KvCache) -> None:
         """Replace ``row`` by the positions of a cache of one row."""
         self._rows[row] = source.copy()
+
+    def save(self, row: int) -> KvCache:
+        """A cache from which ``row`` can go on, once its arrays are copied."""
+        cache = self._rows[row]
+        assert cache is not None
+        return cache
 
     def leave(self, row: int) -> None:
         """Forget what ``row`` had; nobody uses it for now."""
