@@ -14,12 +14,13 @@ import pytest
 from dialogues import DATA, track, write_dialogue
 
 from pplex.audio.files import write_wav
+from pplex.cli.score_tables import score_table
 from pplex.errors import PplexError
 from pplex.evaluation.diarization import read_rttm
 from pplex.evaluation.find import find
 from pplex.evaluation.measure import Method
 from pplex.evaluation.metrics import METRICS, figure_of, single
-from pplex.evaluation.score import as_csv, as_table, score
+from pplex.evaluation.score import as_csv, score
 from pplex.evaluation.sound_quality import SoundQuality, make_sound_quality
 from pplex.evaluation.speech_activity import Segment
 
@@ -318,7 +319,9 @@ def test_every_metric_is_in_json_csv_the_table_and_the_page(tmp_path, run):
         assert single(figure_of(metric, result["total"])) == figure
         assert not metric.title or float(cells[metric.column]) == figure
         assert not metric.about or escape(metric.about) in text
-        assert not (metric.title and metric.table) or metric.title in as_table(result)
+        assert not (metric.title and metric.table) or metric.title in score_table(
+            result
+        )
 
 
 def test_what_makes_no_sense_is_refused(tmp_path, run):
@@ -359,7 +362,7 @@ def test_an_overlap_sample_is_scored_with_its_clean_pair(tmp_path):
     assert total["samples"] == 1
     assert total["clean_response_s"] == row["bench"]["clean_response_s"]
     assert any("v1.5" in note for note in result["method"]["full_duplex_bench"])
-    assert "event stop s" in as_table(result)
+    assert "event stop s" in score_table(result)
 
 
 def test_rewards_of_a_run_on_one_side_of_a_call(tmp_path):

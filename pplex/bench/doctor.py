@@ -40,6 +40,7 @@ from pplex.errors import PplexError, first_line
 from pplex.model.config import ModelConfig
 
 TEST_MODEL = "mini"
+LIVE_FACTOR = 0.9  # real-time factor; above it a live stream is not kept up with
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def look_at_model(
     """
     faults: list[str] = []
     num_voices, published = 0, None
-    config, bits, needed_gb = ModelConfig(), PUBLISHED_BITS.get(entry.name), None
+    config, bits = ModelConfig(), PUBLISHED_BITS.get(entry.name)
+    needed_gb = entry.memory_gb
     tensors = random_lm(config.lm, bits) if bits else None
     if entry.path is not None and entry.complete:
         local = LocalModel(entry.name, entry.path, entry.repo, entry.revision)
@@ -256,7 +258,9 @@ def _verdict(
     if factor is not None:
         kind = "measured" if measured else "estimated from a short measurement"
         live = (
-            "keeps up with a live stream" if factor < 0.9 else "slower than real time"
+            "keeps up with a live stream"
+            if factor < LIVE_FACTOR
+            else "slower than real time"
         )
         speed = (
             f"; real-time factor {factor:.2f} ({kind}): {live}, "

@@ -28,6 +28,7 @@ from pplex.model.config import MimiConfig, ModelConfig
 from pplex.model.prompt import Prompt, initial_column
 from pplex.model.sampling import SamplingConfig
 from pplex.model.streams import NOT_FORCED
+from pplex.units import duration
 
 SMALL_BYTES = 400 << 20  # of weights a step reads: such a model is run as it is
 FRAMES = 128  # ten seconds
@@ -64,13 +65,7 @@ def estimate_published(name: str) -> float | None:
 
 def minute_in_words(real_time_factor: float) -> str:
     """How long a minute of sound takes, for somebody who waits for it."""
-    seconds = 60 * real_time_factor
-    if seconds < 90:
-        return f"about {max(1, round(seconds))} s for a minute of sound"
-    minutes = seconds / 60
-    if minutes < 90:
-        return f"about {round(minutes)} minutes for a minute of sound"
-    return f"about {round(minutes / 60)} hours for a minute of sound"
+    return f"about {duration(60 * real_time_factor)} for a minute of sound"
 
 
 def estimate_frame_s(config: ModelConfig, bits: int) -> float | None:

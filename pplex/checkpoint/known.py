@@ -85,14 +85,14 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     },
     "personaplex-rl": KnownModel(
         "kyutai/personaplex-rl-seamless",
-        "PersonaPlex 7B, trained further by Kyutai; accept its licence first",
+        "PersonaPlex 7B, trained further; accept its licence first",
         17.2,
         20.0,
         f"CC BY-NC 4.0 and {NVIDIA}",
     ),
     "moshika-rl": KnownModel(
         "kyutai/moshika-rl-seamless",
-        "Moshi, a woman's voice, trained further by Kyutai; accept its licence first",
+        "Moshi, a woman's voice, trained further; accept its licence first",
         15.8,
         18.5,
         "CC BY-NC 4.0",

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from pplex.cli.progress import QUIET, VERBOSE, Lines, size
+from pplex.cli.progress import QUIET, VERBOSE, Lines
 from pplex.cli.tables import printable
+from pplex.units import size
 
 if TYPE_CHECKING:
     from pplex.batch.forecast import Forecast
@@ -112,7 +113,8 @@ def summary(done: Summary) -> str:
         lines.append(
             f"{done.audio_s:.1f} s of audio in {done.total_s:.1f} s, {done.load_s:.1f} "
             f"s of it loading: {pace(done.audio_s, done.run_s)} s of audio a second "
-            f"without that; batch size {done.batch_size}; {size(done.peak_memory_gb)}"
+            f"without that; batch size {done.batch_size}; "
+            f"{size(1e9 * done.peak_memory_gb)}"
         )
     return "\n".join(lines)
 
@@ -139,12 +141,14 @@ def forecast_text(found: Forecast, every: bool) -> str:
         lines.append(f"  and {len(found.warnings) - _SHOWN_FAILURES} more")
     lines += [*found.left_out.sentences(), *kept_lines(found.kept, every)]
     lines.append(
-        f"disk:    about {size(found.output_gb)} of {size(found.disk_free_gb)} free"
+        f"disk:    about {size(1e9 * found.output_gb)} of "
+        f"{size(1e9 * found.disk_free_gb)} free"
     )
     lines.append(
-        f"memory:  about {size(found.weights_gb)} for the model, "
-        f"{size(found.row_gb)} for each of {found.batch_size} recordings at a time and "
-        f"{size(found.sound_gb)} for their sound, of {size(found.memory_gb)}"
+        f"memory:  about {size(1e9 * found.weights_gb)} for the model, "
+        f"{size(1e9 * found.row_gb)} for each of {found.batch_size} recordings at a "
+        f"time and {size(1e9 * found.sound_gb)} for their sound, of "
+        f"{size(1e9 * found.memory_gb)}"
     )
     if found.seconds is None:
         lines.append("time:    unknown, as this model has answered nothing here yet")

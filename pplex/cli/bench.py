@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pplex.cli.options import compute_option, model_options, verbosity_options
-from pplex.cli.progress import size
 from pplex.cli.tables import echo_table
 from pplex.files import PIPE, check_new, write_text
+from pplex.units import percent, significant, size
 
 if TYPE_CHECKING:
     from pplex.bench.compare import Change
-    from pplex.bench.run import Bench
+    from pplex.bench.run import Bench, Run
 
 _FILE = click.Path(path_type=Path)
 _MOST_FRAMES = 1_000_000
+_MOST_LATE_PERCENT = 1.0  # of frames, which a player's buffer hides
+_SAME = 0.05  # of a figure, by which runs differ without a reason
 
 
 class BatchSizes(click.ParamType):
@@ -187,11 +189,14 @@ def _note(said: str, verbosity: int) -> None:
 
 
 def report(found: Bench) -> None:
-    """Print what was measured, a column a batch size."""
+    """Print what was measured: in words, then a column a batch size."""
+    for run in found.runs:
+        click.echo(_in_words(run, found.frame_rate))
+    click.echo()
     bits = " and ".join(str(b) for b in found.bits)
     click.echo(
         f"{found.model}, {bits} bits, {found.compute} in {found.dtype} by the engine "
-        f"{found.engine} on {found.device}; pplex {found.pplex}, MLX {found.mlx}"
+        f"{found.engine}\non {found.device}; pplex {found.pplex}, MLX {found.mlx}"
     )
     click.echo(
         f"ready in {found.load_s:.2f} s; voice and role ({found.prompt_frames} frames) "
@@ -204,21 +209,35 @@ def report(found: Bench) -> None:
             rows.append([name, *(cell or "-" for cell in cells)])
     echo_table(rows, right=range(1, len(rows[0])))
     if found.peak_process_gb is not None and not found.device.startswith("cpu"):
-        click.echo(f"The process held at most {size(found.peak_process_gb)}.")
+        click.echo(f"The process held at most {_size(found.peak_process_gb)}.")
     click.echo(f"Left out: warming up with {found.warm_up_frames} frames.")
     if found.lengths is None:
         click.echo(
-            "A mean frame is split as the loop saw it; the parts alone were run apart "
+            "A mean frame is split as the loop saw it; the parts alone were run apart\n"
             "and waited for."
         )
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    if value is None:
-        return ""
-    if abs(value) >= 10 ** (digits - 1):
-        return f"{value:,.0f}".replace(",", " ")
-    return f"{value:.{digits}g}"
+def _in_words(run: Run, frame_rate: float) -> str:
+    """How fast a batch size is, and whether a live stream would be kept up with."""
+    words = f"{run.batch_size} at a time: {significant(run.audio_s_per_s)} s of audio "
+    words += "a second"
+    if run.batch_size > 1 or run.late_percent is None:
+        return words
+    late = f"{percent(run.late_percent / 100)} of frames" if run.late_percent else ""
+    keeps = run.late_percent <= _MOST_LATE_PERCENT
+    return (
+        f"{words}; live: {'keeps up' if keeps else 'does not keep up'}, "
+        f"{late or 'no frame'} over {1000 / frame_rate:.0f} ms"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else significant(value)
+
+
+def _size(value_gb: float) -> str:
+    return size(1e9 * value_gb)
 
 
 def _in(group: str, key: str) -> Any:
@@ -229,9 +248,18 @@ def _of(key: str) -> Any:
     return lambda run: _number(getattr(run, key))
 
 
+def _moved(key: str) -> Any:
+    def text(run: Run) -> str:
+        megabytes = getattr(run.moved_mb, key, None)
+        return "" if megabytes is None else size(1e6 * megabytes)
+
+    return text
+
+
 _ROWS: tuple[tuple[str, Any], ...] = (
-    ("recordings", lambda run: str(run.recordings)),
-    ("frames", lambda run: str(run.frames)),
+    ("seconds of audio a second", _of("audio_s_per_s")),
+    ("real-time factor", _of("real_time_factor")),
+    ("% of frames over 80 ms", _of("late_percent")),
     ("ms a frame, p50", _in("frame_ms", "p50")),
     ("  p95", _in("frame_ms", "p95")),
     ("  p99", _in("frame_ms", "p99")),
@@ -242,16 +270,15 @@ _ROWS: tuple[tuple[str, Any], ...] = (
     ("    rest", _in("loop_ms", "rest")),
     ("ms alone: encode", _in("parts_ms", "encode")),
     ("    decode", _in("parts_ms", "decode")),
-    ("% of frames over 80 ms", _of("late_percent")),
-    ("real-time factor", _of("real_time_factor")),
-    ("seconds of audio a second", _of("audio_s_per_s")),
-    ("MB a frame must move", _in("moved_mb", "total")),
-    ("    weights", _in("moved_mb", "weights")),
-    ("    keys and values", _in("moved_mb", "kv")),
-    ("    codec", _in("moved_mb", "codec")),
+    ("peak memory", lambda run: _size(run.peak_memory_gb)),
+    ("a frame must move", _moved("total")),
+    ("    weights", _moved("weights")),
+    ("    keys and values", _moved("kv")),
+    ("    codec", _moved("codec")),
     ("GB/s reached", _of("moved_gb_s")),
     ("% of copies", _of("bandwidth_percent")),
-    ("peak memory", lambda run: size(run.peak_memory_gb)),
+    ("recordings", lambda run: str(run.recordings)),
+    ("frames", lambda run: str(run.frames)),
 )
 
 
@@ -263,15 +290,29 @@ def report_changes(different: list[str], found: list[Change]) -> None:
     if not found:
         click.echo("the earlier run has no batch size of this one")
         return
-    rows = [["", "unit", "then", "now", "now/then"]]
+    rows = [["", "unit", "then", "now", "change", "verdict"]]
     rows += [
         [
             f"batch {one.batch_size}, {one.figure}",
-            one.unit,
-            _number(one.before),
-            _number(one.now),
-            f"{one.ratio:.2f}",
+            "" if one.unit == "GB" else one.unit,
+            *map(_size if one.unit == "GB" else _number, (one.before, one.now)),
+            f"{one.ratio - 1:+.0%}",
+            _changed(one),
         ]
         for one in found
     ]
     echo_table(rows, right=(2, 3, 4))
+    click.echo(
+        f"\nTwo runs of the same differ by {_SAME:.0%} and more where the machine does "
+        "other things\nmeanwhile."
+    )
+
+
+def _changed(one: Change) -> str:
+    """What a change means, unless it is one that comes and goes by itself."""
+    if not abs(one.ratio - 1) > _SAME:
+        return "about the same"
+    is_more = one.ratio > 1
+    if one.unit == "GB":
+        return "more" if is_more else "less"
+    return "faster" if is_more == (one.unit == "s/s") else "slower"

@@ -12,8 +12,8 @@ from pplex.cli.models_check import info, verify
 from pplex.cli.models_compare import compare, sensitivity
 from pplex.cli.models_convert import convert
 from pplex.cli.options import complete_model
-from pplex.cli.progress import size
 from pplex.cli.tables import echo_json, echo_table
+from pplex.units import duration, size
 
 if TYPE_CHECKING:
     from pplex.checkpoint.hub_cache import ModelEntry
@@ -66,7 +66,7 @@ def remove(model: str, yes: bool) -> None:
     if not yes:
         click.confirm(f"Delete {model} from this machine?", abort=True, err=True)
     freed = hub.remove(model)
-    click.echo(f"{model} is removed, {size(freed / 1e9)} are free again", err=True)
+    click.echo(f"{model} is removed, {size(freed)} are free again", err=True)
 
 
 @models.command("list", epilog="Example: pplex models list")
@@ -75,8 +75,7 @@ def list_models(as_json: bool) -> None:
     """Print the known models and those on this machine; never goes online.
 
     MEMORY is what a conversation takes here; FITS says whether this machine has it.
-    WHAT ends with how long a published model takes here, from a short measurement, and
-    the licence of the weights.
+    A MINUTE is how long a minute of sound takes here, from a short measurement.
     """
     from pplex.checkpoint.hub import list_models as known
 
@@ -88,10 +87,15 @@ def list_models(as_json: bool) -> None:
     if as_json:
         echo_json([_as_json(entry, memory_gb) for entry in entries()])
         return
-    rows = [("NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "WHAT")]
+    rows = [
+        (
+            *("NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "A MINUTE"),
+            *("WHAT", "LICENCE OF THE WEIGHTS"),
+        )
+    ]
     for entry in entries():
         fits = _fits(entry, memory_gb)
-        speed = "" if fits is False else _speed(entry)
+        speed = "-" if fits is False else _speed(entry)
         rows.append(
             (
                 entry.name,
@@ -99,7 +103,9 @@ def list_models(as_json: bool) -> None:
                 _gb(entry.download_gb),
                 _gb(entry.memory_gb),
                 "-" if fits is None else "yes" if fits else "no",
-                "; ".join(filter(None, (entry.description, speed, entry.licence))),
+                speed,
+                entry.description,
+                entry.licence or "-",
             )
         )
     echo_table(rows)
@@ -114,10 +120,10 @@ def _here(entry: ModelEntry) -> ModelEntry:
 
 
 def _speed(entry: ModelEntry) -> str:
-    from pplex.bench.estimate import estimate_published, minute_in_words
+    from pplex.bench.estimate import estimate_published
 
     factor = estimate_published(entry.name)
-    return "" if factor is None else minute_in_words(factor)
+    return "-" if factor is None else duration(60 * factor)
 
 
 def _fits(entry: ModelEntry, memory_gb: float | None) -> bool | None:
@@ -134,8 +140,8 @@ def _as_json(entry: ModelEntry, memory_gb: float | None) -> dict[str, object]:
 def _size(size_bytes: int | None, complete: bool) -> str:
     if size_bytes is None:
         return "-"
-    return size(size_bytes / 1e9) + ("" if complete else " (part)")
+    return size(size_bytes) + ("" if complete else " (part)")
 
 
 def _gb(size_gb: float | None) -> str:
-    return size(size_gb) if size_gb else "-"
+    return size(1e9 * size_gb) if size_gb else "-"

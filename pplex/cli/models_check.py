@@ -11,9 +11,9 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.options import complete_model
-from pplex.cli.progress import size
 from pplex.cli.tables import echo_json, echo_table
 from pplex.errors import PplexError
+from pplex.units import count, percent, significant, size
 
 if TYPE_CHECKING:
     from pplex.checkpoint.describe import ModelInfo
@@ -55,20 +55,21 @@ def info(model: str, bandwidth: float | None, as_json: bool) -> None:
         return
     for line in _lines(found, bandwidth):
         click.echo(line)
-    rows = [("PART", "BITS/GROUP", "TYPE", "MATRICES", "PARAMETERS", "SIZE")]
-    for part in found.parts:
+    rows = [("PART", "BITS/GROUP", "TYPE", "MATRICES", "PARAMETERS", "SIZE", "SHARE")]
+    for part in sorted(found.parts, key=lambda part: -part.bytes):
         rows.append(
             (
                 part.part,
                 part.form,
                 part.dtype,
                 str(part.matrices),
-                f"{part.parameters:,}",
-                size(part.bytes / 1e9),
+                count(part.parameters),
+                size(part.bytes),
+                percent(part.bytes / max(1, found.lm_bytes)),
             )
         )
     click.echo()
-    echo_table(rows, right=(3, 4, 5))
+    echo_table(rows, right=(3, 4, 5, 6))
 
 
 def _lines(found: ModelInfo, bandwidth: float | None) -> list[str]:
@@ -77,23 +78,23 @@ def _lines(found: ModelInfo, bandwidth: float | None) -> list[str]:
     lines = [
         f"{found.name}: {found.path}{where}",
         f"layout {found.layout}, {found.depformer_steps} depformer steps, "
-        f"{found.parameters:,} parameters",
-        f"language model {size(found.lm_bytes / 1e9)}, codec "
-        f"{size(found.codec_bytes / 1e9)}; in memory, with {found.context} frames "
-        f"remembered, {size(found.memory_bytes / 1e9)}",
-        f"a frame reads {size(per_frame / 1e9)} of weights, and "
-        f"{found.kv_bytes_per_frame:,} bytes for each frame remembered",
+        f"{count(found.parameters)} parameters",
+        f"language model {size(found.lm_bytes)}, codec "
+        f"{size(found.codec_bytes)}; in memory, with {found.context} frames "
+        f"remembered, {size(found.memory_bytes)}",
+        f"a frame reads {size(per_frame)} of weights, and "
+        f"{size(found.kv_bytes_per_frame)} for each frame remembered",
         f"voices: {', '.join(found.voices) or 'none'}",
     ]
     if found.licence:
         lines.append(f"licence of the weights: {found.licence}")
     if bandwidth:
         budget = 1000 / found.frame_rate
-        for count, when in ((0, "at first"), (found.context, "with a full memory")):
-            ms = found.least_frame_ms(bandwidth, count)
+        for kept, when in ((0, "at first"), (found.context, "with a full memory")):
+            ms = found.least_frame_ms(bandwidth, kept)
             lines.append(
-                f"at {bandwidth:g} GB/s a frame takes at least {ms:.2f} ms {when}: "
-                f"real-time factor {ms / budget:.3f}"
+                f"at {bandwidth:g} GB/s a frame takes at least {significant(ms)} ms "
+                f"{when}: real-time factor {significant(ms / budget, 2)}"
             )
     return lines
 

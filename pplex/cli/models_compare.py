@@ -10,10 +10,10 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.options import FiniteRange, complete_model, complete_voice
-from pplex.cli.progress import size
 from pplex.cli.tables import echo_json, echo_table
 from pplex.conversation.roles import DEFAULT_SEED
 from pplex.files import check_new
+from pplex.units import Scale, percent, significant, size
 
 if TYPE_CHECKING:
     from pplex.quantization.compare_models import Comparison, Settings
@@ -77,13 +77,13 @@ def compare(
 
     A answers each of RECORDINGS once (silence, if none is given); then both models
     read the very same tokens, and at every frame what B would have said is compared
-    with what A would have said.
+    with what A would have said. A verdict in words comes first.
 
     \b
-    KL      divergence of B from A, nats a frame
-    TOP-1   frames in which the likeliest token is the same
-    DIFFER  frames whose sampled token differs even with the same luck
-    PPL     perplexity of A's own tokens under A and under B
+    FIRST CHOICE  frames in which the likeliest token is the same
+    DRAWN APART   frames whose sampled token differs even with the same luck
+    KL            divergence of B from A, nats a frame
+    PERPLEXITY    of A's own tokens, under A and under B
     """
     from pplex.checkpoint.hub import resolve
     from pplex.plots import check_plot_path
@@ -116,34 +116,70 @@ def _settings(options: dict[str, Any]) -> Settings:
     )
 
 
+# What a listener notices: a rule of thumb, held against right replies and word errors
+# of the built-in model at 8 and 4 bits (`pplex help quantizing`). The least share of
+# equal first choices in any stream, and the largest of tokens that are drawn apart.
+_VERDICTS = (
+    (1.0, 0.0, "no difference: the same choices everywhere"),
+    (0.99, 0.01, "no difference you would notice"),
+    (0.95, 0.05, "a small difference: another word or sound now and then"),
+    (0.0, 1.0, "a difference you would hear: other answers; `pplex score` judges them"),
+)
+
+
+def _verdict(found: Comparison) -> str:
+    text, *agent = found.streams
+    sound = min(stream.top1 for stream in agent)
+    same, apart = min(text.top1, sound), max(s.differ for s in found.streams)
+    words = next(w for least, most, w in _VERDICTS if same >= least and apart <= most)
+    return (
+        f"{words}\n(same first choice: text {percent(text.top1)}, sound "
+        f"{percent(sound)} at least; drawn apart {percent(apart)} at most)"
+    )
+
+
 def _echo(found: Comparison) -> None:
-    rows = [("", "MODEL", "BITS", "SIZE", "A FRAME READS", "MS A FRAME")]
-    for letter, model in (("A", found.a), ("B", found.b)):
-        rows.append(
-            (
-                letter,
-                model.name,
-                ",".join(str(bits) for bits in model.bits),
-                size(model.lm_bytes / 1e9),
-                size(model.bytes_per_frame / 1e9),
-                f"{model.ms_per_frame:.1f}",
-            )
+    click.echo(
+        f"{_verdict(found)}\n\n{found.frames} frames of 80 ms, mean KL "
+        f"{found.mean_kl:.2g} nats\n"
+    )
+    kl = Scale(stream.kl for stream in found.streams)
+    rows = [
+        (
+            "STREAM",
+            "FIRST CHOICE",
+            "DRAWN APART",
+            kl.heading("KL", "nats"),
+            "PERPLEXITY A",
+            "B",
         )
-    echo_table(rows, right=(3, 4, 5))
-    click.echo(f"\n{found.frames} frames, mean KL {found.mean_kl:.3g} nats\n")
-    rows = [("STREAM", "KL", "TOP-1", "DIFFER", "PPL A", "PPL B")]
+    ]
     for stream in found.streams:
         rows.append(
             (
                 stream.stream,
-                f"{stream.kl:.3g}",
-                f"{stream.top1:.1%}",
-                f"{stream.differ:.1%}",
+                percent(stream.top1),
+                percent(stream.differ),
+                kl.text(stream.kl),
                 f"{stream.perplexity_a:.2f}",
                 f"{stream.perplexity_b:.2f}",
             )
         )
     echo_table(rows, right=(1, 2, 3, 4, 5))
+    click.echo()
+    rows = [("", "BITS", "SIZE", "READ A FRAME", "TIME A FRAME", "MODEL")]
+    for letter, model in (("A", found.a), ("B", found.b)):
+        rows.append(
+            (
+                letter,
+                ",".join(str(bits) for bits in model.bits),
+                size(model.lm_bytes),
+                size(model.bytes_per_frame),
+                f"{significant(model.ms_per_frame, 2)} ms",
+                model.name,
+            )
+        )
+    echo_table(rows, right=(2, 3, 4))
 
 
 @click.command(epilog="Example: pplex models sensitivity mini call.wav -o parts.json")
@@ -184,6 +220,21 @@ def sensitivity(
             costs[part] = cost
             bar.update()
     write_costs(output, local, costs)
-    rows = [("PART", "KL")]
-    rows += [(part, f"{cost:.3g}") for part, cost in costs.items()]
-    echo_table(rows, right=(1,))
+    _echo_costs(costs)
+
+
+def _echo_costs(costs: dict[str, float]) -> None:
+    """Print parts, the dearest first, each with its share of the sum."""
+    kl, whole = Scale(costs.values()), sum(costs.values()) or 1.0
+    rows = [("PART", kl.heading("KL", "nats"), "SHARE", "SO FAR")]
+    so_far, half = 0.0, 0
+    for part, cost in sorted(costs.items(), key=lambda pair: -pair[1]):
+        half += so_far < whole / 2
+        so_far += cost
+        shares = percent(cost / whole), percent(so_far / whole)
+        rows.append((part, kl.text(cost), *shares))
+    echo_table(rows, right=(1, 2, 3))
+    click.echo(
+        f"\nHalf of what 4 bits cost comes from {half} of {len(costs)} parts: "
+        "--recipe\nmixed spends its bits there."
+    )

@@ -11,7 +11,8 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.options import complete_model
-from pplex.cli.progress import QUIET, Lines, size
+from pplex.cli.progress import QUIET, Lines
+from pplex.units import size
 
 if TYPE_CHECKING:
     from pplex.quantization.convert import Conversion
@@ -97,8 +98,7 @@ def convert(
     click.echo(done.folder)
     if not quiet:
         click.echo(
-            f"language model {size(done.source_lm_bytes / 1e9)} -> "
-            f"{size(done.lm_bytes / 1e9)}",
+            f"language model {size(done.source_lm_bytes)} -> {size(done.lm_bytes)}",
             err=True,
         )
 

@@ -29,11 +29,6 @@ _MOST_LINES = 10  # of what was said that a summary repeats
 Own = TypeVar("Own", bound="Lines")
 
 
-def size(size_gb: float) -> str:
-    """A number of GB in the unit that suits it."""
-    return f"{size_gb:.1f} GB" if size_gb >= 1 else f"{size_gb * 1000:.0f} MB"
-
-
 def is_terminal() -> bool:
     """Whether somebody sees what goes to stderr."""
     return sys.stderr.isatty()

@@ -23,10 +23,11 @@ from pplex.cli.options import (
     settings_from,
     verbosity_options,
 )
-from pplex.cli.progress import Progress, size
+from pplex.cli.progress import Progress
 from pplex.cli.transcripts import cue_from, subtitle_options, transcript_paths
 from pplex.files import PIPE, is_descriptor
 from pplex.respond.stopping import Stop
+from pplex.units import size
 
 if TYPE_CHECKING:
     from pplex.respond.stats import Stats
@@ -287,5 +288,5 @@ def summary(stats: Stats) -> str:
         f"{voice}seed {stats.seed}\n"
         f"{stats.total_s:.1f} s in all, {stats.load_s:.1f} s of it loading; real-time "
         f"factor {stats.real_time_factor:.2f} without that; step p50 {step.p50:.1f} "
-        f"ms, p95 {step.p95:.1f} ms; {size(stats.peak_memory_gb)}{live}"
+        f"ms, p95 {step.p95:.1f} ms; {size(1e9 * stats.peak_memory_gb)}{live}"
     )

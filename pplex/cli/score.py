@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
@@ -14,11 +14,13 @@ from pplex.cli.options import (
     check_diarization_options,
     diarization_options,
 )
+from pplex.cli.score_tables import against_table, score_table
 from pplex.cli.tables import echo_json
 from pplex.cli.transcripts import FormatsType
 
 if TYPE_CHECKING:
-    from pplex.evaluation.asr import Recogniser
+    from pplex.evaluation.find import Found
+    from pplex.evaluation.measure import Method
 
 _FILE = click.Path(path_type=Path)
 _WORSE = "worse"
@@ -131,79 +133,36 @@ _WORSE = "worse"
 def score(
     paths: tuple[Path, ...],
     form: str,
-    vad: str,
-    words: str,
-    asr: str | None,
-    asr_sentences: Path | None,
     transcripts: Path | None,
     transcript_formats: tuple[str, ...],
-    agent_lag: float,
-    human_timing: Path | None,
-    mos: bool,
-    judge: str | None,
-    judge_url: str | None,
-    rttm: tuple[Path, ...],
-    speaker: str | None,
     against: tuple[Path, ...],
     plot: Path | None,
     fail_if: tuple[str, ...],
     overwrite: bool,
+    **options: Any,
 ) -> None:
     """Score how the agent takes turns in PATHS: a batch's folder, or WAV files.
 
     Recordings of Full-Duplex-Bench, known by their annotations, also get its figures.
     """
-    for option, given in (
-        ("--asr-sentences", asr_sentences),
-        ("--transcripts", transcripts),
-        ("--words asr", words == "asr"),
-    ):
-        if given and asr is None:
-            raise click.UsageError(f"{option} needs --asr")
-    for option, given in (("--plot", plot), ("--fail-if worse", _WORSE in fail_if)):
-        if given and not against:
-            raise click.UsageError(f"{option} needs --against")
-    if judge_url is not None and judge is None:
-        raise click.UsageError("--judge-url needs --judge")
-    check_diarization_options(rttm, speaker)
-    if against and form == "csv":
-        raise click.UsageError("--against has no CSV: give --format json")
-    from pplex.evaluation.against import as_table as as_comparison
+    _check_usage(form, transcripts, against, plot, fail_if, options)
     from pplex.evaluation.against import compare_sets, plot_differences, without_folder
-    from pplex.evaluation.diarization import read_rttm
     from pplex.evaluation.find import find
-    from pplex.evaluation.judge import make_judge
     from pplex.evaluation.limits import Limit
-    from pplex.evaluation.measure import Method
     from pplex.evaluation.recognisers import make_recogniser
-    from pplex.evaluation.score import as_csv, as_table, score_and_measure
-    from pplex.evaluation.sound_quality import make_sound_quality
-    from pplex.files import check_new, plan_files
+    from pplex.evaluation.score import as_csv, score_and_measure
+    from pplex.files import check_new
     from pplex.plots import check_plot_path
 
     limits = [Limit.parse(text) for text in fail_if if text != _WORSE]
     if plot is not None:
         check_plot_path(plot)
         check_new(plot, overwrite)
-    method = Method(
-        vad,
-        words,
-        agent_lag,
-        human_timing=human_timing,
-        diarization=read_rttm(rttm, speaker) if rttm else None,
-        quality=make_sound_quality() if mos else None,
-        judge=make_judge(judge, judge_url) if judge else None,
-    )
-    recogniser: Recogniser | None = make_recogniser(asr, asr_sentences) if asr else None
+    method = _method(options)
+    asr = options["asr"]
+    recogniser = make_recogniser(asr, options["asr_sentences"]) if asr else None
     found = [find(side) for side in (paths, against) if side]
-    planned: dict[str, list[Path]] = {}
-    if transcripts is not None:
-        names = [item.name for item in found[0].items if item.agent is not None]
-        plans = [
-            plan_files(transcripts, names, f".dialogue.{form}", overwrite)
-            for form in transcript_formats
-        ]
-        planned = {name: [plan[name] for plan in plans] for name in names}
+    planned = _plan(found[0], transcripts, transcript_formats, overwrite)
     count = sum(len(side.items) for side in found)
     with tqdm(total=count, disable=None, unit="file") as bar:
         results = [
@@ -219,15 +178,15 @@ def score(
                 for (_, measured), side in zip(results, (paths, against), strict=True)
             )
         )
-        sides = [", ".join(map(str, side)) for side in (paths, against)]
+        first, second = (", ".join(map(str, side)) for side in (paths, against))
         if plot is not None:
-            plot_differences(plot, compared, (sides[0], sides[1]))
+            plot_differences(plot, compared, (first, second))
         if _WORSE in fail_if:
             failures += [f"worse: {one.heading}" for one in compared.worse]
         result |= {"against": results[1][0], "comparison": compared.as_json()}
-        table = as_comparison(compared, (sides[0], sides[1]))
+        table = against_table(compared, (first, second))
     else:
-        table = as_table(result)
+        table = score_table(result)
     if form == "json":
         echo_json(result)
     else:
@@ -237,3 +196,59 @@ def score(
         annotate("pplex score --fail-if", failure)
     if any(failures):
         click.get_current_context().exit(1)
+
+
+def _check_usage(
+    form: str,
+    transcripts: Path | None,
+    against: tuple[Path, ...],
+    plot: Path | None,
+    fail_if: tuple[str, ...],
+    options: dict[str, Any],
+) -> None:
+    """Refuse options that do not go together."""
+    for option, given, needed, there in (
+        ("--asr-sentences", options["asr_sentences"], "--asr", options["asr"]),
+        ("--transcripts", transcripts, "--asr", options["asr"]),
+        ("--words asr", options["words"] == "asr", "--asr", options["asr"]),
+        ("--plot", plot, "--against", against),
+        ("--fail-if worse", _WORSE in fail_if, "--against", against),
+        ("--judge-url", options["judge_url"], "--judge", options["judge"]),
+    ):
+        if given and not there:
+            raise click.UsageError(f"{option} needs {needed}")
+    check_diarization_options(options["rttm"], options["speaker"])
+    if against and form == "csv":
+        raise click.UsageError("--against has no CSV: give --format json")
+
+
+def _method(options: dict[str, Any]) -> Method:
+    """How to measure, as the options say."""
+    from pplex.evaluation.diarization import read_rttm
+    from pplex.evaluation.judge import make_judge
+    from pplex.evaluation.measure import Method
+    from pplex.evaluation.sound_quality import make_sound_quality
+
+    rttm, judge = options["rttm"], options["judge"]
+    return Method(
+        options["vad"],
+        options["words"],
+        options["agent_lag"],
+        human_timing=options["human_timing"],
+        diarization=read_rttm(rttm, options["speaker"]) if rttm else None,
+        quality=make_sound_quality() if options["mos"] else None,
+        judge=make_judge(judge, options["judge_url"]) if judge else None,
+    )
+
+
+def _plan(
+    found: Found, folder: Path | None, formats: tuple[str, ...], overwrite: bool
+) -> dict[str, list[Path]]:
+    """Where the dialogue of each recording is written, a file a format."""
+    from pplex.files import plan_files
+
+    if folder is None:
+        return {}
+    names = [item.name for item in found.items if item.agent is not None]
+    plans = [plan_files(folder, names, f".dialogue.{f}", overwrite) for f in formats]
+    return {name: [plan[name] for plan in plans] for name in names}

@@ -8,22 +8,51 @@ from typing import Any
 
 import click
 
+_WIDTH = 80
+
 
 def printable(text: str) -> str:
     """A text as a terminal takes it: a file name may hold bytes that are none."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def echo_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """Print rows of cells, the first a heading; columns in ``right`` to the right."""
-    columns = range(len(rows[0]))
-    widths = [max(len(row[i]) for row in rows) for i in columns]
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows of cells as lines, the first a heading; columns in ``right`` to the right.
+
+    What 80 columns do not hold goes on in a block below, with the first column again;
+    columns that hold nothing are left out.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    blocks: list[list[int]] = [[0]]
+    for idx, width in enumerate(widths[1:], 1):
+        if len(rows) > 1 and all(row[idx] in ("", "-") for row in rows[1:]):
+            continue
+        taken = sum(widths[i] + 2 for i in blocks[-1])
+        if taken + width > _WIDTH and len(blocks[-1]) > 1:
+            blocks.append([0])
+        blocks[-1].append(idx)
+    return "\n".join(_block(rows, block, widths, right) for block in blocks)
+
+
+def _block(
+    rows: Sequence[Sequence[str]],
+    columns: Sequence[int],
+    widths: Sequence[int],
+    right: Sequence[int],
+) -> str:
+    lines = []
     for row in rows:
         cells = [
             row[i].rjust(widths[i]) if i in right else row[i].ljust(widths[i])
             for i in columns
         ]
-        click.echo("  ".join(cells).rstrip())
+        lines.append("  ".join(cells).rstrip() + "\n")
+    return "".join(lines)
+
+
+def echo_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Print a ``table``."""
+    click.echo(table(rows, right), nl=False)
 
 
 def echo_json(value: Any) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pplex.cli.options import ChannelType, complete_voice, model_options
-from pplex.cli.progress import size
 from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
 from pplex.files import check_descriptor, check_new, is_descriptor
+from pplex.units import size
 
 if TYPE_CHECKING:
     from pplex.audio.files import Channel
@@ -133,7 +133,7 @@ def show(voice: str, model_name: str, offline: bool, as_json: bool) -> None:
     click.echo(f"{found['name']}: {found['path']}")
     click.echo(
         f"{found['duration_s']:.2f} s, {found['frames']} frames of width "
-        f"{found['width']}, {found['dtype']}, {size(found['bytes'] / 1e9)}"
+        f"{found['width']}, {found['dtype']}, {size(found['bytes'])}"
     )
     for key, value in found["notes"].items():
         click.echo(f"{key.removeprefix('pplex_')}: {value}")

@@ -21,7 +21,6 @@ import numpy as np
 from pplex.errors import PplexError
 from pplex.evaluation.measure import Measured
 from pplex.evaluation.metrics import METRICS, Figure, Metric, ratio, spread
-from pplex.evaluation.score import aligned
 from pplex.plots import BLUE, GREY, ORANGE, plot, shortened
 
 CONFIDENCE = 0.95
@@ -57,6 +56,12 @@ class Difference:
     high: float | None = None
     p: float | None = None
     verdict: Verdict = "-"
+
+    @property
+    def better(self) -> int:
+        """1 if more is better, -1 if less is, 0 if neither can be said."""
+        names = ((m.of, m.name, m.better) for m in METRICS)
+        return next(b for of, name, b in names if (of, name) == (self.of, self.name))
 
 
 @dataclass(frozen=True)
@@ -260,38 +265,9 @@ def _judged(found: Sequence[Difference]) -> list[Difference]:
 def _verdict(one: Difference, p: float) -> Verdict:
     if p >= 1 - CONFIDENCE or not one.difference:
         return "no difference shown"
-    metric = next(m for m in METRICS if (m.of, m.name) == (one.of, one.name))
-    if not metric.better:
+    if not one.better:
         return "higher" if one.difference > 0 else "lower"
-    return "better" if one.difference * metric.better > 0 else "worse"
-
-
-def as_table(found: Against, names: tuple[str, str]) -> str:
-    """A line a figure, then what was left out, warnings and the method."""
-    rows = [["figure", "A", "B", "A - B", "95 % interval", "p", "verdict"]]
-    for one in found.differences:
-        interval = "-"
-        if one.low is not None and one.high is not None:
-            interval = f"{_number(one, one.low)} to {_number(one, one.high)}"
-        cells = [_number(one, value) for value in (one.a, one.b, one.difference)]
-        p = "-" if one.p is None else f"{one.p:.3f}"
-        heading = f"{one.heading}{' %' if one.unit == '%' else ''}"
-        rows.append([heading, *cells, interval, p, one.verdict])
-    first, second = found.recordings
-    count = f"{first} pairs" if found.paired else f"{first} and {second} recordings"
-    lines = [f"A: {names[0]}", f"B: {names[1]}", f"{count}", aligned(rows).rstrip()]
-    for side, alone in (("A", found.only_a), ("B", found.only_b)):
-        if alone:
-            shown = ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else "")
-            lines.append(f"Only in {side}, left out: {len(alone)} ({shown})")
-    lines += [f"Warning: {warning}" for warning in found.warnings]
-    return "\n".join([*lines, f"Method: {METHOD}"]) + "\n"
-
-
-def _number(one: Difference, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" if one.unit == "%" else f"{value:.2f}"
+    return "better" if one.difference * one.better > 0 else "worse"
 
 
 def plot_differences(path: Path, found: Against, names: tuple[str, str]) -> None:
@@ -322,6 +298,8 @@ def plot_differences(path: Path, found: Against, names: tuple[str, str]) -> None
             axes.set_yticks([])
             axes.grid(visible=False, axis="y")
             unit = {"%": " (points)", "": ""}.get(one.unit, f" ({one.unit})")
-            title = f"{one.heading.removesuffix(' ' + one.unit)}{unit}: {one.verdict}"
+            good = {1: ", more is better", -1: ", less is better"}.get(one.better, "")
+            name = one.heading.removesuffix(f" {one.unit}")
+            title = f"{name}{unit}{good}: {one.verdict}"
             axes.set_title(title, fontsize="small")
             axes.margins(x=0.1, y=0.5)

@@ -319,7 +319,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "interruption_reward_s",
         "s",
-        "interruption reward",
+        "interrupt reward",
         "turns",
         lambda turns: _rewards(turns.interruption_delays_s),
         ratio,

@@ -1,6 +1,6 @@
 """Turn-taking of recordings, one by one and all together, with how it was measured.
 
-The result is JSON; a table for people and comma-separated values are made of it.
+The result is JSON; comma-separated values are made of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from pplex.errors import PplexError
@@ -35,8 +34,6 @@ from pplex.evaluation.speech_activity import (
     make_detector,
 )
 from pplex.respond.ending import advice
-
-_NAME_WIDTH = 36
 
 
 def score(
@@ -215,34 +212,6 @@ def _describe(
     return described
 
 
-def as_table(result: dict[str, Any]) -> str:
-    """Recordings, totals, the benchmark's figures, disagreements, and the method."""
-    recordings, total = result["recordings"], result["total"]
-    shown = [
-        metric
-        for metric in METRICS
-        if metric.title and metric.table
-        if not metric.of or any(row.get(metric.of) for row in recordings)
-    ]
-    rows = [["recording", *(metric.heading for metric in shown)]]
-    for row in recordings:
-        cells = [metric.text(figure_of(metric, row)) for metric in shown]
-        if not row["scored"]:
-            cells[0] = row["status"]
-        alone = " (agent only)" if row["scored"] and not row["turns"] else ""
-        rows.append([_shorten(row["name"]) + alone, *cells])
-    if total["scored"]:
-        cells = [metric.text(figure_of(metric, total)) for metric in shown]
-        rows.append([f"all {total['scored']}", *cells])
-    parts = [aligned(rows)]
-    parts += [_bench_table(result.get("full_duplex_bench", {}))]
-    parts += [_verdicts(recordings), _disagreements(recordings)]
-    parts += ["".join(f"{line}\n" for line in result["advice"])]
-    parts += [_unscored(result)]
-    parts += [_method(result["method"])]
-    return "\n".join(part for part in parts if part)
-
-
 def as_csv(result: dict[str, Any]) -> str:
     """One line a recording; empty where nothing was measured."""
     out = io.StringIO()
@@ -259,108 +228,3 @@ def as_csv(result: dict[str, Any]) -> str:
             + [(row["bench"] or {}).get(key) for key in sample]
         )
     return out.getvalue()
-
-
-def _bench_table(totals: dict[str, Any]) -> str:
-    if not totals:
-        return ""
-    shown = [
-        (name, heading)
-        for _, name, heading in bench.FIGURES
-        if any(name in total for total in totals.values())
-    ]
-    headings = ["samples", *(heading for _, heading in shown), "words from"]
-    rows = [["Full-Duplex-Bench", *headings]]
-    for task, total in totals.items():
-        values = [total.get(name) for name, _ in shown]
-        cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        samples, sources = str(total["samples"]), ", ".join(total["words_from"])
-        rows.append([task, samples, *cells, sources])
-    return aligned(rows)
-
-
-def _verdicts(recordings: Sequence[dict[str, Any]]) -> str:
-    """The judge's reasons, and its mean score for each kind of question."""
-    judged = [(row["name"], row["verdict"]) for row in recordings if row.get("verdict")]
-    if not judged:
-        return ""
-    kinds: dict[str, list[float]] = {}
-    lines = []
-    for name, verdict in judged:
-        score = verdict["score"]
-        shown = "no score" if score is None else f"{score:g} of 5"
-        lines.append(f"  {name}: {shown}, {verdict['reason']}")
-        if verdict["kind"] and score is not None:
-            kinds.setdefault(verdict["kind"], []).append(score)
-    text = "Judged:\n" + "\n".join(lines) + "\n"
-    rows = [[kind, f"{mean(of):.1f}", str(len(of))] for kind, of in kinds.items()]
-    return text + (aligned([["kind", "mean", "n"], *rows]) if rows else "")
-
-
-def _disagreements(recordings: Sequence[dict[str, Any]]) -> str:
-    lines = []
-    for row in recordings:
-        for d in (row["round_trip"] or {}).get("disagreements", []):
-            lines.append(
-                f"  {row['name']} {d['start_s']:.2f} s: "
-                f'said "{d["said"]}", heard "{d["heard"]}"'
-            )
-    return "Heard otherwise than said:\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def _unscored(result: dict[str, Any]) -> str:
-    lines = [f"  {note}" for note in result["notes"]]
-    lines += [
-        f"  {row['name']}: {row['status']}"
-        + (f" ({row['error']})" if row["error"] else "")
-        for row in result["recordings"]
-        if not row["scored"] or row["error"]
-    ]
-    if not lines:
-        return ""
-    total = result["total"]
-    head = f"Not scored: {total['not_scored']} of {total['recordings']}"
-    return head + "\n" + "\n".join(lines) + "\n"
-
-
-def _method(method: dict[str, Any]) -> str:
-    detector, recogniser = method["voice_detector"], method["recogniser"]
-    turns = method["turns"]
-    said = (
-        f"Method: speech by {detector['name']} ({detector['version']}); a turn holds "
-        f"silences up to {turns['max_pause_s']:g} s; a backchannel is under "
-        f"{turns['backchannel_s']:g} s with at most {turns['backchannel_words']} words "
-        f"inside a turn; words: {method['words']}"
-    )
-    if method["agent_lag_s"]:
-        said += f"; {method['agent_lag_s']:g} s taken off the agent's times"
-    if method["user_speech"]:
-        said += f"; the user's speech from {method['user_speech']}"
-    if method["sound_quality"]:
-        name, version = method["sound_quality"].values()
-        said += f"; MOS by {name} ({version}) over the agent's speech alone"
-    if method["judge"]:
-        judge = method["judge"]
-        said += f"; judged by {judge['model']} at {judge['url']}"
-    if recogniser:
-        said += f"; heard by {recogniser['name']} {recogniser['version']}"
-        unknown = recogniser.get("words_not_in_dictionary")
-        if unknown:
-            said += f", which does not know {', '.join(unknown[:5])}"
-            said += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    return said + ". --format json has all parameters.\n"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        first = row[0].ljust(widths[0])
-        rest = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *rest]).rstrip() + "\n")
-    return "".join(lines)
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= _NAME_WIDTH else "..." + name[3 - _NAME_WIDTH :]

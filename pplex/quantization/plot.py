@@ -6,14 +6,17 @@ from pathlib import Path
 
 from pplex.plots import BLUE, GREY, ORANGE, plain_numbers, plot, shortened
 from pplex.quantization.compare_models import Comparison, ModelFigures
-
-_LEAST = 1e-6  # nats; smaller is shown as this
+from pplex.units import size
 
 
 def plot_divergence(path: Path, found: Comparison) -> None:
-    """One bar a stream: mean divergence in nats a frame, on a logarithmic scale."""
+    """One bar a stream: mean divergence in nats a frame, on a logarithmic scale.
+
+    It begins below the smallest that is not 0; a stream with 0 has no bar.
+    """
     names = [stream.stream for stream in found.streams]
-    values = [max(_LEAST, stream.kl) for stream in found.streams]
+    values = [stream.kl for stream in found.streams]
+    positive = [value for value in values if value > 0]
     with plot(path, max(7.5, 1.6 + 0.55 * len(names)), 4.2) as figure:
         axes = figure.add_subplot()
         axes.set_title(
@@ -21,7 +24,13 @@ def plot_divergence(path: Path, found: Comparison) -> None:
         )
         axes.set_xlabel("stream")
         axes.set_ylabel("KL divergence (nats a frame)")
-        axes.set_yscale("log")
+        if positive:
+            axes.set_yscale("log")
+            axes.set_ylim(min(positive) / 3, max(positive) * 3)
+            plain_numbers(axes)
+        else:
+            axes.set_ylim(0, 1)
+            axes.set_yticks([0])
         axes.grid(visible=False, axis="x")
         colours = [BLUE if name == "text" else ORANGE for name in names]
         groups = [
@@ -31,20 +40,18 @@ def plot_divergence(path: Path, found: Comparison) -> None:
             "_" if group in groups[:idx] else group for idx, group in enumerate(groups)
         ]
         ticks = [name.removeprefix("agent ") for name in names]
-        bars = axes.bar(ticks, values, width=0.7, color=colours, label=labels)
+        heights = [value or axes.get_ylim()[0] for value in values]
+        bars = axes.bar(ticks, heights, width=0.7, color=colours, label=labels)
         for bar, name in zip(bars, names, strict=True):
             bar.set_gid(name)
-        shown = [f"{stream.kl:.2g}" for stream in found.streams]
+        shown = [f"{value:.2g}" for value in values]
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axes.bar_label(bars, shown, padding=2, bbox=box)
-        mean = max(_LEAST, found.mean_kl)
-        label = f"mean of all, {found.mean_kl:.3g}"
-        axes.axhline(mean, color=GREY, ls="--", lw=1, label=label)
-        axes.set_ylim(min(values) / 2, max(values) * 2)
+        label = f"mean of all, {found.mean_kl:.2g}"
+        axes.axhline(found.mean_kl, color=GREY, ls="--", lw=1, label=label)
         axes.margins(x=0.02)
-        plain_numbers(axes)
         figure.legend(loc="outside lower center", ncols=3)
 
 
 def _named(model: ModelFigures) -> str:
-    return f"{shortened(model.name, 48)} ({model.lm_bytes / 1e9:.3g} GB)"
+    return f"{shortened(model.name, 48)} ({size(model.lm_bytes)})"

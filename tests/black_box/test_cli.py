@@ -165,13 +165,17 @@ def test_models_are_listed_with_their_sizes(run):
     result = run("models", "list")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS", "WHAT"]
+    assert lines[0].split()[:5] == ["NAME", "DISK", "DOWNLOAD", "MEMORY", "FITS"]
+    blocks = result.stdout.split("\n\n")
+    assert [b.split()[1] for b in blocks[1:]] == ["WHAT", "LICENCE"]
+    assert max(map(len, lines)) <= 80
     kyutai = [f"{name}-{kind}" for name in ("moshika", "moshiko") for kind in BITS]
-    assert [line.split()[0] for line in lines[1:]] == [
-        *("8bit", "4bit", "bf16", "mini"),
-        *kyutai,
-        *("personaplex-rl", "moshika-rl"),
-    ]
+    for block in blocks:
+        assert [line.split()[0] for line in block.splitlines()[1:]] == [
+            *("8bit", "4bit", "bf16", "mini"),
+            *kyutai,
+            *("personaplex-rl", "moshika-rl"),
+        ]
 
 
 def test_voices_are_listed_one_a_line(run, tiny):

@@ -148,11 +148,12 @@ def read_batch_folder(path: Path) -> None:
 
 
 def _look_at(path: Path, name: str) -> None:
+    from pplex.cli.score_tables import score_table
     from pplex.evaluation.checks import Checks, run_checks
     from pplex.evaluation.find import find
     from pplex.evaluation.measure import Method
     from pplex.evaluation.report import make_entries, write_report
-    from pplex.evaluation.score import as_csv, as_table, score
+    from pplex.evaluation.score import as_csv, score
 
     folder = path.parent / "outputs"
     folder.mkdir(exist_ok=True)
@@ -168,7 +169,7 @@ def _look_at(path: Path, name: str) -> None:
         result = score(found, Method(vad="energy", words=words))
         text = json.dumps(result, ensure_ascii=False, allow_nan=False)
         assert text.encode("utf-8", "backslashreplace")
-        assert as_table(result) and as_csv(result)
+        assert score_table(result) and as_csv(result)
     checks = Checks(True, True, 1.0, 1.0, folder / "a.wav", "x")
     assert len(run_checks(folder / "a.wav", checks)) == 7
 
