@@ -92,7 +92,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     ),
     "moshika-rl": KnownModel(
         "kyutai/moshika-rl-seamless",
-        "Moshi, a woman's voice, trained further; accept its licence first",
+        "Moshi, a woman's voice, trained further; accept its licence",
         15.8,
         18.5,
         "CC BY-NC 4.0",
