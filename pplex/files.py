@@ -213,6 +213,8 @@ def plan_files(
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as e:
+        raise PplexError(f"{folder} is a file; give the name of a folder") from e
     except OSError as e:
         raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
     return planned

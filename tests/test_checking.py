@@ -81,8 +81,8 @@ def test_the_tail_is_part_of_the_length(run, tiny, call, tmp_path):
         ("loud", "is no check; there are not-silent, no-clipping"),
         ("not-silent=1", "takes no value"),
         ("max-rtf", "needs a value"),
-        ("max-rtf=x", "not a valid float"),
-        ("max-late-frames=101", "not in the range"),
+        ("max-rtf=x", "is not a number from 0 on"),
+        ("max-late-frames=101", "not a number from 0 to 100"),
         ("says=(", "is no regular expression"),
     ],
 )

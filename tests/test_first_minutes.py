@@ -105,7 +105,7 @@ def test_nothing_is_suggested_for_what_is_like_nothing():
 @pytest.mark.parametrize(
     "text",
     [
-        "input;voice\ncall.wav;NATF0\n",
+        "input;voice\ncall.wav; NATF0 \n",
         "Input, Voice \ncall.wav,NATF0\n",
         "\ufeff INPUT ,VOICE\r\ncall.wav,NATF0\r\n",
     ],
@@ -276,3 +276,54 @@ def test_formats_that_cannot_be_are_refused(run, call, tiny):
         result = run("respond", call, "-o", output, "--model", tiny, *options)
         assert result.exit_code == 1 and ".wav" in result.stderr
     assert list(call.parent.iterdir()) == [call]
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "said"),
+    [
+        ("input,voise", "call.wav,NATM0", "no column 'voise'. Did you mean voice?"),
+        ("input,temp", "call.wav,0.5", "temp is no column but an option"),
+        ("input,Input", "call.wav,call.wav", "two columns input"),
+    ],
+)
+def test_a_column_that_would_do_nothing_is_refused(
+    run, call, tmp_path, columns, values, said
+):
+    jobs = tmp_path / "jobs.csv"
+    jobs.write_text(f"{columns}\n{values}\n")
+    result = run("batch", "--jobs", jobs, "-o", tmp_path / "out", "-m", "mini")
+    assert result.exit_code == 1 and said in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--temp", "hot"), "'hot' is not a number from 0 to 100\n"),
+        (("--start", "inf"), "'inf' is not a number from 0 on\n"),
+        (("--duration", "0"), "'0' is not a number above 0\n"),
+        (("--top-k", "1.5"), "'1.5' is not a whole number from 0 on\n"),
+        (("--seed", "-1"), "neither a whole number from 0 to 2**63 - 1 nor 'random'"),
+        (("--tail", "soon"), "neither seconds from 0 to 3600 nor 'auto'"),
+        (("--role", "techer"), "'casual', 'service'. Did you mean teacher?"),
+    ],
+)
+def test_a_wrong_value_is_said_in_words(run, call, arguments, said):
+    result = run("respond", call, "-m", "mini", *arguments)
+    assert result.exit_code == 2 and said in result.stderr
+
+
+def test_what_is_no_diarization_no_prompt_and_no_list_of_hashes(run, call, tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_text("hello\n")
+    for arguments, said in (
+        (("score", call, "--rttm", text, "--vad", "energy"), "t.txt, line 1: no RTTM"),
+        (("models", "verify", "mini", "--sums", text), "Error: --sums "),
+        (("report", call, "--png", text), "t.txt is a file; give the name of a folder"),
+        (("voices", "show", "natf0", "-m", "mini"), "Did you mean NATF0?"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1 and said in result.stderr, arguments
+    text.write_bytes(b"\0\1")
+    result = run("respond", call, "-m", "mini", "--prompt-file", text)
+    assert result.exit_code == 1 and "not text" in result.stderr

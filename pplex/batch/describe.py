@@ -11,7 +11,6 @@ from pplex.checkpoint import voices
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.conversation.prompts import choose_text, choose_voice
-from pplex.errors import PplexError, did_you_mean
 from pplex.files import open_regular, reading
 from pplex.model.config import ModelConfig
 from pplex.respond.manifest import file_print
@@ -50,14 +49,7 @@ class Description:
 
     def voice_file(self, voice: str) -> Path:
         """The file of a voice."""
-        path = self.voices.get(voice, Path(voice))
-        if not path.is_file():
-            known = ", ".join(self.voices) or "none"
-            raise PplexError(
-                f"voice {voice!r}: neither a voice of this model ({known}) nor a file"
-                + did_you_mean(voice, self.voices)
-            )
-        return path
+        return voices.voice_file(voice, self.voices)
 
     def settings_digest(self, request: Request) -> str:
         """A hash of all that decides the outputs of ``request``, but its recording."""

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from pplex.files import open_regular, reading
 from pplex.values import parse_json, shown
 
 COLUMNS = ("input", "output", "voice", "prompt", "role", "seed", "tail")
+# Settings that all recordings of a batch share: a column would do nothing.
+_SHARED = ("temp", "top_k", "text_temp", "text_top_k", "greedy", "channel", "layout")
+_SLIP = 0.8  # how like a column's name another must be to be taken for a slip
 MAX_SEED = 2**63 - 1
 MAX_TAIL_S = 3600.0
+_BLANKS_AROUND = {"input", "output", "voice", "role", "seed", "tail"}  # say nothing
 _MAX_BYTES = 1 << 28
 
 
@@ -78,9 +83,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         # Where a comma is the decimal sign, spreadsheets write semicolons.
         comma = ";" if ";" in first and "," not in first else ","
         names = next(csv.reader([first], delimiter=comma, strict=True), [])
-        reader = csv.DictReader(
-            file, [_column(name) for name in names], delimiter=comma, strict=True
-        )
+        columns = [_column(name) for name in names]
+        twice = {name for name in columns if columns.count(name) > 1}
+        if twice:
+            raise PplexError(f"{path} has two columns {min(twice)}; leave one out")
+        reader = csv.DictReader(file, columns, delimiter=comma, strict=True)
         for fields in reader:
             line = reader.line_num + 1  # the names were read before
             if None in fields or None in fields.values():
@@ -88,6 +95,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     f"{path} line {line} has not as many columns as the first line has "
                     "names"
                 )
+            for name in _BLANKS_AROUND & fields.keys():
+                fields[name] = fields[name].strip()
             yield line, {k: v for k, v in fields.items() if v != ""}
 
 
@@ -117,6 +126,17 @@ def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
             f"{where} has no input, the name of a recording; it has {found}"
             + next((said for said in near if said), "")
         )
+    for name in fields.keys() - known.keys():
+        if name in _SHARED:
+            raise PplexError(
+                f"{where}: {name} is no column but an option, the same for all "
+                f"recordings: --{name.replace('_', '-')}"
+            )
+        near = get_close_matches(name, COLUMNS, 1, _SLIP)
+        if near and near[0] not in known:
+            raise PplexError(
+                f"{where}: there is no column {shown(name)}. Did you mean {near[0]}?"
+            )
     if "prompt" in known and "role" in known:
         raise PplexError(f"{where}: prompt and role exclude each other")
     text = known.get("prompt")

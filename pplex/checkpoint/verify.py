@@ -283,6 +283,8 @@ def _hashes(folder: CheckpointFolder, given: Path | None) -> Iterator[Finding]:
     try:
         sums = hashes.read_sums(path)
     except PplexError as e:
+        if given is not None:  # no fault of the model's
+            raise PplexError(f"--sums {e}") from e
         yield Finding("fault", path.name, str(e))
         return
     bad = 0

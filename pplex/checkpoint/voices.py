@@ -20,7 +20,7 @@ from pplex.checkpoint.folder import (
 )
 from pplex.checkpoint.safetensors import TensorSpec
 from pplex.checkpoint.unpack import unpack_voices
-from pplex.errors import PplexError
+from pplex.errors import PplexError, did_you_mean
 
 NUM_STREAM_ROWS = 17
 RING_LENGTH = 4
@@ -119,6 +119,17 @@ def check_voice(
                 f"voice {voice.name!r} has {stream} ids from {rows.min()} to "
                 f"{rows.max()}, this model's end at {limit}; choose another voice"
             )
+
+
+def voice_file(name: str, known: Mapping[str, Path]) -> Path:
+    """The file of one of a model's ``known`` voices, or the file of this name."""
+    path = known.get(name, Path(name))
+    if path.is_file():
+        return path
+    raise PplexError(
+        f"voice {name!r}: neither a voice of this model "
+        f"({', '.join(known) or 'none'}) nor a file" + did_you_mean(name, known)
+    )
 
 
 def find_voices(model_path: Path) -> dict[str, Path]:

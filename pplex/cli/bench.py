@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pplex.cli.options import compute_option, model_options, verbosity_options
+from pplex.cli.options import (
+    OneOf,
+    WholeRange,
+    compute_option,
+    model_options,
+    verbosity_options,
+)
 from pplex.cli.tables import echo_table
 from pplex.files import PIPE, check_new, write_text
 from pplex.units import percent, significant, size
@@ -61,12 +67,12 @@ class Lengths(click.ParamType):
 @compute_option
 @click.option(
     "--random",
-    type=click.Choice(["tiny", "medium", "7b"]),
+    type=OneOf(["tiny", "medium", "7b"]),
     help="Instead of --model, make one of this size with random weights, in memory.",
 )
 @click.option(
     "--bits",
-    type=click.Choice(["4", "8", "16"]),
+    type=OneOf(["4", "8", "16"]),
     help="How the weights of --random are stored.  [default: 4]",
 )
 @click.option(
@@ -80,7 +86,7 @@ class Lengths(click.ParamType):
 )
 @click.option(
     "--frames",
-    type=click.IntRange(1, _MOST_FRAMES),
+    type=WholeRange(1, _MOST_FRAMES),
     default=250,
     show_default=True,
     help="How long each recording is, in frames of 80 ms.",

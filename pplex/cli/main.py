@@ -17,6 +17,7 @@ from pplex.cli.check import check
 from pplex.cli.doctor import doctor
 from pplex.cli.help import help_
 from pplex.cli.models import models
+from pplex.cli.options import Group
 from pplex.cli.report import report
 from pplex.cli.respond import respond
 from pplex.cli.results import results
@@ -28,7 +29,7 @@ from pplex.cli.voices import voices
 from pplex.errors import PplexError
 
 
-class Cli(click.Group):
+class Cli(Group):
     """A group that shows a ``PplexError`` as one line and exits with 1."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,17 +49,6 @@ class Cli(click.Group):
                     f"the argument {arg!r} is not UTF-8 text; rename such a file"
                 )
         return super().parse_args(ctx, args)
-
-    def format_commands(
-        self, ctx: click.Context, formatter: click.HelpFormatter
-    ) -> None:
-        """List the commands, each with the whole first sentence of its help."""
-        rows = [
-            (name, self.commands[name].get_short_help_str(limit=1000))
-            for name in self.list_commands(ctx)
-        ]
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command line."""

@@ -11,7 +11,7 @@ from pplex.cli.foresee import foresee, machine_memory_gb
 from pplex.cli.models_check import info, verify
 from pplex.cli.models_compare import compare, sensitivity
 from pplex.cli.models_convert import convert
-from pplex.cli.options import complete_model
+from pplex.cli.options import Group, complete_model
 from pplex.cli.tables import echo_json, echo_table
 from pplex.units import duration, size
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pplex.checkpoint.hub_cache import ModelEntry
 
 
-@click.group()
+@click.group(cls=Group)
 def models() -> None:
     """Get, check, convert and compare models."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import complete_model
+from pplex.cli.options import FiniteRange, complete_model
 from pplex.cli.tables import echo_json, echo_table
 from pplex.errors import PplexError
 from pplex.units import count, percent, significant, size
@@ -28,7 +28,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--bandwidth",
     metavar="GB/S",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="The machine's memory bandwidth, for the least time of a frame.",
 )
 @_JSON

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import complete_model
+from pplex.cli.options import OneOf, complete_model
 from pplex.cli.progress import QUIET, Lines
 from pplex.units import size
 
@@ -42,11 +42,11 @@ class SizeType(click.ParamType):
 @click.argument("source", metavar="SRC", shell_complete=complete_model)
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option(
-    "--bits", type=click.Choice(["4", "8", "16"]), required=True, help="Bits a weight."
+    "--bits", type=OneOf(["4", "8", "16"]), required=True, help="Bits a weight."
 )
 @click.option(
     "--group-size",
-    type=click.Choice(["32", "64", "128"]),
+    type=OneOf(["32", "64", "128"]),
     default="64",
     show_default=True,
     help="Weights that share a scale.",

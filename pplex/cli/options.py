@@ -53,17 +53,75 @@ def _files(incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(incomplete, type="file")]
 
 
-class FiniteRange(click.FloatRange):
-    """A range of numbers that holds no NaN."""
+class Group(click.Group):
+    """A group whose help has the whole first sentence of each command's."""
+
+    def format_commands(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        """List the commands."""
+        rows = [
+            (name, self.commands[name].get_short_help_str(limit=1000))
+            for name in self.list_commands(ctx)
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class OneOf(click.Choice):
+    """One of some words; a word that is nearly one of them is asked back."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Any:
         """Turn the option's text into its value."""
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value!r} is not a number.", param, ctx)
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as e:
+            words = [str(choice) for choice in self.choices]
+            near = did_you_mean(str(value), words)
+            self.fail(e.message.removesuffix(".") + near, param, ctx)
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers that are finite."""
+
+    name = "number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Turn the option's text into its value."""
+        try:
+            number = super().convert(value, param, ctx)
+        except click.BadParameter:
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not {_in_words('a number', self)}", param, ctx)
         return number
+
+
+class WholeRange(click.IntRange):
+    """A range of whole numbers."""
+
+    name = "whole number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Turn the option's text into its value."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            said = _in_words("a whole number", self)
+            self.fail(f"{value!r} is not {said}", param, ctx)
+
+
+def _in_words(what: str, bounds: click.IntRange | click.FloatRange) -> str:
+    low, high = f"{bounds.min or 0:g}", bounds.max
+    if high is None:
+        return f"{what} above {low}" if bounds.min_open else f"{what} from {low} on"
+    return f"{what} from {low} to {int(high) if high == int(high) else high}"
 
 
 def diarization_options(command: Command) -> Command:
@@ -185,7 +243,7 @@ def layout_option(command: Command) -> Command:
     """``--layout``."""
     return click.option(
         "--layout",
-        type=click.Choice(["stereo", "agent", "separate"]),
+        type=OneOf(["stereo", "agent", "separate"]),
         default="stereo",
         show_default=True,
         help="stereo: user left, agent right; agent: mono; separate: NAME.user.wav and "
@@ -197,7 +255,7 @@ def compute_option(command: Command) -> Command:
     """``--compute``."""
     return click.option(
         "--compute",
-        type=click.Choice(["auto", "quantized", "dense", "alone"]),
+        type=OneOf(["auto", "quantized", "dense", "alone"]),
         default="auto",
         show_default=True,
         help="Multiply quantized weights as they are, or written out, which takes more "
@@ -230,7 +288,7 @@ def conversation_options(command: Command) -> Command:
             ),
             click.option(
                 "--role",
-                type=click.Choice(list(ROLES)),
+                type=OneOf(list(ROLES)),
                 help=f"A published role prompt.  [default: {DEFAULT_ROLE}]",
             ),
             click.option(
@@ -256,7 +314,7 @@ def conversation_options(command: Command) -> Command:
             click.option(
                 "--top-k",
                 metavar="K",
-                type=click.IntRange(0),
+                type=WholeRange(0),
                 default=250,
                 show_default=True,
                 help="Draw audio tokens from the K likeliest; 0 keeps all.",
@@ -272,7 +330,7 @@ def conversation_options(command: Command) -> Command:
             click.option(
                 "--text-top-k",
                 metavar="K",
-                type=click.IntRange(0),
+                type=WholeRange(0),
                 default=25,
                 show_default=True,
                 help="Draw text tokens from the K likeliest; 0 keeps all.",
@@ -325,7 +383,11 @@ class SeedType(click.ParamType):
         """Turn the option's text into its value."""
         if value == "random":
             return secrets.randbelow(1 << 31)
-        return click.IntRange(0, 2**63 - 1).convert(value, param, ctx)
+        try:
+            return click.IntRange(0, 2**63 - 1).convert(value, param, ctx)
+        except click.BadParameter:
+            said = "neither a whole number from 0 to 2**63 - 1 nor 'random'"
+            self.fail(f"{value!r} is {said}", param, ctx)
 
 
 class TailType(click.ParamType):
@@ -339,7 +401,11 @@ class TailType(click.ParamType):
         """Turn the option's text into its value."""
         if value == "auto":
             return "auto"
-        return FiniteRange(0.0, 3600.0).convert(value, param, ctx)
+        try:
+            return FiniteRange(0.0, 3600.0).convert(value, param, ctx)
+        except click.BadParameter:
+            said = "neither seconds from 0 to 3600 nor 'auto'"
+            self.fail(f"{value!r} is {said}", param, ctx)
 
 
 class ChannelType(click.ParamType):
@@ -401,6 +467,9 @@ def read_prompt(path: Path) -> str:
     if len(content) > limit:
         raise PplexError(f"--prompt-file {path}: over 1 MiB; give a short text")
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         raise PplexError(f"--prompt-file {path}: not UTF-8 text") from e
+    if "\0" in text:
+        raise PplexError(f"--prompt-file {path}: not text, as it holds bytes of 0")
+    return text

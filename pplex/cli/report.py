@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import check_diarization_options, diarization_options
+from pplex.cli.options import OneOf, check_diarization_options, diarization_options
 from pplex.cli.tables import printable
 from pplex.errors import PplexError
 
@@ -42,7 +42,7 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option(
     "--vad",
-    type=click.Choice(["silero", "energy"]),
+    type=OneOf(["silero", "energy"]),
     default="energy",
     show_default=True,
     help="What finds speech: a small network, slow and good with noise, or loudness.",
@@ -116,6 +116,7 @@ def report(
             write_picture(planned[name], entry)
     not_done = sum(entry.status != "done" for entry in entries)
     said = f", {not_done} of them not done" if not_done else ""
-    click.echo(f"{output}: {len(entries)} recordings{said}", err=True)
+    count = f"{len(entries)} recording{'s' * (len(entries) != 1)}"
+    click.echo(f"{output}: {count}{said}", err=True)
     for line in notes:
         click.echo(printable(line), err=True)

@@ -13,6 +13,8 @@ import click
 from pplex.cli.foresee import foresee
 from pplex.cli.options import (
     FiniteRange,
+    OneOf,
+    WholeRange,
     check_option,
     checks_from,
     compute_option,
@@ -89,13 +91,13 @@ class _Sectioned(click.Command):
 @layout_option
 @click.option(
     "--raw",
-    type=click.Choice(["s16le", "f32le"]),
+    type=OneOf(["s16le", "f32le"]),
     help="INPUT is - and has bare mono samples of this kind; give --rate as well.",
 )
 @click.option(
     "--rate",
     metavar="HZ",
-    type=click.IntRange(1000, 768_000),
+    type=WholeRange(1000, 768_000),
     help="Samples a second of --raw.",
 )
 @click.option(

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pplex.cli.options import OneOf
 from pplex.cli.tables import echo_json, echo_table
 
 _MOST_WORDS = 32  # characters of the last column
@@ -18,14 +19,14 @@ _MOST_WORDS = 32  # characters of the last column
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["table", "json", "csv"]),
+    type=OneOf(["table", "json", "csv"]),
     default="table",
     show_default=True,
     help="json has the lines of the manifest as they are; csv a column for each key.",
 )
 @click.option(
     "--status",
-    type=click.Choice(["done", "failed", "stopped"]),
+    type=OneOf(["done", "failed", "stopped"]),
     help="Only the recordings of which this is so.",
 )
 def results(outdir: Path, form: str, status: str | None) -> None:

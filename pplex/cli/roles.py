@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from pplex.cli.options import Group
 from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 from pplex.errors import PplexError, did_you_mean
 
 
-@click.group()
+@click.group(cls=Group)
 def roles() -> None:
     """List the published role prompts, or show one."""
 

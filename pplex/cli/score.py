@@ -11,6 +11,7 @@ from tqdm import tqdm
 from pplex.cli.ci import annotate
 from pplex.cli.options import (
     FiniteRange,
+    OneOf,
     check_diarization_options,
     diarization_options,
 )
@@ -31,21 +32,21 @@ _WORSE = "worse"
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["table", "json", "csv"]),
+    type=OneOf(["table", "json", "csv"]),
     default="table",
     show_default=True,
     help="json has everything, with the method; csv a line per recording.",
 )
 @click.option(
     "--vad",
-    type=click.Choice(["silero", "energy"]),
+    type=OneOf(["silero", "energy"]),
     default="silero",
     show_default=True,
     help="What finds speech: a small network, or loudness alone.",
 )
 @click.option(
     "--words",
-    type=click.Choice(["auto", "own", "output.json", "asr", "none"]),
+    type=OneOf(["auto", "own", "output.json", "asr", "none"]),
     default="auto",
     show_default=True,
     help="The agent's words: the model's own text, Full-Duplex-Bench's output.json, "

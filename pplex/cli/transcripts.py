@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pplex.cli.options import WholeRange
 from pplex.errors import did_you_mean
 from pplex.files import is_descriptor
 from pplex.respond.request import transcript_beside
@@ -40,14 +41,14 @@ def subtitle_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--cue-lines",
             metavar="N",
-            type=click.IntRange(1, 10),
+            type=WholeRange(1, 10),
             help=f"Of subtitles: the most lines of a cue.  [default: "
             f"{CueShape().lines}]",
         ),
         click.option(
             "--line-width",
             metavar="N",
-            type=click.IntRange(1, 1000),
+            type=WholeRange(1, 1000),
             help=f"Of subtitles: the most characters of a line.  [default: "
             f"{CueShape().width}]",
         ),

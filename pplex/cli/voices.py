@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pplex.cli.options import ChannelType, complete_voice, model_options
+from pplex.cli.options import ChannelType, Group, complete_voice, model_options
 from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
 from pplex.files import check_descriptor, check_new, is_descriptor
@@ -21,7 +21,7 @@ _FILE = click.Path(path_type=Path)
 SHORT_S, LONG_S = 3.0, 15.0
 
 
-@click.group()
+@click.group(cls=Group)
 def voices() -> None:
     """List the voices that a model can speak with, or make one."""
 
@@ -150,9 +150,10 @@ def _describe(voice: str, local: LocalModel) -> dict[str, Any]:
         check_voice,
         find_voices,
         read_voice_file,
+        voice_file,
     )
 
-    path = find_voices(local.path).get(voice, Path(voice))
+    path = voice_file(voice, find_voices(local.path))
     read = read_voice_file(path)
     config = local.folder.read_config()
     lm = config.lm

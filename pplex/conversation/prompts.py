@@ -22,7 +22,7 @@ from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.voices import MADE_FOR, RING_LENGTH, write_voice_file
 from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 from pplex.conversation.session import Model
-from pplex.errors import PplexError, did_you_mean
+from pplex.errors import PplexError
 from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.prompt import Prompt, initial_column, make_prompt, no_prompt
 
@@ -107,15 +107,7 @@ def make_role(
     if model.config.lm.is_moshi:
         return Role(no_prompt(model.config.lm), name, text)
     text_ids = model.tokenizer.encode_prompt(text)
-    path = model.voices.get(name)
-    if path is None:
-        path = Path(name)
-        if not path.is_file():
-            known = ", ".join(model.voices) or "none"
-            raise PplexError(
-                f"voice {name!r}: neither a voice of this model ({known}) nor a file"
-                + did_you_mean(name, model.voices)
-            )
+    path = voices.voice_file(name, model.voices)
     if path.suffix.lower() in VOICE_SUFFIXES:
         saved = voices.read_voice_file(path)
         lm = model.config.lm

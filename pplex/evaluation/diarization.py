@@ -67,8 +67,14 @@ def _read(path: Path, found: dict[str, dict[str, list[Segment]]]) -> None:
         lines = read_regular(path, _MAX_BYTES).decode("utf-8-sig").splitlines()
     for number, line in enumerate(lines, 1):
         fields = line.split()
-        if not fields or fields[0] != "SPEAKER":
-            continue  # comments, and other kinds of lines that the format has
+        if not fields or fields[0].startswith(";;"):
+            continue
+        if not fields[0].isupper():
+            raise PplexError(
+                f"{path}, line {number}: no RTTM, whose lines begin with SPEAKER"
+            )
+        if fields[0] != "SPEAKER":
+            continue  # other kinds of lines that the format has
         try:
             start, duration = float(fields[3]), float(fields[4])
             name, speaker = fields[1], fields[7]
