@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from pplex.audio.files import Samples, write_wav
 from pplex.audio.probe import probe
+from pplex.audio.streams import LiveFrame
 from pplex.batch.decoding import Answered, Decoder, Job, Size
 from pplex.batch.jobsfile import MAX_TAIL_S
 from pplex.checkpoint.hub import resolve
@@ -24,7 +24,7 @@ from pplex.conversation import answer, session
 from pplex.conversation.prompts import choose_text, choose_voice, make_role
 from pplex.conversation.quiet import Tail, longest
 from pplex.conversation.roles import DEFAULT_SEED
-from pplex.conversation.scheduler import converse, converse_many
+from pplex.conversation.scheduler import converse_live, converse_many
 from pplex.conversation.tracks import Conversation
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute
@@ -170,19 +170,13 @@ class Model:
         """
         settings = self._settings(voice, prompt, 0.0, seed, sampling)
         start = self._start(settings)
-        lengths: deque[int] = deque()
         spoken = PieceText(self._model.tokenizer.piece)
-        for said in converse(
-            self._model.engine,
-            start,
-            seed,
-            self._frames(chunks, lengths),
-            sampling,
-            decode_frames=1,
-            live=True,
+        frames = self._frames(chunks)
+        for frame, said in converse_live(
+            self._model.engine, start, seed, frames, sampling
         ):
             text = spoken.add(int(said.text[0]))
-            yield Piece(said.pcm[: lengths.popleft()], text)
+            yield Piece(said.pcm[: frame.num_samples], text)
 
     def _settings(
         self,
@@ -239,20 +233,17 @@ class Model:
         seconds = probe(Path(recording)).duration_s
         return None if seconds is None else seconds + longest(tail)
 
-    def _frames(
-        self, chunks: Iterable[np.ndarray], lengths: deque[int]
-    ) -> Iterator[np.ndarray]:
-        """Frames (1, frame_size), the last filled with silence; ``lengths`` of each."""
+    def _frames(self, chunks: Iterable[np.ndarray]) -> Iterator[LiveFrame]:
+        """The frames of a stream, the last filled with silence."""
         waiting, size = np.zeros(0, np.float32), self.frame_size
         for chunk in chunks:
             waiting = np.concatenate([waiting, _samples(chunk)])
             while len(waiting) >= size:
-                lengths.append(size)
-                yield waiting[None, :size]
+                yield LiveFrame(waiting[:size], size, None)
                 waiting = waiting[size:]
         if len(waiting):
-            lengths.append(len(waiting))
-            yield np.pad(waiting, (0, size - len(waiting)))[None]
+            last = np.pad(waiting, (0, size - len(waiting)))
+            yield LiveFrame(last, len(waiting), None)
 
     def _answer(self, said: answer.Answer) -> Answer:
         words = spoken_words(self._model, said.text)

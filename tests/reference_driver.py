@@ -6,10 +6,12 @@ Those tests stay as they are while the inside changes; what changes with it is h
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
+from small import converse_live
 
 from pplex.audio.files import read_pcm, to_pcm16
 from pplex.checkpoint.weights import codec_tensors, lm_tensors, make_lm
@@ -153,6 +155,7 @@ def greedy_run(
     ``way`` is the engine's name; None for the model's own. Not ``ahead`` is live.
     """
     engine = model.engine if way is None else engine_of(way, model)
-    start, live = engine.prefill(prompt), not ahead
-    pieces = converse(engine, start, 0, chunks, GREEDY, decode_frames=decode, live=live)
-    return list(pieces)
+    start = engine.prefill(prompt)
+    if not ahead:
+        return converse_live(engine, start, itertools.chain.from_iterable(chunks))
+    return list(converse(engine, start, 0, chunks, GREEDY, decode_frames=decode))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
+from pplex.audio.streams import LiveFrame
 from pplex.bench.random_model import TINY
+from pplex.conversation.answer import Answer
 from pplex.conversation.scheduler import converse as run
+from pplex.conversation.scheduler import converse_live as run_live
 from pplex.engine.base import Engine, Start
 from pplex.engine.mlx.engine import MlxEngine
 from pplex.model.sampling import GREEDY, SamplingConfig
@@ -42,6 +46,20 @@ def converse(engine, start, frames, sampling=GREEDY, seed=0, chunk=16):
         np.concatenate([r.user for r in replies], 1),
         np.concatenate([r.pcm for r in replies]),
     )
+
+
+def live_frames(frames: Iterable[np.ndarray]) -> Iterator[LiveFrame]:
+    """Frames (frame_size,) as a stream has them."""
+    return (LiveFrame(frame, FRAME, None) for frame in frames)
+
+
+def converse_live(engine, start, frames, sampling=GREEDY, seed=0) -> list[Answer]:
+    """The replies to frames (frame_size,) one by one, with the codes of each frame."""
+    codes: list[np.ndarray] = []
+    coming = live_frames(frames)
+    replies = run_live(engine, start, seed, coming, sampling, keep=codes.append)
+    said = [reply for _, reply in replies]
+    return [replace(one, user=user) for one, user in zip(said, codes, strict=True)]
 
 
 def check_saved_rows(engine: Engine, start: Start, frames: int, points: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from small import SMALL, converse, speech
+from small import SMALL, converse, live_frames, speech
 
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.weights import codec_tensors, lm_tensors, make_lm
@@ -180,21 +180,15 @@ def test_interleaved_conversations_equal_the_same_two_apart(each_engine, start):
         for seed, f in enumerate(frames)
     ]
     running = [
-        scheduler.converse(
-            each_engine,
-            start,
-            seed,
-            (frame[None] for frame in f),
-            SamplingConfig(),
-            decode_frames=1,
-            live=True,
+        scheduler.converse_live(
+            each_engine, start, seed, live_frames(f), SamplingConfig()
         )
         for seed, f in enumerate(frames)
     ]
     together: list[list[np.ndarray]] = [[], []]
     for _ in range(30):
         for idx, conversation in enumerate(running):
-            reply = next(conversation)
+            _, reply = next(conversation)
             together[idx].append(np.concatenate([reply.text[None], reply.agent]))
     for idx in range(2):
         np.testing.assert_array_equal(np.concatenate(together[idx], 1), apart[idx])
@@ -210,20 +204,47 @@ def test_the_seed_alone_decides_what_is_drawn(each_engine, start):
     assert (first != other).any()
 
 
-def test_a_live_conversation_is_answered_frame_by_frame(each_engine, start):
-    asked = []
+def test_what_is_said_of_a_frame_does_not_depend_on_it(each_engine, start):
+    """Another sound in one of the user's frames alters the next reply first."""
+    frames, after = speech(20), []
+    expected, _, _ = converse(each_engine, start, frames, SamplingConfig(), 3)
+    for changed in (0, 1, 5, 14):
+        other = frames.copy()
+        other[changed] = speech(1, seed=9)
+        found, _, _ = converse(each_engine, start, other, SamplingConfig(), 3)
+        differs = (found != expected).any(axis=0)
+        after.append(int(np.flatnonzero(differs)[0]) - changed)
+    assert min(after) == 1
+
+
+def test_a_reply_is_made_before_its_frame_comes(each_engine, start):
+    """All work on a frame is done when the next is asked for, that on its reply too."""
+    codec, done = each_engine.codec, []
 
     def frames():
-        for idx in range(5):
-            asked.append(idx)
-            yield speech(1, seed=idx)
+        for idx, frame in enumerate(live_frames(speech(5))):
+            assert done == ["decode"] + ["encode", "decode"] * idx
+            yield frame
 
-    replies = scheduler.converse(
-        each_engine, start, 0, frames(), GREEDY, decode_frames=1, live=True
-    )
-    for count, reply in enumerate(replies, 1):
-        assert len(asked) == count and len(reply.text) == 1
-    assert len(asked) == 5
+    class Watched:
+        concurrent, chunk_frames, group = False, 1, 1
+        make_state = staticmethod(codec.make_state)
+
+        def encode(self, frames, state):
+            done.append("encode")
+            return codec.encode(frames, state)
+
+        def decode(self, codes, state):
+            done.append("decode")
+            return codec.decode(codes, state)
+
+    engine = copy.copy(each_engine)
+    engine.codec = Watched()
+    replies = scheduler.converse_live(engine, start, 0, frames(), GREEDY)
+    for count, (_, reply) in enumerate(replies):
+        assert done == ["decode"] + ["encode", "decode"] * count
+        assert len(reply.text) == 1
+    assert count == 4
 
 
 class Compiled(MlxEngine):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from random_checkpoint import lm_arrays, write_checkpoint
 from reference_driver import ENGINES
-from small import SMALL, converse
+from small import SMALL, converse, live_frames
 
 from pplex.audio.files import Samples, frames_of, read_pcm
 from pplex.checkpoint.folder import CheckpointFolder
@@ -80,16 +80,14 @@ def test_a_frame_is_answered_before_the_next_one_is_there(engine, user):
     start, heard = engine.prefill(no_prompt(engine.config.lm)), 0
     whole, _, _ = converse(engine, start, user[:30])
 
-    def chunks():
+    def frames():
         nonlocal heard
-        for frame in user[:30]:
+        for frame in live_frames(user[:30]):
             heard += 1
-            yield frame[None]
+            yield frame
 
-    pieces = scheduler.converse(
-        engine, start, 0, chunks(), GREEDY, decode_frames=1, live=True
-    )
-    for count, piece in enumerate(pieces, 1):
+    pieces = scheduler.converse_live(engine, start, 0, frames(), GREEDY)
+    for count, (_, piece) in enumerate(pieces, 1):
         assert heard == count
         np.testing.assert_array_equal(piece.text, whole[0, count - 1 : count])
         np.testing.assert_array_equal(piece.agent, whole[1:, count - 1 : count])

@@ -8,6 +8,7 @@ import os
 import struct
 import tempfile
 import threading
+import time
 import wave
 from dataclasses import replace
 from pathlib import Path
@@ -245,6 +246,47 @@ def test_resampling_holds_a_frame_back_by_less_than_it_lasts(rate, most_ms):
         late_ms.append(1000 * user.source_frames / rate - 80 * number)
     assert 0 <= min(late_ms) and max(late_ms) <= most_ms
     assert sum(1 for _ in frames) > 8
+
+
+class TimedFeed(Feed):
+    """Silence, ``ahead_s`` of it at once, then ``pace`` seconds of it a second.
+
+    It began ``since_s`` before anybody read.
+    """
+
+    def __init__(self, length_s: float, ahead_s: float, pace: float, since_s: float):
+        self._stopped = False
+        first = time.perf_counter() - since_s
+        times = np.arange(0.02, length_s, 0.02)
+        self._parts = [
+            (bytes(2 * 480), first + max(0.0, came - ahead_s) / pace) for came in times
+        ]
+
+    def read(self) -> tuple[bytes, float]:
+        return self._parts.pop(0) if self._parts else (b"", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("length_s", "ahead_s", "pace", "since_s", "is_live"),
+    [
+        (20, 0.0, 1.0, 0.0, True),
+        (10, 0.5, 1.0, 0.0, True),  # ffmpeg -re
+        (10, 1.4, 1.0, 6.0, True),  # a microphone while the model was loaded
+        (10, 0.0, 0.5, 0.0, True),  # it stalled
+        (60, 0.0, 1.2, 0.0, False),
+        (60, 30.0, 1.0, 0.0, False),
+        (60, 60.0, 1.0, 2.0, False),  # a file
+    ],
+)
+def test_a_live_source_may_send_a_little_ahead(
+    length_s, ahead_s, pace, since_s, is_live
+):
+    feed = TimedFeed(length_s, ahead_s, pace, since_s)
+    user = UserStream(feed, StreamFormat("s16le", 24000, 1), 1)
+    assert sum(1 for _ in user.frames(24000, 1920)) == length_s * 12.5
+    assert user.is_live == is_live
+    if ahead_s < 5:
+        assert user.pace == pytest.approx(pace)
 
 
 @settings(max_examples=50, deadline=None)

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import reference_driver
-from small import speech
+from small import converse_live, speech
 
 from pplex.audio.files import Samples
 from pplex.conversation.prompts import make_role
@@ -158,15 +158,7 @@ def test_a_codec_that_must_wait_its_turn_gets_no_thread(beside):
 def test_beside_the_steps_the_answer_is_the_same(engine, start, decode_frames):
     frames = speech(50, seed=3)
     chunks = [frames[i : i + 9] for i in range(0, 50, 9)]
-    live = list(
-        replies(
-            engine,
-            start,
-            [frame[None] for frame in frames],
-            live=True,
-            decode_frames=1,
-        )
-    )
+    live = converse_live(engine, start, frames)
     found = list(replies(engine, start, chunks, decode_frames=decode_frames))
     lengths = [len(reply.text) for reply in found]
     full, rest = divmod(50, decode_frames)
@@ -180,13 +172,13 @@ def test_beside_the_steps_the_answer_is_the_same(engine, start, decode_frames):
 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
-@pytest.mark.parametrize("live", [False, True])
-def test_what_fails_in_the_codec_fails_in_the_conversation(engine, start, kind, live):
+def test_what_fails_in_the_codec_fails_in_the_conversation(engine, start, kind):
     failing = with_codec(engine, Failing(engine.codec, kind))
-    chunks = np.split(speech(30), 6)
-    found = replies(failing, start, chunks, live=live, decode_frames=5)
     with pytest.raises(Fails, match=kind):
-        list(found)
+        list(replies(failing, start, np.split(speech(30), 6), decode_frames=5))
+    failing = with_codec(engine, Failing(engine.codec, kind))
+    with pytest.raises(Fails, match=kind):
+        converse_live(failing, start, speech(30))
 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])

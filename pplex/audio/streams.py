@@ -6,7 +6,6 @@ What comes out is, sample for sample, what ``files`` makes of the same audio.
 from __future__ import annotations
 
 import io
-import math
 import os
 import queue
 import struct
@@ -42,6 +41,11 @@ NAME = "the input stream"
 
 _READ_BYTES = 1 << 14
 _MAX_WAITING = 1 << 10  # reads that wait to be answered: 16 MB at the most
+# A live source begins with what a player sends ahead and what has waited in a pipe:
+# so much of it in all, and within so long.
+_MAX_AHEAD_S = 10.0
+_SETTLING_S = 1.0
+_MAX_LIVE_PACE = 1.05
 # For what may follow the samples: until the next byte, and in all.
 _PATIENCE_S = 1.0
 _DRAIN_S = 10.0
@@ -220,7 +224,7 @@ class LiveFrame:
     """A frame of the user: PCM (frame_size,), of which ``num_samples`` count.
 
     ``arrived`` is when its last sample came, by ``time.perf_counter``; None for
-    frames that nobody said: the tail.
+    frames that nobody said, the tail, and where nobody asks.
     """
 
     pcm: np.ndarray
@@ -247,13 +251,28 @@ class UserStream:
         self._rest = b""
         self._levels = Levels()
         self.fault = ""
-        self.first_s = self.last_s = 0.0
+        self._first_s = self._last_s = 0.0
+        self._settled: tuple[float, int] | None = None  # since when, and what had come
 
     @property
-    def pace(self) -> float:
-        """Seconds of audio a second in which it came; about 1 for a live source."""
-        spent = self.last_s - self.first_s
-        return self.source_frames / self.format.rate / spent if spent > 0 else math.inf
+    def pace(self) -> float | None:
+        """Seconds of audio a second in which it came; about 1 for a live source.
+
+        Counted from when frames are taken and what is sent ahead is there; None where
+        nothing came since.
+        """
+        since, before = self._settled or (self._last_s, 0)
+        spent = self._last_s - since
+        came_s = (self.source_frames - before) / self.format.rate
+        return came_s / spent if spent > 0 else None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it came no faster than it is heard: then frames can be late."""
+        length_s = self.source_frames / self.format.rate
+        ahead_s = length_s - (self._last_s - self._first_s)
+        pace = self.pace
+        return ahead_s < _MAX_AHEAD_S and pace is not None and pace <= _MAX_LIVE_PACE
 
     def warnings(self) -> list[str]:
         """What is odd about it, when it has ended.
@@ -322,6 +341,7 @@ class UserStream:
         """The wanted channel, each sample sound, as it comes."""
         size = self.format.block_bytes
         left = self.format.num_bytes
+        began = time.perf_counter()
         while left is None or left > 0:
             try:
                 content, arrived = self._feed.read()
@@ -354,9 +374,13 @@ class UserStream:
             if len(mono):
                 self._levels.add(block[: len(mono)], mono)
             if not self.source_frames:
-                self.first_s = arrived
-            self.last_s = arrived
+                self._first_s = arrived
+            self._last_s = arrived
             self.source_frames += len(mono)
+            if self._settled is None and arrived >= max(
+                began, self._first_s + _SETTLING_S
+            ):
+                self._settled = arrived, self.source_frames
             yield mono, arrived
             if self.fault:
                 return

@@ -277,12 +277,14 @@ def summary(stats: Stats) -> str:
     """What a run wrote and how long it took, in two lines."""
     step = stats.step_ms
     live = ""
-    if stats.latency_ms is not None:
-        latency = stats.latency_ms
+    latency, with_step = stats.latency_ms, stats.latency_with_step_ms
+    if latency is not None and with_step is not None:
         live = (
-            f"\nlatency from a frame's last sample to its reply p50 {latency.p50:.0f} "
-            f"ms, p95 {latency.p95:.0f} ms, max {latency.max:.0f} ms; "
-            f"{latency.late_frames} late frames, {stats.start_up_frames} at start-up"
+            f"\nlatency from a frame's last sample to its reply p50 {latency.p50:.1f} "
+            f"ms, p95 {latency.p95:.1f} ms, max {latency.max:.0f} ms, with the step "
+            f"that is made before {with_step.p50:.1f}, {with_step.p95:.1f}, "
+            f"{with_step.max:.0f}; {latency.late_frames} late frames, "
+            f"{stats.start_up_frames} at start-up"
         )
     voice = f"voice {stats.voice}, " if stats.voice else ""
     return (

@@ -32,6 +32,7 @@ class Answer:
     frames); all belong to the same frames of the recording. ``timings`` are those of
     the whole conversation. ``heard`` is the user's side (samples,) of a stretch; that
     of a whole answer is the recording. ``fault`` says why that could not be read on.
+    A live reply is made before its frame is encoded: it has no ``user``.
     """
 
     pcm: np.ndarray

@@ -8,18 +8,20 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 
+from pplex.audio.streams import LiveFrame
 from pplex.conversation.answer import Answer
 from pplex.conversation.quiet import Quiet
 from pplex.conversation.tracks import (
     Conversation,
     GroupedTrack,
+    LiveTrack,
     RecordingTrack,
     StreamedTrack,
     Track,
@@ -60,8 +62,7 @@ def run(
     """Step ``tracks`` to their ends, at most ``capacity`` at a time.
 
     Yields after each step the tracks that it gave a column. The next step is already
-    under way then, where the engine can do that; but not with ``live``, where every
-    frame is answered before the next is asked for.
+    under way then, where the engine can do that; but not with ``live``.
     """
     rows = engine.rows(capacity, sampling, live=live)
     coming = iter(tracks)
@@ -103,18 +104,15 @@ def converse(
     sampling: SamplingConfig,
     *,
     decode_frames: int,
-    live: bool = False,
     quiet: Quiet | None = None,
     num_samples: int | None = None,
 ) -> Iterator[Answer]:
     """One conversation: a piece for each ``decode_frames`` frames, the last shorter.
 
-    ``chunks`` are (frames, frame_size) PCM of the user. For a live stream give chunks
-    of one frame, ``live`` and ``decode_frames=1``: every frame is answered before the
-    next is asked for. Where it ends before the chunks do ``quiet`` says. Of the
-    sound ``num_samples`` count, or all, and those of that tail.
+    ``chunks`` are (frames, frame_size) PCM of the user. Where it ends before they do
+    ``quiet`` says. Of the sound ``num_samples`` count, or all, and those of that tail.
     """
-    with codec_worker(engine.codec, beside=0 if live else 1) as worker:
+    with codec_worker(engine.codec, beside=1) as worker:
         track = StreamedTrack(
             engine,
             start,
@@ -125,9 +123,44 @@ def converse(
             quiet=quiet,
             num_samples=num_samples,
         )
-        for _ in run(engine, [track], sampling, capacity=1, live=live):
+        for _ in run(engine, [track], sampling, capacity=1):
             yield from track.pieces()
         yield from track.rest()
+
+
+def converse_live(
+    engine: Engine,
+    start: Start,
+    seed: int,
+    frames: Iterable[LiveFrame],
+    sampling: SamplingConfig,
+    *,
+    quiet: Quiet | None = None,
+    keep: Callable[[np.ndarray], object] = lambda codes: None,
+) -> Iterator[tuple[LiveFrame, Answer]]:
+    """Each of ``frames`` with its reply, before the next one is asked for.
+
+    The reply is there when its frame comes, if the model allows that: the step is made
+    and decoded as soon as the frame before is encoded, of which ``keep`` gets the
+    codes (codebooks, 1). A last reply is made to nobody. ``quiet`` may end it before
+    the ``frames`` do; those that never came are its tail.
+    """
+    came, heard, answered = itertools.tee(frames, 3)
+    pcm = (frame.pcm[None] for frame in heard)
+    track, count = LiveTrack(engine, start, seed, pcm, keep), 0
+    for _ in run(engine, [track], sampling, capacity=1, live=True):
+        reply = track.reply()
+        if reply is not None and (frame := next(answered, None)) is not None:
+            if quiet is not None:
+                if frame.arrived is None:
+                    quiet.begin(count)
+                quiet.hear(reply.text, reply.pcm)
+            yield frame, reply
+            count += 1
+            if quiet is not None and quiet.end is not None:
+                track.columns = iter(())
+                continue
+        next(came, None)  # whoever has to wait for it does so here
 
 
 def converse_many(

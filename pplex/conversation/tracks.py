@@ -23,7 +23,6 @@ from pplex.conversation.worker import one_ahead
 from pplex.engine.base import Codec, Engine, Start
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig, ModelConfig
-from pplex.model.prompt import Prompt
 from pplex.model.streams import shift, unshift, user_rows
 
 # Takes the number of samples before a stretch, and its sides: user, agent (samples,).
@@ -100,14 +99,38 @@ class Track:
         else:
             self.timings.steps.append(seconds)
 
-    def _opened(self, columns: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """What comes before the user's ``columns``, of a model that reads them first.
+    def _opened(
+        self, columns: Iterator[np.ndarray], *, live: bool = False
+    ) -> Iterator[np.ndarray]:
+        """What comes before the user's ``columns``, where a step reads them.
 
-        It reads a column of no frame, and there is an answer to each frame so.
+        The first reads the prompt's last, so that there is an answer to each frame.
         """
-        if self._config.is_moshi:
+        if live or self._config.is_moshi:
             yield self.start.prompt.columns[user_rows(self._config), -1]
         yield from columns
+
+    def _user_columns(
+        self,
+        encoded: Iterator[np.ndarray],
+        keep: Callable[[np.ndarray], object],
+    ) -> Iterator[np.ndarray]:
+        """Columns (codebooks,) of the user's codes, as they are ``encoded`` in chunks.
+
+        ``keep`` is given each chunk (codebooks, frames).
+        """
+        rows = user_rows(self._config)
+        delays, before = self._config.delays[rows], self.start.prompt.pending[rows]
+        while True:
+            start = time.perf_counter()
+            codes = next(encoded, None)
+            self.timings.encode_s += time.perf_counter() - start
+            if codes is None:
+                return
+            keep(codes)
+            columns = shift(codes, delays, before).T
+            before = codes[:, -1]
+            yield from columns
 
     @property
     def is_complete(self) -> bool:
@@ -175,12 +198,13 @@ class StreamedTrack(Track):
         encode = partial(self._codec.encode, state=encoder)
         self._num_samples, self._num_given = num_samples, 0
         self._heard: deque[np.ndarray] = deque()
-        self._encoded = one_ahead(worker, encode, self._hearing(chunks))
+        encoded = one_ahead(worker, encode, self._hearing(chunks))
         self._user_codes: list[np.ndarray] = []
         self._decoder = self._codec.make_state(start.decoder, by_frame=by_frame)
         self._decoding: _Decoding | None = None
         self._pieces: list[Answer] = []
-        self.columns = self._opened(self._asked(self._user_columns(start.prompt)))
+        columns = self._user_columns(encoded, self._user_codes.append)
+        self.columns = self._opened(self._asked(columns))
 
     @property
     def _is_over(self) -> bool:
@@ -198,20 +222,6 @@ class StreamedTrack(Track):
         while not self._is_over and (column := next(columns, None)) is not None:
             self._num_asked += 1
             yield column
-
-    def _user_columns(self, prompt: Prompt) -> Iterator[np.ndarray]:
-        rows = user_rows(self._config)
-        delays, before = self._config.delays[rows], prompt.pending[rows]
-        while True:
-            start = time.perf_counter()
-            codes = next(self._encoded, None)
-            self.timings.encode_s += time.perf_counter() - start
-            if codes is None:
-                return
-            columns = shift(codes, delays, before).T
-            before = codes[:, -1]
-            self._user_codes.append(codes)
-            yield from columns
 
     def push(self, column: np.ndarray, seconds: float) -> None:
         """Add the agent's column of a frame; after enough of them, decode."""
@@ -314,8 +324,44 @@ class StreamedTrack(Track):
 
     def _take_user_codes(self, count: int) -> np.ndarray:
         codes = np.concatenate(self._user_codes, axis=1)
-        self._user_codes = [codes[:, count:]]
+        self._user_codes[:] = [codes[:, count:]]
         return codes[:, :count]
+
+
+class LiveTrack(Track):
+    """A conversation coded frame by frame, each reply as soon as it can be known.
+
+    What PersonaPlex says of a frame does not depend on the user's: it is there before
+    that. Moshi hears the frame first.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        start: Start,
+        seed: int,
+        frames: Iterable[np.ndarray],
+        keep: Callable[[np.ndarray], object],
+    ) -> None:
+        """``frames`` are (1, frame_size) PCM; ``keep`` gets the codes of each."""
+        super().__init__(engine.config.lm, start, seed, None)
+        self._codec = engine.codec
+        encoder = self._codec.make_state(start.encoder, by_frame=True)
+        encode = partial(self._codec.encode, state=encoder)
+        self._decoder = self._codec.make_state(start.decoder, by_frame=True)
+        columns = self._user_columns(map(encode, frames), keep)
+        self.columns = self._opened(columns, live=True)
+
+    def reply(self) -> Answer | None:
+        """The reply to the next frame, without that; None where it must come first."""
+        if not self._num_said:
+            return None
+        frames = self._frames()
+        self._said = self._said[1:]
+        start = time.perf_counter()
+        pcm = self._codec.decode(frames[1:], self._decoder)
+        self.timings.decode_s += time.perf_counter() - start
+        return Answer(pcm, frames[0], frames[1:], frames[1:, :0], self.timings)
 
 
 class RecordingTrack(StreamedTrack):

@@ -109,7 +109,8 @@ class Rows(Protocol):
     def step(self, user: np.ndarray) -> Pending:
         """Give every row its next user tokens int32 (capacity, codebooks), by place.
 
-        They are those of the column that is made; of Moshi, of the one that is read.
+        They are those of the column that is made; of Moshi, and live, of the one that
+        is read: what the agent says of a frame does not wait for the user's then.
         The next step may be asked for before this one's tokens are.
         """
 
@@ -171,7 +172,8 @@ class Engine(Protocol):
     ) -> Rows:
         """Places for ``capacity`` conversations whose tokens are drawn so.
 
-        With ``live`` memory is taken at the start: no frame waits for it later.
+        With ``live`` memory is taken at the start: no frame waits for it later; and a
+        step is made before the user's tokens of its column are there: see ``Rows``.
         """
 
     def forced(self, start: Start, columns: np.ndarray) -> Iterator[Logits]:

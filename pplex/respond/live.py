@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from time import perf_counter
@@ -13,15 +11,21 @@ import numpy as np
 from pplex.audio.files import resampled_length
 from pplex.audio.streams import Feed, LiveFrame, UserStream, open_stream
 from pplex.conversation.answer import Answer, Timings
+from pplex.conversation.prompts import Role
 from pplex.conversation.quiet import Quiet, longest
-from pplex.conversation.scheduler import converse
+from pplex.conversation.scheduler import converse_live
 from pplex.conversation.session import Model
-from pplex.engine.base import Start
 from pplex.errors import PplexError
-from pplex.files import put, put_new
+from pplex.files import Place, put, put_new
 from pplex.respond.ending import Ending, is_cut_off
-from pplex.respond.outputs import open_sink, spoken_words, write_tokens, write_words
-from pplex.respond.request import Request, Settings, check_outputs
+from pplex.respond.outputs import (
+    Write,
+    open_sink,
+    spoken_words,
+    write_tokens,
+    write_words,
+)
+from pplex.respond.request import Request, check_outputs
 from pplex.respond.run import Clock, Config, Report, begin, load_model
 from pplex.respond.stats import (
     Histogram,
@@ -35,49 +39,87 @@ from pplex.respond.stopping import Stop
 from pplex.respond.transcript import Captions
 
 _STDIN = 0
-# A source this much ahead of real time is no live one: its frames cannot be late.
-_MAX_LIVE_PACE = 1.05
 
 _NO_STEPS = Latency(0.0, 0.0, 0.0, 0.0, 0.0, 0)
+
+
+class _Delays:
+    """How long after its last sample a frame was answered.
+
+    ``with_step`` is how long it would have been, were all that is done ahead (the step
+    and the codec's work) done then.
+    """
+
+    def __init__(self, frame_s: float) -> None:
+        self.reply, self.with_step = Histogram(frame_s), Histogram(frame_s)
+
+    def add(self, seconds: float, ahead_s: float) -> None:
+        """Count a frame."""
+        self.reply.add(seconds)
+        self.with_step.add(seconds + ahead_s)
 
 
 class _Record:
     """What a conversation leaves behind, in memory that hardly grows."""
 
-    def __init__(self, keeps_tokens: bool, frame_s: float) -> None:
+    def __init__(self, model: Model, *, keeps_tokens: bool) -> None:
         self._keeps_tokens = keeps_tokens
-        self._text, self._codes = bytearray(), bytearray()
+        self._is_ahead = not model.config.lm.is_moshi
+        self._frame_s = model.config.frame_s
+        self._text, self._user, self._agent = bytearray(), bytearray(), bytearray()
         self.end = np.zeros(0, np.float32)  # the agent's last sound: two frames
-        self.steps, self.latency = Histogram(frame_s), Histogram(frame_s)
-        self._frame_s = frame_s
-        self.num_samples = self.start_up_frames = 0
+        self.steps = Histogram(self._frame_s)
+        self._start_up, self._delays = _Delays(self._frame_s), _Delays(self._frame_s)
+        self.timings, self._codec_s, self.num_samples = Timings(), 0.0, 0
 
-    def add(self, reply: Answer, frame: LiveFrame, step_s: float, now: float) -> None:
+    def hear(self, codes: np.ndarray) -> None:
+        """Keep the user's codes (codebooks, frames), where they are wanted."""
+        if self._keeps_tokens:
+            self._user += codes.T.astype(np.int32).tobytes()
+
+    def add(self, frame: LiveFrame, reply: Answer, now: float) -> None:
         """Count a frame that was answered ``now``."""
         self.num_samples += frame.num_samples
-        self.steps.add(step_s)
-        pcm = reply.pcm[: frame.num_samples]
-        self.end = np.concatenate([self.end[-len(reply.pcm) :], pcm])
+        self.end = np.concatenate(
+            [self.end[-len(reply.pcm) :], reply.pcm[: frame.num_samples]]
+        )
         self._text += reply.text.astype(np.int32).tobytes()
         if self._keeps_tokens:
-            codes = np.concatenate([reply.user, reply.agent])
-            self._codes += codes.astype(np.int32).tobytes()
+            self._agent += reply.agent.T.astype(np.int32).tobytes()
+        self.timings = reply.timings
+        step_s, codec_s = self.timings.steps.pop(), self._codec_s
+        self._codec_s = self.timings.encode_s + self.timings.decode_s
+        self.steps.add(step_s)
         if frame.arrived is None:
             return
         latency_s = now - frame.arrived
-        if not self.latency.count and latency_s > self._frame_s:
-            self.start_up_frames += 1  # it came while the model was loaded
-        else:
-            self.latency.add(latency_s)
+        # Until one is in time they came while the model was loaded, or wait for those.
+        in_time = self._delays.reply.count or latency_s <= self._frame_s
+        delays = self._delays if in_time else self._start_up
+        delays.add(latency_s, (step_s + self._codec_s - codec_s) * self._is_ahead)
 
     def text(self) -> np.ndarray:
         """Text ids (frames,)."""
         return np.frombuffer(bytes(self._text), np.int32)
 
-    def codes(self) -> np.ndarray:
-        """Codes of user and agent, one above the other (2 codebooks, frames)."""
-        flat = np.frombuffer(bytes(self._codes), np.int32)
-        return flat.reshape(len(self.text()), -1).T
+    def codes(self) -> Iterator[np.ndarray]:
+        """The user's codes (codebooks, frames), and the agent's."""
+        for codes in (self._user, self._agent):
+            flat = np.frombuffer(bytes(codes), np.int32)
+            yield flat.reshape(len(self.text()), -1).T
+
+    def with_delays(self, stats: Stats, user: UserStream) -> Stats:
+        """``stats`` with how late replies were, where ``user`` came in real time."""
+        delays, start_up_frames = self._delays, self._start_up.reply.count
+        if not delays.reply.count:  # it was never caught up with
+            delays, start_up_frames = self._start_up, 0
+        return replace(
+            stats,
+            latency_ms=delays.reply.latency() if user.is_live else None,
+            latency_with_step_ms=delays.with_step.latency() if user.is_live else None,
+            start_up_frames=start_up_frames,
+            source_pace=user.pace,
+        )
 
 
 def respond_stream(
@@ -86,39 +128,32 @@ def respond_stream(
     """Answer what comes on stdin, frame by frame, until it ends or we are stopped."""
     stop = stop or Stop()
     clock = Clock()
-    outputs, settings = request.outputs, request.settings
     check_outputs(request, config.overwrite)
     feed = Feed(_STDIN)
-    user = UserStream(feed, open_stream(feed, config.raw), settings.channel)
+    user = UserStream(feed, open_stream(feed, config.raw), request.settings.channel)
     report.listening(user.format)
     clock.lap("read")
     model = load_model(config, report, live=True)
     clock.lap("load")
-    role, start = begin(model, settings, clock, report)
-    settings = replace(settings, voice=role.voice, text=role.text)
+    role, start = begin(model, request.settings, clock, report)
+    settings = replace(request.settings, voice=role.voice, text=role.text)
     request = replace(request, settings=settings)
-    rate = model.config.sample_rate
-    record = _Record(outputs.tokens is not None, model.config.frame_s)
-    closed: BrokenPipeError | None = None
-    timings = Timings()
+    outputs, rate = request.outputs, model.config.sample_rate
+    files, place = outputs.files(), put if config.overwrite else put_new
+    record = _Record(model, keeps_tokens=outputs.tokens is not None)
     waited_s = feed.waited_s
     with stop.deferred(feed.stop):
-        files, place = outputs.files(), put if config.overwrite else put_new
         with open_sink(outputs.layout, files, rate, place=place) as write:
-            replies = _converse(model, start, user, settings)
-            report.answering(None)
-            captions = Captions(model.tokenizer.piece, model.config.frame_rate)
-            try:
-                for reply, frame in replies:
-                    count = frame.num_samples
-                    write(frame.pcm[:count], reply.pcm[:count])
-                    timings = reply.timings
-                    record.add(reply, frame, timings.steps.pop(), perf_counter())
-                    report.said(captions.add(int(reply.text[0])))
-                    report.advance(model.config.frame_s)
-            except BrokenPipeError as e:
-                closed = e
-            report.said(captions.end())
+            replies = converse_live(
+                model.engine,
+                start,
+                settings.seed,
+                user.frames(rate, model.config.frame_size, longest(settings.tail)),
+                settings.sampling,
+                quiet=Quiet(model.config) if settings.tail == "auto" else None,
+                keep=record.hear,
+            )
+            closed = _answer(model, replies, record, write, report)
             if not record.num_samples:  # nothing was answered: no file
                 stop.check()
                 if closed is not None:
@@ -126,60 +161,103 @@ def respond_stream(
             # Another program may have written there in the meantime.
             check_outputs(request, config.overwrite)
         clock.lap("answer")
-        audio_s = record.num_samples / rate
-        write_words(model, request, record.text(), audio_s, role.voice, place)
-        if outputs.tokens is not None:
-            user_codes, agent_codes = np.split(record.codes(), 2)
-            write_tokens(outputs.tokens, user_codes, agent_codes, record.text(), place)
+        _write_tokens(model, request, record, place)
         clock.lap("write")
-        waited_s = feed.waited_s - waited_s
-        clock.parts["read"] += waited_s
-        spoken = spoken_words(model, record.text())
-        heard = resampled_length(user.source_frames, user.format.rate, rate)
-        step_ms, frames = record.steps.latency() or _NO_STEPS, record.steps.count
-        stats = make_stats(
-            request,
-            Source(
-                audio_s,
-                max(0, record.num_samples - heard) / rate,
-                user.format.rate,
-                user.format.channels,
-            ),
-            Ending(
-                len(spoken),
-                is_cut_off(record.end, record.text(), model.config.frame_size),
-            ),
-            model.local,
-            model_info(model),
-            step_ms,
-            frames,
-            clock.parts
-            | {
-                # A frame is waited for when its codes are asked for.
-                "encode": timings.encode_s - waited_s,
-                "steps": step_ms.mean * frames / 1000.0,
-                "decode": timings.decode_s,
-            },
-            voice=role.voice,
-            prompt_frames=role.prompt.num_frames,
-            total_s=clock.total(),
-        )
-        pace = user.pace
-        stats = replace(
-            stats,
-            latency_ms=record.latency.latency() if pace <= _MAX_LIVE_PACE else None,
-            start_up_frames=record.start_up_frames,
-            source_pace=pace if math.isfinite(pace) else None,
-        )
+        clock.parts["read"] += feed.waited_s - waited_s
+        stats = _stats(model, request, role, record, user, clock)
         if outputs.stats is not None:
             stats.write(outputs.stats, place)
         for warning in user.warnings():
             report.warn(warning)
     if config.check is not None:
+        spoken = spoken_words(model, record.text())
         outcomes = config.check(request.source, files, asdict(stats), spoken)
         report.checked(outcomes, outputs.audio)
     if closed is not None:
         raise closed
+    _check_whole(user)
+    return stats
+
+
+def _answer(
+    model: Model,
+    replies: Iterator[tuple[LiveFrame, Answer]],
+    record: _Record,
+    write: Write,
+    report: Report,
+) -> BrokenPipeError | None:
+    """Give each reply away as it comes; what says that nobody takes them any more."""
+    report.answering(None)
+    captions = Captions(model.tokenizer.piece, model.config.frame_rate)
+    closed = None
+    try:
+        for frame, reply in replies:
+            count = frame.num_samples
+            write(frame.pcm[:count], reply.pcm[:count])
+            record.add(frame, reply, perf_counter())
+            report.said(captions.add(int(reply.text[0])))
+            report.advance(model.config.frame_s)
+    except BrokenPipeError as e:
+        closed = e
+    report.said(captions.end())
+    return closed
+
+
+def _write_tokens(
+    model: Model, request: Request, record: _Record, place: Place
+) -> None:
+    """Write transcripts and token arrays, where they are wanted."""
+    duration_s = record.num_samples / model.config.sample_rate
+    voice, text = request.settings.voice or "", record.text()
+    write_words(model, request, text, duration_s, voice, place)
+    if (path := request.outputs.tokens) is not None:
+        user_codes, agent_codes = record.codes()
+        write_tokens(path, user_codes, agent_codes, text, place)
+
+
+def _stats(
+    model: Model,
+    request: Request,
+    role: Role,
+    record: _Record,
+    user: UserStream,
+    clock: Clock,
+) -> Stats:
+    """The figures of a stream that has ended."""
+    rate, text, timings = model.config.sample_rate, record.text(), record.timings
+    heard = resampled_length(user.source_frames, user.format.rate, rate)
+    step_ms, frames = record.steps.latency() or _NO_STEPS, record.steps.count
+    stats = make_stats(
+        request,
+        Source(
+            record.num_samples / rate,
+            max(0, record.num_samples - heard) / rate,
+            user.format.rate,
+            user.format.channels,
+        ),
+        Ending(
+            len(spoken_words(model, text)),
+            is_cut_off(record.end, text, model.config.frame_size),
+        ),
+        model.local,
+        model_info(model),
+        step_ms,
+        frames,
+        clock.parts
+        | {
+            "encode": timings.encode_s,
+            "steps": step_ms.mean * frames / 1000.0,
+            "decode": timings.decode_s,
+        },
+        voice=role.voice,
+        prompt_frames=role.prompt.num_frames,
+        total_s=clock.total(),
+    )
+    return record.with_delays(stats, user)
+
+
+def _check_whole(user: UserStream) -> None:
+    """Say what ended a stream before its time."""
     fault = user.fault
     if user.missing_bytes:
         fault = (
@@ -188,33 +266,3 @@ def respond_stream(
         )
     if fault:
         raise PplexError(f"{fault}; what came before was answered and written")
-    return stats
-
-
-def _converse(
-    model: Model, start: Start, user: UserStream, settings: Settings
-) -> Iterator[tuple[Answer, LiveFrame]]:
-    """Yield each frame of the user with the reply to it, before the next is read."""
-    under_way: deque[LiveFrame] = deque()
-    quiet = Quiet(model.config) if settings.tail == "auto" else None
-
-    def chunks() -> Iterator[np.ndarray]:
-        sizes = model.config.sample_rate, model.config.frame_size
-        frames = user.frames(*sizes, longest(settings.tail))
-        for idx, frame in enumerate(frames):
-            if quiet is not None and frame.arrived is None:
-                quiet.begin(idx)
-            under_way.append(frame)
-            yield frame.pcm[None]
-
-    for reply in converse(
-        model.engine,
-        start,
-        settings.seed,
-        chunks(),
-        settings.sampling,
-        decode_frames=1,
-        live=True,
-        quiet=quiet,
-    ):
-        yield reply, under_way.popleft()

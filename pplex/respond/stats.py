@@ -103,10 +103,11 @@ class Stats:
     over audio time: everything but loading the model and warming up;
     ``real_time_factor_with_load`` is ``total_s`` over audio time.
 
-    Of streams only: ``latency_ms`` from a frame's last sample to its reply,
-    ``start_up_frames`` that came before the model was ready and were late, and
-    ``source_pace``, audio time over the time it took to come. A source faster than
-    real time has no latency.
+    Of streams only: ``latency_ms`` from a frame's last sample to its reply;
+    ``latency_with_step_ms``, what it would be were the reply not made before;
+    ``start_up_frames`` that came before the model was ready and were late; and
+    ``source_pace``, audio time over the time it took to come since. A source faster
+    than real time has no latency.
 
     ``step_ms_series`` has the milliseconds of every step, for one recording only: a
     stream has no end, and a batch's steps belong to many.
@@ -157,6 +158,7 @@ class Stats:
     mlx: str
     start_s: float = 0.0
     latency_ms: Latency | None = None
+    latency_with_step_ms: Latency | None = None
     start_up_frames: int | None = None
     source_pace: float | None = None
     step_ms_series: list[float] | None = None

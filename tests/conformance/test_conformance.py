@@ -139,7 +139,8 @@ def converse(
 ) -> list[np.ndarray]:
     """The agent's columns (frames, agent streams) of each of several conversations.
 
-    They join and leave at their times; tokens are read ``late`` steps afterwards.
+    They join and leave at their times; tokens are read ``late`` steps afterwards. With
+    ``live`` a step is made before the user's tokens of its column are there.
     """
     lm = engine.config.lm
     rows = engine.rows(capacity, sampling, live=live)
@@ -169,7 +170,10 @@ def converse(
         # Nothing is read of places that are free.
         user = np.full((capacity, lm.num_codebooks), 1 << 20, np.int32)
         for place, idx in seats.items():
-            user[place] = those[idx].user(lm)[:, frame - those[idx].first]
+            prompt = read(engine, those[idx].prompt).prompt
+            before = prompt.columns[user_rows(lm), -1:]
+            columns = np.concatenate([before, those[idx].user(lm)], axis=1)
+            user[place] = columns[:, frame - those[idx].first + (not live)]
         waiting.append((dict(seats), rows.step(user)))
         if len(waiting) > late:
             take()

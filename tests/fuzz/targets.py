@@ -227,9 +227,7 @@ def read_checkpoint(path: Path) -> None:
     model = load(local)
     start = model.engine.prefill(make_role(model, "NATF2", "a b").prompt)
     chunks = iter(np.full((3, 1, model.config.frame_size), 0.01, np.float32))
-    for reply in converse(
-        model.engine, start, 0, chunks, GREEDY, decode_frames=1, live=True
-    ):
+    for reply in converse(model.engine, start, 0, chunks, GREEDY, decode_frames=1):
         assert np.isfinite(reply.pcm).all()
 
 

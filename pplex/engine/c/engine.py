@@ -166,6 +166,7 @@ class CRows:
     ) -> None:
         config = lm.config
         self._lm, self._live = lm, live
+        self._reads_user = live or config.is_moshi
         self._sampling = Sampling(**Sampler.of(config, sampling).layout())
         self._num_agent = config.num_agent_streams
         self._caches: list[RowCache | None] = [None] * capacity
@@ -208,7 +209,7 @@ class CRows:
         """Make a step of all rows."""
         places = self._taken
         whole = len(places) == len(self._caches)
-        if self._lm.config.is_moshi:
+        if self._reads_user:
             self._columns[:, self._num_agent :] = user
         columns = self._columns if whole else self._columns[places]
         given = None

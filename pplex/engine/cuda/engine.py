@@ -62,11 +62,13 @@ class CudaEngine(MlxEngine):
                 module.__class__ = WrittenOut
         self._by_kernels = config.lm.dim % 16 == 0 and config.lm.dim <= MOST_DIM
 
-    def _block_maker(self, sampling: SamplingConfig) -> Callable[[int], Rows]:
+    def _block_maker(
+        self, sampling: SamplingConfig, reads_user: bool
+    ) -> Callable[[int], Rows]:
         kernel = self._frame_kernel if self.alone else None
         if kernel is None:
-            return super()._block_maker(sampling)
-        return lambda size: frame.FrameRows(kernel, self.config.lm, sampling)
+            return super()._block_maker(sampling, reads_user)
+        return lambda size: frame.FrameRows(kernel, sampling, reads_user)
 
     @functools.cached_property
     def _frame_kernel(self) -> frame.FrameKernel | None:

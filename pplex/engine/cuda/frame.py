@@ -298,10 +298,11 @@ class FrameRows:
     """The one row that the kernel steps."""
 
     def __init__(
-        self, kernel: FrameKernel, config: LmConfig, sampling: SamplingConfig
+        self, kernel: FrameKernel, sampling: SamplingConfig, reads_user: bool
     ) -> None:
-        self._kernel, self._num_agent = kernel, config.num_agent_streams
-        self._sampler = Sampler.of(config, sampling)
+        self._kernel, self._num_agent = kernel, kernel.config.num_agent_streams
+        self._reads_user = reads_user
+        self._sampler = Sampler.of(kernel.config, sampling)
         self._cache: FrameCache | None = None
         self._seed = self._frame = 0
         self._column: mx.array
@@ -334,7 +335,7 @@ class FrameRows:
         assert self._cache is not None
         key = noise_key(self._seed, self._frame)
         tokens, cache = mx.array(user[0]), self._cache
-        if self._kernel.config.is_moshi:
+        if self._reads_user:
             agent = self._column[: self._num_agent]
             self._column = mx.concatenate([agent, tokens])
         self._column = self._kernel(

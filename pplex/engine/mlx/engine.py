@@ -143,7 +143,7 @@ class MlxEngine:
         self, capacity: int, sampling: SamplingConfig, *, live: bool = False
     ) -> Rows:
         """Places for ``capacity`` conversations."""
-        make_block = self._block_maker(sampling)
+        make_block = self._block_maker(sampling, live or self.config.lm.is_moshi)
         sizes = [self._num_rows] * (capacity // self._num_rows)
         if rest := capacity % self._num_rows:
             sizes.append(rest)
@@ -152,10 +152,14 @@ class MlxEngine:
         blocks = [(make_block(size), size) for size in sizes]
         return RowsApart(blocks, self.config.lm.num_agent_streams)
 
-    def _block_maker(self, sampling: SamplingConfig) -> Callable[[int], Rows]:
+    def _block_maker(
+        self, sampling: SamplingConfig, reads_user: bool
+    ) -> Callable[[int], Rows]:
         """Makes rows that step together, at most as many as a product has."""
         frame = self.make_frame(Sampler.of(self.config.lm, sampling))
-        return lambda size: MlxRows(self, size, self._num_rows, sampling, frame)
+        return lambda size: MlxRows(
+            self, size, self._num_rows, sampling, frame, reads_user
+        )
 
     def forced(self, start: Start, columns: np.ndarray) -> Iterator[Logits]:
         """The logits of each of ``columns`` (streams, frames), given all before it."""
@@ -317,9 +321,11 @@ class MlxRows:
         num_rows: int,
         sampling: SamplingConfig,
         frame: Frame,
+        reads_user: bool,
     ) -> None:
         config = engine.config.lm
         self._engine, self._frame = engine, frame
+        self._reads_user = reads_user
         self._draws = Sampler.of(config, sampling).draws
         self._capacity, self._num_rows = capacity, num_rows
         self._num_agent = config.num_agent_streams
@@ -382,7 +388,7 @@ class MlxRows:
         if self._given is not None:
             inputs["given"] = self._given
         engine = self._engine
-        if engine.config.lm.is_moshi:
+        if self._reads_user:
             agent = self._column[:, : self._num_agent]
             self._column = mx.concatenate([agent, inputs["user"]], axis=1)
         columns = _padded(self._column, self._num_rows)
