@@ -133,10 +133,7 @@ def atomic_write(path: Path, *, place: Place = put) -> Iterator[Path]:
         return
     target = Path(os.path.realpath(path))
     _check_target(path, target)
-    # A long name is cut so that the temporary one stays within 255 bytes.
-    temporary = target.with_name(
-        f".{target.name[:48]}.pplex-{secrets.token_hex(4)}.tmp"
-    )
+    temporary = hidden_beside(target)
     try:
         temporary.open("xb").close()
         yield temporary
@@ -145,6 +142,12 @@ def atomic_write(path: Path, *, place: Place = put) -> Iterator[Path]:
         raise PplexError(_reason(path, e)) from e
     finally:
         _remove(temporary)
+
+
+def hidden_beside(path: Path) -> Path:
+    """A new name for a temporary file in the folder of ``path``."""
+    # A long name is cut so that the temporary one stays within 255 bytes.
+    return path.with_name(f".{path.name[:48]}.pplex-{secrets.token_hex(4)}.tmp")
 
 
 def write_text(path: Path, text: str, *, place: Place = put) -> None:

@@ -117,12 +117,12 @@ def test_machines_with_another_model_do_not_work(cluster, batch, monkeypatch):
 class Deadly(ray_cluster.Worker):
     """A worker that one recording kills, and another puts out of order."""
 
-    async def answer(self, job, voice):
-        if job.key == "3.wav":
+    async def answer(self, task, *content):
+        if task.request.key == "3.wav":
             os._exit(1)
-        if job.key == "5.wav":
-            job = replace(job, sound=None)
-        return await super().answer(job, voice)
+        if task.request.key == "5.wav":
+            task = replace(task, local=None)
+        return await super().answer(task, *content)
 
 
 def test_a_recording_that_kills_its_workers_fails_alone(
@@ -143,12 +143,36 @@ def test_a_recording_that_kills_its_workers_fails_alone(
     assert len(known) == 3 * (COUNT - 2)
 
 
+class Blind(ray_cluster.Worker):
+    """A worker on a machine that does not see the driver's files."""
+
+    def _sees(self, task, known):
+        return False
+
+
+def test_what_a_worker_does_not_see_is_sent(cluster, batch, tmp_path, monkeypatch):
+    (tmp_path / "in" / "bad.wav").write_bytes(
+        (tmp_path / "in" / "0.wav").read_bytes()[:30]
+    )
+    notes = Notes()
+    run_batch(batch, notes)
+    monkeypatch.setattr(ray_cluster, "Worker", Blind)
+    other = replace(batch, outdir=tmp_path / "other", ray=cluster[0].address)
+    summary = run_batch(other, Notes())
+    assert (summary.done, summary.failed) == (COUNT, notes.errors)
+    assert contents(other.outdir) == contents(batch.outdir)
+    ours, theirs = last_lines(batch.outdir), last_lines(other.outdir)
+    assert all(theirs[key]["input"] == ours[key]["input"] for key in ours)
+    again = run_batch(other, Notes())
+    assert (again.done, again.skipped) == (0, COUNT)
+
+
 class Slow(ray_cluster.Worker):
     """A worker that leaves time for others to come."""
 
-    async def answer(self, job, voice):
+    async def answer(self, *given):
         await asyncio.sleep(1.0)
-        return await super().answer(job, voice)
+        return await super().answer(*given)
 
 
 def test_a_machine_that_joins_later_gets_work(cluster, batch, monkeypatch):
@@ -158,11 +182,11 @@ def test_a_machine_that_joins_later_gets_work(cluster, batch, monkeypatch):
     sent = []
     send = ray_cluster.Cluster._send
 
-    def noted(self, worker, job):
+    def noted(self, worker, task):
         sent.append(worker.actor)
         if len(sent) == 1:
             cluster.add_node(num_cpus=1)
-        send(self, worker, job)
+        send(self, worker, task)
 
     monkeypatch.setattr(ray_cluster.Cluster, "_send", noted)
     summary = run_batch(replace(batch, ray=cluster.address), Notes())
@@ -175,16 +199,18 @@ def test_each_worker_has_rows_for_its_share():
     assert size.shared_by(1) == size
 
 
-def test_recordings_are_handed_out_in_turn(cluster, batch, monkeypatch):
+def test_each_worker_has_its_share_of_the_sound(cluster, batch, monkeypatch):
     sent = []
     send = ray_cluster.Cluster._send
 
-    def noted(self, worker, job):
-        sent.append(worker.actor)
-        send(self, worker, job)
+    def noted(self, worker, task):
+        sent.append((worker.actor, task.seconds))
+        send(self, worker, task)
 
     monkeypatch.setattr(ray_cluster.Cluster, "_send", noted)
-    monkeypatch.setattr(ray_cluster, "_TOGETHER_S", 60.0)
     summary = run_batch(replace(batch, ray=cluster[0].address), Notes())
     assert summary.done == COUNT
-    assert sent[0] is not sent[1]
+    one, other = {
+        actor: sum(s for a, s in sent if a is actor) for actor, _ in sent
+    }.values()
+    assert one == pytest.approx(other, rel=0.25)

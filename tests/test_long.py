@@ -15,7 +15,7 @@ import soundfile
 from test_batch import RATE, SETTINGS, contents, go, record
 
 from pplex.audio.files import read_pcm
-from pplex.batch import run as batch_run
+from pplex.batch import answering
 from pplex.batch.plan import OutputOptions, Selection
 from pplex.batch.prepare import Batch
 from pplex.errors import PplexError
@@ -98,7 +98,7 @@ def test_a_recording_that_changes_before_it_is_answered_fails_alone(
 ):
     go(batch)
     monkeypatch.setattr(respond_run, "MOST_KEPT", 0)
-    read_request = batch_run.read_request
+    read_request = answering.read_request
 
     def read_and_change(request, rate):
         read = read_request(request, rate)
@@ -106,7 +106,7 @@ def test_a_recording_that_changes_before_it_is_answered_fails_alone(
             record(request.source, 50000, 9)
         return read
 
-    monkeypatch.setattr(batch_run, "read_request", read_and_change)
+    monkeypatch.setattr(answering, "read_request", read_and_change)
     summary, notes = go(batch, outdir=tmp_path / "long")
     assert summary.done == 2
     assert "has changed while it was read" in notes.errors["0.wav"]

@@ -1,10 +1,11 @@
 """A batch on many machines: a Ray cluster of workers with a model each.
 
-The driver reads recordings, hands them out, and writes results and manifest; workers
-only compute, so the machines need no common disk. A worker gets a new recording when
-one of its own is done. Ray starts a worker that was lost again while its machine is
-there. What it was busy with is done by whoever is free: Ray's own retries of a task
-would wait for the same worker, whose machine may be gone.
+The driver hands out names; workers read the recordings and write the outputs, which the
+driver then gives their names, as it keeps the manifest. A worker that does not see the
+driver's files is sent what is in them, and sends back what is to be in the outputs. Ray
+starts a worker that was lost again while its machine is there. What it was busy with is
+done by whoever is free: Ray's own retries of a task would wait for the same worker,
+whose machine may be gone.
 
 Nothing here may import MLX at the top: a worker is told its GPU first.
 """
@@ -16,75 +17,82 @@ import importlib.metadata
 import os
 import queue
 import re
+import shutil
 import socket
 import tempfile
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pplex.audio.files import Samples
+from pplex.batch.lock import is_held_by
+from pplex.batch.plan import digest_of
 from pplex.checkpoint.unpack import MAX_VOICE_BYTES
 from pplex.errors import PplexError, first_line
-from pplex.files import read_regular, reading
+from pplex.files import hidden_beside, open_regular, read_regular, reading
 
 if TYPE_CHECKING:
-    from pplex.batch.decoding import Answered, Decoder, Failure, Job, Size
+    from pplex.batch.answering import Answering, Result
+    from pplex.batch.decoding import Size
     from pplex.batch.describe import Description
-    from pplex.engine.choose import Compute
-    from pplex.model.sampling import SamplingConfig
+    from pplex.batch.prepare import Batch
+    from pplex.batch.records import Task, Written
 
-_AHEAD = 4  # recordings a worker has beyond its batch, and those its codec is given
 _MAX_TRIES = 3  # of a recording whose worker was lost
 _MAX_RESTARTS = 3  # of a worker on its machine
 _CONNECT_S = 10.0
 _RESTART_S = 0.2  # between looks whether Ray has started a worker again
-_TOGETHER_S = 2.0  # that a worker which is ready waits for those that start beside it
 _LOOK_S = 2.0  # between looks for machines without a worker
 # A batch waits so long for another recording to join it.
 _PATIENCE_S = 0.3
 _LAST_WORDS_S = 1.0  # from a worker's fault to its end: the driver hears of it
 
-# A voice's file: its suffix and content.
-Voice = tuple[str, bytes]
+# A file's name and what is in it.
+Content = tuple[str, bytes]
 
 
 @dataclass
 class _Remote:
     """A worker as the driver sees it.
 
-    ``room`` is how many recordings it may have, 0 while it starts; ``busy`` are those
-    it has.
+    It answers ``rows`` recordings at a time, and may have ``room``, 0 while it starts;
+    ``busy`` are those it has, of ``busy_s`` seconds, and ``given_s`` those it ever had.
     """
 
     actor: Any
     host: str
     starting: Any
+    is_new: bool = True
+    sees_files: bool = True
+    rows: int = 0
     room: int = 0
-    busy: dict[Any, Job] = field(default_factory=dict)
+    busy: dict[Any, Task] = field(default_factory=dict)
+    busy_s: float = 0.0
+    given_s: float = 0.0
+    wants_word: bool = False  # that no more will come
+    is_testing: bool = False  # a recording that may be what lost other workers
 
 
 class Cluster:
-    """Answers jobs on a Ray cluster: a worker a GPU or, without GPUs, a machine."""
+    """Answers recordings on a Ray cluster: a worker a GPU or, without, a machine."""
 
     def __init__(
         self,
-        address: str,
-        offline: bool,
+        batch: Batch,
         model: Description,
-        sampling: SamplingConfig,
         size: Size,
-        compute: Compute,
         note: Callable[[str], None],
     ) -> None:
-        """``address`` is one of Ray's, or ``"local"`` for a cluster of this machine."""
+        """Wait for the first worker; ``batch.ray`` is an address or ``"local"``."""
+        assert batch.ray is not None
         self._ray = _import_ray()
         self._own_cluster = not self._ray.is_initialized()
         if self._own_cluster:
-            _connect(self._ray, address)
+            _connect(self._ray, batch.ray)
         self._model = model
         self._size = size
         self._note = note
@@ -95,53 +103,66 @@ class Cluster:
             name = str(model.local.path.absolute())
         self._spec = {
             "model": name,
+            "called": model.local.name,
             "identity": model.identity,
-            "offline": offline,
+            "offline": batch.offline,
             "pplex": importlib.metadata.version("pplex"),
-            "sampling": asdict(sampling),
-            "compute": compute,
+            "sampling": asdict(batch.settings.sampling),
+            "compute": batch.compute,
+            "folder": os.getcwd(),
+            "driver": (os.getpid(), socket.gethostname()),
         }
         self.batch_size: int | None = None
+        self._total_s = size.total_frames / model.config.frame_rate
         self._workers: list[_Remote] = []
         self._hired: Counter[str] = Counter()
         self._tries: Counter[str] = Counter()
-        self._again: deque[Job] = deque()
+        self._todo: deque[Task] = deque()
         # Lost twice: these have a worker to themselves when the others are done, so
         # that none fails for the one beside it.
-        self._doubtful: deque[Job] = deque()
+        self._doubtful: deque[Task] = deque()
         self._voices: dict[str, Any] = {}
-        self._looked = self._ready_at = 0.0
+        self._looked = 0.0
         self._last_error = ""
+        self._done: Callable[[Result], None] = lambda result: None
+        try:
+            while not any(worker.room for worker in self._workers):
+                self._go_on()
+        except BaseException:
+            self._shut_down()
+            raise
 
-    def run(self, jobs: Iterator[Job]) -> Iterator[Answered | Failure]:
-        """Yield an answer or a failure for each job, in any order."""
-        more = True
+    def run(self, tasks: Iterator[Task], done: Callable[[Result], None]) -> None:
+        """Answer ``tasks``; ``done`` is told of each, in any order."""
+        self._done = done
+        self._todo.extend(tasks)
         try:
             while True:
-                self._start_workers()
-                while worker := self._freest():
-                    job = self._again.popleft() if self._again else next(jobs, None)
-                    if job is None:
-                        if more:  # nobody need wait for another
-                            for each in self._workers:
-                                each.actor.no_more.remote()
-                        more = False
-                        break
-                    self._send(worker, job)
+                while self._todo and (worker := self._freest()):
+                    self._send(worker, self._todo.popleft())
                 for worker in self._workers:
                     if self._doubtful and worker.room and not worker.busy:
+                        worker.is_testing = True
                         self._send(worker, self._doubtful.popleft())
-                left = more or self._again or self._doubtful
-                if not left and not any(worker.busy for worker in self._workers):
+                    if worker.wants_word and (worker.is_testing or not self._todo):
+                        worker.wants_word = False
+                        worker.actor.no_more.remote()
+                busy = any(worker.busy for worker in self._workers)
+                if not (busy or self._todo or self._doubtful):
                     return
-                if not self._workers:
-                    raise PplexError(
-                        f"no machine of the Ray cluster can work: {self._last_error}"
-                    )
-                for ref, worker in self._ready():
-                    yield from self._take(ref, worker)
+                self._go_on()
         finally:
             self._shut_down()
+
+    def _go_on(self) -> None:
+        """Start workers where there is none, and take what has come in."""
+        self._start_workers()
+        if not self._workers:
+            raise PplexError(
+                f"no machine of the Ray cluster can work: {self._last_error}"
+            )
+        for ref, worker in self._ready():
+            self._take(ref, worker)
 
     def _start_workers(self) -> None:
         """Start a worker for each GPU or machine that never had one."""
@@ -177,38 +198,51 @@ class Cluster:
                 self._workers.append(_Remote(actor, host, actor.start.remote()))
 
     def _freest(self) -> _Remote | None:
-        # The longest come first: they are to be shared out.
-        if self._are_starting():
-            return None
-        last_try = _MAX_TRIES - 1
+        """Who has least to do and may have more.
+
+        While others start for the first time, nobody gets more than a fair share.
+        """
+        share_s = float("inf")
+        if any(worker.is_new for worker in self._workers):
+            share_s = self._total_s / len(self._workers) - self._todo[0].seconds
         free = [
             worker
             for worker in self._workers
             if len(worker.busy) < worker.room
-            and all(self._tries[job.key] < last_try for job in worker.busy.values())
+            and not worker.is_testing
+            and (worker.given_s <= share_s or not worker.busy)
         ]
-        return min(free, key=lambda w: len(w.busy) / w.room, default=None)
+        return min(free, key=lambda w: w.busy_s / w.rows, default=None)
 
-    def _are_starting(self) -> bool:
-        """Whether the first worker is ready and others will be in a moment."""
-        ready = [worker for worker in self._workers if worker.room]
-        if ready and not self._ready_at:
-            self._ready_at = time.monotonic()
-        others = len(ready) < len(self._workers)
-        return others and time.monotonic() < self._ready_at + _TOGETHER_S
+    def _send(self, worker: _Remote, task: Task) -> None:
+        voice, content = task.request.settings.voice, None
+        try:
+            if voice and voice not in self._model.voices:
+                if voice not in self._voices:
+                    path = Path(voice)
+                    with reading(f"voice {path}", "cannot be read"):
+                        file = voice, read_regular(path, MAX_VOICE_BYTES)
+                    self._voices[voice] = self._ray.put(file)
+                content = self._voices[voice]
+            source, sound = task.request.source, None
+            with reading(source, "cannot be read"):
+                status = source.stat()
+                if not worker.sees_files:
+                    with open_regular(source) as recording:
+                        sound = recording.read()
+        except PplexError as e:
+            self._fail(task, str(e))
+            return
+        known = status.st_size, status.st_mtime_ns
+        worker.busy[worker.actor.answer.remote(task, known, sound, content)] = task
+        worker.busy_s += task.seconds
+        worker.given_s += task.seconds
+        worker.wants_word = True
 
-    def _send(self, worker: _Remote, job: Job) -> None:
-        voice = None
-        if job.voice and job.voice not in self._model.voices:
-            if job.voice not in self._voices:
-                path = Path(job.voice)
-                with reading(f"voice {path}", "cannot be read"):
-                    content = path.suffix, read_regular(path, MAX_VOICE_BYTES)
-                self._voices[job.voice] = self._ray.put(content)
-            voice = self._voices[job.voice]
-        # The machine may not have the file, nor the folder of the results.
-        sent = replace(job, sound=Samples(job.sound.pcm), write=None)
-        worker.busy[worker.actor.answer.remote(sent, voice)] = job
+    def _fail(self, task: Task, error: str, *, ends_all: bool = False) -> None:
+        from pplex.batch.decoding import Failure
+
+        self._done(Failure(task.request.key, error, ends_all))
 
     def _ready(self) -> list[tuple[Any, _Remote]]:
         """What has come in, or nothing after a while."""
@@ -220,7 +254,7 @@ class Cluster:
         more, _ = self._ray.wait(list(owners), num_returns=len(owners), timeout=0)
         return [(ref, owners[ref]) for ref in dict.fromkeys([*refs, *more])]
 
-    def _take(self, ref: Any, worker: _Remote) -> Iterator[Answered | Failure]:
+    def _take(self, ref: Any, worker: _Remote) -> None:
         is_start = ref == worker.starting
         if not is_start and ref not in worker.busy:  # lost since
             return
@@ -238,39 +272,48 @@ class Cluster:
                 self._workers.remove(worker)
                 self._ray.kill(worker.actor)
             else:
-                yield from self._lose(worker)
+                self._lose(worker)
             return
         if is_start:
-            rows, ahead = value
-            worker.room = rows + ahead
-            self.batch_size = max(rows, self.batch_size or 0)
+            worker.rows, ahead = value
+            worker.room = worker.rows + ahead
+            worker.is_new = False
+            self.batch_size = max(worker.rows, self.batch_size or 0)
             return
-        outcome, notes = value
-        del worker.busy[ref]
+        task = worker.busy.pop(ref)
+        worker.busy_s -= task.seconds
+        worker.is_testing = worker.is_testing and bool(worker.busy)
+        if value is None:
+            worker.sees_files = False
+            self._send(worker, task)
+            return
+        result, contents, notes = value
         for note in notes:
             self._note(f"{worker.host}: {note}")
-        yield outcome
+        try:
+            self._done(_unpacked(task, result, contents) if contents else result)
+        except OSError as e:
+            path = task.request.outputs.audio
+            self._fail(task, f"cannot write {path}: {e.strerror or e}", ends_all=True)
 
-    def _lose(self, worker: _Remote) -> Iterator[Failure]:
+    def _lose(self, worker: _Remote) -> None:
         """Take back what a lost worker had, and wait until Ray has started it again."""
-        from pplex.batch.decoding import Failure
-
         lost = list(worker.busy.values())
         worker.busy.clear()
+        worker.busy_s, worker.is_testing = 0.0, False
         worker.room, worker.starting = 0, worker.actor.start.remote()
         count = f"{len(lost)} recordings are done again"
         self._note(f"lost a worker on {self._last_error}; {count}")
-        for job in lost:
-            self._tries[job.key] += 1
-            if self._tries[job.key] < _MAX_TRIES - 1:
-                self._again.append(job)
-            elif self._tries[job.key] < _MAX_TRIES:
-                self._doubtful.append(job)
+        for task in reversed(lost):
+            key = task.request.key
+            self._tries[key] += 1
+            if self._tries[key] < _MAX_TRIES - 1:
+                self._todo.appendleft(task)
+            elif self._tries[key] < _MAX_TRIES:
+                self._doubtful.append(task)
             else:
-                yield Failure(
-                    job.key,
-                    f"its worker was lost {_MAX_TRIES} times ({self._last_error})",
-                )
+                why = f"its worker was lost {_MAX_TRIES} times ({self._last_error})"
+                self._fail(task, why)
 
     def _shut_down(self) -> None:
         for worker in self._workers:
@@ -278,6 +321,18 @@ class Cluster:
         self._workers.clear()
         if self._own_cluster:
             self._ray.shutdown()
+
+
+def _unpacked(task: Task, written: Written, contents: dict[str, bytes]) -> Written:
+    """Write down the outputs that a worker has sent, by what they are."""
+    drafts = {}
+    for what, content in contents.items():
+        path = task.request.outputs.files()[what]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden = hidden_beside(path)
+        hidden.write_bytes(content)
+        drafts[what] = replace(written.drafts[what], hidden=hidden)
+    return replace(written, drafts=drafts)
 
 
 def _import_ray() -> Any:
@@ -312,11 +367,14 @@ class Worker:
     def __init__(self, spec: dict[str, Any]) -> None:
         """``spec`` holds plain values only, see ``Cluster``."""
         self._spec = spec
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._tasks: queue.Queue[Task | None] = queue.Queue()
         self._waiting: dict[str, asyncio.Future] = {}
         self._notes: list[str] = []
-        self._voices = tempfile.TemporaryDirectory(prefix="pplex-voices-")
+        self._scratch = Path(tempfile.mkdtemp(prefix="pplex-worker-"))
+        self._sees_outputs: bool | None = None
         self._is_ending = False
+        with suppress(OSError):  # another machine may not have it
+            os.chdir(spec["folder"])
 
     async def start(self) -> tuple[int, int]:
         """Load the model; how many recordings it answers at a time, and wants ahead."""
@@ -329,39 +387,71 @@ class Worker:
 
     async def no_more(self) -> None:
         """Nothing will come that is worth waiting for."""
-        self._jobs.put(None)
+        self._tasks.put(None)
 
     async def answer(
-        self, job: Job, voice: Voice | None
-    ) -> tuple[Answered | Failure, list[str]]:
-        """The answer to one recording, and what is worth a line since the last."""
+        self,
+        task: Task,
+        known: tuple[int, int],
+        sound: bytes | None,
+        voice: Content | None,
+    ) -> tuple[Result, dict[str, bytes], list[str]] | None:
+        """The answer to a recording of ``known`` size and time of change.
+
+        With what is in its outputs where its ``sound`` was sent, and what is worth a
+        line since the last. None if it was not and the driver's files are not seen.
+        """
+        if sound is None and not self._sees(task, known):
+            return None
         if voice is not None:
-            job = replace(job, voice=self._voice_file(job.voice, voice))
-        self._waiting[job.key] = future = self._loop.create_future()
-        self._jobs.put(job)
-        outcome = await future
+            settings = replace(task.local.settings, voice=self._voice_file(*voice))
+            task = replace(task, local=replace(task.local, settings=settings))
+        folder = self._scratch / digest_of(task.request.key)
+        if sound is not None:
+            task = _moved(task, folder)
+            task.local.source.write_bytes(sound)
+            os.utime(task.local.source, ns=(known[1], known[1]))
+        key = task.request.key
+        self._waiting[key] = future = self._loop.create_future()
+        self._tasks.put(task)
+        result = await future
+        contents = {}
+        if sound is not None:
+            for what, draft in getattr(result, "drafts", {}).items():
+                contents[what] = draft.hidden.read_bytes()
+            shutil.rmtree(folder)
         notes, self._notes = self._notes, []
-        return outcome, notes
+        return result, contents, notes
 
-    def _voice_file(self, name: str, voice: Voice) -> str:
-        from pplex.batch.plan import digest_of
-
-        suffix, content = voice
-        path = Path(self._voices.name) / f"{digest_of(name)}{suffix}"
+    def _voice_file(self, name: str, content: bytes) -> str:
+        path = self._scratch / f"{digest_of(name)}{Path(name).suffix}"
         if not path.exists():
             path.write_bytes(content)
         return str(path)
 
+    def _sees(self, task: Task, known: tuple[int, int]) -> bool:
+        """Whether the recording and the folder of the results are the driver's."""
+        if self._sees_outputs is None:
+            self._sees_outputs = is_held_by(task.outdir, *self._spec["driver"])
+        try:
+            status = task.request.source.stat()
+        except OSError:
+            return False
+        return self._sees_outputs and known == (status.st_size, status.st_mtime_ns)
+
     def _serve(self) -> None:
         try:
-            decoder = self._load()
-            self._tell(self._started.set_result, (decoder.batch_size, self._ahead))
+            answering = self._load()
+            rows = answering.batch_size
+            self._tell(self._started.set_result, (rows, answering.ahead))
             while True:
-                for outcome in decoder.run(self._batch_of_jobs()):
-                    self._tell(self._waiting.pop(outcome.key).set_result, outcome)
+                answering.run(self._batch_of_tasks(), self._answered)
         except BaseException as e:  # whatever it is, those who wait must hear of it
             error = e if isinstance(e, Exception) else RuntimeError(repr(e))
             self._tell(self._fail, error)
+
+    def _answered(self, result: Result) -> None:
+        self._tell(self._waiting.pop(result.key).set_result, result)
 
     def _fail(self, error: Exception) -> None:
         """Tell those who wait; a worker that had begun ends, for Ray to start anew."""
@@ -376,21 +466,22 @@ class Worker:
     def _tell(self, call: Callable[..., object], *args: object) -> None:
         self._loop.call_soon_threadsafe(call, *args)
 
-    def _batch_of_jobs(self) -> Iterator[Job]:
+    def _batch_of_tasks(self) -> Iterator[Task]:
         """Recordings as they come; ends when none does, so that no row waits long."""
-        while (job := self._jobs.get()) is None:
+        while (task := self._tasks.get()) is None:
             pass
-        while job is not None or not self._jobs.empty():
-            if job is not None:
-                yield job
+        while task is not None or not self._tasks.empty():
+            if task is not None:
+                yield task
             try:
-                job = self._jobs.get(timeout=_PATIENCE_S)
+                task = self._tasks.get(timeout=_PATIENCE_S)
             except queue.Empty:
                 return
 
-    def _load(self) -> Decoder:
+    def _load(self) -> Answering:
+        from pplex.batch.answering import Answering
         from pplex.batch.decoding import Decoder, Size
-        from pplex.batch.describe import model_identity
+        from pplex.batch.describe import describe, model_identity
         from pplex.checkpoint.hub import resolve
         from pplex.conversation.session import load
         from pplex.model.sampling import SamplingConfig
@@ -408,9 +499,26 @@ class Worker:
         size = Size(**spec["size"])
         model = load(local, compute=spec["compute"], many=True)
         sampling = SamplingConfig(**spec["sampling"])
-        decoder = Decoder(model, sampling, size, self._notes.append)
+        note = self._notes.append
+        decoder = Decoder(model, sampling, size, note)
         decoder.choose_batch_size()
-        group = model.engine.codec.group
-        # As many wait while others are coded.
-        self._ahead = _AHEAD + (2 * group if group > 1 else 0)
-        return decoder
+        return Answering(describe(replace(local, name=spec["called"])), decoder, note)
+
+
+def _moved(task: Task, folder: Path) -> Task:
+    """``task`` with its recording and its outputs in a new folder."""
+    outdir, given = folder / "outputs", task.request.outputs
+    outdir.mkdir(parents=True)
+
+    def there(path: Path) -> Path:
+        return outdir / os.path.relpath(path, task.outdir)
+
+    outputs = replace(
+        given,
+        audio=there(given.audio),
+        transcripts=tuple(map(there, given.transcripts)),
+        stats=given.stats and there(given.stats),
+        tokens=given.tokens and there(given.tokens),
+    )
+    local = replace(task.local, source=folder / "sound", outputs=outputs)
+    return replace(task, local=local, outdir=outdir)

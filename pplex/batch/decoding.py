@@ -62,10 +62,14 @@ class Answered:
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that cannot be done, and why, in a sentence."""
+    """A job that cannot be done, and why, in a sentence.
+
+    With ``ends_all`` no other can be done either.
+    """
 
     key: str
     error: str
+    ends_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Decoder:
         self._note = note
         self._roles: OrderedDict[tuple[str, str], Start] = OrderedDict()
         self.batch_size = size.rows
+        self.group = model.engine.codec.group
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Answered | Failure]:
         """Yield an answer or a failure for each job, in any order."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from pplex.audio.files import Recording
 from pplex.audio.folders import LeftOut
+from pplex.batch.answering import READ_AHEAD
 from pplex.batch.decoding import PROMPT_FRAMES, Size
 from pplex.batch.describe import Description
 from pplex.batch.lock import begun_in
@@ -21,7 +22,6 @@ from pplex.batch.prepare import (
     remaining,
 )
 from pplex.batch.records import read_request
-from pplex.batch.run import READ_AHEAD
 from pplex.checkpoint.weights import lm_tensors
 from pplex.conversation.quiet import MAX_TAIL_S
 from pplex.engine.choose import batch_size, choose_form, cost_of

@@ -76,6 +76,15 @@ def begun_in(outdir: Path) -> list[Line]:
     ]
 
 
+def is_held_by(outdir: Path, pid: int, host: str) -> bool:
+    """Whether the run of this process is at work here, and not in another folder."""
+    return any(
+        (line["pid"], line["host"]) == (pid, host)
+        for file in outdir.glob(LOCK_PATTERN)
+        for line in _lines(file)
+    )
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     try:

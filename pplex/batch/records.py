@@ -6,7 +6,6 @@ import datetime
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from pplex.batch.describe import Description
 from pplex.batch.lock import FolderLock
 from pplex.conversation.quiet import longest
 from pplex.errors import PplexError
-from pplex.files import put, put_new, reading
+from pplex.files import hidden_beside, put, put_new, reading
 from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.manifest import (
     DONE,
@@ -42,7 +41,22 @@ from pplex.respond.outputs import (
 from pplex.respond.request import Request
 from pplex.respond.run import read_user, tail_s
 from pplex.respond.stats import Check, Outcome, Source, latency, make_stats
-from pplex.respond.transcript import text_of
+from pplex.respond.transcript import Word, text_of
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recording to answer, as ``request`` says, of about so many ``seconds``.
+
+    ``local`` and ``outdir`` say where its files are where it is answered: on a machine
+    that does not see those of ``request``, elsewhere. ``settings`` is their digest.
+    """
+
+    request: Request
+    local: Request
+    outdir: Path
+    settings: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,30 @@ class Read:
     recording: Recording
     print: FilePrint
     seconds: float
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An output that is whole, in a ``hidden`` file beside where it will be."""
+
+    hidden: Path
+    print: FilePrint
+
+
+@dataclass(frozen=True)
+class Written:
+    """The answer to the recording ``key``, whose outputs are still to be named.
+
+    ``line`` is the manifest's, without outputs and checks; ``figures`` are those of
+    ``Stats``.
+    """
+
+    key: str
+    line: Line
+    drafts: dict[str, Draft]
+    figures: dict[str, Any]
+    spoken: list[Word]
+    peak_memory_gb: float
 
 
 def check_name(request: Request) -> None:
@@ -74,6 +112,24 @@ def read_request(request: Request, sample_rate: int) -> Read:
     return Read(recording, print_, time.perf_counter() - start)
 
 
+class Drafts:
+    """Outputs that are whole, under hidden names until they are given their own."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Path, Draft] = {}
+
+    def __call__(self, temporary: Path, path: Path) -> None:
+        """Keep what is to be at ``path``; as ``place`` of ``atomic_write``."""
+        hidden = hidden_beside(temporary.with_name(path.name))
+        os.replace(temporary, hidden)
+        self.kept[path] = Draft(hidden, file_print(hidden))
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        for draft in self.kept.values():
+            draft.hidden.unlink(missing_ok=True)
+
+
 class Placing:
     """Gives the outputs of a recording their names, and keeps what is not ours.
 
@@ -82,92 +138,89 @@ class Placing:
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        lock: FolderLock,
-        key: str,
-        settings: str,
-        overwrite: bool,
+        self, manifest: Manifest, lock: FolderLock, task: Task, overwrite: bool
     ) -> None:
-        """``settings`` is the digest of those of the recording ``key``."""
         self._manifest, self._lock = manifest, lock
-        self._told = {"recording": key, "settings": settings}
+        self._told = {"recording": task.request.key, "settings": task.settings}
+        self._files = task.request.outputs.files()
         self._overwrite = overwrite
-        self.written: dict[Path, Line] = {}
+        self.written: dict[str, Line] = {}
 
-    def check(self, paths: Iterable[Path]) -> None:
-        """Refuse names at which somebody else's file is by now."""
-        if not self._manifest.outdir.is_dir():  # made anew it would have no manifest
-            raise PplexError(f"{self._manifest.outdir} is not there any more")
-        for path in paths:
-            if self._overwrite or not os.path.lexists(path):
-                continue
-            if self._manifest.origin_of(path, surely=True) is None:
-                raise PplexError(
-                    f"{path} was changed by somebody and is kept; --overwrite "
-                    "replaces it"
-                )
+    def all(self, drafts: dict[str, Draft]) -> None:
+        """Name ``drafts``, by what they are: all, or none where one is in the way."""
+        try:
+            for what in drafts:
+                self._check(self._files[what])
+            for what, draft in drafts.items():
+                path = self._files[what]
+                try:
+                    self._place(what, path, draft)
+                except OSError as e:
+                    raise PplexError(f"cannot write {path}: {e.strerror or e}") from e
+        finally:
+            for draft in drafts.values():
+                draft.hidden.unlink(missing_ok=True)
 
-    def __call__(self, temporary: Path, path: Path) -> None:
+    def _check(self, path: Path) -> None:
+        """Refuse a name at which somebody else's file is by now."""
+        if self._overwrite or not os.path.lexists(path):
+            return
+        if self._manifest.origin_of(path, surely=True) is None:
+            raise PplexError(
+                f"{path} was changed by somebody and is kept; --overwrite replaces it"
+            )
+
+    def _place(self, what: str, path: Path, draft: Draft) -> None:
         """Tell the lock what will be at ``path``, then let it be there."""
-        self.check([path])
-        output = self._manifest.describe(path, temporary)
+        self._check(path)
+        output = self._manifest.describe(path, draft.print)
         self._lock.begin(output | self._told)
         is_new = not self._overwrite and not os.path.lexists(path)
-        (put_new if is_new else put)(temporary, path)
-        self.written[path] = output
-
-    def outputs(self, files: dict[str, Path]) -> dict[str, Line]:
-        """What was written of ``files``, as the manifest has it."""
-        return {
-            what: self.written[path]
-            for what, path in files.items()
-            if path in self.written
-        }
+        (put_new if is_new else put)(draft.hidden, path)
+        self.written[what] = output
 
 
-def sound_writer(request: Request, placing: Placing, sample_rate: int) -> SoundWriter:
-    """What writes the sound of an answer to the files of ``request``."""
-    outputs = request.outputs
+def sound_writer(task: Task, drafts: Drafts, sample_rate: int) -> SoundWriter:
+    """What writes the sound of an answer to the files of ``task``."""
+    outputs = task.local.outputs
 
     def open_files() -> AbstractContextManager[Write]:
-        placing.check(outputs.files().values())
+        if not task.outdir.is_dir():  # made anew it would have no manifest
+            raise PplexError(f"{task.outdir} is not there any more")
         folder = outputs.audio.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
-        files = outputs.files()
-        return open_sink(outputs.layout, files, sample_rate, place=placing)
+        return open_sink(outputs.layout, outputs.files(), sample_rate, place=drafts)
 
     return SoundWriter(open_files)
 
 
 def write_answer(
     model: Description,
-    placing: Placing,
-    writer: SoundWriter,
-    request: Request,
+    task: Task,
     read: Read,
+    writer: SoundWriter,
+    drafts: Drafts,
     answered: Answered,
-    check: Check | None,
-) -> tuple[Line, list[Outcome]]:
-    """Write the outputs of ``request`` to the end and check them.
+) -> Written:
+    """Write the outputs of ``task`` to the end.
 
-    Returns the manifest's line, and how the checks went. Of the work, the figures have
-    the recording's share; loading the model and its prompts is nobody's.
+    Of the work, the figures have the recording's share; loading the model and its
+    prompts is nobody's.
     """
     start = time.perf_counter()
     answer, timings = answered.answer, answered.answer.timings
-    recording, outputs = read.recording, request.outputs
+    request, recording = task.request, read.recording
     voice = model.voice_of(request)
-    if not writer.num_samples:  # it came whole, from a GPU or a cluster
+    if not writer.num_samples:  # it came whole, from a GPU
         missing = len(answer.pcm) - recording.num_samples
         writer(0, np.pad(recording.pcm, (0, missing)), answer.pcm)
     writer.finish()
     rate = model.config.sample_rate
     audio_s = writer.num_samples / rate
-    write_outputs(model, request, answer, audio_s, voice, place=placing)
+    write_outputs(model, task.local, answer, audio_s, voice, place=drafts)
     seconds = {
         "read": read.seconds,
         "encode": timings.encode_s,
@@ -191,13 +244,10 @@ def write_answer(
         voice=voice,
         prompt_frames=answered.prompt_frames,
     )
-    if outputs.stats is not None:
-        stats.write(outputs.stats, placing)
-    outcomes: list[Outcome] = []
-    if check is not None:
-        outcomes = check(request.source, outputs.files(), asdict(stats), spoken)
-    line = _line(model, request, DONE, asdict(read.print)) | {
-        "outputs": placing.outputs(outputs.files()),
+    files = task.local.outputs.files()
+    if "stats" in files:
+        stats.write(files["stats"], drafts)
+    line = _line(model, task, DONE, asdict(read.print)) | {
         "audio_s": round(audio_s, 3),
         "tail_s": took_s,
         "timings": {f"{part}_s": round(s, 4) for part, s in seconds.items()},
@@ -208,6 +258,33 @@ def write_answer(
         "words": stats.words,
         "text": text_of(spoken),
         "cut_off": stats.cut_off,
+    }
+    return Written(
+        request.key,
+        line,
+        {what: drafts.kept[path] for what, path in files.items()},
+        asdict(stats),
+        spoken,
+        answered.info.peak_memory_gb,
+    )
+
+
+def finish(
+    task: Task, written: Written, placing: Placing, check: Check | None
+) -> tuple[Line, list[Outcome]]:
+    """Give the outputs their names and check them.
+
+    Returns the manifest's line, and how the checks went.
+    """
+    placing.all(written.drafts)
+    outcomes: list[Outcome] = []
+    if check is not None:
+        request = task.request
+        outcomes = check(
+            request.source, request.outputs.files(), written.figures, written.spoken
+        )
+    line = written.line | {
+        "outputs": placing.written,
         "checks": _checks(check, outcomes),
     }
     return line, outcomes
@@ -256,28 +333,28 @@ def stopped_line(output: Line) -> Line:
 
 
 def failed_line(
-    model: Description, request: Request, error: str, outputs: dict[str, Line]
+    model: Description, task: Task, error: str, outputs: dict[str, Line]
 ) -> Line:
     """The manifest's line of a recording that cannot be answered.
 
     ``outputs`` are those that were written all the same.
     """
     try:
-        known: Any = asdict(file_print(request.source))
+        known: Any = asdict(file_print(task.request.source))
     except (OSError, ValueError, PplexError):
         known = None
-    return _line(model, request, FAILED, known) | {"error": error, "outputs": outputs}
+    return _line(model, task, FAILED, known) | {"error": error, "outputs": outputs}
 
 
-def _line(model: Description, request: Request, status: str, known: Any) -> Line:
-    settings = request.settings
+def _line(model: Description, task: Task, status: str, known: Any) -> Line:
+    request, settings = task.request, task.request.settings
     return {
         "schema": SCHEMA,
         "recording": request.key,
         "status": status,
         "error": None,
         "input": None if known is None else {"path": str(request.source), **known},
-        "settings": model.settings_digest(request),
+        "settings": task.settings,
         "outputs": {},
         "voice": model.voice_of(request),
         "prompt": settings.text,

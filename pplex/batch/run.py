@@ -7,24 +7,16 @@ manifest says so; whatever ends a run, the next one goes on where it stopped.
 
 from __future__ import annotations
 
-import errno
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from pplex.audio.folders import LeftOut
-from pplex.batch.decoding import (
-    KEPT_ROLES,
-    Answered,
-    Decoder,
-    Failure,
-    Job,
-    Size,
-)
+from pplex.batch.answering import WRITERS, Answering, Behind, Result, is_disk_full
+from pplex.batch.decoding import KEPT_ROLES, Decoder, Size
 from pplex.batch.describe import Description
 from pplex.batch.lock import FolderLock
 from pplex.batch.prepare import (
@@ -38,30 +30,21 @@ from pplex.batch.prepare import (
 )
 from pplex.batch.records import (
     Placing,
-    Read,
+    Task,
+    Written,
     check_again,
     failed_line,
-    read_request,
-    sound_writer,
+    finish,
     stopped_line,
-    write_answer,
 )
 from pplex.checkpoint.hub import LocalModel
 from pplex.conversation.session import load
-from pplex.engine.device import num_cores, num_gpus
+from pplex.engine.device import num_gpus
 from pplex.errors import PplexError
 from pplex.respond.ending import Ending
-from pplex.respond.manifest import Line, Manifest
-from pplex.respond.outputs import SoundWriter
+from pplex.respond.manifest import FAILED, Line, Manifest
 from pplex.respond.request import Request
 from pplex.respond.stats import Outcome
-
-# On a large machine a batch starts with a hundred recordings at once.
-_READERS = min(8, max(2, num_cores() // 2))
-READ_AHEAD = 2 * _READERS
-_WRITERS = 2
-_WRITE_BEHIND = 8
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Report(Protocol):
@@ -122,12 +105,16 @@ class Summary:
 
 
 class Workers(Protocol):
-    """What answers jobs: a model here, or many on a cluster."""
+    """What answers recordings: a model here, or many on a cluster."""
 
-    batch_size: int | None
+    @property
+    def batch_size(self) -> int | None: ...
 
-    def run(self, jobs: Iterator[Job]) -> Iterator[Answered | Failure]:
-        """Yield an answer or a failure for each job, in any order."""
+    def run(self, tasks: Iterator[Task], done: Callable[[Result], None]) -> None:
+        """Answer ``tasks``; ``done`` is told of each, in any order."""
+
+
+_Finished = tuple[Task, Line, list[Outcome]]
 
 
 class _Stop(Exception):
@@ -171,21 +158,14 @@ def run_batch(batch: Batch, report: Report) -> Summary:
             run.all(left.todo)
         except _Stop:
             summary.not_run = len(left.todo) - summary.done - len(run.failed)
+        if batch.ray is not None:  # of workers that were lost
+            remove_leftovers(work, batch.outdir, batch.shard is None)
         summary.total_s = time.perf_counter() - start
         lock.release(ended=True)
         return summary
     finally:
         manifest.close()
         lock.release()
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """A recording that is answered, and what writes its answer."""
-
-    read: Read
-    placing: Placing
-    writer: SoundWriter
 
 
 class _Run:
@@ -207,7 +187,7 @@ class _Run:
         self._report = report
         self._summary = summary
         self._seconds: dict[str, float] = {}
-        self._reads: dict[str, _Reading] = {}
+        self._tasks: dict[str, Task] = {}
         self.failed: set[str] = set()
 
     def look_again(self, requests: list[Request]) -> None:
@@ -230,7 +210,7 @@ class _Run:
             self._report.starting(len(requests), sum(self._seconds.values()))
         for request in requests:
             if isinstance(error := known[request.key], PplexError):
-                self._fail(request, str(error))
+                self._fail(self._task(request), str(error))
         if not good:
             return
         lengths = [s for s in known.values() if not isinstance(s, PplexError)]
@@ -258,19 +238,10 @@ class _Run:
         )
 
     def _workers(self, size: Size) -> Workers:
-        sampling = self._batch.settings.sampling
         if self._batch.ray is not None:
             from pplex.batch.cluster import Cluster
 
-            return Cluster(
-                self._batch.ray,
-                self._batch.offline,
-                self._model,
-                sampling,
-                size,
-                self._batch.compute,
-                self._report.note,
-            )
+            return Cluster(self._batch, self._model, size, self._report.note)
         self._report.loading(self._model.local)
         model = load(self._model.local, compute=self._batch.compute, many=True)
         self._report.computing(str(model.form))
@@ -278,70 +249,63 @@ class _Run:
             self._report.note(
                 f"other GPUs of this machine idle ({others}); --ray=local uses them all"
             )
-        return Decoder(model, sampling, size, self._report.note)
+        sampling, note = self._batch.settings.sampling, self._report.note
+        return Answering(self._model, Decoder(model, sampling, size, note), note)
 
     def _answer(self, workers: Workers, requests: list[Request]) -> None:
-        by_key = {request.key: request for request in requests}
-        writes: deque[tuple[Request, Placing, Future[tuple[Line, list[Outcome]]]]] = (
-            deque()
-        )
-        outcomes = workers.run(self._jobs(requests))
-        with ThreadPoolExecutor(_WRITERS) as pool:
-            try:
-                for outcome in outcomes:
-                    if isinstance(outcome, Failure):
-                        if reading := self._reads.pop(outcome.key, None):
-                            reading.writer.abandon()
-                        self._fail(by_key[outcome.key], outcome.error)
-                        continue
-                    request = by_key[outcome.key]
-                    reading = self._reads.pop(request.key)
-                    self._summary.peak_memory_gb = max(
-                        self._summary.peak_memory_gb, outcome.info.peak_memory_gb
-                    )
-                    future = pool.submit(
-                        write_answer,
-                        self._model,
-                        reading.placing,
-                        reading.writer,
-                        request,
-                        reading.read,
-                        outcome,
-                        self._batch.check,
-                    )
-                    writes.append((request, reading.placing, future))
-                    while writes and (
-                        writes[0][2].done() or len(writes) > _WRITE_BEHIND
-                    ):
-                        self._written(*writes.popleft())
-            finally:
-                # Also where the run is cut short: what was answered is kept.
-                while writes:
-                    self._written(*writes.popleft())
-                for reading in self._reads.values():
-                    reading.writer.abandon()
+        with ThreadPoolExecutor(WRITERS) as pool:
+            finishing = Behind(pool, self._take)
 
-    def _written(
-        self,
-        request: Request,
-        placing: Placing,
-        future: Future[tuple[Line, list[Outcome]]],
-    ) -> None:
+            def take(result: Result) -> None:
+                task = self._tasks[result.key]
+                if isinstance(result, Written):
+                    peak_gb = max(self._summary.peak_memory_gb, result.peak_memory_gb)
+                    self._summary.peak_memory_gb = peak_gb
+                    finishing.add(self._finish, task, result)
+                elif result.ends_all:
+                    raise PplexError(result.error)
+                else:
+                    self._fail(task, result.error)
+
+            try:
+                workers.run(map(self._task, requests), take)
+            finally:
+                finishing.rest()
+
+    def _task(self, request: Request) -> Task:
+        settings = self._model.settings_digest(request)
+        seconds = self._seconds.get(request.key, 0.0)
+        task = Task(request, request, self._batch.outdir, settings, seconds)
+        self._tasks[request.key] = task
+        return task
+
+    def _finish(self, task: Task, written: Written) -> _Finished:
+        placing = Placing(self._manifest, self._lock, task, self._batch.overwrite)
         try:
-            line, checks = future.result()
+            line, checks = finish(task, written, placing, self._batch.check)
         except PplexError as e:
-            cause = e.__cause__
-            if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
-                raise  # the next ones would fare no better
-            self._fail(request, str(e), placing)
-            return
+            if is_disk_full(e):
+                raise
+            line, checks = failed_line(self._model, task, str(e), placing.written), []
+        return task, line, checks
+
+    def _take(self, finished: _Finished) -> None:
+        task, line, checks = finished
+        key = task.request.key
         self._manifest.append(line)
+        if line["status"] == FAILED:
+            self.failed.add(key)
+            self._summary.failed[key] = line["error"]
+            self._report.failed(key, line["error"], task.seconds)
+            if self._batch.fail_fast:
+                raise _Stop
+            return
         self._summary.done += 1
         self._summary.audio_s += line["audio_s"]
-        self._report.finished(request.key, self._seconds[request.key])
+        self._report.finished(key, task.seconds)
         self._count_ending(line)
         if checks:
-            self._count_checks(request, checks)
+            self._count_checks(task.request, checks)
 
     def _count_ending(self, line: Line) -> None:
         if line["words"] is not None:
@@ -353,63 +317,5 @@ class _Run:
         self._summary.checks_failed += not all(check.passed for check in outcomes)
         self._report.checked(outcomes, request.outputs.audio, request.key)
 
-    def _fail(
-        self, request: Request, error: str, placing: Placing | None = None
-    ) -> None:
-        self.failed.add(request.key)
-        self._summary.failed[request.key] = error
-        written = placing.outputs(request.outputs.files()) if placing else {}
-        self._manifest.append(failed_line(self._model, request, error, written))
-        self._report.failed(request.key, error, self._seconds[request.key])
-        if self._batch.fail_fast:
-            raise _Stop
-
-    def _jobs(self, requests: list[Request]) -> Iterator[Job]:
-        rate = self._model.config.sample_rate
-        for request, future in _ahead(lambda r: read_request(r, rate), requests):
-            try:
-                read = future.result()
-            except PplexError as e:
-                self._fail(request, str(e))
-                continue
-            except MemoryError:
-                self._fail(request, f"{request.source} is too long for this memory")
-                continue
-            placing = Placing(
-                self._manifest,
-                self._lock,
-                request.key,
-                self._model.settings_digest(request),
-                self._batch.overwrite,
-            )
-            writer = sound_writer(request, placing, rate)
-            self._reads[request.key] = _Reading(read, placing, writer)
-            for warning in read.recording.warnings:
-                self._report.note(warning)
-            settings = request.settings
-            yield Job(
-                key=request.key,
-                sound=read.recording,
-                voice=settings.voice or "",
-                text=settings.text or "",
-                seed=settings.seed,
-                until_quiet=settings.tail == "auto",
-                write=writer,
-            )
-
-
-def _ahead(
-    work: Callable[[Request], Read], requests: list[Request]
-) -> Iterator[tuple[Request, Future[Read]]]:
-    """Do ``work`` on threads, a few requests ahead of whoever asks; in order."""
-    waiting: deque[tuple[Request, Future[Read]]] = deque()
-    with ThreadPoolExecutor(_READERS) as pool:
-        try:
-            for request in requests:
-                waiting.append((request, pool.submit(work, request)))
-                if len(waiting) > READ_AHEAD:
-                    yield waiting.popleft()
-            while waiting:
-                yield waiting.popleft()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def _fail(self, task: Task, error: str) -> None:
+        self._take((task, failed_line(self._model, task, error, {}), []))

@@ -291,9 +291,9 @@ class Manifest:
         """How the manifest writes an output's name."""
         return Path(os.path.relpath(path, self.outdir)).as_posix()
 
-    def describe(self, path: Path, content: Path) -> Line:
-        """An output as the manifest has it, whose bytes are in ``content``."""
-        return {"path": self.relative(path), **asdict(file_print(content))}
+    def describe(self, path: Path, content: FilePrint) -> Line:
+        """An output as the manifest has it."""
+        return {"path": self.relative(path), **asdict(content)}
 
     def is_done(
         self, key: str, settings: str, source: Path, outputs: Iterable[Path]

@@ -1,0 +1,181 @@
+"""Recordings read ahead of a loaded model, and its answers written behind it.
+
+What a batch does on one device, here or on a machine of a cluster. Outputs are whole
+under hidden names when they are handed on; who keeps the manifest gives them theirs.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pplex.batch.decoding import Answered, Decoder, Failure, Job
+from pplex.batch.describe import Description
+from pplex.batch.records import (
+    Drafts,
+    Read,
+    Task,
+    Written,
+    read_request,
+    sound_writer,
+    write_answer,
+)
+from pplex.engine.device import num_cores
+from pplex.errors import PplexError
+from pplex.respond.outputs import SoundWriter
+
+# On a large machine a batch starts with a hundred recordings at once.
+_READERS = min(8, max(2, num_cores() // 2))
+READ_AHEAD = 2 * _READERS
+WRITERS = 2
+_WRITE_BEHIND = 8
+_GROUPS = 6  # being encoded, waiting for a place, for others to be decoded, to be given
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+Result = Written | Failure
+T = TypeVar("T")
+
+
+class Behind(Generic[T]):
+    """Work that threads do, whose results are taken in order, by one thread."""
+
+    def __init__(self, pool: ThreadPoolExecutor, take: Callable[[T], None]) -> None:
+        self._pool, self._take = pool, take
+        self._waiting: deque[Future[T]] = deque()
+
+    def add(self, work: Callable[..., T], *args: Any) -> None:
+        """Begin some more, and take what is done; where there is too much, wait."""
+        waiting = self._waiting
+        waiting.append(self._pool.submit(work, *args))
+        while waiting and (waiting[0].done() or len(waiting) > _WRITE_BEHIND):
+            self._take(waiting.popleft().result())
+
+    def rest(self) -> None:
+        """Take all that is left, also where taking one ends the run."""
+        if self._waiting:
+            try:
+                self._take(self._waiting.popleft().result())
+            finally:
+                self.rest()
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A recording that is answered, and what writes its answer."""
+
+    task: Task
+    read: Read
+    writer: SoundWriter
+    drafts: Drafts
+
+
+class Answering:
+    """Answers recordings with one model."""
+
+    def __init__(
+        self, model: Description, decoder: Decoder, note: Callable[[str], None]
+    ) -> None:
+        """``note`` is told what is odd about a recording."""
+        self._model, self._decoder, self._note = model, decoder, note
+        self._begun: dict[str, _Begun] = {}
+
+    @property
+    def batch_size(self) -> int | None:
+        """How many are answered at a time, once that is known."""
+        return self._decoder.batch_size
+
+    @property
+    def ahead(self) -> int:
+        """How many it may have beyond those, so that it never waits for another."""
+        group = self._decoder.group
+        return READ_AHEAD + _WRITE_BEHIND + (_GROUPS * group if group > 1 else 2)
+
+    def run(self, tasks: Iterator[Task], done: Callable[[Result], None]) -> None:
+        """Answer ``tasks``; ``done`` is told of each, in any order."""
+        with ThreadPoolExecutor(WRITERS) as pool:
+            writing = Behind(pool, done)
+            try:
+                for result in self._decoder.run(self._jobs(tasks, done)):
+                    begun = self._begun.pop(result.key, None)
+                    if isinstance(result, Answered):
+                        assert begun is not None
+                        writing.add(self._write, begun, result)
+                        continue
+                    if begun is not None:
+                        begun.writer.abandon()
+                    done(result)
+            finally:
+                # Also where the run is cut short: what was answered is kept.
+                try:
+                    writing.rest()
+                finally:
+                    for begun in self._begun.values():
+                        begun.writer.abandon()
+                    self._begun.clear()
+
+    def _write(self, begun: _Begun, answered: Answered) -> Result:
+        task = begun.task
+        try:
+            return write_answer(
+                self._model, task, begun.read, begun.writer, begun.drafts, answered
+            )
+        except PplexError as e:
+            begun.drafts.discard()
+            return Failure(answered.key, str(e), ends_all=is_disk_full(e))
+
+    def _jobs(
+        self, tasks: Iterator[Task], done: Callable[[Result], None]
+    ) -> Iterator[Job]:
+        rate = self._model.config.sample_rate
+        for task, future in _ahead(lambda t: read_request(t.local, rate), tasks):
+            key, source = task.request.key, str(task.request.source)
+            try:
+                read = future.result()
+            except PplexError as e:
+                done(Failure(key, str(e).replace(str(task.local.source), source)))
+                continue
+            except MemoryError:
+                done(Failure(key, f"{source} is too long for this memory"))
+                continue
+            drafts = Drafts()
+            writer = sound_writer(task, drafts, rate)
+            self._begun[key] = _Begun(task, read, writer, drafts)
+            for warning in read.recording.warnings:
+                self._note(warning.replace(str(task.local.source), source))
+            settings = task.local.settings
+            yield Job(
+                key=key,
+                sound=read.recording,
+                voice=settings.voice or "",
+                text=settings.text or "",
+                seed=settings.seed,
+                until_quiet=settings.tail == "auto",
+                write=writer,
+            )
+
+
+def is_disk_full(error: PplexError) -> bool:
+    """Whether the next recordings would fare no better."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _DISK_FULL
+
+
+def _ahead(
+    work: Callable[[Task], Read], tasks: Iterator[Task]
+) -> Iterator[tuple[Task, Future[Read]]]:
+    """Do ``work`` on threads, a few tasks ahead of whoever asks; in order."""
+    waiting: deque[tuple[Task, Future[Read]]] = deque()
+    with ThreadPoolExecutor(_READERS) as pool:
+        try:
+            for task in tasks:
+                waiting.append((task, pool.submit(work, task)))
+                if len(waiting) > READ_AHEAD:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            pool.shutdown(cancel_futures=True)
