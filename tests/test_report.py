@@ -286,7 +286,7 @@ def test_the_command_writes_the_page_and_overwrites_nothing(tmp_path, run):
     write_dialogue(tmp_path / "a.wav", ((1, 3),), ((3.4, 6),), 8.0)
     done = run("report", tmp_path, "--png", tmp_path / "png")
     assert done.exit_code == 0, done.output
-    assert done.stdout == "" and "1 recordings" in done.stderr
+    assert done.stdout == "" and ": 1 recording\n" in done.stderr
     sound = run("report", tmp_path, "-o", tmp_path / "a.wav", "--overwrite")
     assert sound.exit_code == 1 and "in .html" in sound.stderr
     again = run("report", tmp_path)

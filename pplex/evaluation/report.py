@@ -395,7 +395,8 @@ def banner(entries: Sequence[Entry], notes: Sequence[str]) -> str:
             "others.</p>"
         )
     said += "".join(f"<p>{escape(note)}</p>" for note in notes)
-    return f'<div class="banner" role="note">{said}</div>' if said else ""
+    kind = "banner" if lines else "banner advice"
+    return f'<div class="{kind}" role="note">{said}</div>' if said else ""
 
 
 def tiles(entries: Sequence[Entry]) -> str:

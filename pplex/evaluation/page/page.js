@@ -10,6 +10,7 @@ const KINDS = {
   user_interruption: ["Y", "is interrupted by the user"],
   user_backchannel: ["H", "hears a backchannel"], no_reply: ["N", "does not reply"],
 };
+const PAPER = 860;  // of a picture in print, so that its words can be read
 const MARKED = ["backchannel", "pause_taken", "interruption", "user_interruption", "no_reply"];
 
 function make(tag, attributes, ...children) {
@@ -74,7 +75,7 @@ function picture(r, k) {
   const width = Math.ceil(r.d * k) + 2, height = 206;
   const svg = make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": describe(r) });
-  const every = [0.5, 1, 2, 5, 10, 30, 60, 120, 300].find((s) => s * k >= 55) || 600;
+  const every = [0.5, 1, 2, 5, 10, 30, 60, 120, 300].find((s) => s * k >= 80) || 600;
   for (let t = 0; t <= r.d; t += every) {
     const unit = t ? "" : every < 1 ? " s" : " min:s";
     svg.append(make("line", { x1: t * k, x2: t * k, y1: 20, y2: 190, class: "grid" }));
@@ -227,7 +228,11 @@ function panel(r, width) {
     move();
     audio.play();
   }
-  wave.print = () => draw(fit);
+  wave.print = () => {
+    const shown = k;
+    draw(PAPER / r.d);
+    addEventListener("afterprint", () => draw(shown), { once: true });
+  };
   if (audio) for (const event of ["timeupdate", "seeked"]) audio.addEventListener(event, move);
   const used = MARKED.filter((kind) => r.ev.some((event) => event[0] === kind));
   const legend = make("div", { class: "legend" });
@@ -243,7 +248,7 @@ function panel(r, width) {
   zoom.append(legend);
   box.append(zoom, wave);
   requestAnimationFrame(() => { draw(k); wave.scrollLeft = 0; });
-  if (r.lat) box.append(make("h2", {}, "Milliseconds a step took"), latency(r));
+  if (r.lat) box.append(make("section", {}, make("h2", {}, "Milliseconds a step took"), latency(r)));
   const list = make("ul", { class: "says" });
   for (const [text, start] of sentences(r)) {
     const button = make("button", { type: "button", "aria-label": `go to ${clock(start)}` }, clock(start));
@@ -251,7 +256,8 @@ function panel(r, width) {
     list.append(make("li", {}, button, make("span", {}, text)));
   }
   const from = { own: "by its own text", "output.json": "by output.json", asr: "by a recogniser" };
-  if (r.w.length) box.append(make("h2", {}, `What the agent said, ${from[r.wf] || ""}`), list);
+  if (r.w.length) box.append(make("section", {},
+    make("h2", {}, `What the agent said, ${from[r.wf] || ""}`), list));
   else box.append(make("p", { class: "soft" }, r.wf === "none"
     ? "What the agent said is not known: there is no JSON transcript beside the sound."
     : "The agent said nothing."));
