@@ -159,3 +159,14 @@ def test_the_rooms_of_the_table_are_those_of_the_code():
     for name in inline(TEXTS[TOPICS["developing"]]):
         if re.fullmatch(r"\w+(/\w+)+(\.py)?", name):
             assert (ROOT / name).exists() or (ROOT / "pplex" / name).exists(), name
+
+
+def test_no_example_of_the_readme_writes_what_another_wrote():
+    """Typed in turn they all work: nothing is overwritten unasked."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", TEXTS[README], re.MULTILINE | re.DOTALL)
+    written = re.findall(
+        r"(?:-o|--transcript|--stats|save\(|>) ?\"?([\w.]+\.\w+|replies)",
+        "".join(blocks),
+    )
+    assert "reply.wav" in written and len(written) > 8
+    assert sorted(written) == sorted(set(written))
