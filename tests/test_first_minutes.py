@@ -12,6 +12,7 @@ import soundfile
 
 from pplex.audio.files import Part, read_pcm, write_wav
 from pplex.cli.batch_report import BatchProgress
+from pplex.cli.progress import Progress
 from pplex.conversation.roles import ROLES
 from pplex.errors import did_you_mean
 
@@ -327,3 +328,19 @@ def test_what_is_no_diarization_no_prompt_and_no_list_of_hashes(run, call, tmp_p
     text.write_bytes(b"\0\1")
     result = run("respond", call, "-m", "mini", "--prompt-file", text)
     assert result.exit_code == 1 and "not text" in result.stderr
+
+
+def test_a_terminal_sees_at_once_that_a_model_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr("pplex.cli.progress.is_terminal", lambda: True)
+    with Progress(0, channel_chosen=True) as progress:
+        progress.waiting("8bit")
+        assert capsys.readouterr().err == "loading 8bit ..."
+        progress.warn("a warning")
+    # Nothing is erased here, where click sees no terminal and leaves out the code.
+    assert capsys.readouterr().err == "\ra warning\n"
+    with Progress(-1, channel_chosen=True) as progress:
+        progress.waiting("8bit")
+    monkeypatch.setattr("pplex.cli.progress.is_terminal", lambda: False)
+    with Progress(0, channel_chosen=True) as progress:
+        progress.waiting("8bit")
+    assert capsys.readouterr().err == ""

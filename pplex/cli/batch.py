@@ -195,6 +195,7 @@ def batch(dry_run: bool, as_json: bool, verbosity: int, **options: Any) -> None:
         else:
             from pplex.batch.run import run_batch
 
+            progress.waiting(job.model_name)
             try:
                 done = run_batch(job, progress)
             except KeyboardInterrupt:

@@ -35,6 +35,7 @@ class BatchProgress(Lines):
 
     def starting(self, count: int, audio_s: float) -> None:
         """Show a bar in seconds of audio."""
+        self._wait_no_more()
         self._start = self._said = time.perf_counter()
         self._count = count
         self._bar = tqdm(

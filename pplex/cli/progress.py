@@ -42,6 +42,7 @@ class Lines:
         self._verbosity = verbosity
         self._bar: tqdm | None = None
         self._start = 0.0
+        self._waits = False
         self.all_passed = True
         self.shows_bars = verbosity > QUIET
 
@@ -60,13 +61,26 @@ class Lines:
 
     def close(self) -> None:
         """Take the bar away."""
+        self._wait_no_more()
         if self._bar is not None:
             self._bar.close()
+
+    def waiting(self, model_name: str) -> None:
+        """Say on a terminal that a model is loaded, until there is more to say."""
+        if self._verbosity == 0 and is_terminal():
+            click.echo(f"loading {printable(model_name)} ...", nl=False, err=True)
+            self._waits = True
+
+    def _wait_no_more(self) -> None:
+        if self._waits:
+            click.echo("\r\x1b[K", nl=False, err=True)
+            self._waits = False
 
     def say(self, message: str, verbosity: int = 0) -> None:
         """Print a line, at this verbosity or above."""
         if self._verbosity < verbosity:
             return
+        self._wait_no_more()
         if self._bar is not None:
             self._bar.clear()
         click.echo(printable(message), err=True)
@@ -164,6 +178,7 @@ class Progress(Lines):
 
     def answering(self, duration_s: float | None) -> None:
         """Show a bar in seconds of audio, with the real-time factor so far."""
+        self._wait_no_more()
         self._start = time.perf_counter()
         bar = (
             "{n:.1f} s of audio [{elapsed}{postfix}]"

@@ -212,6 +212,7 @@ def respond(
     if not offline:
         foresee(model_name, quiet=verbosity < 0)
     with Progress(verbosity, options["channel"] is not None, captions) as progress:
+        progress.waiting(model_name)
         answer = respond_stream if is_stream else run.respond
         done = answer(request, config, progress, stop)
     if verbosity >= 0:
