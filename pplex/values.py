@@ -1,4 +1,4 @@
-"""JSON from outside, and whether its values are of the kinds that are expected.
+"""JSON and tables from outside, and whether their values are what is expected.
 
 A form describes a value: ``str``, ``int`` (64 bits), ``bool`` or ``float`` (any finite
 number); ``[form]`` for a list of them; ``{"key": form}`` for an object, whose other
@@ -9,16 +9,21 @@ becomes.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import reprlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pplex.files import read_regular
+from pplex.errors import PplexError
+from pplex.files import open_regular, read_regular, reading
 
 # What JSON holds takes up to 20 times as much memory.
 MAX_JSON_BYTES = 32 << 20
+_MAX_TABLE_BYTES = 1 << 28
 
 _INT_LIMIT = 1 << 63
 _NAMES: dict[Any, str] = {
@@ -43,6 +48,98 @@ def parse_json(content: bytes) -> Any:
         return json.loads(content.decode("utf-8-sig"))
     except (RecursionError, MemoryError) as e:
         raise ValueError("it is nested too deeply, or too large") from e
+
+
+def read_rows(
+    path: Path, what: str, columns: Sequence[str], *, as_is: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a ``.jsonl`` or ``.csv`` file, each with the line it ends on.
+
+    ``what`` it is called is for messages. Of a CSV's known ``columns``, but for those
+    ``as_is``, blanks around a value say nothing. What is left open is not there.
+    """
+    kinds = {".jsonl": _json_lines, ".csv": _csv_rows}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise PplexError(f"{path}: a {what} ends in .jsonl or .csv")
+    with reading(f"the {what} {path}", "is not such a file in UTF-8"):
+        rows = list(kind(path, columns, as_is))
+    return iter(rows)
+
+
+def text_of(value: Any, where: str, name: str, *, may_be_empty: bool = False) -> str:
+    """The text ``value`` of the column ``name``, if it is one."""
+    if not isinstance(value, str) or not (value or may_be_empty):
+        raise PplexError(f"{where}: {name} is {shown(value)}, where text is expected")
+    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise PplexError(f"{where}: {name} is {shown(value)}, which is not text")
+    return value
+
+
+def seconds_of(
+    value: Any, where: str, name: str, most: float, others: str = ""
+) -> float:
+    """The seconds ``value`` of the column ``name``, 0 to ``most``.
+
+    What else may stand there, ``others``, is for the message.
+    """
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not 0.0 <= seconds <= most:
+        raise PplexError(
+            f"{where}: {name} is {shown(value)}, where 0 to {most:.0f} "
+            f"seconds{others} are expected"
+        )
+    return seconds
+
+
+def _json_lines(
+    path: Path, columns: Sequence[str], _: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open_regular(path, _MAX_TABLE_BYTES) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                fields = parse_json(line)
+            except ValueError as e:
+                raise PplexError(f"{path} line {number} is not JSON: {e}") from e
+            if not isinstance(fields, dict):
+                raise PplexError(
+                    f'{path} line {number} is no object: write {{"{columns[0]}": ...}}'
+                )
+            yield number, {k: v for k, v in fields.items() if v is not None}
+
+
+def _csv_rows(
+    path: Path, columns: Sequence[str], as_is: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    with (
+        open_regular(path, _MAX_TABLE_BYTES) as raw,
+        io.TextIOWrapper(raw, "utf-8-sig", newline="") as file,
+    ):
+        first = file.readline()
+        # Where a comma is the decimal sign, spreadsheets write semicolons.
+        comma = ";" if ";" in first and "," not in first else ","
+        names = next(csv.reader([first], delimiter=comma, strict=True), [])
+        # A known column is known with blanks around its name, and in capitals.
+        plain = [name.strip() for name in names]
+        known = [name.lower() if name.lower() in columns else name for name in plain]
+        if twice := {name for name in known if known.count(name) > 1}:
+            raise PplexError(f"{path} has two columns {min(twice)}; leave one out")
+        reader = csv.DictReader(file, known, delimiter=comma, strict=True)
+        for fields in reader:
+            line = reader.line_num + 1  # the names were read before
+            if None in fields or None in fields.values():
+                raise PplexError(
+                    f"{path} line {line} has not as many columns as the first line has "
+                    "names"
+                )
+            for name in fields.keys() & (set(columns) - set(as_is)):
+                fields[name] = fields[name].strip()
+            yield line, {k: v for k, v in fields.items() if v != ""}
 
 
 def fit(value: Any, form: Any, place: str = "") -> Any:

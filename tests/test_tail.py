@@ -149,7 +149,7 @@ class Scripted:
     def leave(self, place):
         del self.at[place]
 
-    def step(self, user):
+    def step(self, user, text=None):
         columns = np.zeros((self.capacity, self.config.lm.num_agent_streams), np.int32)
         columns[:, 0] = 3
         for place, (frame, seed) in self.at.items():

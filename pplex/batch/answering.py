@@ -27,6 +27,7 @@ from pplex.batch.records import (
 from pplex.engine.device import num_cores
 from pplex.errors import PplexError
 from pplex.respond.outputs import SoundWriter
+from pplex.respond.run import check_script
 
 # On a large machine a batch starts with a hundred recordings at once.
 _READERS = min(8, max(2, num_cores() // 2))
@@ -135,6 +136,9 @@ class Answering:
             key, source = task.request.key, str(task.request.source)
             try:
                 read = future.result()
+                script = self._model.script_of(task.request)
+                samples = read.recording.num_samples
+                check_script(script, task.request.settings, samples, self._model.config)
             except PplexError as e:
                 done(Failure(key, str(e).replace(str(task.local.source), source)))
                 continue
@@ -155,6 +159,7 @@ class Answering:
                 seed=settings.seed,
                 until_quiet=settings.tail == "auto",
                 write=writer,
+                script=script,
             )
 
 

@@ -17,6 +17,7 @@ from pplex.audio.files import Sound
 from pplex.conversation.answer import Answer
 from pplex.conversation.prompts import make_role
 from pplex.conversation.scheduler import converse_many
+from pplex.conversation.script import Script
 from pplex.conversation.session import Model
 from pplex.conversation.tracks import Conversation, WriteSound
 from pplex.engine.base import Start
@@ -37,8 +38,9 @@ PROMPT_FRAMES = 250
 class Job:
     """What a model needs to know of a recording: ``sound``, tail included.
 
-    With ``until_quiet`` its tail is as long as the agent speaks. ``write`` is that of
-    ``Conversation``; when the work is done again it begins again, too.
+    With ``until_quiet`` its tail is as long as the agent speaks. ``write`` and
+    ``script`` are those of ``Conversation``; when the work is done again the former
+    begins again, too.
     """
 
     key: str
@@ -48,6 +50,7 @@ class Job:
     seed: int
     until_quiet: bool = False
     write: WriteSound | None = None
+    script: Script = ()
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,13 @@ class Decoder:
                 continue
             stream.under_way[job.key] = job, start.prompt.num_frames
             yield Conversation(
-                job.key, job.sound, start, job.seed, job.until_quiet, job.write
+                job.key,
+                job.sound,
+                start,
+                job.seed,
+                job.until_quiet,
+                job.write,
+                job.script,
             )
 
     def _start(self, voice: str, text: str) -> Start:

@@ -11,6 +11,7 @@ from pplex.checkpoint import voices
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.conversation.prompts import choose_text, choose_voice
+from pplex.conversation.script import Script, lay_out
 from pplex.files import open_regular, reading
 from pplex.model.config import ModelConfig
 from pplex.respond.manifest import file_print
@@ -41,7 +42,12 @@ class Description:
         if voice:
             self.voice_file(voice)
         text = choose_text(self, settings.text)
+        self.script_of(request)
         return replace(request, settings=replace(settings, voice=voice, text=text))
+
+    def script_of(self, request: Request) -> Script:
+        """What the agent is made to say, and in which frames."""
+        return lay_out(request.settings.lines, self.tokenizer, self.config)
 
     def voice_of(self, request: Request) -> str:
         """The voice of ``request``: a name of this model, or a file; empty for none."""
@@ -55,9 +61,13 @@ class Description:
         """A hash of all that decides the outputs of ``request``, but its recording."""
         settings, outputs = request.settings, request.outputs
         transcripts = ",".join(path.suffix for path in outputs.transcripts)
-        # Of subtitles only what differs from earlier versions counts: their answers
+        # Of what came later only what is asked for counts: answers of earlier versions
         # are done.
-        cue = {} if outputs.cue == CueShape() else {"cue": asdict(outputs.cue)}
+        more: dict[str, object] = {}
+        if outputs.cue != CueShape():
+            more["cue"] = asdict(outputs.cue)
+        if settings.lines:
+            more["script"] = settings.said()
         return digest_of(
             {
                 "model": self.identity,
@@ -72,7 +82,7 @@ class Description:
                 "stats": outputs.stats is not None,
                 "tokens": outputs.tokens is not None,
             }
-            | cue
+            | more
         )
 
     def _voice_digest(self, request: Request) -> str | None:

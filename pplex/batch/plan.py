@@ -21,6 +21,7 @@ from typing import Any
 
 from pplex.audio.folders import LeftOut, is_recording, list_folder
 from pplex.batch.jobsfile import Row, read_jobs
+from pplex.conversation.script import Line, first_words, read_script
 from pplex.errors import PplexError
 from pplex.files import folded
 from pplex.respond.manifest import manifest_name
@@ -133,7 +134,11 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
     seen: dict[object, Row] = {}
     found = []
     for row in read_jobs(path):
+        same: tuple[object, ...]
         same = (row.input, row.output, row.voice, row.text, row.seed, row.tail)
+        if row.script is not None or row.first_words is not None:
+            # Without them a name is what it was before there were scripts.
+            same += (row.script, row.first_words)
         other = seen.setdefault(same, row)
         if other is not row:
             raise PplexError(f"{path}: lines {other.number} and {row.number} are equal")
@@ -161,6 +166,8 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
             text=settings.text if row.text is None else row.text,
             seed=seed_for(settings.seed, identity) if row.seed is None else row.seed,
             tail=settings.tail if row.tail is None else row.tail,
+            script=_script_of(path, row, settings),
+            first_words=_first_words_of(path, row, settings),
         )
         found.append(
             _Found(
@@ -175,6 +182,18 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
             )
         )
     return found
+
+
+def _script_of(path: Path, row: Row, settings: Settings) -> tuple[Line, ...]:
+    if row.script is None:
+        return settings.script
+    return read_script(path.parent / row.script)
+
+
+def _first_words_of(path: Path, row: Row, settings: Settings) -> Line | None:
+    if row.first_words is None:
+        return settings.first_words
+    return first_words(row.first_words, f"{path} line {row.number} first_words")
 
 
 def _from_inputs(

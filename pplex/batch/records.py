@@ -18,6 +18,7 @@ from pplex.batch.decoding import Answered
 from pplex.batch.describe import Description
 from pplex.batch.lock import FolderLock
 from pplex.conversation.quiet import longest
+from pplex.conversation.script import unsaid
 from pplex.errors import PplexError
 from pplex.files import hidden_beside, put, put_new, reading
 from pplex.respond.ending import Ending, is_cut_off
@@ -229,7 +230,7 @@ def write_answer(
         "write": time.perf_counter() - start,
     }
     took_s = tail_s(request.settings, recording.num_samples, writer.num_samples, rate)
-    spoken = spoken_words(model, answer.text)
+    spoken = spoken_words(model, answer.text, request.settings.lines)
     stats = make_stats(
         request,
         Source(audio_s, took_s, recording.source_rate, recording.source_channels),
@@ -258,6 +259,7 @@ def write_answer(
         "words": stats.words,
         "text": text_of(spoken),
         "cut_off": stats.cut_off,
+        "unsaid": unsaid(model.script_of(request), answer.text) or None,
     }
     return Written(
         request.key,
@@ -359,6 +361,7 @@ def _line(model: Description, task: Task, status: str, known: Any) -> Line:
         "voice": model.voice_of(request),
         "prompt": settings.text,
         "seed": settings.seed,
+        "script": settings.said() or None,
         **asdict(settings.sampling),
         "channel": settings.channel,
         "layout": request.outputs.layout,

@@ -300,6 +300,8 @@ class _Run:
             if self._batch.fail_fast:
                 raise _Stop
             return
+        if line["unsaid"]:
+            self._report.note(f"{key}: {line['unsaid']}")
         self._summary.done += 1
         self._summary.audio_s += line["audio_s"]
         self._report.finished(key, task.seconds)

@@ -352,6 +352,18 @@ def conversation_options(command: Command) -> Command:
                 help="Silence after the user, for the agent to finish in; auto: until "
                 "it has been quiet for 1.5 s, at most 30 s.",
             ),
+            click.option(
+                "--script",
+                metavar="FILE",
+                type=click.Path(path_type=Path),
+                help="Make the agent say things at times: a .csv or .jsonl file with "
+                "at (seconds) and say (text).",
+            ),
+            click.option(
+                "--first-words",
+                metavar="TEXT",
+                help="Make the agent speak first, and say this.",
+            ),
         )
     ):
         command = option(command)
@@ -426,12 +438,14 @@ class ChannelType(click.ParamType):
 
 def settings_from(text: str | None, options: dict[str, Any]) -> Settings:
     """The job's settings: the role's text, and what ``conversation_options`` parsed."""
+    from pplex.conversation.script import first_words, read_script
     from pplex.model.sampling import GREEDY, SamplingConfig
     from pplex.respond.request import Settings
 
     sampling = SamplingConfig(
         **{key: options[key] for key in ("temp", "top_k", "text_temp", "text_top_k")}
     )
+    words = options["first_words"]
     return Settings(
         voice=options["voice"],
         text=text,
@@ -439,6 +453,8 @@ def settings_from(text: str | None, options: dict[str, Any]) -> Settings:
         seed=options["seed"],
         channel=options["channel"] or 1,
         tail=options["tail"],
+        first_words=None if words is None else first_words(words),
+        script=() if options["script"] is None else read_script(options["script"]),
     )
 
 

@@ -52,6 +52,8 @@ _SECTIONS = {
         "role",
         "channel",
         "tail",
+        "script",
+        "first_words",
     ),
     "Sampling": ("seed", "greedy", "temp", "top_k", "text_temp", "text_top_k"),
     "Streams": ("raw", "rate"),

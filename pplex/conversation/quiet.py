@@ -37,10 +37,11 @@ class Quiet:
     ``end`` is the number of frames of the conversation, once that is known.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, not_before: int = 0) -> None:
         self._frame_size, self._sample_rate = config.frame_size, config.sample_rate
         self._wanted = math.ceil(QUIET_S * config.frame_rate)
         self._first: int | None = None
+        self._not_before = not_before
         self._heard = self._quiet = 0
         self.end: int | None = None
 
@@ -58,7 +59,7 @@ class Quiet:
     def begin(self, frame: int) -> None:
         """Frame number ``frame`` is the tail's first; only the first call counts."""
         if self._first is None:
-            self._first = frame
+            self._first = max(frame, self._not_before)
 
     def hear(self, text: np.ndarray, pcm: np.ndarray) -> None:
         """Take the agent's next frames: text ids (frames,), sound (samples,)."""

@@ -18,6 +18,7 @@ import numpy as np
 from pplex.audio.streams import LiveFrame
 from pplex.conversation.answer import Answer
 from pplex.conversation.quiet import Quiet
+from pplex.conversation.script import Script
 from pplex.conversation.tracks import (
     Conversation,
     GroupedTrack,
@@ -31,6 +32,7 @@ from pplex.conversation.tracks import (
 from pplex.conversation.worker import codec_worker
 from pplex.engine.base import Engine, Pending, Start
 from pplex.model.sampling import SamplingConfig
+from pplex.model.streams import NOT_FORCED
 
 AnyTrack = TypeVar("AnyTrack", bound=Track)
 
@@ -62,30 +64,39 @@ def run(
     """Step ``tracks`` to their ends, at most ``capacity`` at a time.
 
     Yields after each step the tracks that it gave a column. The next step is already
-    under way then, where the engine can do that; but not with ``live``.
+    under way then, where the engine can do that and no track needs the last one's
+    tokens for it; but not with ``live``.
     """
     rows = engine.rows(capacity, sampling, live=live)
     coming = iter(tracks)
     seated: dict[int, AnyTrack] = {}
     user = np.zeros((capacity, engine.config.lm.num_codebooks), np.int32)
+    text = np.full(capacity, NOT_FORCED, np.int32)
     waiting: _Step[AnyTrack] | None = None
     while True:
+        if waiting is not None and any(track.needs_last for track in seated.values()):
+            yield waiting.finish(time.perf_counter())
+            waiting = None
         for place, track in list(seated.items()):
-            column = next(track.columns, None)
+            column = track.next_column()
             if column is None:
                 rows.leave(place)
                 del seated[place]
+                text[place] = NOT_FORCED
             else:
-                user[place] = column
+                user[place], text[place] = column
         while len(seated) < capacity and (new := next(coming, None)) is not None:
-            column = next(new.columns, None)
+            column = new.next_column()
             if column is not None:
                 place = rows.join(new.start, new.seed, new.num_frames)
-                seated[place], user[place] = new, column
+                seated[place] = new
+                user[place], text[place] = column
         if not seated:
             break
         start = time.perf_counter()
-        step = _Step(rows.step(user), list(seated.items()))
+        is_forced = bool((text != NOT_FORCED).any())
+        pending = rows.step(user, text if is_forced else None)
+        step = _Step(pending, list(seated.items()))
         if live or not engine.is_async:
             yield step.finish(start)
             continue
@@ -106,11 +117,13 @@ def converse(
     decode_frames: int,
     quiet: Quiet | None = None,
     num_samples: int | None = None,
+    script: Script = (),
 ) -> Iterator[Answer]:
     """One conversation: a piece for each ``decode_frames`` frames, the last shorter.
 
     ``chunks`` are (frames, frame_size) PCM of the user. Where it ends before they do
     ``quiet`` says. Of the sound ``num_samples`` count, or all, and those of that tail.
+    ``script`` is what the agent is to say.
     """
     with codec_worker(engine.codec, beside=1) as worker:
         track = StreamedTrack(
@@ -122,6 +135,7 @@ def converse(
             worker,
             quiet=quiet,
             num_samples=num_samples,
+            script=script,
         )
         for _ in run(engine, [track], sampling, capacity=1):
             yield from track.pieces()
@@ -137,17 +151,19 @@ def converse_live(
     *,
     quiet: Quiet | None = None,
     keep: Callable[[np.ndarray], object] = lambda codes: None,
+    script: Script = (),
 ) -> Iterator[tuple[LiveFrame, Answer]]:
     """Each of ``frames`` with its reply, before the next one is asked for.
 
     The reply is there when its frame comes, if the model allows that: the step is made
     and decoded as soon as the frame before is encoded, of which ``keep`` gets the
     codes (codebooks, 1). A last reply is made to nobody. ``quiet`` may end it before
-    the ``frames`` do; those that never came are its tail.
+    the ``frames`` do; those that never came are its tail. ``script`` is what the agent
+    is to say.
     """
     came, heard, answered = itertools.tee(frames, 3)
     pcm = (frame.pcm[None] for frame in heard)
-    track, count = LiveTrack(engine, start, seed, pcm, keep), 0
+    track, count = LiveTrack(engine, start, seed, pcm, keep, script), 0
     for _ in run(engine, [track], sampling, capacity=1, live=True):
         reply = track.reply()
         if reply is not None and (frame := next(answered, None)) is not None:

@@ -19,11 +19,12 @@ import numpy as np
 from pplex.audio.files import Sound, chunked, frames_of
 from pplex.conversation.answer import Answer, Kept, Timings, join
 from pplex.conversation.quiet import Quiet
+from pplex.conversation.script import Script, Speaker, last_cue
 from pplex.conversation.worker import one_ahead
 from pplex.engine.base import Codec, Engine, Start
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig, ModelConfig
-from pplex.model.streams import shift, unshift, user_rows
+from pplex.model.streams import TEXT_ROW, shift, unshift, user_rows
 
 # Takes the number of samples before a stretch, and its sides: user, agent (samples,).
 WriteSound = Callable[[int, np.ndarray, np.ndarray], None]
@@ -35,7 +36,8 @@ class Conversation:
 
     With ``until_quiet`` it is followed by silence for as long as ``Quiet`` says. Where
     the answer is made in stretches, ``write`` gets the sound of both sides of each
-    (samples,), after the number of those before, and the answer has none.
+    (samples,), after the number of those before, and the answer has none. ``script`` is
+    what the agent is to say.
     """
 
     key: str
@@ -44,6 +46,7 @@ class Conversation:
     seed: int
     until_quiet: bool = False
     write: WriteSound | None = None
+    script: Script = ()
 
     def __post_init__(self) -> None:
         """ValueError for a recording without samples: it has no answer."""
@@ -75,24 +78,47 @@ def cut(
 class Track:
     """One conversation: the user's columns that it asks for, the agent's it is given.
 
-    ``num_frames`` is how many there will be, None for a live stream.
+    ``num_frames`` is how many there will be, None for a live stream; ``script`` is what
+    the agent is to say.
     """
 
     def __init__(
-        self, config: LmConfig, start: Start, seed: int, num_frames: int | None
+        self,
+        config: LmConfig,
+        start: Start,
+        seed: int,
+        num_frames: int | None,
+        script: Script = (),
     ) -> None:
         self.start, self.seed, self.num_frames = start, seed, num_frames
         self.timings = Timings()
         self.columns: Iterator[np.ndarray] = iter(())  # (codebooks,) for each frame
-        self._config = config
+        self._config, self._speaker = config, Speaker(script)
         # PersonaPlex's answer begins with the prompt's last frame.
         kept = 0 if config.is_moshi else config.lag
         said = start.prompt.columns[: config.num_agent_streams]
         self._said = list(said.T[len(said.T) - kept :])
         self._is_opening = config.is_moshi
+        self._num_begun = self._num_known = len(self._said)
+
+    def next_column(self) -> tuple[np.ndarray, int] | None:
+        """The user's next column, and the agent's text beside it, if that is given."""
+        column = next(self.columns, None)
+        if column is None:
+            return None
+        text = self._speaker.text(self._num_begun)
+        self._num_begun += 1
+        return column, text
+
+    @property
+    def needs_last(self) -> bool:
+        """Whether that text depends on the agent's last column."""
+        return self._speaker.needs_last(self._num_begun)
 
     def push(self, column: np.ndarray, seconds: float) -> None:
         """Add the agent's column of a frame, or one that comes before the first."""
+        self._speaker.said(self._num_known, int(column[TEXT_ROW]))
+        self._num_known += 1
         self._said.append(column)
         if self._is_opening:
             self._is_opening = False
@@ -178,6 +204,7 @@ class StreamedTrack(Track):
         num_frames: int | None = None,
         quiet: Quiet | None = None,
         num_samples: int | None = None,
+        script: Script = (),
     ) -> None:
         """``chunks`` are (frames, frame_size) PCM; pieces have ``decode_frames``.
 
@@ -187,7 +214,7 @@ class StreamedTrack(Track):
         piece is there only when the one after it begins to be decoded. ``quiet`` may
         end it before the ``chunks`` do; what was answered by then is left out.
         """
-        super().__init__(engine.config.lm, start, seed, num_frames)
+        super().__init__(engine.config.lm, start, seed, num_frames, script)
         self._codec = engine.codec
         self._quiet = quiet
         self._decode_frames = decode_frames
@@ -342,9 +369,10 @@ class LiveTrack(Track):
         seed: int,
         frames: Iterable[np.ndarray],
         keep: Callable[[np.ndarray], object],
+        script: Script,
     ) -> None:
         """``frames`` are (1, frame_size) PCM; ``keep`` gets the codes of each."""
-        super().__init__(engine.config.lm, start, seed, None)
+        super().__init__(engine.config.lm, start, seed, None, script)
         self._codec = engine.codec
         encoder = self._codec.make_state(start.encoder, by_frame=True)
         encode = partial(self._codec.encode, state=encoder)
@@ -372,7 +400,9 @@ class RecordingTrack(StreamedTrack):
     ) -> None:
         self.conversation, size = conversation, engine.codec.chunk_frames
         sound = conversation.sound
-        quiet = Quiet(engine.config) if conversation.until_quiet else None
+        quiet = None
+        if conversation.until_quiet:
+            quiet = Quiet(engine.config, last_cue(conversation.script))
         chunks, num_frames = cut(sound, engine.config, size, quiet)
         self._frame_size = engine.config.frame_size
         self._kept = Kept(self._frame_size)
@@ -387,6 +417,7 @@ class RecordingTrack(StreamedTrack):
             num_frames,
             quiet,
             sound.num_samples,
+            conversation.script,
         )
 
     def _readable(
@@ -436,10 +467,11 @@ class GroupedTrack(Track):
         user: np.ndarray,
         encode_s: float,
     ) -> None:
-        super().__init__(config, conversation.start, conversation.seed, user.shape[1])
+        start, seed, script = conversation.start, conversation.seed, conversation.script
+        super().__init__(config, start, seed, user.shape[1], script)
         self.conversation, self.user = conversation, user
         self.timings.encode_s = encode_s
-        rows, pending = user_rows(config), conversation.start.prompt.pending
+        rows, pending = user_rows(config), start.prompt.pending
         columns = shift(user, config.delays[rows], pending[rows]).T
         self.columns = self._opened(iter(columns))
 

@@ -106,12 +106,14 @@ class Rows(Protocol):
     def join(self, start: Start, seed: int, frames: int | None = None) -> int:
         """Begin a conversation after a prompt, of ``frames`` if known; its place."""
 
-    def step(self, user: np.ndarray) -> Pending:
+    def step(self, user: np.ndarray, text: np.ndarray | None = None) -> Pending:
         """Give every row its next user tokens int32 (capacity, codebooks), by place.
 
         They are those of the column that is made; of Moshi, and live, of the one that
         is read: what the agent says of a frame does not wait for the user's then.
-        The next step may be asked for before this one's tokens are.
+        ``text`` int32 (capacity,) is the agent's text of the column that is made where
+        it is given, in any case or ``instead`` of words, else ``NOT_FORCED``. The next
+        step may be asked for before this one's tokens are.
         """
 
     def save(self, row: int) -> dict[str, np.ndarray]:

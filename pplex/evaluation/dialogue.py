@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from pplex.files import write_text
@@ -41,7 +40,7 @@ def _ordered(user: Sequence[Word], agent: Sequence[Word]) -> list[tuple[str, Wor
 
 
 def _entry(speaker: str, word: Word) -> dict[str, object]:
-    entry = asdict(word)
+    entry = word.entry()
     del entry["frame"]
-    entry |= {key: round(entry[key], 3) for key in ("start_s", "end_s")}
+    entry |= {"start_s": round(word.start_s, 3), "end_s": round(word.end_s, 3)}
     return {"speaker": speaker, **entry}

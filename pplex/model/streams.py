@@ -13,6 +13,15 @@ from pplex.model.config import LmConfig
 
 TEXT_ROW = 0
 NOT_FORCED = -2  # of a token that is for the model to choose
+INSTEAD = -3  # and less: see below
+
+
+def instead(idx: int) -> int:
+    """How a text id is given for the case that the model says something.
+
+    That is, anything but padding and its end.
+    """
+    return INSTEAD - idx
 
 
 def agent_rows(config: LmConfig) -> slice:

@@ -14,6 +14,7 @@ from pplex.conversation.answer import Answer, Timings
 from pplex.conversation.prompts import Role
 from pplex.conversation.quiet import Quiet, longest
 from pplex.conversation.scheduler import converse_live
+from pplex.conversation.script import last_cue, lay_out, unsaid
 from pplex.conversation.session import Model
 from pplex.errors import PplexError
 from pplex.files import Place, put, put_new
@@ -138,6 +139,10 @@ def respond_stream(
     role, start = begin(model, request.settings, clock, report)
     settings = replace(request.settings, voice=role.voice, text=role.text)
     request = replace(request, settings=settings)
+    script = lay_out(settings.lines, model.tokenizer, model.config)
+    quiet = None
+    if settings.tail == "auto":
+        quiet = Quiet(model.config, last_cue(script))
     outputs, rate = request.outputs, model.config.sample_rate
     files, place = outputs.files(), put if config.overwrite else put_new
     record = _Record(model, keeps_tokens=outputs.tokens is not None)
@@ -150,8 +155,9 @@ def respond_stream(
                 settings.seed,
                 user.frames(rate, model.config.frame_size, longest(settings.tail)),
                 settings.sampling,
-                quiet=Quiet(model.config) if settings.tail == "auto" else None,
+                quiet=quiet,
                 keep=record.hear,
+                script=script,
             )
             closed = _answer(model, replies, record, write, report)
             if not record.num_samples:  # nothing was answered: no file
@@ -169,8 +175,10 @@ def respond_stream(
             stats.write(outputs.stats, place)
         for warning in user.warnings():
             report.warn(warning)
+        if late := unsaid(script, record.text()):
+            report.warn(late)
     if config.check is not None:
-        spoken = spoken_words(model, record.text())
+        spoken = spoken_words(model, record.text(), settings.lines)
         outcomes = config.check(request.source, files, asdict(stats), spoken)
         report.checked(outcomes, outputs.audio)
     if closed is not None:
@@ -236,7 +244,7 @@ def _stats(
             user.format.channels,
         ),
         Ending(
-            len(spoken_words(model, text)),
+            len(spoken_words(model, text, request.settings.lines)),
             is_cut_off(record.end, text, model.config.frame_size),
         ),
         model.local,

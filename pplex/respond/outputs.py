@@ -6,7 +6,7 @@ Sound may also go out while it is made: to WAV files or to stdout, frame by fram
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from pplex.audio.streams import wav_header
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.conversation.answer import Answer
+from pplex.conversation.script import Line, lay_out, scripted
 from pplex.errors import PplexError
 from pplex.files import (
     Place,
@@ -74,9 +75,13 @@ def write_outputs(
         write_tokens(outputs.tokens, reply.user, reply.agent, reply.text, place)
 
 
-def spoken_words(model: Described, text_tokens: np.ndarray) -> list[Word]:
-    """The words of ``text_tokens`` (frames,)."""
-    return words(text_tokens, model.tokenizer.piece, model.config.frame_rate)
+def spoken_words(
+    model: Described, text_tokens: np.ndarray, lines: Sequence[Line] = ()
+) -> list[Word]:
+    """The words of ``text_tokens`` (frames,), for which ``lines`` were given."""
+    script = lay_out(lines, model.tokenizer, model.config)
+    piece, frame_rate = model.tokenizer.piece, model.config.frame_rate
+    return words(text_tokens, piece, frame_rate, scripted(script, text_tokens))
 
 
 def write_words(
@@ -89,14 +94,16 @@ def write_words(
 ) -> None:
     """Write the transcripts of ``text_tokens`` (frames,) that are wanted."""
     outputs, settings = request.outputs, request.settings
-    spoken = spoken_words(model, text_tokens)
-    metadata = {
+    spoken = spoken_words(model, text_tokens, settings.lines)
+    metadata: dict[str, object] = {
         "model": model.local.name,
         "revision": model.local.revision,
         "voice": voice,
         "prompt": settings.text,
         "seed": settings.seed,
     }
+    if settings.lines:
+        metadata["script"] = settings.said()
     for path in outputs.transcripts:
         if is_pipe(path):
             write_text(path, text_of(spoken) + "\n")

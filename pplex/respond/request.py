@@ -22,6 +22,7 @@ from pplex.respond.transcript import CueShape, format_of
 if TYPE_CHECKING:
     from pplex.audio.files import Channel, Part
     from pplex.conversation.quiet import Tail
+    from pplex.conversation.script import Line
     from pplex.model.sampling import SamplingConfig
 
 Layout = Literal["stereo", "agent", "separate"]
@@ -41,7 +42,8 @@ class Settings:
 
     ``voice`` is a name or a file, ``text`` the role, None for the model's own; ``tail``
     how many seconds of silence follow the recording, or ``"auto"``: as many as the
-    agent needs to finish. Of the recording only ``part`` is answered.
+    agent needs to finish. Of the recording only ``part`` is answered. The agent begins
+    with ``first_words`` and says the lines of ``script``.
     """
 
     voice: str | None
@@ -51,6 +53,18 @@ class Settings:
     channel: Channel = 1
     tail: Tail = 0.0
     part: Part | None = None
+    first_words: Line | None = None
+    script: tuple[Line, ...] = ()
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """All that the agent is made to say."""
+        first = () if self.first_words is None else (self.first_words,)
+        return first + self.script
+
+    def said(self) -> list[dict[str, object]]:
+        """The same as JSON has it."""
+        return [{"at": line.at_s, "say": line.say} for line in self.lines]
 
 
 @dataclass(frozen=True)

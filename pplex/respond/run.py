@@ -14,14 +14,16 @@ from pplex.audio.streams import StreamFormat
 from pplex.checkpoint.hub import LocalModel, resolve
 from pplex.conversation.answer import Answer, Kept
 from pplex.conversation.prompts import Role, make_role
-from pplex.conversation.quiet import Quiet
+from pplex.conversation.quiet import MAX_TAIL_S, Quiet
 from pplex.conversation.scheduler import converse
+from pplex.conversation.script import Script, last_cue, lay_out, too_late, unsaid
 from pplex.conversation.session import Model, load, warm_up
 from pplex.conversation.tracks import cut
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute
+from pplex.errors import PplexError
 from pplex.files import put, put_new
-from pplex.model.config import MimiConfig
+from pplex.model.config import MimiConfig, ModelConfig
 from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.outputs import Write, open_sink, spoken_words, write_outputs
 from pplex.respond.request import Request, Settings, check_outputs
@@ -127,6 +129,20 @@ def read_user(source: Path, settings: Settings, sample_rate: int) -> Recording:
     )
 
 
+def check_script(
+    script: Script, settings: Settings, num_samples: int, config: ModelConfig
+) -> None:
+    """Refuse a script that goes on when the answer ends.
+
+    That is the one to ``num_samples``, a tail of known length included.
+    """
+    if settings.tail == "auto":
+        num_samples += round(MAX_TAIL_S * config.sample_rate)
+    num_frames = -(-num_samples // config.frame_size)
+    if late := too_late(script, num_frames, config.frame_rate):
+        raise PplexError(f"{late}: give a longer --tail, or an earlier time")
+
+
 def tail_s(settings: Settings, num_samples: int, answered: int, rate: int) -> float:
     """Seconds of tail after a recording, where ``answered`` were in the end."""
     if settings.tail == "auto":
@@ -154,6 +170,8 @@ def respond(
     role, start = begin(model, settings, clock, report)
     settings = replace(settings, voice=role.voice, text=role.text)
     request = replace(request, settings=settings)
+    script = lay_out(settings.lines, model.tokenizer, model.config)
+    check_script(script, settings, recording.num_samples, model.config)
     for warning in recording.warnings:
         report.warn(warning)
     place = put if config.overwrite else put_new
@@ -162,9 +180,11 @@ def respond(
         length = None if settings.tail == "auto" else num_samples
         sink = open_sink(outputs.layout, outputs.files(), rate, length, place=place)
         write = stack.enter_context(sink)
-        reply, answered = answer(model, recording, start, settings, report, write)
+        reply, answered = answer(
+            model, recording, start, settings, script, report, write
+        )
         clock.lap("answer")
-        spoken = spoken_words(model, reply.text)
+        spoken = spoken_words(model, reply.text, settings.lines)
         with stop.deferred():
             # Another program may have written there in the meantime.
             check_outputs(request, config.overwrite)
@@ -202,6 +222,8 @@ def respond(
             )
             if outputs.stats is not None:
                 stats.write(outputs.stats, place)
+    if late := unsaid(script, reply.text):
+        report.warn(late)
     if config.check is not None:
         files = outputs.files()
         outcomes = config.check(request.source, files, asdict(stats), spoken)
@@ -239,6 +261,7 @@ def answer(
     sound: Sound,
     start: Start,
     settings: Settings,
+    script: Script,
     report: Report,
     write: Write,
 ) -> tuple[Answer, int]:
@@ -248,7 +271,9 @@ def answer(
     only the end stays in the answer.
     """
     frame_rate, size = model.config.frame_rate, model.engine.codec.chunk_frames
-    quiet = Quiet(model.config) if settings.tail == "auto" else None
+    quiet = None
+    if settings.tail == "auto":
+        quiet = Quiet(model.config, last_cue(script))
     chunks, num_frames = cut(sound, model.config, size, quiet)
 
     report.answering(None if quiet else num_frames / frame_rate)
@@ -263,6 +288,7 @@ def answer(
         decode_frames=size,
         quiet=quiet,
         num_samples=sound.num_samples,
+        script=script,
     ):
         write(piece.heard, piece.pcm)
         kept.add(piece)

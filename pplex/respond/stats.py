@@ -157,6 +157,7 @@ class Stats:
     pplex: str
     mlx: str
     start_s: float = 0.0
+    script: list[dict[str, object]] | None = None
     latency_ms: Latency | None = None
     latency_with_step_ms: Latency | None = None
     start_up_frames: int | None = None
@@ -283,6 +284,7 @@ def make_stats(
         text_top_k=sampling.text_top_k,
         channel=settings.channel,
         start_s=settings.part.start_s if settings.part else 0.0,
+        script=settings.said() or None,
         source_rate=source.rate,
         source_channels=source.channels,
         pplex=importlib.metadata.version("pplex"),

@@ -9,8 +9,8 @@ import codecs
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pplex.errors import PplexError
@@ -31,13 +31,22 @@ _SENTENCE_END = re.compile(r"[.!?\u2026][\"')\]\u2019\u201d]*$")
 class Word:
     """A word, the frame of its first piece, and its time in the recording (seconds).
 
-    `end_s` is the end of the frame of its last piece.
+    `end_s` is the end of the frame of its last piece; a ``scripted`` word is one that
+    the agent was made to say.
     """
 
     text: str
     start_s: float
     end_s: float
     frame: int
+    scripted: bool = False
+
+    def entry(self) -> dict[str, object]:
+        """The word as JSON has it: only what is scripted says so."""
+        entry = asdict(self)
+        if not self.scripted:
+            del entry["scripted"]
+        return entry
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,17 @@ class CueShape:
 
 
 def words(
-    text_tokens: Iterable[int], piece: Callable[[int], str], frame_rate: float
+    text_tokens: Iterable[int],
+    piece: Callable[[int], str],
+    frame_rate: float,
+    scripted: Container[int] = (),
 ) -> list[Word]:
     """Join the text stream, one id a frame, into words.
 
     `piece` maps an id to its piece; one that starts with a space (or U+2581) begins a
     word, any other continues the word before, whatever padding lies between. Byte
-    pieces are joined as UTF-8; what is not UTF-8 becomes U+FFFD.
+    pieces are joined as UTF-8; what is not UTF-8 becomes U+FFFD. Words that begin in
+    ``scripted`` frames are.
     """
     found: list[Word] = []
     content = bytearray()
@@ -70,7 +83,8 @@ def words(
     def close() -> None:
         text = _printable(content.decode("utf-8", errors="replace")).strip()
         if text:
-            found.append(Word(text, start / frame_rate, end / frame_rate, start))
+            times_s = start / frame_rate, end / frame_rate
+            found.append(Word(text, *times_s, start, start in scripted))
         content.clear()
 
     for frame, idx in enumerate(int(i) for i in text_tokens):
@@ -123,7 +137,7 @@ def write_transcript(
             "text": text,
             "duration_s": duration_s,
             "metadata": dict(metadata),
-            "words": [asdict(word) for word in words],
+            "words": [word.entry() for word in words],
         }
         text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
     elif form == "txt":
@@ -136,16 +150,15 @@ def write_transcript(
 def cues(words: Sequence[Word], shape: CueShape = CueShape()) -> list[Word]:
     """Group words into subtitles.
 
-    A new one begins after a sentence, after a gap over 1 s, and where the lines of
-    ``shape`` or 7 s would be passed.
+    A new one begins after a sentence, after a gap over 1 s, where the lines of
+    ``shape`` or 7 s would be passed, and where a script begins or ends.
     """
     grouped: list[Word] = []
     for word in words:
         last = grouped[-1] if grouped else None
         if last and _belongs(last, word, shape):
-            grouped[-1] = Word(
-                f"{last.text} {word.text}", last.start_s, word.end_s, last.frame
-            )
+            text = f"{last.text} {word.text}"
+            grouped[-1] = replace(last, text=text, end_s=word.end_s)
         else:
             grouped.append(word)
     return grouped
@@ -157,26 +170,33 @@ def render_cues(
     """Cues as a file of ``form`` (srt, vtt, tsv) has them.
 
     Each comes with its speaker, all of them empty where there is only one. The TSV is
-    Whisper's, in whole milliseconds, with a column for speakers if there are any.
+    Whisper's, in whole milliseconds, with a column for speakers if there are any. What
+    is scripted is in italics, and in the TSV has a 1 in a column that is there then.
     """
     if form == "tsv":
         with_speaker = any(speaker for speaker, _ in said)
-        rows = [["start", "end", *["speaker"] * with_speaker, "text"]]
+        marked = any(cue.scripted for _, cue in said)
+        columns = ["speaker"] * with_speaker + ["scripted"] * marked
+        rows = [["start", "end", *columns, "text"]]
         for speaker, cue in said:
             times_ms = (f"{round(s * 1000)}" for s in (cue.start_s, cue.end_s))
             text = " ".join(cue.text.split())
-            rows.append([*times_ms, *[speaker] * with_speaker, text])
+            mark = [str(int(cue.scripted))] * marked
+            rows.append([*times_ms, *[speaker] * with_speaker, *mark, text])
         return "".join("\t".join(row) + "\n" for row in rows)
     point = "," if form == "srt" else "."
     blocks = [] if form == "srt" else ["WEBVTT"]
     for number, (speaker, cue) in enumerate(said, start=1):
         times = f"{clock(cue.start_s, point)} --> {clock(cue.end_s, point)}"
         text, name = "\n".join(shape.wrap(cue.text)), speaker.title()
+        if form == "vtt":
+            text = _escape(text)
+        if cue.scripted:
+            text = f"<i>{text}</i>"
         if form == "srt":
             text = f"{name}: {text}" if name else text
             blocks.append(f"{number}\n{times}\n{text}")
         else:
-            text = _escape(text)
             text = f"<v {name}>{text}</v>" if name else text
             blocks.append(f"{times}\n{text}")
     return "".join(f"{block}\n\n" for block in blocks)
@@ -238,6 +258,7 @@ def _belongs(cue: Word, word: Word, shape: CueShape) -> bool:
         not _SENTENCE_END.search(cue.text)
         and word.start_s - cue.end_s <= MAX_GAP_S
         and word.end_s - cue.start_s <= MAX_CUE_S
+        and word.scripted == cue.scripted
         and len(shape.wrap(f"{cue.text} {word.text}")) <= shape.lines
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from pplex.model.sampling import (
     kth_largest,
     noise_keys,
 )
-from pplex.model.streams import NOT_FORCED, shift, unshift, user_rows
+from pplex.model.streams import NOT_FORCED, instead, shift, unshift, user_rows
 
 DATA = Path(__file__).parents[1] / "data"
 REFERENCE = DATA / "reference"
@@ -136,11 +137,13 @@ def converse(
     *,
     late: int = 0,
     live: bool = False,
+    texts: dict[int, dict[int, int]] | None = None,
 ) -> list[np.ndarray]:
     """The agent's columns (frames, agent streams) of each of several conversations.
 
     They join and leave at their times; tokens are read ``late`` steps afterwards. With
-    ``live`` a step is made before the user's tokens of its column are there.
+    ``live`` a step is made before the user's tokens of its column are there. ``texts``
+    has the text that is given, by conversation and frame.
     """
     lm = engine.config.lm
     rows = engine.rows(capacity, sampling, live=live)
@@ -174,7 +177,13 @@ def converse(
             before = prompt.columns[user_rows(lm), -1:]
             columns = np.concatenate([before, those[idx].user(lm)], axis=1)
             user[place] = columns[:, frame - those[idx].first + (not live)]
-        waiting.append((dict(seats), rows.step(user)))
+        text = None
+        if texts is not None:
+            text = np.full(capacity, NOT_FORCED, np.int32)
+            for place, idx in seats.items():
+                known = texts.get(idx, {})
+                text[place] = known.get(frame - those[idx].first, NOT_FORCED)
+        waiting.append((dict(seats), rows.step(user, text)))
         if len(waiting) > late:
             take()
     while waiting:
@@ -222,14 +231,18 @@ def assert_specified(
     one: Conversation,
     said: np.ndarray,
     sampling: SamplingConfig,
+    given: Sequence[int] = (),
 ) -> None:
-    """That the agent's columns (frames, agent streams) are the specification's."""
+    """That the agent's columns (frames, agent streams) are the specification's.
+
+    The text is ``given`` in some frames.
+    """
     lm, prompt = checkpoint.config.lm, prompts(checkpoint.config)[one.prompt]
     assert said.shape == (one.frames, lm.num_agent_streams)
-    given = prompt.pending[: lm.num_agent_streams]
-    is_given = given != NOT_FORCED
+    pending = prompt.pending[: lm.num_agent_streams]
+    is_given = pending != NOT_FORCED
     assert is_given.any() and not is_given.all()
-    np.testing.assert_array_equal(said[0, is_given], given[is_given])
+    np.testing.assert_array_equal(said[0, is_given], pending[is_given])
     columns = np.concatenate([said.T, one.user(lm)])
     expected = specified(checkpoint, prompt, columns)
     heads = [expected.text, *expected.agent.swapaxes(0, 1)]
@@ -242,11 +255,12 @@ def assert_specified(
     for stream, (logits, noise) in enumerate(zip(heads, noises, strict=True)):
         temp = sampling.temp if stream else sampling.text_temp
         top_k = sampler.top_k if stream else sampler.text_top_k
-        first = 1 if is_given[stream] else 0
+        known = [0] if is_given[stream] else []
+        free = np.delete(np.arange(one.frames), known if stream else [*known, *given])
         assert_chosen(
-            logits[first:],
-            said[first:, stream],
-            None if noise is None else noise[first:],
+            logits[free],
+            said[free, stream],
+            None if noise is None else noise[free],
             temp,
             top_k,
             TOLERANCE[engine.dtype],
@@ -302,6 +316,27 @@ def test_a_row_does_not_depend_on_its_neighbours(engine, capacity):
     for one, said in zip(CONVERSATIONS[capacity], together, strict=True):
         (alone,) = converse(engine, [replace(one, first=0)], 1, sampling)
         np.testing.assert_array_equal(said, alone)
+
+
+def test_text_that_is_given_is_said_and_all_else_as_ever(engine, checkpoint):
+    those, ordinary = CONVERSATIONS[3], answers(engine, 3, "drawn")
+    own, lm = those[3], checkpoint.config.lm
+    chosen = ordinary[3][:, 0]
+    assert own.frames > 9 and (chosen[[4, 7]] > 3).all()
+    # What would be said anyway takes no noise from what comes after it.
+    same = {frame: int(idx) for frame, idx in enumerate(chosen)}
+    for texts in (same, {7: instead(int(chosen[7])), 8: int(chosen[8])}):
+        found = converse(engine, those, 3, SAMPLINGS["drawn"], late=1, texts={3: texts})
+        for said, expected in zip(found, ordinary, strict=True):
+            np.testing.assert_array_equal(said, expected)
+    texts = {4: instead((int(chosen[4]) + 1) % lm.text_card), 6: 2}
+    found = converse(engine, those, 3, SAMPLINGS["drawn"], late=1, texts={3: texts})
+    for idx in (0, 2, 4):
+        np.testing.assert_array_equal(found[idx], ordinary[idx])
+    said = found[3]
+    np.testing.assert_array_equal(said[:4], ordinary[3][:4])
+    assert said[4, 0] == (chosen[4] + 1) % lm.text_card and said[6, 0] == 2
+    assert_specified(engine, checkpoint, own, said, SAMPLINGS["drawn"], given=[4, 6])
 
 
 def test_a_live_row_says_the_same(engine):

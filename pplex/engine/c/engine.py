@@ -48,7 +48,7 @@ from pplex.engine.device import num_cores
 from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.prompt import Prompt
 from pplex.model.sampling import Sampler, SamplingConfig, noise_key
-from pplex.model.streams import NOT_FORCED
+from pplex.model.streams import NOT_FORCED, TEXT_ROW
 
 _Item = TypeVar("_Item", bound=ctypes.Structure)
 
@@ -205,10 +205,14 @@ class CRows:
         self._caches[row] = None
         self._taken.remove(row)
 
-    def step(self, user: np.ndarray) -> Done:
+    def step(self, user: np.ndarray, text: np.ndarray | None = None) -> Done:
         """Make a step of all rows."""
         places = self._taken
         whole = len(places) == len(self._caches)
+        if text is not None:
+            forced = text != NOT_FORCED
+            self._given[forced, TEXT_ROW] = text[forced]
+            self._is_given |= bool(forced.any())
         if self._reads_user:
             self._columns[:, self._num_agent :] = user
         columns = self._columns if whole else self._columns[places]

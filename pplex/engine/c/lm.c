@@ -151,6 +151,16 @@ static void sum_rows(const Model *m, const int32_t *column, float *x) {
   if (column[0] >= 0) add_row(&m->text_emb, column[0], x);
 }
 
+/* ---- Given ids ---- */
+
+enum { NOT_FORCED = -2, INSTEAD = -3, TEXT_PAD = 3 }; /* as in pplex/model/streams.py */
+
+/* The id that is said where the model chose `id`: that, or what is to be said in place
+   of anything but padding. */
+static int32_t instead_of(int32_t id, int32_t given) {
+  return given > INSTEAD || id <= TEXT_PAD ? id : INSTEAD - given;
+}
+
 /* ---- Memory of a frame ---- */
 
 typedef struct {

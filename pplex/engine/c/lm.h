@@ -646,7 +646,8 @@ TARGET static void NAME(choose_all)(Crew *crew, const Step *step, long at, long 
     long idx = r * num_agent + at;
     int32_t id = NAME(choose)(row, card, temp, top_k, step->rows + r, (uint32_t)noise,
                               (uint32_t)step->sampling->noise_width);
-    step->agent[idx] = step->given && step->given[idx] != -2 ? step->given[idx] : id;
+    int32_t given = step->given ? step->given[idx] : NOT_FORCED;
+    step->agent[idx] = given > NOT_FORCED ? given : instead_of(id, given);
     if (step->logits)
       memcpy(step->logits + r * num_logits + place, row, (size_t)card * sizeof *row);
   }

@@ -1,5 +1,3 @@
-constexpr int NOT_FORCED = -2;
-
 // Choose a row's text id from `logits` (rows, card), unless `given` (rows, heads) has it,
 // and begin its column (streams,) with it, zeros, and the codes of `user`.
 extern "C" __global__ void choose_text(const bf16* logits, const unsigned* keys,
@@ -14,9 +12,10 @@ extern "C" __global__ void choose_text(const bf16* logits, const unsigned* keys,
   noise.width = width;
   const bf16* own = logits + (size_t)row * card;
   int id = has_given ? given[row * heads] : NOT_FORCED;
-  if (id == NOT_FORCED)
-    id = choose(sh, [=](int i) { return to_float(own[i]); }, card, noise, temperature,
-                top_k);
+  if (id <= NOT_FORCED)
+    id = take_given(choose(sh, [=](int i) { return to_float(own[i]); }, card, noise,
+                           temperature, top_k),
+                    id);
   int users = streams - codebooks;
   if (t < streams)
     column[row * streams + t] =

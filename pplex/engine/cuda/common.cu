@@ -96,6 +96,16 @@ __device__ inline float uniform(uint2 key, unsigned idx, unsigned width) {
   return fminf(u, 1 - 0x1p-24f);
 }
 
+// As in pplex/model/streams.py.
+constexpr int NOT_FORCED = -2, INSTEAD = -3, TEXT_PAD = 3;
+
+// The text id that is said where `id` was chosen: that, one that is given in any case, or
+// one that is given in place of anything but padding.
+__device__ inline int take_given(int id, int given) {
+  if (given > NOT_FORCED) return given;
+  return given == NOT_FORCED || id <= TEXT_PAD ? id : INSTEAD - given;
+}
+
 // The random numbers of a row: id i of a head takes number first + i of `width`.
 struct Noise {
   uint2 key;

@@ -6,7 +6,7 @@
 // straight into the tensor cores' registers. Which inner dimension stands where does not
 // matter as long as both sides agree, so lanes load 16 bytes at once. Sizes are constants
 // that pplex/model/depformer_kernel.py writes in front of this text.
-constexpr int NOT_FORCED = -2, WIDTH = 3 * DIM, HEAD_DIM = DIM / HEADS;
+constexpr int WIDTH = 3 * DIM, HEAD_DIM = DIM / HEADS;
 constexpr int SSQ_COLUMNS = 32, PARTS = (DIM + SSQ_COLUMNS - 1) / SSQ_COLUMNS;
 constexpr int MOST_ROWS = 64;  // of a tile
 

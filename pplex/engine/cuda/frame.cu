@@ -6,7 +6,6 @@
 // and cross between blocks through the L2 cache, so they are read with __ldcg. Sizes and
 // storage forms are constants that pplex/model/frame_kernel.py writes in front of this text.
 constexpr int HEAD_DIM = DIM / HEADS, DEP_HEAD_DIM = DEP_DIM / DEP_HEADS;
-constexpr int NOT_FORCED = -2;
 
 // How a matrix is stored: bits 4 or 8 (affine, with scales and biases) or 16 (bfloat16).
 template <int BITS_, int GROUP_, int K_>
@@ -532,7 +531,7 @@ __device__ void frame(const Weights& w, const int* tokens, const int* user,
   int token = choose(sh, [=](int i) { return __ldcg(logits + i); }, TEXT_CARD, noise,
                      sampling.text_temperature, sampling.text_top_k);
   noise.first = sampling.text_noise;
-  if (given[0] != NOT_FORCED) token = given[0];
+  token = take_given(token, given[0]);
   if (everyone == 0) column[0] = token;
 
 #pragma unroll 1

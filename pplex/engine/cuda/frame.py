@@ -26,7 +26,7 @@ from pplex.model.depformer import DepformerLayer
 from pplex.model.lm import Lm
 from pplex.model.rotary import frequencies
 from pplex.model.sampling import Sampler, SamplingConfig, noise_key
-from pplex.model.streams import NOT_FORCED
+from pplex.model.streams import NOT_FORCED, TEXT_ROW
 
 THREADS = 512
 NAME = "pplex_frame"
@@ -113,7 +113,7 @@ class FrameKernel:
 
     def __init__(self, lm: Lm) -> None:
         self.config = lm.config
-        self._nothing = mx.full(lm.config.num_agent_streams, NOT_FORCED, mx.int32)
+        self.nothing = mx.full(lm.config.num_agent_streams, NOT_FORCED, mx.int32)
         self._blocks = num_multiprocessors()
         self._splits = max(1, min(MAX_SPLITS, self._blocks // lm.config.num_heads))
         self._arrays: list[mx.array] = []
@@ -161,7 +161,7 @@ class FrameKernel:
         """The column, and the kernel's workspace, laid out as ``offsets`` says."""
         config = sampler.config
         place = cache.place()
-        given = self._nothing if given is None else given
+        given = self.nothing if given is None else given
         column, work = self._kernel(
             [*self._arrays, tokens, user, given, cache.keys, cache.values],
             [((self.config.num_streams,), mx.int32), ((self._work,), mx.float32)],
@@ -330,9 +330,13 @@ class FrameRows:
         """End the conversation; another may begin."""
         self._cache = None
 
-    def step(self, user: np.ndarray) -> Waiting:
+    def step(self, user: np.ndarray, text: np.ndarray | None = None) -> Waiting:
         """Make a step."""
         assert self._cache is not None
+        if text is not None and text[0] != NOT_FORCED:
+            given = self._kernel.nothing if self._given is None else self._given
+            self._given = mx.array(given)
+            self._given[TEXT_ROW] = int(text[0])
         key = noise_key(self._seed, self._frame)
         tokens, cache = mx.array(user[0]), self._cache
         if self._reads_user:

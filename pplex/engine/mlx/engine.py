@@ -37,11 +37,11 @@ from pplex.engine.mlx.codec import MlxCodec
 from pplex.engine.mlx.ring import CacheEach, FastCache, take_rows
 from pplex.engine.mlx.saved import restore_cache, save_cache, to_numpy
 from pplex.model.cache import Cache, KvCache
-from pplex.model.config import ModelConfig
+from pplex.model.config import TEXT_PAD, ModelConfig
 from pplex.model.mimi import Mimi, make_mimi
 from pplex.model.prompt import Prompt
 from pplex.model.sampling import Sampler, SamplingConfig, noise_keys
-from pplex.model.streams import NOT_FORCED
+from pplex.model.streams import INSTEAD, NOT_FORCED, TEXT_ROW
 from pplex.model.transformer import TemporalLayer
 
 # From a layer's input and attended values to its output and the next layer's queries,
@@ -250,7 +250,7 @@ class MlxEngine:
             hidden, logits = lm.head(x)
             text = sampler.text(logits, noise)
             if given is not None:
-                text = mx.where(given[:, 0] == NOT_FORCED, text, given[:, 0])
+                text = take_given(text, given[:, TEXT_ROW])
             codes = lm.depformer(
                 hidden,
                 text,
@@ -261,6 +261,12 @@ class MlxEngine:
             return mx.concatenate([*parts, inputs["user"]], axis=1)[:rows]
 
         return frame
+
+
+def take_given(text: mx.array, given: mx.array) -> mx.array:
+    """Text ids (rows,) that were chosen, or those that are given in their place."""
+    kept = mx.where(text <= TEXT_PAD, text, INSTEAD - given)
+    return mx.where(given > NOT_FORCED, given, mx.where(given < NOT_FORCED, kept, text))
 
 
 def _has_one_group(lm: LmTensors, name: str) -> bool:
@@ -373,7 +379,7 @@ class MlxRows:
         if self._num_rows > 1:
             self._cache.leave(idx)
 
-    def step(self, user: np.ndarray) -> Waiting:
+    def step(self, user: np.ndarray, text: np.ndarray | None = None) -> Waiting:
         """Make a step of all rows."""
         taken = [i for i, place in enumerate(self._places) if place is not None]
         if 2 * len(taken) <= len(self._places):
@@ -385,6 +391,8 @@ class MlxRows:
         inputs = {"user": mx.array(tokens)}
         if self._draws:
             inputs["keys"] = noise_keys(self._seeds, self._frames)
+        if text is not None:
+            self._force(text)
         if self._given is not None:
             inputs["given"] = self._given
         engine = self._engine
@@ -400,6 +408,17 @@ class MlxRows:
         agent = mx.contiguous(self._column[:, : self._num_agent])
         mx.async_eval(agent, self._column)
         return Waiting(agent, list(self._places), self._capacity)
+
+    def _force(self, text: np.ndarray) -> None:
+        """Give the next step those of the text ids (capacity,) that are forced."""
+        given = self._given
+        if given is None:
+            given = mx.full((len(self._places), self._num_agent), NOT_FORCED, mx.int32)
+        given = mx.array(given)
+        for row, place in enumerate(self._places):
+            if place is not None and text[place] != NOT_FORCED:
+                given[row, TEXT_ROW] = int(text[place])
+        self._given = given
 
     def _free_row(self, start: Start) -> int:
         """A row that nobody has; made if there is none."""
@@ -500,11 +519,11 @@ class RowsApart:
         self._taken[idx] -= 1
         self._blocks[idx].leave(row - self._first[idx])
 
-    def step(self, user: np.ndarray) -> WaitingApart:
+    def step(self, user: np.ndarray, text: np.ndarray | None = None) -> WaitingApart:
         """Make a step of every row."""
-        parts = np.split(user, self._first[1:-1])
-        steps = [
-            rows.step(part) if taken else None
-            for rows, part, taken in zip(self._blocks, parts, self._taken, strict=True)
-        ]
+        steps: list[Pending | None] = []
+        for idx, rows in enumerate(self._blocks):
+            own = slice(self._first[idx], self._first[idx + 1])
+            said = None if text is None else text[own]
+            steps.append(rows.step(user[own], said) if self._taken[idx] else None)
         return WaitingApart(steps, self._sizes, self._width)
