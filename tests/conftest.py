@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
-import reference_driver
 from click.testing import CliRunner, Result
+
+# Values are exact in float32, on a CPU: that is where tests run, whatever there is.
+# Those of GPUs ask for `on_gpu`.
+mx.set_default_device(mx.cpu)
+
+import reference_driver  # noqa: E402  (it looks which engines there are)
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny"
+
+
+@pytest.fixture(scope="module")
+def on_gpu():
+    """MLX computes on its GPU; where it has none, on the CPU as if that were one."""
+    if mx.is_available(mx.gpu):
+        mx.set_default_device(mx.gpu)
+    else:
+        mx.disable_compile()  # it would call a C compiler
+    yield
+    mx.set_default_device(mx.cpu)
+    mx.enable_compile()
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,10 @@ from pplex.model.seanet import make_decoder, make_encoder
 from pplex.model.streams import NOT_FORCED
 from pplex.model.transformer import gelu
 
-pytestmark = pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not mx.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("on_gpu"),
+]
 
 CONFIG = LmConfig(
     dim=256,

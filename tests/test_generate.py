@@ -74,7 +74,7 @@ class Literal:
             lambda logits, _: mx.argmax(logits, axis=-1),
             mx.array(target[:, 1:]),
         )
-        column = np.concatenate([np.array(text), np.array(codes)[0]])
+        column = np.concatenate([np.array(ids) for ids in (text, *codes)])
         self.grid[:, s] = np.where(self.given[:, s], self.grid[:, s], column)
         if s <= (largest := max(delays)):
             return None

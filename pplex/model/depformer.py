@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from pplex.model.config import LmConfig
 from pplex.model.embedding import embed
@@ -35,28 +36,35 @@ class DepformerLayer(nn.Module):
 
 
 class StepCache:
-    """Keys and values of every layer over the steps of a frame."""
+    """Keys and values of every layer over the steps of a frame.
 
-    def __init__(self, num_layers: int, num_heads: int) -> None:
-        self._num_heads = num_heads
-        self._pasts: list[mx.array | None] = [None] * num_layers
+    Of each layer an array (2, batch, heads, steps, head_dim). A step writes its own
+    into its slot and the later ones, which nobody sees yet: so that is one operation
+    that makes a new array, and none if it is the first.
+    """
 
-    def attend(self, layer: int, qkv: mx.array, hide_first: bool) -> mx.array:
-        """Attention (batch, dim) of the next step; its ``qkv`` (batch, 3 dim) is kept.
+    def __init__(self, config: LmConfig, num_steps: int) -> None:
+        self._num_heads = config.depformer_num_heads
+        self._hiding_step = config.hiding_step
+        self._slots = np.arange(num_steps)[:, None]
+        self._pasts: list[mx.array | None] = [None] * config.depformer_num_layers
 
-        With ``hide_first`` step 0 is not seen.
-        """
+    def attend(self, layer: int, qkv: mx.array, step: int) -> mx.array:
+        """Attention (batch, dim) of ``step``, whose ``qkv`` (batch, 3 dim) is kept."""
         b, width = qkv.shape
-        first = 1 if hide_first else 0
-        split = qkv.reshape(b, 3 * self._num_heads, 1, -1)
+        split = qkv.reshape(b, 3, self._num_heads, 1, -1)
+        new = split[:, 1:].swapaxes(0, 1)
         past = self._pasts[layer]
-        if past is not None:
-            split = mx.concatenate([past, split], axis=2)
-        self._pasts[layer] = split
-        q, k, v = mx.split(split, 3, axis=1)
-        y = mx.fast.scaled_dot_product_attention(
-            q[:, :, -1:], k[:, :, first:], v[:, :, first:], scale=q.shape[-1] ** -0.5
-        )
+        if past is None:
+            shape = *new.shape[:3], len(self._slots), new.shape[-1]
+            self._pasts[layer] = mx.broadcast_to(new, shape)
+            return qkv[:, width // 3 * 2 :]  # all of the only value
+        past = mx.where(mx.array(self._slots < step), past, new)
+        self._pasts[layer] = past
+        first = 1 if step == self._hiding_step else 0
+        k, v = past[:, :, :, first : step + 1]
+        q = split[:, 0]
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
         return y.reshape(b, width // 3)
 
 
@@ -91,8 +99,8 @@ class Depformer(nn.Module):
         text: mx.array,
         sample: Callable[[mx.array, int], mx.array],
         forced: mx.array | None = None,
-    ) -> mx.array:
-        """Codes (batch, steps) after the temporal output ``hidden`` (batch, dim).
+    ) -> list[mx.array]:
+        """Codes (batch,) of each step after the output ``hidden`` (batch, dim).
 
         ``text`` (batch,) is the frame's text id, ``sample`` draws ids (batch,) from the
         logits (batch, card) of a step, ``forced`` (batch, steps) holds ids given
@@ -100,21 +108,19 @@ class Depformer(nn.Module):
         """
         b = hidden.shape[0]
         inputs = self.input(hidden).reshape(b, self._num_steps, -1)
-        config = self._config
-        past = StepCache(config.depformer_num_layers, config.depformer_num_heads)
+        past = StepCache(self._config, self._num_steps)
         token, codes = text, []
         for idx, step in enumerate(self.steps):
             x = inputs[:, idx] + self._embed(token, idx)
-            hide_first = idx == config.hiding_step
             for number, layer in enumerate(step.layers):
                 qkv = layer.in_proj(layer.norm1(x))
-                x = layer.finish(x, past.attend(number, qkv, hide_first))
+                x = layer.finish(x, past.attend(number, qkv, idx))
             token = sample(step.head(x), idx)
             if forced is not None:
                 given = forced[:, idx]
                 token = mx.where(given == NOT_FORCED, token, given)
             codes.append(token)
-        return mx.stack(codes, axis=1)
+        return codes
 
     def _embed(self, token: mx.array, idx: int) -> mx.array:
         if idx == 0:

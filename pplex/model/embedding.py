@@ -11,6 +11,6 @@ def embed(table: nn.Module, ids: mx.array, offset: int | mx.array = 0) -> mx.arr
 
     Follows ``ScaledEmbedding`` of NVIDIA's PersonaPlex, ``models/lm.py``.
     """
-    present = ids >= 0
-    rows = table(mx.where(present, ids + offset, 0))
-    return mx.where(present[..., None], rows, mx.zeros((), rows.dtype))
+    rows = table(mx.where(ids >= 0, ids + offset, 0))
+    # The same question in other words: what is compiled asks twice, and stores nothing.
+    return mx.where(ids[..., None] < 0, mx.zeros((), rows.dtype), rows)

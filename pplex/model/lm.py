@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from pplex.model.cache import Cache, KvCache
 from pplex.model.config import LmConfig
@@ -48,8 +49,8 @@ class Lm(nn.Module):
         saved voice prompts were made.
         """
         config = self.config
-        first_rows = mx.arange(config.n_q) * (config.card + 1)
-        rows = embed(self.audio_emb, tokens[:, 1:], first_rows[:, None])
+        first_rows = np.arange(config.n_q, dtype=np.int32) * (config.card + 1)
+        rows = embed(self.audio_emb, tokens[:, 1:], mx.array(first_rows[:, None]))
         total = rows[:, 0]
         for idx in range(1, config.n_q):
             total = total + rows[:, idx]

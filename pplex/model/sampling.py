@@ -147,9 +147,13 @@ def largest(logits: mx.array, k: int) -> mx.array:
     Exactly ``k`` are: of several that equal the last, those of the lowest ids.
     """
     least = kth_largest(logits, k)
-    above, ties = logits > least, logits == least
-    room = k - above.sum(axis=-1, keepdims=True)
-    return above | (ties & (mx.cumsum(ties.astype(mx.int32), axis=-1) <= room))
+    # One running sum counts both: those above it, and those like it, times ``many``.
+    many = mx.array(logits.shape[-1] + 1, mx.int64)
+    like = mx.where(logits == least, many, 0)
+    counts = mx.cumsum(mx.where(logits > least, 1, like), axis=-1)
+    room = k - counts[:, -1:] % many
+    # In other words than above: what is compiled stores neither comparison.
+    return (least < logits) | ((logits >= least) & (counts // many <= room))
 
 
 def draw(logits: mx.array, temp: float, k: int, noise: mx.array) -> mx.array:
@@ -157,8 +161,7 @@ def draw(logits: mx.array, temp: float, k: int, noise: mx.array) -> mx.array:
 
     ``noise`` (batch, card) is exponential, a value for each id.
     """
-    logits = logits.astype(mx.float32)
-    scores = logits / temp - mx.log(noise)
+    scores = logits.astype(mx.float32) / temp - mx.log(noise)
     if k < logits.shape[-1]:
         scores = mx.where(largest(logits, k), scores, -mx.inf)
     return mx.argmax(scores, axis=-1)

@@ -260,7 +260,7 @@ def _step(tokens: np.ndarray, states: States, ends: Lm, given: int | None) -> St
         text_logit=_short(states.text[0].max()),
         text_mean=_short(states.text[0].mean()),
         given=after,
-        codes=_ints(np.array(codes)[0]),
+        codes=_ints(np.array(mx.concatenate(codes))),
     )
 
 

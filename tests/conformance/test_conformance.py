@@ -28,7 +28,7 @@ from cases import (
     random_columns,
     write,
 )
-from engines import NAMES, Engine, Logits, Start, make
+from engines import AS_IF, NAMES, Engine, Logits, Start, compute_on, make
 from small import check_saved_rows
 
 from pplex.model.lm import Lm
@@ -59,6 +59,15 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.sqrt((expected**2).mean()))
 
 
+@pytest.fixture(autouse=True)
+def where_it_belongs(request):
+    """A test's engine computes on its device."""
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    compute_on(given.get("engine") or given.get("recorded_engine") or "cpu")
+    yield
+    compute_on("cpu")
+
+
 @pytest.fixture(scope="session", params=FORMS, ids=str)
 def checkpoint(request, tmp_path_factory) -> Checkpoint:
     """A model of each form of weights."""
@@ -68,6 +77,8 @@ def checkpoint(request, tmp_path_factory) -> Checkpoint:
 @pytest.fixture(scope="session", params=NAMES)
 def engine(request, checkpoint) -> Engine:
     """Each engine with each model."""
+    if request.param == AS_IF and checkpoint.config.lm.dep_q == 8:
+        pytest.skip("two of the forms say little more, and take a CPU long in bfloat16")
     return make(request.param, checkpoint)
 
 

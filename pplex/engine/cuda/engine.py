@@ -42,6 +42,7 @@ class CudaEngine(MlxEngine):
     name = "cuda"
     # H100: the 7B's products take as long with 64 rows, a tenth less with 8.
     gpu_rows = 256
+    short_norms = False
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -42,7 +42,7 @@ from pplex.model.mimi import Mimi, make_mimi
 from pplex.model.prompt import Prompt
 from pplex.model.sampling import Sampler, SamplingConfig, noise_keys
 from pplex.model.streams import INSTEAD, NOT_FORCED, TEXT_ROW
-from pplex.model.transformer import TemporalLayer
+from pplex.model.transformer import RMS_NORM_EPS, RmsNorm, TemporalLayer
 
 # From a layer's input and attended values to its output and the next layer's queries,
 # keys and values: all that happens between two attentions.
@@ -51,6 +51,8 @@ Joint = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 # From the temporal transformer's output (rows, dim), the user's tokens, the noise's
 # keys and what is given (only where there is any) to the next column (rows, streams).
 Frame = Callable[[mx.array, dict[str, mx.array]], mx.array]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class RowsCache(Cache, Protocol):
@@ -81,6 +83,8 @@ class MlxEngine:
     # Rows of every product on a GPU. Nothing was measured on a Mac: what is read with
     # each vector of weights there.
     gpu_rows = 16
+    # Whether norms take bfloat16 as it is: without two casts each, and rounded twice.
+    short_norms = True
 
     def __init__(
         self,
@@ -107,10 +111,18 @@ class MlxEngine:
             lm = lm.write_out(narrow)
         self._cost = cost_of(config, lm, dtype.size)
         self.lm = make_lm(config.lm, lm, dtype)
+        if on_gpu and self.short_norms:
+            for module in self.lm.modules():
+                if isinstance(module, RmsNorm):
+                    module.__class__ = ShortNorm
+                    module.weight = module.weight.astype(dtype)
+            mx.eval(self.lm.parameters())  # what is compiled would cast them each time
         pairs = zip(self.lm.layers[:-1], self.lm.layers[1:], strict=True)
         self._joints = [self._joint(*pair) for pair in pairs]
         compile_ = mx.compile if on_gpu else _as_it_is
         self._compiled_joints = [compile_(joint) for joint in self._joints]
+        self._compiled_finish = compile_(self.finish)
+        self._embed = compile_(self.lm.embed)
         self.codec: Codec = self._make_codec(make_mimi(config.mimi, codec))
 
     def prefill(self, prompt: Prompt) -> Start:
@@ -190,7 +202,8 @@ class MlxEngine:
 
     def inputs(self, tokens: mx.array) -> mx.array:
         """Summed rows (batch, t, dim) of tokens (batch, streams, t)."""
-        return self.lm.embed(tokens)
+        is_step = tokens.shape[2] == self._num_rows
+        return self._embed(tokens) if is_step else self.lm.embed(tokens)
 
     def lead(
         self, before: TemporalLayer, after: TemporalLayer, x: mx.array, y: mx.array
@@ -220,21 +233,28 @@ class MlxEngine:
 
     def temporal(self, x: mx.array, cache: Cache) -> mx.array:
         """Run inputs (1, t, dim) as the next ``t`` positions; before the norm."""
-        joints = self._compiled_joints if x.shape[1] == 1 else self._joints
-        return self._layers(x, cache, x.shape[1], joints)
+        if x.shape[1] == 1:
+            return self.step(x, cache)
+        return self._layers(x, cache, x.shape[1], self._joints, self.finish)
 
-    def step(self, x: mx.array, cache: RowsCache) -> mx.array:
+    def step(self, x: mx.array, cache: Cache) -> mx.array:
         """Run inputs (1, rows, dim) as the next position of each; before the norm."""
-        return self._layers(x, cache, 1, self._compiled_joints)
+        joints, finish = self._compiled_joints, self._compiled_finish
+        return self._layers(x, cache, 1, joints, finish)
 
     def _layers(
-        self, x: mx.array, cache: Cache, t: int, joints: Sequence[Joint]
+        self,
+        x: mx.array,
+        cache: Cache,
+        t: int,
+        joints: Sequence[Joint],
+        finish: Callable[[mx.array, mx.array], mx.array],
     ) -> mx.array:
         max_period, mask = self.config.lm.max_period, cache.mask(t)
         qkv = self.lm.layers[0].split(x)
         for idx, joint in enumerate(joints):
             x, qkv = joint(x, cache.attend(idx, qkv, max_period, mask))
-        x = self.finish(x, cache.attend(len(joints), qkv, max_period, mask))
+        x = finish(x, cache.attend(len(joints), qkv, max_period, mask))
         cache.advance(t)
         return x
 
@@ -257,8 +277,7 @@ class MlxEngine:
                 lambda logits, idx: sampler.audio(logits, noise, idx),
                 None if given is None else given[:, 1:],
             )
-            parts = [text[:, None].astype(mx.int32), codes.astype(mx.int32)]
-            return mx.concatenate([*parts, inputs["user"]], axis=1)[:rows]
+            return _column([text, *codes], inputs["user"])[:rows]
 
         return frame
 
@@ -269,13 +288,35 @@ def take_given(text: mx.array, given: mx.array) -> mx.array:
     return mx.where(given > NOT_FORCED, given, mx.where(given < NOT_FORCED, kept, text))
 
 
+def _column(agent: Sequence[mx.array], user: mx.array) -> mx.array:
+    """Columns int32 (rows, streams) of the agent's ids (rows,) and the user's codes.
+
+    Compiled, the choice among many is one operation; to put them in a row is one each.
+    """
+    first = len(agent)
+    streams = np.arange(first + user.shape[1])
+    column = user[:, mx.array(np.maximum(streams - first, 0))]
+    for stream, ids in enumerate(agent):
+        here = mx.array(streams == stream)
+        column = mx.where(here, ids[:, None].astype(mx.int32), column)
+    return column
+
+
+class ShortNorm(RmsNorm):
+    """RMS normalisation of bfloat16 by one operation, which sums in float32."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Normalise the last axis of ``x``."""
+        return mx.fast.rms_norm(x, self.weight, RMS_NORM_EPS)
+
+
 def _has_one_group(lm: LmTensors, name: str) -> bool:
     """Whether each row of a quantized matrix has one scale."""
     return lm.weights[f"{name}.scales"].shape[-1] == 1
 
 
-def _as_it_is(joint: Joint) -> Joint:
-    return joint
+def _as_it_is(function: Function) -> Function:
+    return function
 
 
 def _padded(x: mx.array, rows: int) -> mx.array:
