@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from pplex.bench import estimate
+from pplex.bench import estimate, submit
 from pplex.bench import run as job
 from pplex.bench.compare import changes, differences, read_bench
 from pplex.bench.parts import measure_parts, traffic
@@ -30,7 +32,14 @@ from pplex.bench.random_model import (
 from pplex.checkpoint.weights import make_lm
 from pplex.conversation.scheduler import converse
 from pplex.engine.c import binding, pace
-from pplex.engine.choose import KINDS, choose_form, cost_of, kind_here, make_engine
+from pplex.engine.choose import (
+    KINDS,
+    choose_form,
+    cost_of,
+    kind_here,
+    machine,
+    make_engine,
+)
 from pplex.engine.mlx.codec import MlxCodec
 from pplex.errors import PplexError
 from pplex.model.lm import Lm
@@ -391,6 +400,54 @@ def test_the_command_prints_a_table_and_writes_json(run, tmp_path):
     assert "not the same: bits: [4] then, [8] now" in again.stdout
     assert re.search(r"batch 1, frame p50 +ms", again.stdout)
     assert "batch 2, frame" not in again.stdout
+
+
+def words(value: object) -> list[str]:
+    """Every word of every text in JSON."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return [word for part in parts for word in words(part)]
+    return value.split() if isinstance(value, str) else []
+
+
+def test_a_machine_is_measured_case_by_case_for_an_issue(run, tmp_path, monkeypatch):
+    cases = [submit.Case("tiny", 4, 1), submit.Case("tiny", 4, 5000)]  # too many rows
+    monkeypatch.setattr(submit, "_cases", lambda free_gb, notes: cases)
+    monkeypatch.setattr(submit, "LIVE_S", 1)
+    result = run("bench", "--submit", tmp_path / "mac.json")
+    assert result.exit_code == 0, result.stderr
+    content = json.loads((tmp_path / "mac.json").read_text())
+    assert content["format"] == "pplex-bench-1" and content["machine"] == machine()
+    one, many = content["cases"]
+    assert one["frame_ms"]["mean"] > 0 and one["peak_memory_gb"] > 0
+    assert one["live_ms"]["p95"] > 0 and many["live_ms"] is None
+    assert many["frame_ms"] is None and many["fault"].startswith("exit 2: Error:")
+    assert many["fault"] in result.stdout
+    assert not {str(tmp_path), str(Path.home()), platform.node()} & set(words(content))
+    assert run("bench", "--submit", "-", "--random", "tiny").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "kept"),
+    [(4.0, []), (7.0, [(4, 1)]), (16.0, [(4, 1), (8, 1), (4, 8), (8, 8)])],
+)
+def test_a_machine_that_is_too_small_is_measured_with_what_fits(
+    monkeypatch, free_gb, kept
+):
+    monkeypatch.setattr(submit, "estimate_frame_s", lambda *_: 0.08)
+    monkeypatch.setattr(submit, "cost_of", KINDS["gpu"].cost)
+    notes: list[str] = []
+    cases = submit._cases(free_gb, notes)
+    assert {case.model for case in cases} == {"7b" if kept else "medium"}
+    assert [(case.bits, case.rows) for case in cases if case.model == "7b"] == kept
+    assert len(notes) == 4 - len(kept) + (not kept)
+
+
+def test_a_machine_that_is_too_slow_is_measured_with_a_smaller_model(monkeypatch):
+    monkeypatch.setattr(submit, "estimate_frame_s", lambda *_: 2.0)
+    notes: list[str] = []
+    assert {case.model for case in submit._cases(100.0, notes)} == {"medium"}
+    assert "takes about 2.0 s" in notes[0] and "smaller" in notes[1]
 
 
 def test_the_form_that_was_asked_for_is_measured(run):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,7 +52,8 @@ class Plan:
     """What to measure.
 
     A model by name, or ``random`` (a size) stored with ``bits``. Recordings have
-    ``frames`` frames, or ``lengths`` (least, most) of them.
+    ``frames`` frames, or ``lengths`` (least, most) of them. Then ``live_s`` seconds are
+    answered as they come.
     """
 
     model_name: str
@@ -63,6 +64,7 @@ class Plan:
     lengths: tuple[int, int] | None = None
     offline: bool = False
     compute: Compute = "auto"
+    live_s: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Bench:
 
     ``engine`` is what ran the model. ``peak_process_gb`` is of the whole process; a
     run's ``peak_memory_gb`` on a GPU is what MLX held, else the process so far.
+    ``live_ms`` is from the end of a user's frame, in real time, to the sound after it.
     """
 
     schema: int
@@ -136,6 +139,7 @@ class Bench:
     copy_bandwidth_gb_s: float
     peak_process_gb: float | None
     runs: list[Run]
+    live_ms: Latency | None
 
 
 def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
@@ -150,6 +154,10 @@ def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
     for size in sizes:
         note(f"batch size {size}")
         runs.append(_measured(plan, model, begin, size))
+    live_ms = None
+    if plan.live_s:
+        note(f"{plan.live_s} s live")
+        live_ms = _live(model, begin, plan.live_s)
     peak_gb = peak_process_gb()
     # Last, as the arrays it copies may be larger than the model.
     bandwidth = copy_bandwidth_gb_s()
@@ -174,6 +182,7 @@ def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
         copy_bandwidth_gb_s=bandwidth,
         peak_process_gb=peak_gb,
         runs=[_against(run, bandwidth) for run in runs],
+        live_ms=live_ms,
     )
 
 
@@ -283,6 +292,24 @@ def _with_frames(
         moved_gb_s=moved.total / frame_ms.mean,
         frame_ms_series=[round(1000.0 * s, 3) for s in frame_s],
     )
+
+
+def _live(model: Model, start: Start, seconds: int) -> Latency:
+    """Answer noise that comes frame by frame, in real time."""
+    config, due = model.config, list[float]()
+    (pcm,) = _recordings(model, [round(seconds * config.frame_rate)])
+
+    def chunks() -> Iterator[np.ndarray]:
+        for frame in pcm.reshape(-1, 1, config.frame_size):
+            due.append((due[-1] if due else time.perf_counter()) + config.frame_s)
+            time.sleep(max(0.0, due[-1] - time.perf_counter()))
+            yield frame
+
+    pieces = converse(
+        model.engine, start, SEED, chunks(), SAMPLING, decode_frames=1, live=True
+    )
+    delays = [time.perf_counter() - due[idx] for idx, _ in enumerate(pieces)]
+    return latency(delays, config.frame_s)
 
 
 def _lengths(plan: Plan, size: int) -> list[int]:

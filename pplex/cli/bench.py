@@ -23,10 +23,12 @@ from pplex.units import percent, significant, size
 if TYPE_CHECKING:
     from pplex.bench.compare import Change
     from pplex.bench.run import Bench, Run
+    from pplex.bench.submit import Submission
 
 _FILE = click.Path(path_type=Path)
 _MOST_FRAMES = 1_000_000
 _MOST_LATE_PERCENT = 1.0  # of frames, which a player's buffer hides
+_BESIDE = ("overwrite", "verbosity")  # what --submit allows
 _SAME = 0.05  # of a figure, by which runs differ without a reason
 
 
@@ -97,6 +99,21 @@ class Lengths(click.ParamType):
     metavar="MIN-MAX",
     help="Recordings of mixed lengths instead, three for each of the batch.",
 )
+@click.option(
+    "--live",
+    "live_s",
+    type=click.IntRange(0, 3600),
+    metavar="SECONDS",
+    default=0,
+    help="Answer so much more as it comes, in real time: its delay.",
+)
+@click.option(
+    "--submit",
+    metavar="FILE",
+    type=_FILE,
+    help="Measure all that is asked of a machine nobody has measured, in a quarter of "
+    "an hour and without a download: JSON to attach to an issue, nothing personal.",
+)
 @click.option("--json", "json_file", metavar="FILE", type=_FILE, help="Write JSON too.")
 @click.option(
     "--plot",
@@ -121,6 +138,7 @@ def bench(
     json_file: Path | None,
     plot: Path | None,
     compare: Path | None,
+    submit: Path | None,
     overwrite: bool,
     verbosity: int,
     **options: Any,
@@ -132,6 +150,9 @@ def bench(
     copy. Nothing is read but the model, and nothing else should run meanwhile.
     """
     check_usage(ctx, random, bits, options["lengths"], plot)
+    if submit is not None:
+        measure_all(submit, overwrite, verbosity)
+        return
     from dataclasses import asdict
 
     from pplex.bench.compare import changes, differences, read_bench
@@ -179,6 +200,10 @@ def check_usage(
         source = ctx.get_parameter_source(name)
         return source is click.core.ParameterSource.COMMANDLINE
 
+    if is_given("submit") and any(
+        is_given(name) for name in ctx.params if name not in ("submit", *_BESIDE)
+    ):
+        raise click.UsageError("--submit measures what it measures: no other options")
     if random is None and bits is not None:
         raise click.UsageError("--bits is for --random: a model's bits are its own")
     if random is not None and is_given("model_name"):
@@ -214,6 +239,13 @@ def report(found: Bench) -> None:
         if any(cells):
             rows.append([name, *(cell or "-" for cell in cells)])
     echo_table(rows, right=range(1, len(rows[0])))
+    if found.live_ms is not None:
+        live = found.live_ms
+        click.echo(
+            f"Live: sound {_number(live.p50)} ms after a frame's end, p95 "
+            f"{_number(live.p95)}, most {_number(live.max)}; {live.late_frames} frames "
+            "were late."
+        )
     if found.peak_process_gb is not None and not found.device.startswith("cpu"):
         click.echo(f"The process held at most {_size(found.peak_process_gb)}.")
     click.echo(f"Left out: warming up with {found.warm_up_frames} frames.")
@@ -286,6 +318,41 @@ _ROWS: tuple[tuple[str, Any], ...] = (
     ("recordings", lambda run: str(run.recordings)),
     ("frames", lambda run: str(run.frames)),
 )
+
+
+def measure_all(path: Path, overwrite: bool, verbosity: int) -> None:
+    """Write what a maintainer needs of this machine, and print a line for each case."""
+    from dataclasses import asdict
+
+    from pplex.bench.submit import submission
+
+    if path != PIPE:
+        check_new(path, overwrite)
+    found = submission(lambda said: _note(said, verbosity))
+    text = json.dumps(asdict(found), indent=1) + "\n"
+    if path == PIPE:
+        click.echo(text, nl=False)
+        return
+    write_text(path, text)
+    report_cases(found)
+
+
+def report_cases(found: Submission) -> None:
+    """Print a line for each case that was measured."""
+    rows = [["model", "bits", "rows", "ops, MB", "ms a frame", "live p95", "peak"]]
+    faults = []
+    for case in found.cases:
+        cells = [case.model, str(case.bits), str(case.rows)]
+        cells.append(", ".join(case.variables.values()))
+        if case.frame_ms is None or case.peak_memory_gb is None:
+            faults.append(f"{' '.join(cells[:3])}: {case.fault}")
+            continue
+        cells.append(_number(case.frame_ms.mean))
+        cells.append("" if case.live_ms is None else _number(case.live_ms.p95))
+        rows.append([*cells, _size(case.peak_memory_gb)])
+    echo_table(rows, right=(1, 2, 3, 4, 5, 6))
+    for said in (*faults, *found.notes):
+        click.echo(said)
 
 
 def report_changes(different: list[str], found: list[Change]) -> None:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.resources
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -23,7 +24,7 @@ from pplex.engine.c import binding, pace
 from pplex.engine.c import engine as c
 from pplex.engine.cuda import compiler
 from pplex.engine.cuda.engine import CudaEngine
-from pplex.engine.device import memory_gb, on_cpu
+from pplex.engine.device import device_name, memory_gb, on_cpu
 from pplex.engine.mlx import engine as mlx
 from pplex.model.config import ModelConfig
 
@@ -231,6 +232,20 @@ def version_of(name: str) -> str:
             if file.name.endswith((".py", ".c", ".h", ".cu")):
                 digest.update(file.read_bytes())
     return f"{name} {digest.hexdigest()[:12]}"
+
+
+def machine(engine: Engine | None = None) -> dict[str, str]:
+    """What computes here, with which versions, and how: for records that are shared."""
+    found = {
+        "pplex": importlib.metadata.version("pplex"),
+        "mlx": importlib.metadata.version("mlx"),
+        "platform": platform.platform(),
+        "device": device_name(),
+        "engine": kind_here(),
+    }
+    if engine is not None:
+        found |= {"dtype": engine.dtype, "weights": engine.compute}
+    return found
 
 
 def make_engine(

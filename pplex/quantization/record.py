@@ -7,10 +7,8 @@ can write such a file, and another machine can be held against it.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
-import platform
 import types
 import typing
 from collections.abc import Callable
@@ -30,8 +28,8 @@ from pplex.checkpoint.weights import codec_tensors, lm_tensors
 from pplex.conversation.prompts import choose_voice, make_role
 from pplex.conversation.roles import ROLES
 from pplex.conversation.session import Model, load
-from pplex.engine.choose import cost_of, kind_here
-from pplex.engine.device import device_name, memory_gb
+from pplex.engine.choose import cost_of, machine
+from pplex.engine.device import memory_gb
 from pplex.errors import PplexError
 from pplex.files import put_new, reading, write_text
 from pplex.model.config import TEXT_PAD, ModelConfig
@@ -210,7 +208,7 @@ def measure(
         )
     record = Record(
         format=FORMAT,
-        machine=_machine(model),
+        machine=machine(None if model is None else model.engine),
         name=local.name if local.repo else local.path.name,
         repo=local.repo,
         revision=local.revision,
@@ -225,19 +223,6 @@ def measure(
         run=run,
     )
     return record, model
-
-
-def _machine(model: Model | None) -> dict[str, str]:
-    found = {
-        "pplex": importlib.metadata.version("pplex"),
-        "mlx": importlib.metadata.version("mlx"),
-        "platform": platform.platform(),
-        "device": device_name(),
-        "engine": kind_here(),
-    }
-    if model is not None:
-        found |= {"dtype": model.engine.dtype, "weights": model.engine.compute}
-    return found
 
 
 def _step(tokens: np.ndarray, states: States, ends: Lm, given: int | None) -> Step:
