@@ -12,16 +12,18 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
 from pplex.audio.files import Samples
+from pplex.audio.streams import LiveFrame
 from pplex.bench.parts import Parts, Traffic, measure_parts, traffic
 from pplex.bench.random_model import random_model, random_prompt
 from pplex.checkpoint.hub import resolve
 from pplex.conversation.answer import Timings
 from pplex.conversation.prompts import make_role
-from pplex.conversation.scheduler import converse, converse_many
+from pplex.conversation.scheduler import converse, converse_live, converse_many
 from pplex.conversation.session import Model, load
 from pplex.conversation.tracks import Conversation
 from pplex.engine.base import Start
@@ -296,19 +298,20 @@ def _with_frames(
 
 def _live(model: Model, start: Start, seconds: int) -> Latency:
     """Answer noise that comes frame by frame, in real time."""
-    config, due = model.config, list[float]()
+    config = model.config
     (pcm,) = _recordings(model, [round(seconds * config.frame_rate)])
 
-    def chunks() -> Iterator[np.ndarray]:
-        for frame in pcm.reshape(-1, 1, config.frame_size):
-            due.append((due[-1] if due else time.perf_counter()) + config.frame_s)
-            time.sleep(max(0.0, due[-1] - time.perf_counter()))
-            yield frame
+    def frames() -> Iterator[LiveFrame]:
+        due = time.perf_counter()
+        for frame in pcm.reshape(-1, config.frame_size):
+            due += config.frame_s
+            time.sleep(max(0.0, due - time.perf_counter()))
+            yield LiveFrame(frame, len(frame), due)
 
-    pieces = converse(
-        model.engine, start, SEED, chunks(), SAMPLING, decode_frames=1, live=True
-    )
-    delays = [time.perf_counter() - due[idx] for idx, _ in enumerate(pieces)]
+    delays = [
+        time.perf_counter() - cast(float, frame.arrived)
+        for frame, _ in converse_live(model.engine, start, SEED, frames(), SAMPLING)
+    ]
     return latency(delays, config.frame_s)
 
 
