@@ -223,6 +223,14 @@ def plan_files(
     return planned
 
 
+def composed(name: str) -> str:
+    """A name in the form of Unicode that most systems have; Macs may have another.
+
+    Names are written as the system gave them, and compared so.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
 def folded(path: Path) -> str:
     """What a name is to a file system for which capitals are small letters.
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -525,6 +526,20 @@ def test_files_of_others_are_not_replaced_unasked(calls, batch):
     assert contents(batch.outdir) == {"a/0.wav": b"mine"}
     summary, _ = go(batch, overwrite=True)
     assert summary.done == 5
+
+
+def test_a_name_in_another_form_of_unicode_is_the_same_recording(calls, batch):
+    """Macs take names apart, and a folder may have been copied there."""
+    (calls / "b/1.wav").rename(calls / "b/\u00e9.wav")
+    record(calls / "b/u\u0308.wav", 700)
+    selection = Selection((calls / "b",))
+    go(batch, selection=selection)
+    for folder in (calls / "b", batch.outdir):
+        for path in list(folder.iterdir()):
+            form = "NFC" if path.name.startswith("u") else "NFD"
+            path.rename(path.with_name(unicodedata.normalize(form, path.name)))
+    summary, _ = go(batch, selection=selection)
+    assert (summary.done, summary.skipped, len(summary.kept)) == (0, 3, 0)
 
 
 def test_shards_together_do_it_all(calls, batch, tmp_path):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from pplex.audio.folders import LeftOut, is_recording, list_folder
 from pplex.batch.jobsfile import Row, read_jobs
 from pplex.conversation.script import Line, first_words, read_script
 from pplex.errors import PplexError
-from pplex.files import folded
+from pplex.files import composed, folded
 from pplex.respond.manifest import manifest_name
 from pplex.respond.request import (
     Layout,
@@ -120,7 +119,7 @@ def _number_of(*parts: object) -> int:
     Small enough that no JSON reader rounds it. Names are taken in one Unicode form, so
     that they count the same on every file system.
     """
-    text = unicodedata.normalize("NFC", "\0".join(str(part) for part in parts))
+    text = composed("\0".join(str(part) for part in parts))
     data = text.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "big")
 

@@ -18,6 +18,7 @@ from pplex.checkpoint.hub import resolve
 from pplex.conversation.quiet import longest
 from pplex.engine.choose import Compute
 from pplex.errors import PplexError
+from pplex.files import composed
 from pplex.respond.manifest import Manifest
 from pplex.respond.request import Request, Settings
 from pplex.respond.stats import Check
@@ -127,7 +128,7 @@ def remaining(batch: Batch, work: Workload, manifest: Manifest) -> Remaining:
             if len(known) < len(ours):
                 left.kept.changed.append(key)
                 continue
-            if any(recording != key for recording, _ in known) or (
+            if any(composed(recording) != composed(key) for recording, _ in known) or (
                 ours and manifest.answers_another(key, source)
             ):
                 left.kept.others.append(key)
@@ -139,7 +140,9 @@ def remaining(batch: Batch, work: Workload, manifest: Manifest) -> Remaining:
                 left.skipped.append(request)
                 continue
             if not batch.retry_failed and manifest.has_failed(key, digest, source):
-                left.failed[key] = manifest.last[key]["error"] or "it failed"
+                line = manifest.line_of(key)
+                assert line is not None
+                left.failed[key] = line["error"] or "it failed"
                 continue
         left.todo.append(request)
         left.replaced += bool(there)

@@ -304,7 +304,8 @@ def check_again(manifest: Manifest, request: Request, check: Check) -> list[Outc
 
     Of those that it was not asked the outputs are read again, and the manifest told.
     """
-    line = manifest.last[request.key]
+    line = manifest.line_of(request.key)
+    assert line is not None
     known = line["checks"]
     if known and known["asked"] == check.asked():
         return [

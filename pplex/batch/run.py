@@ -193,7 +193,9 @@ class _Run:
     def look_again(self, requests: list[Request]) -> None:
         """Count what is to be said of answers of earlier runs."""
         for request in requests:
-            self._count_ending(self._manifest.last[request.key])
+            line = self._manifest.line_of(request.key)
+            assert line is not None  # it was skipped for what this says
+            self._count_ending(line)
             if self._batch.check is not None:
                 outcomes = check_again(self._manifest, request, self._batch.check)
                 self._count_checks(request, outcomes)

@@ -56,7 +56,7 @@ def _pocketsphinx(sentences: Path | None) -> Recogniser:
     except ImportError as e:
         raise PplexError(
             "the recogniser pocketsphinx is not installed: install "
-            "pplex[asr-pocketsphinx]"
+            "pplex[asr-pocketsphinx], with Python 3.13 or older"
         ) from e
     if sentences is None:
         decoder = Decoder(loglevel="FATAL", samprate=VAD_RATE)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pplex.errors import PplexError
-from pplex.files import open_regular, read_regular
+from pplex.files import composed, open_regular, read_regular
 from pplex.values import fit, parse_json
 
 SCHEMA = 1
@@ -202,7 +202,9 @@ class Manifest:
         self.outdir = outdir
         self.path = outdir / manifest_name(shard)
         self.last: dict[str, Line] = {}
-        # Of each output's name, every file that was ever written there.
+        # By composed names: recordings as they are called in `last`, and of each
+        # output's name every file that was ever written there.
+        self._names: dict[str, str] = {}
         self._written: dict[str, list[Line]] = {}
         kept: set[int] = set()
         for path in manifests_in(outdir):
@@ -215,7 +217,7 @@ class Manifest:
             for recording, line in latest.items():
                 known = self.last.get(recording)
                 if known is None or known["time"] <= line["time"]:
-                    self.last[recording] = line
+                    self._keep(line)
                     if path == self.path:
                         kept.add(id(line))
         # An unsharded run takes over what shards did, so that one file tells all.
@@ -226,27 +228,36 @@ class Manifest:
         )
         self._fd: int | None = None
 
+    def _keep(self, line: Line) -> None:
+        name = line["recording"]
+        self.last[name] = line
+        self._names[composed(name)] = name
+
+    def line_of(self, key: str) -> Line | None:
+        """The last line of a recording, whose name may have another form there."""
+        return self.last.get(key) or self.last.get(self._names.get(composed(key), key))
+
     def know(self, output: Line) -> None:
         """Take note of a file, the ``recording`` it is of, and its ``settings``."""
-        self._written.setdefault(output["path"], []).append(output)
+        self._written.setdefault(composed(output["path"]), []).append(output)
 
     def knows(self, output: Line) -> bool:
         """Whether ``know`` was told of these bytes."""
         return any(
             known["sha256"] == output["sha256"]
-            for known in self._written.get(output["path"], [])
+            for known in self._written.get(composed(output["path"]), [])
         )
 
     def has_written(self, path: Path) -> bool:
         """Whether an output of that name was ever written."""
-        return self.relative(path) in self._written
+        return composed(self.relative(path)) in self._written
 
     def origin_of(self, path: Path, *, surely: bool = False) -> tuple[str, str] | None:
         """Recording and settings of which the file at ``path`` is; None if of none.
 
         Nor is what somebody changed since; ``surely`` goes by its bytes.
         """
-        for output in reversed(self._written.get(self.relative(path), [])):
+        for output in reversed(self._written.get(composed(self.relative(path)), [])):
             if is_unchanged(path, output | {"mtime_ns": None} if surely else output):
                 return output["recording"], output["settings"]
         return None
@@ -279,7 +290,7 @@ class Manifest:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
             raise PplexError(f"cannot write {self.path}: {e.strerror or e}") from e
-        self.last[line["recording"]] = line
+        self._keep(line)
 
     def close(self) -> None:
         """No more lines."""
@@ -299,20 +310,21 @@ class Manifest:
         self, key: str, settings: str, source: Path, outputs: Iterable[Path]
     ) -> bool:
         """Whether the recording was answered so, and its files are as they were."""
-        line = self.last.get(key)
+        line = self.line_of(key)
         if line is None or line["status"] != DONE or line["settings"] != settings:
             return False
-        written = {o["path"]: o for o in line["outputs"].values()}
+        written = {composed(o["path"]): o for o in line["outputs"].values()}
+        files = {composed(self.relative(path)): path for path in outputs}
         return (
-            written.keys() == {self.relative(path) for path in outputs}
-            and all(is_unchanged(self.outdir / p, o) for p, o in written.items())
+            written.keys() == files.keys()
+            and all(is_unchanged(files[name], o) for name, o in written.items())
             and line["input"] is not None
             and is_unchanged(source, line["input"])
         )
 
     def answers_another(self, key: str, source: Path) -> bool:
         """Whether what is there answers another recording, which is there as well."""
-        known = (self.last.get(key) or {}).get("input") or {}
+        known = (self.line_of(key) or {}).get("input") or {}
         other = known.get("path")
         if not isinstance(other, str) or not os.path.exists(other):
             return False
@@ -325,7 +337,7 @@ class Manifest:
 
     def has_failed(self, key: str, settings: str, source: Path) -> bool:
         """Whether the recording failed, and nothing has changed since."""
-        line = self.last.get(key)
+        line = self.line_of(key)
         if line is None or line["status"] != FAILED or line["settings"] != settings:
             return False
         if line["input"] is None:
