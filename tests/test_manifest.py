@@ -20,7 +20,13 @@ from pplex.evaluation.measure import Method
 from pplex.evaluation.report import make_entries
 from pplex.evaluation.score import score
 from pplex.files import read_regular
-from pplex.respond.manifest import Manifest, flat, manifest_name, read_lines
+from pplex.respond.manifest import (
+    Manifest,
+    file_print,
+    flat,
+    manifest_name,
+    read_lines,
+)
 
 
 def line(recording: str = "a.wav", status: str = "done", **more: object) -> dict:
@@ -170,10 +176,9 @@ def answered(tmp_path):
     output.write_bytes(b"answer")
     manifest = Manifest(output.parent)
     manifest.open()
-    known = manifest.describe(source, source)
-    manifest.append(
-        line(input=known, outputs={"audio": manifest.describe(output, output)})
-    )
+    known = manifest.describe(source, file_print(source))
+    written = manifest.describe(output, file_print(output))
+    manifest.append(line(input=known, outputs={"audio": written}))
     yield manifest, source, output
     manifest.close()
 
