@@ -10,6 +10,7 @@ import soundfile
 
 from pplex.audio import source
 from pplex.audio.files import frames_of, read_pcm, to_pcm16, write_wav
+from pplex.audio.source import open_source
 from pplex.errors import PplexError
 from pplex.files import atomic_write, put_new, write_text
 
@@ -368,3 +369,14 @@ def test_names_of_the_greatest_length_can_be_written(tmp_path):
     name = "n" * 250 + ".txt"
     write_text(tmp_path / name, "x")
     assert (tmp_path / name).read_text() == "x"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_of_16_bits_are_as_libsndfile_gives_them(tmp_path, channels):
+    every = np.arange(-(1 << 15), 1 << 15).astype(np.int16)
+    samples = np.stack([np.roll(every, idx) for idx in range(channels)], axis=1)
+    soundfile.write(tmp_path / "in.wav", samples, 24000, subtype="PCM_16")
+    with open_source(tmp_path / "in.wav") as source:
+        found = np.concatenate(list(source.blocks()))
+    expected = soundfile.read(tmp_path / "in.wav", dtype="float32", always_2d=True)[0]
+    assert found.tobytes() == expected.tobytes()

@@ -13,6 +13,7 @@ Nothing here may import MLX at the top: a worker is told its GPU first.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.metadata
 import os
 import queue
@@ -47,6 +48,7 @@ _MAX_RESTARTS = 3  # of a worker on its machine
 _CONNECT_S = 10.0
 _RESTART_S = 0.2  # between looks whether Ray has started a worker again
 _LOOK_S = 2.0  # between looks for machines without a worker
+_TOGETHER_S = 2.0  # that a worker which is ready waits for those that start beside it
 # A batch waits so long for another recording to join it.
 _PATIENCE_S = 0.3
 _LAST_WORDS_S = 1.0  # from a worker's fault to its end: the driver hears of it
@@ -87,7 +89,7 @@ class Cluster:
         size: Size,
         note: Callable[[str], None],
     ) -> None:
-        """Wait for the first worker; ``batch.ray`` is an address or ``"local"``."""
+        """Wait for the first workers; ``batch.ray`` is an address or ``"local"``."""
         assert batch.ray is not None
         self._ray = _import_ray()
         self._own_cluster = not self._ray.is_initialized()
@@ -127,6 +129,10 @@ class Cluster:
         self._done: Callable[[Result], None] = lambda result: None
         try:
             while not any(worker.room for worker in self._workers):
+                self._go_on()
+            # Dealt out in turn, long and short recordings fill everybody's rows.
+            end = time.monotonic() + _TOGETHER_S
+            while self._are_new and time.monotonic() < end:
                 self._go_on()
         except BaseException:
             self._shut_down()
@@ -197,13 +203,17 @@ class Cluster:
                 host = node["NodeManagerHostname"]
                 self._workers.append(_Remote(actor, host, actor.start.remote()))
 
+    @property
+    def _are_new(self) -> bool:
+        return any(worker.is_new for worker in self._workers)
+
     def _freest(self) -> _Remote | None:
         """Who has least to do and may have more.
 
         While others start for the first time, nobody gets more than a fair share.
         """
         share_s = float("inf")
-        if any(worker.is_new for worker in self._workers):
+        if self._are_new:
             share_s = self._total_s / len(self._workers) - self._todo[0].seconds
         free = [
             worker
@@ -370,7 +380,6 @@ class Worker:
         self._tasks: queue.Queue[Task | None] = queue.Queue()
         self._waiting: dict[str, asyncio.Future] = {}
         self._notes: list[str] = []
-        self._scratch = Path(tempfile.mkdtemp(prefix="pplex-worker-"))
         self._sees_outputs: bool | None = None
         self._is_ending = False
         with suppress(OSError):  # another machine may not have it
@@ -406,8 +415,8 @@ class Worker:
         if voice is not None:
             settings = replace(task.local.settings, voice=self._voice_file(*voice))
             task = replace(task, local=replace(task.local, settings=settings))
-        folder = self._scratch / digest_of(task.request.key)
         if sound is not None:
+            folder = self._scratch / digest_of(task.request.key)
             task = _moved(task, folder)
             task.local.source.write_bytes(sound)
             os.utime(task.local.source, ns=(known[1], known[1]))
@@ -422,6 +431,11 @@ class Worker:
             shutil.rmtree(folder)
         notes, self._notes = self._notes, []
         return result, contents, notes
+
+    @functools.cached_property
+    def _scratch(self) -> Path:
+        """A folder for what the driver sends."""
+        return Path(tempfile.mkdtemp(prefix="pplex-worker-"))
 
     def _voice_file(self, name: str, content: bytes) -> str:
         path = self._scratch / f"{digest_of(name)}{Path(name).suffix}"

@@ -82,7 +82,8 @@ class Summary:
     that were done ``replaced`` had outputs before. ``endings`` are those of what is
     done, now or before.
 
-    ``audio_s`` is what was answered now, in ``run_s`` seconds after loading.
+    ``audio_s`` is what was answered now, in ``run_s`` seconds from the end of loading
+    to the last answer.
     """
 
     done: int = 0
@@ -188,6 +189,7 @@ class _Run:
         self._summary = summary
         self._seconds: dict[str, float] = {}
         self._tasks: dict[str, Task] = {}
+        self._started = 0.0
         self.failed: set[str] = set()
 
     def look_again(self, requests: list[Request]) -> None:
@@ -220,11 +222,10 @@ class _Run:
         start = time.perf_counter()
         workers = self._workers(size)
         self._summary.load_s = time.perf_counter() - start
-        start = time.perf_counter()
+        self._started = time.perf_counter()
         try:
             self._answer(workers, self._ordered(good))
         finally:
-            self._summary.run_s = time.perf_counter() - start
             self._summary.batch_size = workers.batch_size
 
     def _ordered(self, requests: list[Request]) -> list[Request]:
@@ -304,6 +305,7 @@ class _Run:
             return
         if line["unsaid"]:
             self._report.note(f"{key}: {line['unsaid']}")
+        self._summary.run_s = time.perf_counter() - self._started
         self._summary.done += 1
         self._summary.audio_s += line["audio_s"]
         self._report.finished(key, task.seconds)
