@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pplex.errors import PplexError
-from pplex.files import atomic_write, check_descriptor, is_descriptor
+from pplex.files import atomic_write, check_descriptor, check_new, is_descriptor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,6 +60,13 @@ def check_plot_path(path: Path) -> None:
             f"cannot draw {path}: matplotlib is not installed; "
             "pip install 'pplex[plots]'"
         )
+
+
+def check_plot(path: Path | None, overwrite: bool) -> None:
+    """Refuse what ``plot`` could not write, or would replace unasked."""
+    if path is not None:
+        check_plot_path(path)
+        check_new(path, overwrite)
 
 
 @contextmanager

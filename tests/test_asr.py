@@ -148,6 +148,11 @@ def test_the_score_compares_sound_and_text(tmp_path, run):
     assert any("year" in d["said"] for d in row["round_trip"]["disagreements"])
     assert result["method"]["recogniser"]["name"] == "pocketsphinx"
     assert "<v Agent>well you" in (tmp_path / "said" / "call.dialogue.vtt").read_text()
+    assert "no JSON transcript" not in done.stderr
+    (tmp_path / "call.json").unlink()
+    bare = run("score", tmp_path / "call.wav", *arguments, "--overwrite")
+    assert bare.exit_code == 0
+    assert bare.stderr.startswith("1 of 1 recordings have no JSON transcript")
 
 
 def parakeet(folder: Path) -> Path:

@@ -159,14 +159,12 @@ def bench(
     from pplex.bench.plot import plot_frames
     from pplex.bench.run import SCHEMA, Plan
     from pplex.bench.run import bench as measure
-    from pplex.plots import check_plot_path
+    from pplex.plots import check_plot
 
     before = None if compare is None else read_bench(compare, SCHEMA)
-    if plot is not None:
-        check_plot_path(plot)
-    for output in (json_file, plot):
-        if output is not None and output != PIPE:
-            check_new(output, overwrite)
+    check_plot(plot, overwrite)
+    if json_file is not None and json_file != PIPE:
+        check_new(json_file, overwrite)
     plan = Plan(model_name=model_name, random=random, bits=int(bits or 4), **options)
     found = measure(plan, lambda said: _note(said, verbosity))
     text = json.dumps(asdict(found), indent=1)

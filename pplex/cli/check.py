@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from pplex.cli.ci import annotate_checks, write_junit
-from pplex.cli.options import FiniteRange
+from pplex.cli.options import FiniteRange, json_option
 
 _FILE = click.Path(path_type=Path)
 
@@ -51,7 +51,7 @@ _FILE = click.Path(path_type=Path)
     metavar="REGEX",
     help="The transcript matches; capitals do not matter.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+@json_option
 @click.option(
     "--junit",
     metavar="FILE",

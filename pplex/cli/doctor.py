@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pplex.cli.options import complete_model
+from pplex.cli.options import complete_model, json_option
 from pplex.cli.tables import echo_json, table
 from pplex.units import duration, significant, size
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example: pplex doctor --json")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@json_option
 @click.option(
     "--network",
     is_flag=True,

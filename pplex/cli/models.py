@@ -11,7 +11,7 @@ from pplex.cli.foresee import foresee, machine_memory_gb
 from pplex.cli.models_check import info, verify
 from pplex.cli.models_compare import compare, sensitivity
 from pplex.cli.models_convert import convert
-from pplex.cli.options import Group, complete_model
+from pplex.cli.options import Group, complete_model, json_option
 from pplex.cli.tables import echo_json, echo_table
 from pplex.units import duration, size
 
@@ -70,7 +70,7 @@ def remove(model: str, yes: bool) -> None:
 
 
 @models.command("list", epilog="Example: pplex models list")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def list_models(as_json: bool) -> None:
     """Print the known models and those on this machine; never goes online.
 

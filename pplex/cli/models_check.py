@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import FiniteRange, complete_model
+from pplex.cli.options import FiniteRange, complete_model, json_option
 from pplex.cli.tables import echo_json, echo_table
 from pplex.errors import PplexError
 from pplex.units import count, percent, significant, size
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from pplex.checkpoint.describe import ModelInfo
     from pplex.checkpoint.hub import LocalModel
     from pplex.checkpoint.verify import Finding
-
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command(epilog="Example: pplex models info mini --bandwidth 400")
@@ -31,7 +29,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     type=FiniteRange(min=0, min_open=True),
     help="The machine's memory bandwidth, for the least time of a frame.",
 )
-@_JSON
+@json_option
 def info(model: str, bandwidth: float | None, as_json: bool) -> None:
     """Print what MODEL, which must be on this machine, is made of.
 
@@ -134,7 +132,7 @@ _FILE = click.Path(path_type=Path)
     type=_FILE,
     help="Compare with such a file of another machine; MODEL may be one too.",
 )
-@_JSON
+@json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print faults and warnings only.")
 def verify(
     model: str,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import FiniteRange, complete_model, complete_voice
+from pplex.cli.options import FiniteRange, complete_model, complete_voice, json_option
 from pplex.cli.tables import echo_json, echo_table
 from pplex.conversation.roles import DEFAULT_SEED
 from pplex.files import check_new
@@ -62,7 +62,7 @@ def _conversation(command: Any) -> Any:
 @_conversation
 @click.option("--plot", metavar="FILE", type=_FILE, help="Draw bars: .png, .svg, .pdf.")
 @click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def compare(
     a: str,
     b: str,
@@ -86,13 +86,11 @@ def compare(
     PERPLEXITY    of A's own tokens, under A and under B
     """
     from pplex.checkpoint.hub import resolve
-    from pplex.plots import check_plot_path
+    from pplex.plots import check_plot
     from pplex.quantization.compare_models import compare_models
     from pplex.quantization.plot import plot_divergence
 
-    if plot is not None:
-        check_plot_path(plot)
-        check_new(plot, overwrite)
+    check_plot(plot, overwrite)
     first, second = (resolve(name, offline=offline) for name in (a, b))
     found = compare_models(first, second, recordings, _settings(options))
     if plot is not None:

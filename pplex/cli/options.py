@@ -171,6 +171,9 @@ def model_options(command: Command) -> Command:
     return command
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
 # The checks of `pplex check` by name, and whether they take a number or a text.
 _CHECKS: dict[str, type | None] = {
     "not-silent": None,

@@ -152,17 +152,16 @@ def score(
     from pplex.evaluation.limits import Limit
     from pplex.evaluation.recognisers import make_recogniser
     from pplex.evaluation.score import as_csv, score_and_measure
-    from pplex.files import check_new
-    from pplex.plots import check_plot_path
+    from pplex.plots import check_plot
 
     limits = [Limit.parse(text) for text in fail_if if text != _WORSE]
-    if plot is not None:
-        check_plot_path(plot)
-        check_new(plot, overwrite)
+    check_plot(plot, overwrite)
     method = _method(options)
     asr = options["asr"]
     recogniser = make_recogniser(asr, options["asr_sentences"]) if asr else None
     found = [find(side) for side in (paths, against) if side]
+    if asr:
+        _say_without_words(found[0])
     planned = _plan(found[0], transcripts, transcript_formats, overwrite)
     count = sum(len(side.items) for side in found)
     with tqdm(total=count, disable=None, unit="file") as bar:
@@ -197,6 +196,18 @@ def score(
         annotate("pplex score --fail-if", failure)
     if any(failures):
         click.get_current_context().exit(1)
+
+
+def _say_without_words(found: Found) -> None:
+    """Say before the work of recognising what it will not tell."""
+    answers = [item for item in found.items if item.agent is not None]
+    without = sum(item.words is None for item in answers)
+    if without:
+        click.echo(
+            f"{without} of {len(answers)} recordings have no JSON transcript, so --asr "
+            "has nothing to count errors against: answer with --transcript json",
+            err=True,
+        )
 
 
 def _check_usage(

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pplex.cli.options import ChannelType, Group, complete_voice, model_options
+from pplex.cli.options import (
+    ChannelType,
+    Group,
+    complete_voice,
+    json_option,
+    model_options,
+)
 from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
 from pplex.files import check_descriptor, check_new, is_descriptor
@@ -120,7 +126,7 @@ def make(
 @voices.command("show", epilog="Example: pplex voices show NATF0 --model mini")
 @click.argument("voice", shell_complete=complete_voice)
 @model_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def show(voice: str, model_name: str, offline: bool, as_json: bool) -> None:
     """Print what VOICE, a name or a file, is, and whether it fits the model.
 
