@@ -325,6 +325,10 @@ def test_what_is_no_diarization_no_prompt_and_no_list_of_hashes(run, call, tmp_p
     ):
         result = run(*arguments)
         assert result.exit_code == 1 and said in result.stderr, arguments
+    for command in ("score", "report"):
+        result = run(command, text, "--vad", "energy")
+        assert result.exit_code == 1 and "is not an audio file" in result.stderr
+    assert not list(Path().glob("report.html"))
     text.write_bytes(b"\0\1")
     result = run("respond", call, "-m", "mini", "--prompt-file", text)
     assert result.exit_code == 1 and "not text" in result.stderr

@@ -67,7 +67,7 @@ def report(
     """
     from pplex.evaluation.diarization import read_rttm
     from pplex.evaluation.find import find
-    from pplex.evaluation.measure import Method
+    from pplex.evaluation.measure import Method, refuse_unreadable
     from pplex.evaluation.pictures import write_picture
     from pplex.evaluation.report import (
         check_embedded,
@@ -106,6 +106,7 @@ def report(
     ]
     with tqdm(total=len(found.items), disable=None, unit="file") as bar:
         entries = make_entries(found, method, lambda _: bar.update())
+    refuse_unreadable([(entry.status, entry.error) for entry in entries])
     title = f"pplex report: {', '.join(path.name or str(path) for path in paths[:3])}"
     measured = [entry.measured for entry in entries if entry.measured is not None]
     advised = advice([one.ending for one in measured if one.ending is not None])

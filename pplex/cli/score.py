@@ -150,6 +150,7 @@ def score(
     from pplex.evaluation.against import compare_sets, plot_differences, without_folder
     from pplex.evaluation.find import find
     from pplex.evaluation.limits import Limit
+    from pplex.evaluation.measure import refuse_unreadable
     from pplex.evaluation.recognisers import make_recogniser
     from pplex.evaluation.score import as_csv, score_and_measure
     from pplex.plots import check_plot
@@ -170,6 +171,7 @@ def score(
             for side, written in zip(found, (planned, {}), strict=False)
         ]
     result = results[0][0]
+    refuse_unreadable([(row["status"], row["error"]) for row in result["recordings"]])
     failures = [limit.broken(result["total"]) for limit in limits]
     if against:
         compared = compare_sets(

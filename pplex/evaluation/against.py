@@ -281,7 +281,8 @@ def plot_differences(path: Path, found: Against, names: tuple[str, str]) -> None
         pairs = "pairs" if found.paired else "recordings"
         figure.suptitle(
             f"{a} minus {b}\n{min(found.recordings)} {pairs}, "
-            f"{100 * CONFIDENCE:.0f} % intervals",
+            f"{100 * CONFIDENCE:.0f} % intervals"
+            + ("" if rows else "\nNo figure differs in any of them."),
             x=0.02,
             ha="left",
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pplex.errors import PplexError
 from pplex.evaluation.asr import RoundTrip, compare
 from pplex.evaluation.diarization import Diarization
 from pplex.evaluation.find import SAMPLE_RATE, Item
@@ -227,3 +228,10 @@ def _words_earlier(words: Sequence[Word], lag_s: float) -> list[Word]:
         Word(w.text, max(0.0, w.start_s - lag_s), max(0.0, w.end_s - lag_s), w.frame)
         for w in words
     ]
+
+
+def refuse_unreadable(found: Sequence[tuple[str, str | None]]) -> None:
+    """Refuse what holds nothing that can be read, given each one's status and error."""
+    if found and all(status == "unreadable" for status, _ in found):
+        more = f"; and {len(found) - 1} more like it" if len(found) > 1 else ""
+        raise PplexError(f"{found[0][1]}{more}")
