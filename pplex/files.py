@@ -194,6 +194,18 @@ def open_pipe(path: Path) -> Iterator[Callable[[bytes], None]]:
         os.close(fd)
 
 
+def check_named(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Refuse an output whose name tells no format, or that exists; not a descriptor."""
+    if is_descriptor(path):
+        check_descriptor(path)
+    elif path.suffix.lower() not in suffixes:
+        *others, last = suffixes
+        ending = f"{', '.join(others)} or {last}" if others else last
+        raise PplexError(f"cannot write {path}: end its name in {ending}")
+    else:
+        check_new(path, overwrite)
+
+
 def plan_files(
     folder: Path, names: Sequence[str], ending: str, overwrite: bool
 ) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pplex.errors import PplexError
-from pplex.files import atomic_write, check_descriptor, check_new, is_descriptor
+from pplex.files import atomic_write, check_named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,12 +49,9 @@ _STYLE = {
 _DPI = 120
 
 
-def check_plot_path(path: Path) -> None:
+def check_plot_path(path: Path, overwrite: bool = True) -> None:
     """Refuse a name that tells no format, and a machine without matplotlib."""
-    if is_descriptor(path):
-        check_descriptor(path)
-    elif path.suffix.lower() not in _NO_METADATA:
-        raise PplexError(f"cannot write {path}: end its name in .png, .svg or .pdf")
+    check_named(path, tuple(_NO_METADATA), overwrite)
     if importlib.util.find_spec("matplotlib") is None:
         raise PplexError(
             f"cannot draw {path}: matplotlib is not installed; "
@@ -65,8 +62,7 @@ def check_plot_path(path: Path) -> None:
 def check_plot(path: Path | None, overwrite: bool) -> None:
     """Refuse what ``plot`` could not write, or would replace unasked."""
     if path is not None:
-        check_plot_path(path)
-        check_new(path, overwrite)
+        check_plot_path(path, overwrite)
 
 
 @contextmanager

@@ -65,7 +65,11 @@ class Scale:
         power = f"1e{self._exponent} " if self._exponent else ""
         return f"{title}, {power}{unit}"
 
+    def scaled(self, value: float) -> float:
+        """A value in the heading's unit."""
+        return value / 10.0**self._exponent
+
     def text(self, value: float) -> str:
         """A value of the column; what is not 0 does not look like it."""
-        scaled = value / 10.0**self._exponent
+        scaled = self.scaled(value)
         return "<0.01" if 0 < scaled < 0.01 else f"{scaled:.2f}" if value else "0"

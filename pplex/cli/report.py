@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from tqdm import tqdm
 
 from pplex.cli.options import OneOf, check_diarization_options, diarization_options
 from pplex.cli.tables import printable
-from pplex.errors import PplexError
+
+if TYPE_CHECKING:
+    from pplex.evaluation.report import Entry
 
 _FILE = click.Path(path_type=Path)
 
@@ -75,35 +79,25 @@ def report(
         picture_names,
         write_report,
     )
-    from pplex.files import check_descriptor, check_new, is_descriptor, plan_files
+    from pplex.files import check_named, plan_files
     from pplex.plots import check_plot_path
     from pplex.respond.ending import advice
 
     check_diarization_options(rttm, speaker)
-    wanted = {".png": png, ".svg": svg}
-    for ending, drawn in wanted.items():
-        if drawn is not None:
-            check_plot_path(drawn / f"NAME{ending}")
+    drawn = {suffix: d for suffix, d in ((".png", png), (".svg", svg)) if d is not None}
+    for suffix, folder in drawn.items():
+        check_plot_path(folder / f"NAME{suffix}")
     if output is None:
         folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
         output = folder / "report.html"
-    if is_descriptor(output):
-        check_descriptor(output)
-    elif output.suffix.lower() not in (".html", ".htm"):
-        raise PplexError(f"cannot write {output}: end the page's name in .html")
-    else:
-        check_new(output, overwrite)
+    check_named(output, (".html", ".htm"), overwrite)
     method = Method(vad, diarization=read_rttm(rttm, speaker) if rttm else None)
     found = find(paths)
     if embed:
         check_embedded(found.items)
     names = picture_names(found.items)
     heard = [n for n, i in zip(names, found.items, strict=True) if i.agent is not None]
-    pictures = [
-        plan_files(drawn, heard, ending, overwrite)
-        for ending, drawn in wanted.items()
-        if drawn is not None
-    ]
+    pictures = [plan_files(d, heard, suffix, overwrite) for suffix, d in drawn.items()]
     with tqdm(total=len(found.items), disable=None, unit="file") as bar:
         entries = make_entries(found, method, lambda _: bar.update())
     refuse_unreadable([(entry.status, entry.error) for entry in entries])
@@ -115,6 +109,10 @@ def report(
     for name, entry in zip(names, entries, strict=True):
         for planned in pictures if entry.measured is not None else ():
             write_picture(planned[name], entry)
+    _say(output, entries, notes)
+
+
+def _say(output: Path, entries: Sequence[Entry], notes: Sequence[str]) -> None:
     not_done = sum(entry.status != "done" for entry in entries)
     said = f", {not_done} of them not done" if not_done else ""
     count = f"{len(entries)} recording{'s' * (len(entries) != 1)}"

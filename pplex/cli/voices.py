@@ -16,7 +16,7 @@ from pplex.cli.options import (
 )
 from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
-from pplex.files import check_descriptor, check_new, is_descriptor
+from pplex.files import check_named
 from pplex.units import size
 
 if TYPE_CHECKING:
@@ -93,12 +93,7 @@ def make(
     OUT works with the model it was made for, at any bits, as --voice OUT. Use a voice
     only with the consent of the person it belongs to.
     """
-    if is_descriptor(output):
-        check_descriptor(output)
-    elif output.suffix.lower() != ".safetensors":
-        raise PplexError(f"cannot write {output}: end its name in .safetensors")
-    else:
-        check_new(output, overwrite)
+    check_named(output, [".safetensors"], overwrite)
     from pplex.checkpoint.hub import resolve
     from pplex.conversation.prompts import write_voice
     from pplex.conversation.session import load

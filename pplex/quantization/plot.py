@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pplex.plots import BLUE, GREY, ORANGE, plain_numbers, plot, shortened
 from pplex.quantization.compare_models import Comparison, ModelFigures
-from pplex.units import size
+from pplex.units import Scale, significant, size
 
 
 def plot_divergence(path: Path, found: Comparison) -> None:
@@ -15,7 +15,8 @@ def plot_divergence(path: Path, found: Comparison) -> None:
     It begins below the smallest that is not 0; a stream with 0 has no bar.
     """
     names = [stream.stream for stream in found.streams]
-    values = [stream.kl for stream in found.streams]
+    scale = Scale(stream.kl for stream in found.streams)
+    values = [scale.scaled(stream.kl) for stream in found.streams]
     positive = [value for value in values if value > 0]
     with plot(path, max(7.5, 1.6 + 0.55 * len(names)), 4.2) as figure:
         axes = figure.add_subplot()
@@ -23,7 +24,7 @@ def plot_divergence(path: Path, found: Comparison) -> None:
             f"{_named(found.b)}, {found.frames} frames,\nagainst {_named(found.a)}"
         )
         axes.set_xlabel("stream")
-        axes.set_ylabel("KL divergence (nats a frame)")
+        axes.set_ylabel(scale.heading("KL divergence", "nats a frame"))
         if positive:
             axes.set_yscale("log")
             axes.set_ylim(min(positive) / 3, max(positive) * 3)
@@ -44,11 +45,12 @@ def plot_divergence(path: Path, found: Comparison) -> None:
         bars = axes.bar(ticks, heights, width=0.7, color=colours, label=labels)
         for bar, name in zip(bars, names, strict=True):
             bar.set_gid(name)
-        shown = [f"{value:.2g}" for value in values]
+        shown = [significant(value, 2) for value in values]
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axes.bar_label(bars, shown, padding=2, bbox=box)
-        label = f"mean of all, {found.mean_kl:.2g}"
-        axes.axhline(found.mean_kl, color=GREY, ls="--", lw=1, label=label)
+        mean = scale.scaled(found.mean_kl)
+        label = f"mean of all, {significant(mean, 2)}"
+        axes.axhline(mean, color=GREY, ls="--", lw=1, label=label)
         axes.margins(x=0.02)
         figure.legend(loc="outside lower center", ncols=3)
 
