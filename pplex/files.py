@@ -6,7 +6,9 @@ import os
 import re
 import secrets
 import stat
+import sys
 import tempfile
+import termios
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -279,6 +281,16 @@ def check_descriptor(path: Path) -> None:
         raise PplexError(
             f"cannot write {name_of(path)}: it is closed, or open to read only"
         )
+
+
+def unread_bytes(path: Path) -> int:
+    """What waits in a descriptor's pipe to be read; 0 where the system does not say."""
+    fd = descriptor(path)
+    if fd is None or not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return 0
+    count = bytearray(4)
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return int.from_bytes(count, sys.byteorder)
 
 
 def name_of(path: Path) -> str:

@@ -6,6 +6,7 @@ What comes out is, sample for sample, what ``files`` makes of the same audio.
 from __future__ import annotations
 
 import io
+import math
 import os
 import queue
 import struct
@@ -41,11 +42,11 @@ NAME = "the input stream"
 
 _READ_BYTES = 1 << 14
 _MAX_WAITING = 1 << 10  # reads that wait to be answered: 16 MB at the most
-# A live source begins with what a player sends ahead and what has waited in a pipe:
-# so much of it in all, and within so long.
+# A live source begins with what a player sends ahead and what has waited in a pipe: at
+# most so much, and within so long. Buffers behind may hold so much more.
 _MAX_AHEAD_S = 10.0
 _SETTLING_S = 1.0
-_MAX_LIVE_PACE = 1.05
+_MAX_GAIN_S = 2.5
 # For what may follow the samples: until the next byte, and in all.
 _PATIENCE_S = 1.0
 _DRAIN_S = 10.0
@@ -157,6 +158,14 @@ class Feed:
         self._ended = not content
         return content, self._arrived
 
+    def take_waiting(self) -> bytes:
+        """What has come already."""
+        parts = [self._left]
+        self._left = b""
+        while not self._ended and not self._waiting.empty():
+            parts.append(self.read()[0])
+        return b"".join(parts)
+
     def take(self, count: int) -> bytes:
         """``count`` bytes, fewer only where the stream ends."""
         parts: list[bytes] = []
@@ -248,11 +257,12 @@ class UserStream:
         self.source_frames = 0
         self.num_samples = 0
         self.missing_bytes = 0
+        self.skipped_s = 0.0
         self._rest = b""
         self._levels = Levels()
         self.fault = ""
         self._first_s = self._last_s = 0.0
-        self._settled: tuple[float, int] | None = None  # since when, and what had come
+        self._settled = math.inf, 0  # since when, and how many source frames before
 
     @property
     def pace(self) -> float | None:
@@ -261,18 +271,35 @@ class UserStream:
         Counted from when frames are taken and what is sent ahead is there; None where
         nothing came since.
         """
-        since, before = self._settled or (self._last_s, 0)
-        spent = self._last_s - since
-        came_s = (self.source_frames - before) / self.format.rate
-        return came_s / spent if spent > 0 else None
+        came_s, spent_s = self._since(*self._settled)
+        return came_s / spent_s if spent_s > 0 else None
 
     @property
     def is_live(self) -> bool:
-        """Whether it came no faster than it is heard: then frames can be late."""
-        length_s = self.source_frames / self.format.rate
-        ahead_s = length_s - (self._last_s - self._first_s)
-        pace = self.pace
-        return ahead_s < _MAX_AHEAD_S and pace is not None and pace <= _MAX_LIVE_PACE
+        """Whether it came about as fast as it is heard: then frames can be late."""
+        came_s, spent_s = self._since(self._first_s, 0)
+        settled_s, settling_s = self._since(*self._settled)
+        is_near = came_s - spent_s < _MAX_AHEAD_S
+        return is_near and settling_s > max(0.0, settled_s - _MAX_GAIN_S)
+
+    def _since(self, time_s: float, source_frames: int) -> tuple[float, float]:
+        """Seconds of audio that came since a time, after so many; and of the clock."""
+        came = self.source_frames - source_frames
+        return came / self.format.rate, self._last_s - time_s
+
+    def pass_over(self) -> None:
+        """Leave out what has come already, before any frame is asked for."""
+        content, num_bytes = self._feed.take_waiting(), self.format.num_bytes
+        if self.format.is_bare:
+            _check_bare(content)
+        if num_bytes is not None:
+            content = content[:num_bytes]
+            left = num_bytes - len(content)
+            self.format = replace(self.format, num_bytes=left)
+        size = self.format.block_bytes
+        count = len(content) // size
+        self._rest = content[count * size :]
+        self.skipped_s = count / self.format.rate
 
     def warnings(self) -> list[str]:
         """What is odd about it, when it has ended.
@@ -320,6 +347,11 @@ class UserStream:
             return
         length = resampled_length(self.source_frames, rate, sample_rate)
         if not length:
+            if self.skipped_s and not self.source_frames:
+                raise PplexError(
+                    f"{NAME} ended before the model was ready: with --live all of it "
+                    "is left out"
+                )
             raise PplexError(
                 f"{NAME} holds no samples"
                 if not self.source_frames
@@ -377,9 +409,8 @@ class UserStream:
                 self._first_s = arrived
             self._last_s = arrived
             self.source_frames += len(mono)
-            if self._settled is None and arrived >= max(
-                began, self._first_s + _SETTLING_S
-            ):
+            is_settled = arrived >= max(began, self._first_s + _SETTLING_S)
+            if is_settled and math.isinf(self._settled[0]):
                 self._settled = arrived, self.source_frames
             yield mono, arrived
             if self.fault:

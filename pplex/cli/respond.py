@@ -56,7 +56,7 @@ _SECTIONS = {
         "first_words",
     ),
     "Sampling": ("seed", "greedy", "temp", "top_k", "text_temp", "text_top_k"),
-    "Streams": ("raw", "rate"),
+    "Streams": ("raw", "rate", "live"),
     "Reporting": (),  # and whatever else there is
 }
 
@@ -101,6 +101,12 @@ class _Sectioned(click.Command):
     metavar="HZ",
     type=WholeRange(1000, 768_000),
     help="Samples a second of --raw.",
+)
+@click.option(
+    "--live",
+    is_flag=True,
+    help="INPUT is - and a microphone: leave out what comes before the model is ready, "
+    "and let replies go to a player as soon as they are made.",
 )
 @click.option(
     "--start",
@@ -158,6 +164,7 @@ def respond(
     layout: Any,
     raw: Any,
     rate: int | None,
+    live: bool,
     start: float,
     duration: float | None,
     model_name: str,
@@ -185,6 +192,8 @@ def respond(
     is_stream = input == PIPE
     output = output or _beside(input)
     check_pipes(is_stream, output == PIPE, raw, rate)
+    if live and not is_stream:
+        raise click.UsageError("--live is for a microphone: give - as INPUT")
     refuse_checks(is_stream, is_descriptor(output), options["checks"])
     is_part = start > 0.0 or duration is not None
     refuse_part(is_part, is_stream, options["checks"])
@@ -209,6 +218,7 @@ def respond(
         compute=options["compute"],
         check=checks_from(options["checks"]),
         raw=StreamFormat(raw, rate, channels=1) if raw and rate else None,
+        live=live,
     )
     stop = ctx.ensure_object(Stop)
     if not offline:

@@ -151,21 +151,24 @@ def converse_live(
     *,
     quiet: Quiet | None = None,
     keep: Callable[[np.ndarray], object] = lambda codes: None,
+    made: Callable[[Answer], object] | None = None,
     script: Script = (),
 ) -> Iterator[tuple[LiveFrame, Answer]]:
     """Each of ``frames`` with its reply, before the next one is asked for.
 
     The reply is there when its frame comes, if the model allows that: the step is made
     and decoded as soon as the frame before is encoded, of which ``keep`` gets the
-    codes (codebooks, 1). A last reply is made to nobody. ``quiet`` may end it before
-    the ``frames`` do; those that never came are its tail. ``script`` is what the agent
-    is to say.
+    codes (codebooks, 1). ``made`` gets each reply as soon as it is there; a last one is
+    to a frame that never comes. ``quiet`` may end it before the ``frames`` do; those
+    that nobody said are its tail. ``script`` is what the agent is to say.
     """
     came, heard, answered = itertools.tee(frames, 3)
     pcm = (frame.pcm[None] for frame in heard)
     track, count = LiveTrack(engine, start, seed, pcm, keep, script), 0
     for _ in run(engine, [track], sampling, capacity=1, live=True):
         reply = track.reply()
+        if reply is not None and made is not None:
+            made(reply)
         if reply is not None and (frame := next(answered, None)) is not None:
             if quiet is not None:
                 if frame.arrived is None:

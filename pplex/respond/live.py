@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
-from pplex.audio.files import resampled_length
+from pplex.audio.files import resampled_length, to_pcm16
 from pplex.audio.streams import Feed, LiveFrame, UserStream, open_stream
 from pplex.conversation.answer import Answer, Timings
 from pplex.conversation.prompts import Role
-from pplex.conversation.quiet import Quiet, longest
+from pplex.conversation.quiet import Quiet, is_quiet, longest
 from pplex.conversation.scheduler import converse_live
-from pplex.conversation.script import last_cue, lay_out, unsaid
+from pplex.conversation.script import Script, last_cue, lay_out, unsaid
 from pplex.conversation.session import Model
+from pplex.engine.base import Start
 from pplex.errors import PplexError
-from pplex.files import Place, put, put_new
+from pplex.files import Place, is_pipe, put, put_new, unread_bytes
 from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.outputs import (
     Write,
@@ -26,7 +28,7 @@ from pplex.respond.outputs import (
     write_tokens,
     write_words,
 )
-from pplex.respond.request import Request, check_outputs
+from pplex.respond.request import Request, Settings, check_outputs
 from pplex.respond.run import Clock, Config, Report, begin, load_model
 from pplex.respond.stats import (
     Histogram,
@@ -40,6 +42,7 @@ from pplex.respond.stopping import Stop
 from pplex.respond.transcript import Captions
 
 _STDIN = 0
+_MOST_WAITING = 3  # frames of speech that a player may be behind
 
 _NO_STEPS = Latency(0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
@@ -60,6 +63,27 @@ class _Delays:
         self.with_step.add(seconds + ahead_s)
 
 
+class _Player:
+    """Who plays the agent's sound as soon as it is made, through a pipe.
+
+    Once it had to wait it plays all that follows later, and what is ahead waits in the
+    pipe. Then a reply is left out, where the agent is quiet if that is soon.
+    """
+
+    def __init__(self, path: Path, write: Write, record: _Record) -> None:
+        self._path, self._write, self._record = path, write, record
+        record.left_out_frames = 0
+
+    def play(self, reply: Answer) -> None:
+        """Give it a reply, or leave that out."""
+        waiting = unread_bytes(self._path) // to_pcm16(reply.pcm).nbytes
+        quiet = is_quiet(reply.pcm, int(reply.text[0]))
+        if waiting < (1 if quiet else _MOST_WAITING):
+            self._write(reply.pcm, reply.pcm)
+        else:
+            self._record.left_out_frames += 1
+
+
 class _Record:
     """What a conversation leaves behind, in memory that hardly grows."""
 
@@ -72,6 +96,7 @@ class _Record:
         self.steps = Histogram(self._frame_s)
         self._start_up, self._delays = _Delays(self._frame_s), _Delays(self._frame_s)
         self.timings, self._codec_s, self.num_samples = Timings(), 0.0, 0
+        self.left_out_frames = 0
 
     def hear(self, codes: np.ndarray) -> None:
         """Keep the user's codes (codebooks, frames), where they are wanted."""
@@ -120,6 +145,8 @@ class _Record:
             latency_with_step_ms=delays.with_step.latency() if user.is_live else None,
             start_up_frames=start_up_frames,
             source_pace=user.pace,
+            skipped_s=user.skipped_s,
+            left_out_frames=self.left_out_frames,
         )
 
 
@@ -140,26 +167,18 @@ def respond_stream(
     settings = replace(request.settings, voice=role.voice, text=role.text)
     request = replace(request, settings=settings)
     script = lay_out(settings.lines, model.tokenizer, model.config)
-    quiet = None
-    if settings.tail == "auto":
-        quiet = Quiet(model.config, last_cue(script))
     outputs, rate = request.outputs, model.config.sample_rate
     files, place = outputs.files(), put if config.overwrite else put_new
     record = _Record(model, keeps_tokens=outputs.tokens is not None)
+    is_played = config.live and outputs.layout == "agent" and is_pipe(outputs.audio)
     waited_s = feed.waited_s
+    if config.live:
+        user.pass_over()
     with stop.deferred(feed.stop):
         with open_sink(outputs.layout, files, rate, place=place) as write:
-            replies = converse_live(
-                model.engine,
-                start,
-                settings.seed,
-                user.frames(rate, model.config.frame_size, longest(settings.tail)),
-                settings.sampling,
-                quiet=quiet,
-                keep=record.hear,
-                script=script,
-            )
-            closed = _answer(model, replies, record, write, report)
+            player = _Player(outputs.audio, write, record) if is_played else None
+            replies = _converse(model, start, settings, user, record, player, script)
+            closed = _answer(model, replies, record, None if player else write, report)
             if not record.num_samples:  # nothing was answered: no file
                 stop.check()
                 if closed is not None:
@@ -187,21 +206,49 @@ def respond_stream(
     return stats
 
 
+def _converse(
+    model: Model,
+    start: Start,
+    settings: Settings,
+    user: UserStream,
+    record: _Record,
+    player: _Player | None,
+    script: Script,
+) -> Iterator[tuple[LiveFrame, Answer]]:
+    """Each frame of the user with its reply, which a ``player`` has got before."""
+    sizes = model.config.sample_rate, model.config.frame_size
+    quiet = None
+    if settings.tail == "auto":
+        quiet = Quiet(model.config, last_cue(script))
+    return converse_live(
+        model.engine,
+        start,
+        settings.seed,
+        user.frames(*sizes, longest(settings.tail)),
+        settings.sampling,
+        quiet=quiet,
+        keep=record.hear,
+        made=player.play if player else None,
+        script=script,
+    )
+
+
 def _answer(
     model: Model,
     replies: Iterator[tuple[LiveFrame, Answer]],
     record: _Record,
-    write: Write,
+    write: Write | None,
     report: Report,
 ) -> BrokenPipeError | None:
-    """Give each reply away as it comes; what says that nobody takes them any more."""
+    """``write`` each frame and its reply; what says that nobody reads them any more."""
     report.answering(None)
     captions = Captions(model.tokenizer.piece, model.config.frame_rate)
     closed = None
     try:
         for frame, reply in replies:
             count = frame.num_samples
-            write(frame.pcm[:count], reply.pcm[:count])
+            if write is not None:
+                write(frame.pcm[:count], reply.pcm[:count])
             record.add(frame, reply, perf_counter())
             report.said(captions.add(int(reply.text[0])))
             report.advance(model.config.frame_s)

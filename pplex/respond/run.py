@@ -48,13 +48,15 @@ MOST_KEPT = 1 << 23
 class Config:
     """How ``pplex respond`` answers a request: by which model, and what it may do.
 
-    ``raw`` is how bare samples on stdin lie; None for a file or a WAV stream.
+    ``raw`` is how bare samples on stdin lie; None for a file or a WAV stream. One that
+    is ``live`` begins when the model is ready, and its replies do not wait for frames.
     """
 
     model_name: str
     offline: bool
     overwrite: bool
     raw: StreamFormat | None = None
+    live: bool = False
     compute: Compute = "auto"
     check: Check | None = None
 

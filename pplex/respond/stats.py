@@ -107,7 +107,9 @@ class Stats:
     ``latency_with_step_ms``, what it would be were the reply not made before;
     ``start_up_frames`` that came before the model was ready and were late; and
     ``source_pace``, audio time over the time it took to come since. A source faster
-    than real time has no latency.
+    than real time has no latency. ``skipped_s`` came before the model was ready and
+    was left out, with ``--live``; so were ``left_out_frames`` of the reply, of which a
+    player had too many.
 
     ``step_ms_series`` has the milliseconds of every step, for one recording only: a
     stream has no end, and a batch's steps belong to many.
@@ -162,6 +164,8 @@ class Stats:
     latency_with_step_ms: Latency | None = None
     start_up_frames: int | None = None
     source_pace: float | None = None
+    skipped_s: float = 0.0
+    left_out_frames: int = 0
     step_ms_series: list[float] | None = None
 
     def write(self, path: Path, place: Place = put) -> None:

@@ -22,6 +22,7 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 # Whose options are not pplex's.
 OTHER_PROGRAMS = ("pip", "python", "hf", "git", "make", "source", "export")
+OTHER_PROGRAMS += ("parec", "pacat", "arecord", "aplay", "rec", "play")
 
 
 def command_lines() -> list[str]:

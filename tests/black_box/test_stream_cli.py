@@ -91,13 +91,46 @@ def test_one_frame_in_one_frame_out(model, encoding):
         assert process.wait(60) == 0
 
 
+def test_a_player_has_each_reply_before_its_frame_and_never_many_to_catch_up_with(
+    model, tmp_path
+):
+    """And what came before the model was ready is not heard, to the sample."""
+    stats, heard = tmp_path / "s.json", np.pad(noise(24 * FRAME), (1, 0)).tobytes()
+    options = ("--layout", "agent", "-q", "--raw", "f32le", "--rate", RATE, *model)
+    _, expected, _ = pipe(heard, "respond", "-", "-o", "-", *options)
+    line = ("respond", "-", "-o", "-", *options, "--live", "--stats", stats)
+    with start(*line) as process:
+        process.stdin.write(noise(3, FRAME).tobytes() + heard[:3])
+        out = read_exactly(process.stdout, HEADER + 2 * FRAME)
+        for end in range(4 * FRAME, 5 * 4 * FRAME, 4 * FRAME):
+            process.stdin.write(heard[max(3, end - 4 * FRAME) : end])
+            out += read_exactly(process.stdout, 2 * FRAME)
+        assert out == expected[: len(out)]
+        process.stdin.write(heard[end:])  # and nobody plays the replies
+        process.stdin.close()
+        assert process.wait(60) == 0
+        rest = process.stdout.read()
+    found = json.loads(stats.read_text())
+    assert found["skipped_s"] == 3 * 0.08 and found["frames"] == 25
+    assert found["left_out_frames"] >= 17
+    assert len(rest) == 2 * FRAME * (26 - 5 - found["left_out_frames"])
+
+
+def test_a_file_is_no_microphone(call, model):
+    line = ("respond", "-", "-o", "-", *model, "-q", "--live")
+    code, _, err = pipe(call.read_bytes(), *line)
+    assert code == 1 and "ended before the model was ready" in err
+
+
 def test_waiting_for_the_input_counts_as_reading_and_nothing_else(model, tmp_path):
     stats = tmp_path / "s.json"
     line = ("respond", "-", "-o", "-", "-q", "--stats", stats, *model)
     with start(*line, "--raw", "f32le", "--rate", RATE) as process:
+        read_exactly(process.stdout, HEADER)
         for frame in noise(3, FRAME):
             process.stdin.write(frame.tobytes())
-            time.sleep(1)
+            read_exactly(process.stdout, 4 * FRAME)
+            time.sleep(0.5)
         process.communicate(timeout=60)
     spent = json.loads(stats.read_text())
     parts = "load", "read", "prefill", "warm_up", "encode", "steps", "decode", "write"
@@ -174,6 +207,7 @@ def test_a_full_disk_is_one_sentence(call, model):
         (("-", "-o", "-", "--stats", "-"), 1, "only one output fits on stdout"),
         (("-", "-o", "-", "--raw", "s16le"), 2, "--raw and --rate go together"),
         (("a.wav", "-o", "-", "--raw", "s16le", "--rate", "24000"), 2, "give - as"),
+        (("a.wav", "-o", "-", "--live"), 2, "give - as"),
         (("-", "-o", "out.aac"), 1, "end its name in .wav"),
         (("-", "-o", "-"), 1, "is empty"),
     ],
