@@ -18,10 +18,9 @@ from pplex.evaluation.asr import (
     plain,
     utterances,
 )
-from pplex.evaluation.dialogue import write_dialogue
 from pplex.evaluation.recognisers import make_recogniser
 from pplex.files import plan_files
-from pplex.respond.transcript import Word
+from pplex.respond.transcript import Word, write_dialogue
 
 DATA = Path(__file__).parent / "data" / "fdb"
 SENTENCES = (
@@ -251,7 +250,7 @@ def test_both_sides_stand_in_the_order_of_their_times(tmp_path):
         ending = f".dialogue.{form}"
         (path,) = plan_files(tmp_path, ["calls/a.wav"], ending, False).values()
         assert path.name == f"calls-a.dialogue.{form}"
-        write_dialogue(path, USER, AGENT)
+        write_dialogue(path, {"user": USER, "agent": AGENT})
         texts[form] = path.read_text()
     assert texts["vtt"] == (
         "WEBVTT\n\n00:00:00.000 --> 00:00:00.500\n<v User>Hello?</v>\n\n"

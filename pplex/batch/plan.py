@@ -21,6 +21,7 @@ from typing import Any
 from pplex.audio.folders import LeftOut, is_recording, list_folder
 from pplex.batch.jobsfile import Row, read_jobs
 from pplex.conversation.script import Line, first_words, read_script
+from pplex.conversation.seeds import number_of, seed_for
 from pplex.errors import PplexError
 from pplex.files import composed, folded
 from pplex.respond.manifest import manifest_name
@@ -104,29 +105,13 @@ def make_plan(
 def in_shard(key: str, shard: tuple[int, int]) -> bool:
     """Whether a recording belongs to part ``shard[0]`` (from 1) of ``shard[1]``."""
     number, count = shard
-    return _number_of("shard", key) % count == number - 1
+    return number_of("shard", key) % count == number - 1
 
 
 def digest_of(value: object) -> str:
     """A short hash of anything that JSON can hold, the same on every machine."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _number_of(*parts: object) -> int:
-    """A number below 2**32 that follows from ``parts`` alone.
-
-    Small enough that no JSON reader rounds it. Names are taken in one Unicode form, so
-    that they count the same on every file system.
-    """
-    text = composed("\0".join(str(part) for part in parts))
-    data = text.encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "big")
-
-
-def seed_for(seed: int, identity: str) -> int:
-    """The seed of the recording ``identity`` in a run that was given ``seed``."""
-    return _number_of("seed", seed, identity)
 
 
 def _from_jobs(path: Path, settings: Settings) -> list[_Found]:

@@ -25,6 +25,7 @@ from pplex.cli.roles import roles
 from pplex.cli.score import score
 from pplex.cli.signals import CLOSED_PIPE, exit_code, stop_on_signals
 from pplex.cli.standard import explain, give_up_stdout, open_standard_streams
+from pplex.cli.talk import talk
 from pplex.cli.voices import voices
 from pplex.errors import PplexError
 
@@ -110,6 +111,7 @@ def cli() -> None:
 
 cli.add_command(respond)
 cli.add_command(batch)
+cli.add_command(talk)
 cli.add_command(voices)
 cli.add_command(roles)
 cli.add_command(models)

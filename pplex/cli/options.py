@@ -19,6 +19,7 @@ from pplex.errors import PplexError, did_you_mean
 
 if TYPE_CHECKING:
     from pplex.evaluation.checks import Checks
+    from pplex.model.sampling import SamplingConfig
     from pplex.respond.request import Settings
 
 
@@ -267,33 +268,10 @@ def compute_option(command: Command) -> Command:
     )(command)
 
 
-def conversation_options(command: Command) -> Command:
-    """Everything that decides the answer, apart from the model and the recording."""
+def sampling_options(command: Command) -> Command:
+    """How tokens are drawn."""
     for option in reversed(
         (
-            click.option(
-                "--voice",
-                metavar="NAME|FILE",
-                shell_complete=complete_voice,
-                help="The agent's voice: a name of `pplex voices list`, or a .pt, "
-                ".safetensors or audio file.  [default: NATF2, or the model's first]",
-            ),
-            click.option(
-                "--prompt",
-                metavar="TEXT",
-                help="The agent's role in words; '' for none.",
-            ),
-            click.option(
-                "--prompt-file",
-                metavar="FILE",
-                type=click.Path(path_type=Path),
-                help="Read the role from a UTF-8 text file.",
-            ),
-            click.option(
-                "--role",
-                type=OneOf(list(ROLES)),
-                help=f"A published role prompt.  [default: {DEFAULT_ROLE}]",
-            ),
             click.option(
                 "--seed",
                 metavar="N|random",
@@ -337,6 +315,40 @@ def conversation_options(command: Command) -> Command:
                 default=25,
                 show_default=True,
                 help="Draw text tokens from the K likeliest; 0 keeps all.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def conversation_options(command: Command) -> Command:
+    """Everything that decides the answer, apart from the model and the recording."""
+    command = sampling_options(command)
+    for option in reversed(
+        (
+            click.option(
+                "--voice",
+                metavar="NAME|FILE",
+                shell_complete=complete_voice,
+                help="The agent's voice: a name of `pplex voices list`, or a .pt, "
+                ".safetensors or audio file.  [default: NATF2, or the model's first]",
+            ),
+            click.option(
+                "--prompt",
+                metavar="TEXT",
+                help="The agent's role in words; '' for none.",
+            ),
+            click.option(
+                "--prompt-file",
+                metavar="FILE",
+                type=click.Path(path_type=Path),
+                help="Read the role from a UTF-8 text file.",
+            ),
+            click.option(
+                "--role",
+                type=OneOf(list(ROLES)),
+                help=f"A published role prompt.  [default: {DEFAULT_ROLE}]",
             ),
             click.option(
                 "--channel",
@@ -439,20 +451,25 @@ class ChannelType(click.ParamType):
         self.fail(f"{value!r} is neither a channel number from 1 nor 'mix'", param, ctx)
 
 
+def sampling_from(options: dict[str, Any]) -> SamplingConfig:
+    """What ``sampling_options`` parsed, but for the seed."""
+    from pplex.model.sampling import GREEDY, SamplingConfig
+
+    names = ("temp", "top_k", "text_temp", "text_top_k")
+    sampling = SamplingConfig(**{name: options[name] for name in names})
+    return GREEDY if options["greedy"] else sampling
+
+
 def settings_from(text: str | None, options: dict[str, Any]) -> Settings:
     """The job's settings: the role's text, and what ``conversation_options`` parsed."""
     from pplex.conversation.script import first_words, read_script
-    from pplex.model.sampling import GREEDY, SamplingConfig
     from pplex.respond.request import Settings
 
-    sampling = SamplingConfig(
-        **{key: options[key] for key in ("temp", "top_k", "text_temp", "text_top_k")}
-    )
     words = options["first_words"]
     return Settings(
         voice=options["voice"],
         text=text,
-        sampling=GREEDY if options["greedy"] else sampling,
+        sampling=sampling_from(options),
         seed=options["seed"],
         channel=options["channel"] or 1,
         tail=options["tail"],

@@ -16,7 +16,6 @@ from typing import Any
 from pplex.errors import PplexError
 from pplex.evaluation import full_duplex_bench as bench
 from pplex.evaluation.asr import Recogniser
-from pplex.evaluation.dialogue import write_dialogue
 from pplex.evaluation.find import Found, Item, Track
 from pplex.evaluation.measure import Measured, Method, measure
 from pplex.evaluation.metrics import (
@@ -34,6 +33,7 @@ from pplex.evaluation.speech_activity import (
     make_detector,
 )
 from pplex.respond.ending import advice
+from pplex.respond.transcript import write_dialogue
 
 
 def score(
@@ -120,7 +120,7 @@ def _score_item(
         sample = _bench(item, measured, human) if item.sample else None
         for path in transcripts if recogniser else ():
             said = item.words if item.words is not None else heard or []
-            write_dialogue(path, asked or [], said)
+            write_dialogue(path, {"user": asked or [], "agent": said})
     except PplexError as e:
         return {**row, "status": "unreadable", "error": str(e)}, None
     row |= {"scored": True, "words_from": measured.words_from, "bench": sample}

@@ -266,8 +266,8 @@ def _write_tokens(
     voice, text = request.settings.voice or "", record.text()
     write_words(model, request, text, duration_s, voice, place)
     if (path := request.outputs.tokens) is not None:
-        user_codes, agent_codes = record.codes()
-        write_tokens(path, user_codes, agent_codes, text, place)
+        arrays = dict(zip(("user", "agent"), record.codes(), strict=True))
+        write_tokens(path, arrays | {"text": text}, place)
 
 
 def _stats(

@@ -6,10 +6,11 @@ Sound may also go out while it is made: to WAV files or to stdout, frame by fram
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from pplex.files import (
     write_text,
 )
 from pplex.model.config import ModelConfig
-from pplex.respond.request import SOUND_FORMATS, Layout, Request
+from pplex.respond.request import SOUND_FORMATS, Layout, Request, Settings
 from pplex.respond.transcript import Word, text_of, words, write_transcript
 
 # Takes both sides of a stretch: user and agent (samples,).
@@ -72,7 +73,8 @@ def write_outputs(
     outputs = request.outputs
     write_words(model, request, reply.text, duration_s, voice, place)
     if outputs.tokens is not None:
-        write_tokens(outputs.tokens, reply.user, reply.agent, reply.text, place)
+        arrays = {"user": reply.user, "agent": reply.agent, "text": reply.text}
+        write_tokens(outputs.tokens, arrays, place)
 
 
 def spoken_words(
@@ -95,15 +97,7 @@ def write_words(
     """Write the transcripts of ``text_tokens`` (frames,) that are wanted."""
     outputs, settings = request.outputs, request.settings
     spoken = spoken_words(model, text_tokens, settings.lines)
-    metadata: dict[str, object] = {
-        "model": model.local.name,
-        "revision": model.local.revision,
-        "voice": voice,
-        "prompt": settings.text,
-        "seed": settings.seed,
-    }
-    if settings.lines:
-        metadata["script"] = settings.said()
+    metadata = metadata_of(model, replace(settings, voice=voice))
     for path in outputs.transcripts:
         if is_pipe(path):
             write_text(path, text_of(spoken) + "\n")
@@ -111,24 +105,28 @@ def write_words(
             write_transcript(path, spoken, duration_s, metadata, outputs.cue, place)
 
 
+def metadata_of(model: Described, settings: Settings) -> dict[str, object]:
+    """What a transcript says of how it came about."""
+    metadata: dict[str, object] = {
+        "model": model.local.name,
+        "revision": model.local.revision,
+        "voice": settings.voice,
+        "prompt": settings.text,
+        "seed": settings.seed,
+    }
+    return metadata | ({"script": settings.said()} if settings.lines else {})
+
+
 def write_tokens(
-    path: Path,
-    user: np.ndarray,
-    agent: np.ndarray,
-    text: np.ndarray,
-    place: Place = put,
+    path: Path, arrays: Mapping[str, np.ndarray], place: Place = put
 ) -> None:
-    """Write token arrays as .npz."""
+    """Write token arrays as .npz, by their names."""
     with (
         atomic_write(path, place=place) as temporary,
         temporary.open("wb") as file,
     ):
-        np.savez_compressed(
-            file,
-            user=user.astype(np.int32),
-            agent=agent.astype(np.int32),
-            text=text.astype(np.int32),
-        )
+        kept: dict[str, Any] = {k: v.astype(np.int32) for k, v in arrays.items()}
+        np.savez_compressed(file, **kept)
 
 
 @contextmanager

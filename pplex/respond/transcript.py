@@ -147,6 +147,51 @@ def write_transcript(
     write_text(path, text, place=place)
 
 
+def write_dialogue(
+    path: Path,
+    said: Mapping[str, Sequence[Word]],
+    metadata: Mapping[str, object] | None = None,
+    shape: CueShape = CueShape(),
+    place: Place = put,
+) -> None:
+    """Write what several speakers ``said`` in the order in which it was, atomically.
+
+    JSON has ``words`` and ``cues``, each with its ``speaker``, and ``metadata`` if
+    there are any; times are the recording's, in seconds. Cues of two may overlap, as
+    speech does.
+    """
+    form = format_of(path)
+    spoken = _ordered({name: cues(words, shape) for name, words in said.items()})
+    if form == "json":
+        content: dict[str, object]
+        content = {} if metadata is None else {"metadata": dict(metadata)}
+        content |= {
+            "cues": [_entry(speaker, cue) for speaker, cue in spoken],
+            "words": [_entry(speaker, word) for speaker, word in _ordered(said)],
+        }
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    elif form == "txt":
+        text = "".join(
+            f"[{clock(cue.start_s)}] {speaker.title()}: {cue.text}\n"
+            for speaker, cue in spoken
+        )
+    else:
+        text = render_cues(form, spoken, shape)
+    write_text(path, text, place=place)
+
+
+def _ordered(said: Mapping[str, Sequence[Word]]) -> list[tuple[str, Word]]:
+    all_ = [(speaker, word) for speaker, words in said.items() for word in words]
+    return sorted(all_, key=lambda pair: (pair[1].start_s, pair[1].end_s))
+
+
+def _entry(speaker: str, word: Word) -> dict[str, object]:
+    entry = word.entry()
+    del entry["frame"]
+    entry |= {"start_s": round(word.start_s, 3), "end_s": round(word.end_s, 3)}
+    return {"speaker": speaker, **entry}
+
+
 def cues(words: Sequence[Word], shape: CueShape = CueShape()) -> list[Word]:
     """Group words into subtitles.
 

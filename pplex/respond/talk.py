@@ -1,0 +1,387 @@
+"""Two agents that talk to each other: what is asked, the run, its files."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from pplex.checkpoint.hub import LocalModel, resolve
+from pplex.checkpoint.weights import codec_tensors
+from pplex.conversation.answer import Answer
+from pplex.conversation.prompts import Role, choose_text, choose_voice, make_role
+from pplex.conversation.roles import DEFAULT_ROLE, ROLES
+from pplex.conversation.script import (
+    Script,
+    first_words,
+    lay_out,
+    read_script,
+    too_late,
+    unsaid,
+)
+from pplex.conversation.seeds import seed_for
+from pplex.conversation.session import Model, load
+from pplex.conversation.talk import Dialogue, Side, converse_together
+from pplex.engine.base import Start
+from pplex.engine.choose import Compute, batch_size
+from pplex.errors import PplexError, did_you_mean
+from pplex.files import PIPE, Place, folded, put, put_new
+from pplex.model.sampling import SamplingConfig
+from pplex.respond.outputs import (
+    SoundWriter,
+    Write,
+    metadata_of,
+    open_sink,
+    spoken_words,
+    write_tokens,
+)
+from pplex.respond.request import Outputs, Request, Settings, check_outputs
+from pplex.respond.transcript import Word, write_dialogue
+from pplex.values import read_rows, seconds_of, shown, text_of
+
+if TYPE_CHECKING:
+    from pplex.respond.run import Report
+
+SIDES = ("left", "right")
+COLUMNS = ("output", *SIDES, "seconds", "seed")
+MAX_SECONDS = 86400.0
+_KEYS = ("voice", "prompt", "role", "model", "first-words", "script")
+_KEPT_ROLES = 4  # prefilled states; each is tens of MB for the 7B models
+
+_Key = tuple[int, str, str]
+
+
+@dataclass(frozen=True)
+class Talk:
+    """Two agents that talk for so many seconds, left and right in the sound."""
+
+    sides: tuple[Settings, Settings]
+    seconds: float
+    outputs: Outputs
+
+
+@dataclass(frozen=True)
+class Config:
+    """By which models, those of left and right, and what may be done."""
+
+    model_names: tuple[str, str]
+    offline: bool
+    overwrite: bool
+    compute: Compute = "auto"
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Talked:
+    """A dialogue that is written, with the words of each side."""
+
+    talk: Talk
+    words: tuple[list[Word], list[Word]]
+    audio_s: float
+
+
+def parse_side(text: str, where: str) -> dict[str, str]:
+    """What ``key=value,key=value`` says of an agent; values may have commas."""
+    parts = re.split(rf"(?:^|,)\s*({'|'.join(_KEYS)})=", text)
+    if parts[0].strip():
+        raise PplexError(
+            f"{where}: {parts[0]!r} is not KEY=VALUE with a KEY of {', '.join(_KEYS)}"
+        )
+    found: dict[str, str] = {}
+    for key, value in zip(parts[1::2], parts[2::2], strict=True):
+        if key in found:
+            raise PplexError(f"{where}: {key} is given twice")
+        if not value and key != "prompt":
+            raise PplexError(f"{where}: {key} has no value")
+        found[key] = value
+    if "prompt" in found and "role" in found:
+        raise PplexError(f"{where}: prompt and role exclude each other")
+    if found.get("role", DEFAULT_ROLE) not in ROLES:
+        raise PplexError(
+            f"{where}: there is no role {found['role']!r}; give one of "
+            f"{', '.join(ROLES)}, or the words as prompt"
+        )
+    return found
+
+
+def settings_of(
+    side: Mapping[str, str],
+    sampling: SamplingConfig,
+    seed: int,
+    where: str,
+    folder: Path = Path(),
+) -> Settings:
+    """The settings of an agent that ``parse_side`` read; files are from ``folder``."""
+    voice, script, words = (side.get(k) for k in ("voice", "script", "first-words"))
+    if voice is not None and (folder / voice).is_file():
+        voice = str(folder / voice)
+    return Settings(
+        voice=voice,
+        text=ROLES[side["role"]] if "role" in side else side.get("prompt"),
+        sampling=sampling,
+        seed=seed,
+        first_words=None if words is None else first_words(words, f"{where}: {words}"),
+        script=() if script is None else read_script(folder / script),
+    )
+
+
+def read_talks(
+    path: Path,
+    outdir: Path,
+    sides: tuple[Mapping[str, str], Mapping[str, str]],
+    seconds: float,
+    sampling: SamplingConfig,
+    seed: int,
+    outputs: Callable[[Path], Outputs],
+) -> list[Talk]:
+    """The talks of a ``.jsonl`` or ``.csv`` file: ``output``, and what differs.
+
+    ``left`` and ``right`` add to ``sides``; a seed follows from the output's name.
+    """
+    talks = []
+    seen: dict[str, int] = {}
+    for number, fields in read_rows(path, "jobs file", COLUMNS):
+        where = f"{path} line {number}"
+        if unknown := sorted(fields.keys() - set(COLUMNS)):
+            raise PplexError(
+                f"{where}: there is no column {shown(unknown[0])}; there are "
+                f"{', '.join(COLUMNS)}" + did_you_mean(str(unknown[0]), COLUMNS)
+            )
+        output = PurePosixPath(text_of(fields.get("output", ""), where, "output"))
+        if output.is_absolute() or ".." in output.parts or not output.name:
+            raise PplexError(
+                f"{where}: output {str(output)!r} leaves the output folder"
+            )
+        name = str(output)
+        if (other := seen.setdefault(folded(Path(name)), number)) != number:
+            raise PplexError(
+                f"{path}: lines {other} and {number} have the output {name}; rename one"
+            )
+        own = _whole_number(fields.get("seed"), where)
+        own = seed_for(seed, name) if own is None else own
+        both = []
+        for idx, (side, given) in enumerate(zip(SIDES, sides, strict=True)):
+            text, about = fields.get(side, ""), f"{where} {side}"
+            said = parse_side(text_of(text, where, side, may_be_empty=True), about)
+            if "model" in said:
+                raise PplexError(f"{where}: the models are those of --left and --right")
+            if {"prompt", "role"} & said.keys():
+                given = {k: v for k, v in given.items() if k not in ("prompt", "role")}
+            settings = settings_of(
+                {**given, **said}, sampling, side_seed(own, idx), about, path.parent
+            )
+            both.append(settings)
+        length = fields.get("seconds", seconds)
+        length = seconds_of(length, where, "seconds", MAX_SECONDS)
+        talks.append(Talk((both[0], both[1]), length, outputs(outdir / name)))
+    if not talks:
+        raise PplexError(f"the jobs file {path} names no talks")
+    return talks
+
+
+def make_folders(talks: Sequence[Talk]) -> None:
+    """Make the folders of what ``talks`` will write."""
+    for folder in {one.outputs.audio.parent for one in talks}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
+
+
+def side_seed(seed: int, side: int) -> int:
+    """The seed of an agent: the right one's is the next."""
+    return (seed + side) % (1 << 63)
+
+
+def _whole_number(value: Any, where: str) -> int | None:
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if value is None or (type(value) is int and 0 <= value < 1 << 63):
+        return value
+    raise PplexError(
+        f"{where}: seed is {shown(value)}, where 0 to 2**63 - 1 is expected"
+    )
+
+
+def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talked]:
+    """Have agents talk, many pairs at a time; each is whole when it is yielded."""
+    for one in talks:
+        _check_outputs(one, config.overwrite)
+    models = _load(config, report)
+    frame_rate = models[0].config.frame_rate
+    roles: dict[_Key, Role] = {}
+    ready = [_ready(one, models, roles, report) for one in talks]
+    frames = [math.ceil(one.seconds * frame_rate) for one in ready]
+    scripts = [
+        _scripts(one, models, count) for one, count in zip(ready, frames, strict=True)
+    ]
+    place = put if config.overwrite else put_new
+    rate = models[0].config.sample_rate
+    writers = [SoundWriter(partial(_open, one.outputs, rate, place)) for one in ready]
+
+    @functools.lru_cache(_KEPT_ROLES)
+    def start(key: _Key) -> Start:
+        return models[key[0]].engine.prefill(roles[key].prompt)
+
+    def dialogues() -> Iterator[Dialogue]:
+        for idx, one in enumerate(ready):
+            left, right = (
+                Side(start(_key(side, models, settings)), settings.seed, script)
+                for side, settings, script in zip(
+                    (0, 1), one.sides, scripts[idx], strict=True
+                )
+            )
+            yield Dialogue(str(idx), (left, right), frames[idx], writers[idx])
+
+    prompt_frames = max(role.prompt.num_frames for role in roles.values())
+    pairs = config.batch_size or _num_pairs(models, max(frames), prompt_frames)
+    report.answering(sum(frames) / frame_rate)
+    try:
+        for dialogue, answers in converse_together(
+            (models[0].engine, models[1].engine),
+            dialogues(),
+            ready[0].sides[0].sampling,
+            batch_size=min(pairs, len(ready)),
+        ):
+            one, writer = ready[int(dialogue.key)], writers[int(dialogue.key)]
+            _check_outputs(one, config.overwrite)
+            writer.finish()
+            yield _write(one, models, answers, place, report)
+            report.advance(dialogue.num_frames / frame_rate)
+    finally:
+        for writer in writers:
+            writer.abandon()
+
+
+def _key(side: int, models: tuple[Model, Model], settings: Settings) -> _Key:
+    """What a prompt follows from: a model, by the first side that has it, its role."""
+    side = 0 if models[0] is models[1] else side
+    return side, settings.voice or "", settings.text or ""
+
+
+def _ready(
+    one: Talk, models: tuple[Model, Model], roles: dict[_Key, Role], report: Report
+) -> Talk:
+    """``one`` with the voices and roles that it gets; these are added to ``roles``."""
+    sides = []
+    for side, (settings, model) in enumerate(zip(one.sides, models, strict=True)):
+        voice = choose_voice(model, settings.voice)
+        text = choose_text(model, settings.text)
+        settings = replace(settings, voice=voice, text=text)
+        key = _key(side, models, settings)
+        if key not in roles:
+            roles[key] = make_role(model, voice, text, report.warn)
+        sides.append(settings)
+    return replace(one, sides=(sides[0], sides[1]))
+
+
+def _scripts(
+    one: Talk, models: tuple[Model, Model], num_frames: int
+) -> tuple[Script, Script]:
+    """What each side is to say, which has to have room."""
+    left, right = (
+        lay_out(settings.lines, model.tokenizer, model.config)
+        for settings, model in zip(one.sides, models, strict=True)
+    )
+    for script in (left, right):
+        if late := too_late(script, num_frames, models[0].config.frame_rate):
+            raise PplexError(f"{late}: give more --seconds, or an earlier time")
+    return left, right
+
+
+def _check_outputs(one: Talk, overwrite: bool) -> None:
+    check_outputs(Request(Path(PIPE), one.outputs, one.sides[0]), overwrite)
+
+
+def _open(outputs: Outputs, rate: int, place: Place) -> AbstractContextManager[Write]:
+    return open_sink("stereo", outputs.files(), rate, place=place)
+
+
+def _load(config: Config, report: Report) -> tuple[Model, Model]:
+    """The models of left and right, one of them if they are the same."""
+    found = [
+        resolve(name, offline=config.offline, progress=report.shows_bars)
+        for name in config.model_names
+    ]
+    if found[0].path != found[1].path:
+        _check_codecs(found[0], found[1])
+    loaded: dict[Path, Model] = {}
+    for local in found:
+        if local.path not in loaded:
+            report.loading(local)
+            model = load(local, compute=config.compute, many=True)
+            report.computing(str(model.form))
+            loaded[local.path] = model
+    return loaded[found[0].path], loaded[found[1].path]
+
+
+def _check_codecs(left: LocalModel, right: LocalModel) -> None:
+    """Refuse models whose codes mean different sounds: each is told the other's."""
+    tables = []
+    for local in (left, right):
+        tensors = codec_tensors(local.folder, local.folder.read_config().mimi)
+        tables.append({k: v for k, v in tensors.items() if k.endswith(".codebooks")})
+    same = tables[0].keys() == tables[1].keys() and all(
+        table.shape == tables[1][name].shape
+        and bool(mx.allclose(table, tables[1][name], rtol=1e-2, atol=1e-3))
+        for name, table in tables[0].items()
+    )
+    if not same:
+        raise PplexError(
+            f"{left.name} and {right.name} cannot talk to each other: they have "
+            "different codecs, and hear each other's codes"
+        )
+
+
+def _num_pairs(models: tuple[Model, Model], num_frames: int, prompt_frames: int) -> int:
+    """How many pairs fit at a time."""
+    rows = min(
+        batch_size(
+            model.config,
+            model.engine.cost(),
+            num_frames,
+            prompt_frames=prompt_frames,
+            alone=model.form.alone,
+        )
+        for model in models
+    )
+    return max(1, rows // 2)
+
+
+def _write(
+    one: Talk,
+    models: tuple[Model, Model],
+    answers: tuple[Answer, Answer],
+    place: Place,
+    report: Report,
+) -> Talked:
+    """Write what the sides said, beside the sound."""
+    words: list[list[Word]] = []
+    metadata: dict[str, Any] = {}
+    for name, settings, model, answer in zip(
+        SIDES, one.sides, models, answers, strict=True
+    ):
+        words.append(spoken_words(model, answer.text, settings.lines))
+        metadata[name] = metadata_of(model, settings)
+        script = lay_out(settings.lines, model.tokenizer, model.config)
+        if late := unsaid(script, answer.text):
+            report.warn(f"{one.outputs.audio}, {name}: {late}")
+    said = dict(zip(SIDES, words, strict=True))
+    for path in one.outputs.transcripts:
+        write_dialogue(path, said, metadata, one.outputs.cue, place)
+    if one.outputs.tokens is not None:
+        arrays: dict[str, np.ndarray] = {}
+        for name, answer in zip(SIDES, answers, strict=True):
+            arrays |= {name: answer.agent, f"{name}_text": answer.text}
+        write_tokens(one.outputs.tokens, arrays, place)
+    seconds = len(answers[0].text) / models[0].config.frame_rate
+    return Talked(one, (words[0], words[1]), seconds)
