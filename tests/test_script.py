@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from piped import pipe
@@ -27,6 +28,7 @@ from pplex.conversation.script import (
     unsaid,
 )
 from pplex.conversation.tracks import Conversation
+from pplex.engine.mlx.engine import take_given
 from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
 from pplex.model.sampling import SamplingConfig
@@ -128,6 +130,12 @@ def test_the_model_says_when_the_next_word_comes(tokenizer):
     assert not speaker.left
 
 
+def test_padding_is_the_models_own():
+    chosen = mx.array([EPAD, PAD, 9, 9, 9])
+    given = mx.array([instead(5), instead(5), instead(5), NOT_FORCED, 4])
+    assert take_given(chosen, given).tolist() == [EPAD, PAD, 5, 9, 4]
+
+
 def test_a_line_needs_room_and_the_first_words_a_frame_before_them(tokenizer):
     (cue,) = lay_out([first_words("Hello!")], tokenizer, CONFIG)
     # Frame 0 is the prompt's, frame 1 has the end of its padding.
@@ -200,8 +208,10 @@ def test_a_line_past_the_end_is_refused_where_the_end_is_known(run, tmp_path):
     assert "the answer ends at 2.0 s" in done.stderr
     assert not (tmp_path / "o.wav").exists()
     assert run(*respond, "--tail", 2).exit_code == 0
-    done = run("batch", tmp_path / "in.wav", "-o", tmp_path / "out", *common)
-    assert done.exit_code == 1 and "the answer ends at 2.0 s" in done.stderr
+    for dry in (("--dry-run",), ()):
+        done = run("batch", tmp_path / "in.wav", "-o", tmp_path / "out", *common, *dry)
+        found = done.stdout + done.stderr
+        assert done.exit_code == 1 and "the answer ends at 2.0 s" in found
     # Of a stream that is known when it is over.
     line = ("respond", "-", "-o", tmp_path / "l.wav", *common)
     code, _, err = pipe((tmp_path / "in.wav").read_bytes(), *line)

@@ -29,7 +29,7 @@ from pplex.engine.device import memory_gb, on_cpu
 from pplex.errors import PplexError
 from pplex.respond.manifest import DONE, Manifest
 from pplex.respond.request import Request
-from pplex.respond.run import MOST_KEPT
+from pplex.respond.run import MOST_KEPT, check_script
 
 _READERS = 2
 _SAMPLE_BYTES = 4
@@ -106,7 +106,7 @@ def forecast(batch: Batch, progress: bool) -> Forecast:
         left_out=work.left_out,
         replaced=left.replaced,
     )
-    for request, recording in _read(left.todo, model.config.sample_rate):
+    for request, recording in _read(left.todo, model):
         if isinstance(recording, PplexError):
             found.failed[request.key] = str(recording)
             continue
@@ -128,13 +128,17 @@ def forecast(batch: Batch, progress: bool) -> Forecast:
 
 
 def _read(
-    requests: list[Request], sample_rate: int
+    requests: list[Request], model: Description
 ) -> Iterator[tuple[Request, Recording | PplexError]]:
     """Read each recording through; what it is, or what is wrong with it."""
+    config = model.config
 
     def look(request: Request) -> Recording | PplexError:
         try:
-            return read_request(request, sample_rate).recording
+            found = read_request(request, config.sample_rate).recording
+            script = model.script_of(request)
+            check_script(script, request.settings, found.num_samples, config)
+            return found
         except PplexError as e:
             return e
 

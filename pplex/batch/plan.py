@@ -23,7 +23,7 @@ from pplex.batch.jobsfile import Row, read_jobs
 from pplex.conversation.script import Line, first_words, read_script
 from pplex.conversation.seeds import number_of, seed_for
 from pplex.errors import PplexError
-from pplex.files import composed, folded
+from pplex.files import folded
 from pplex.respond.manifest import manifest_name
 from pplex.respond.request import (
     Layout,

@@ -455,10 +455,10 @@ class MlxRows:
         given = self._given
         if given is None:
             given = mx.full((len(self._places), self._num_agent), NOT_FORCED, mx.int32)
-        given = mx.array(given)
-        for row, place in enumerate(self._places):
-            if place is not None and text[place] != NOT_FORCED:
-                given[row, TEXT_ROW] = int(text[place])
+        ids = np.array([NOT_FORCED if p is None else text[p] for p in self._places])
+        forced, given = mx.array(ids.astype(np.int32)), mx.array(given)
+        is_forced = forced != NOT_FORCED
+        given[:, TEXT_ROW] = mx.where(is_forced, forced, given[:, TEXT_ROW])
         self._given = given
 
     def _free_row(self, start: Start) -> int:
