@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pplex.cli.options import complete_model, json_option
-from pplex.cli.tables import echo_json, table
+from pplex.cli.tables import echo_json, table, wrapped
 from pplex.units import duration, significant, size
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def report(found: Diagnosis) -> list[str]:
     lines += ["", table(rows, right=(2, 3, 4))]
     for model in found.models:
         for said in (*model.faults, *filter(None, [model.published])):
-            lines.append(f"{model.name}: {said}")
+            lines.append(wrapped(f"{model.name}: {said}"))
     lines.append(
         "A MINUTE: what a minute of sound takes. FACTOR: that as real-time factor, 1 "
         "is\nreal time; from a short measurement, of mini measured itself."
