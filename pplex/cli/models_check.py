@@ -11,7 +11,7 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.options import FiniteRange, complete_model, json_option
-from pplex.cli.tables import echo_json, echo_table
+from pplex.cli.tables import echo_json, echo_table, wrapped
 from pplex.errors import PplexError
 from pplex.units import count, percent, significant, size
 
@@ -53,7 +53,7 @@ def info(model: str, bandwidth: float | None, as_json: bool) -> None:
         return
     for line in _lines(found, bandwidth):
         click.echo(line)
-    rows = [("PART", "BITS/GROUP", "TYPE", "MATRICES", "PARAMETERS", "SIZE", "SHARE")]
+    rows = [("PART", "BITS", "TYPE", "MATRICES", "PARAMETERS", "SIZE", "SHARE")]
     for part in sorted(found.parts, key=lambda part: -part.bytes):
         rows.append(
             (
@@ -77,18 +77,17 @@ def _lines(found: ModelInfo, bandwidth: float | None) -> list[str]:
         f"{found.name}: {found.path}{where}",
         f"layout {found.layout}, {found.depformer_steps} depformer steps, "
         f"{count(found.parameters)} parameters",
-        f"language model {size(found.lm_bytes)}, codec "
-        f"{size(found.codec_bytes)}; in memory, with {found.context} frames "
-        f"remembered, {size(found.memory_bytes)}",
+        f"language model {size(found.lm_bytes)}, codec {size(found.codec_bytes)}",
+        f"in memory {size(found.memory_bytes)}, with {found.context} frames remembered",
         f"a frame reads {size(per_frame)} of weights, and "
         f"{size(found.kv_bytes_per_frame)} for each frame remembered",
-        f"voices: {', '.join(found.voices) or 'none'}",
+        wrapped(f"voices: {', '.join(found.voices) or 'none'}"),
     ]
     if found.licence:
         lines.append(f"licence of the weights: {found.licence}")
     if bandwidth:
         budget = 1000 / found.frame_rate
-        for kept, when in ((0, "at first"), (found.context, "with a full memory")):
+        for kept, when in ((0, "at first"), (found.context, "in the end")):
             ms = found.least_frame_ms(bandwidth, kept)
             lines.append(
                 f"at {bandwidth:g} GB/s a frame takes at least {significant(ms)} ms "

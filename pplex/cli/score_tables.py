@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from pplex.cli.tables import table
+from pplex.cli.tables import table, wrapped
 
 if TYPE_CHECKING:
     from pplex.evaluation.against import Against, Difference
 
 _NAME_WIDTH = 36
-_WIDTH = 80
 _ORDER = ("worse", "better", "higher", "lower", "no difference shown", "-")
 
 
@@ -60,7 +58,7 @@ def _in_words(total: dict[str, Any]) -> str:
         said += f", after {delay_s:.2f} s (people leave about 0.2 s)"
     times = total["agent_interruptions"]
     began = {0: "never began", 1: "began once"}.get(times, f"began {times} times")
-    return _wrapped(f"{said}. It {began} while the user spoke.")
+    return wrapped(f"{said}. It {began} while the user spoke.") + "\n"
 
 
 def _bench_table(totals: dict[str, Any]) -> str:
@@ -152,7 +150,7 @@ def _method(method: dict[str, Any]) -> str:
         if unknown:
             said += f", which does not know {', '.join(unknown[:5])}"
             said += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    return _wrapped(f"{said}. --format json has all parameters.")
+    return wrapped(f"{said}. --format json has all parameters.") + "\n"
 
 
 def against_table(found: Against, names: tuple[str, str]) -> str:
@@ -177,8 +175,8 @@ def against_table(found: Against, names: tuple[str, str]) -> str:
         if alone:
             shown = ", ".join(alone[:3]) + (", ..." if len(alone) > 3 else "")
             lines.append(f"Only in {side}, left out: {len(alone)} ({shown})")
-    lines += [_wrapped(f"Warning: {warning}").rstrip() for warning in found.warnings]
-    return "\n".join([*lines, _wrapped(f"Method: {METHOD}")])
+    lines += [wrapped(f"Warning: {warning}") for warning in found.warnings]
+    return "\n".join([*lines, wrapped(f"Method: {METHOD}")]) + "\n"
 
 
 def _verdict_in_words(found: Against) -> str:
@@ -187,7 +185,7 @@ def _verdict_in_words(found: Against) -> str:
         of = [one.heading for one in found.differences if one.verdict == verdict]
         said += [f"{verdict} in {', '.join(of)}"] if of else []
     if said:
-        return _wrapped(f"A is {'; '.join(said)}.")
+        return wrapped(f"A is {'; '.join(said)}.") + "\n"
     tested = sum(one.verdict != "-" for one in found.differences)
     return f"No difference was shown in any of {tested} figures.\n"
 
@@ -201,10 +199,6 @@ def _number(one: Difference, value: float | None) -> str:
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is to the left, the others to the right."""
     return table(rows, right=range(1, len(rows[0])))
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, _WIDTH, break_long_words=False) + "\n"
 
 
 def _shorten(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,11 @@ def _block(
         ]
         lines.append("  ".join(cells).rstrip() + "\n")
     return "".join(lines)
+
+
+def wrapped(text: str) -> str:
+    """A text in lines of 80 columns."""
+    return textwrap.fill(text, _WIDTH, break_long_words=False)
 
 
 def echo_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
