@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pplex.library import Answer, Model, Piece, load
+
+if sys.platform == "darwin":
+    # MLX rounds the inputs of float32 products on an M5, unless it is told before it is
+    # imported not to.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 __all__ = ["Answer", "Model", "Piece", "load"]
 

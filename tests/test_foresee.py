@@ -11,6 +11,7 @@ from pplex.bench.random_model import random_model, random_prompt
 from pplex.cli.progress import Progress
 from pplex.conversation.session import warm_up
 from pplex.errors import PplexError
+from pplex.model.sampling import SamplingConfig
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,7 @@ def test_a_machine_slower_than_the_sound_is_said_to_be(capsys):
 def test_warming_up_tells_the_time_of_a_frame_that_follows():
     model = random_model("tiny", 16)
     start = model.engine.prefill(random_prompt(model.config))
-    seconds = warm_up(model.engine, start)
+    seconds = warm_up(model.engine, start, SamplingConfig())
     assert model.engine.is_async == (seconds is None)
     assert seconds is None or 0 < seconds < 10
     assert np.isfinite(seconds or 0.0)

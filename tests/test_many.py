@@ -184,7 +184,9 @@ def test_a_batch_has_at_least_a_row_and_counts_no_more_than_the_window(small_mod
 
 def test_a_batch_keeps_to_what_a_cache_holds_unless_weights_take_more():
     def rows(lm: LmConfig, frames: int, weights: int) -> int:
-        cost = Cost(step=weights, position=0, codec=0, codec_state=0, held=0)
+        cost = Cost(
+            step=weights, position=0, codec=0, codec_state=0, codec_work=0, held=0
+        )
         return KINDS["c"].max_rows(cost, lm.kv_bytes(frames, 4), 0.0)
 
     small = replace(LmConfig(), num_layers=5, dim=256)

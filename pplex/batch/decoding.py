@@ -129,6 +129,7 @@ class Decoder:
         self._roles: OrderedDict[tuple[str, str], Start] = OrderedDict()
         self.batch_size = size.rows
         self.group = model.engine.codec.group
+        self._chunk_frames = model.engine.codec.chunk_frames
 
     def run(self, jobs: Iterator[Job]) -> Iterator[Answered | Failure]:
         """Yield an answer or a failure for each job, in any order."""
@@ -172,6 +173,7 @@ class Decoder:
             self._sampling,
             batch_size=self.choose_batch_size(),
         ):
+            self._note_chunks()
             _, prompt_frames = stream.under_way.pop(one.key)
             if answer.fault:
                 yield Failure(one.key, answer.fault)
@@ -179,6 +181,16 @@ class Decoder:
                 info = model_info(self._model)
                 yield Answered(one.key, answer, prompt_frames, info)
             yield from stream.take_failures()
+
+    def _note_chunks(self) -> None:
+        """Say it where the codec had too little memory for its chunks."""
+        frames, before = self._model.engine.codec.chunk_frames, self._chunk_frames
+        if frames < before:
+            self._chunk_frames = frames
+            self._note(
+                f"out of memory: the codec's chunks of {before} frames become "
+                f"{frames}, by which an answer's last bits may change"
+            )
 
     def _conversations(self, stream: _Stream) -> Iterator[Conversation]:
         while (job := stream.next()) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +23,8 @@ from pplex.batch.prepare import (
 from pplex.batch.records import read_request
 from pplex.checkpoint.weights import lm_tensors
 from pplex.conversation.quiet import MAX_TAIL_S
-from pplex.engine.choose import batch_size, choose_form, cost_of
-from pplex.engine.device import memory_gb, on_cpu
+from pplex.engine.choose import batch_size, choose_form, cost_of, need_bytes
+from pplex.engine.device import host_memory_gb, memory_gb, on_cpu
 from pplex.errors import PplexError
 from pplex.respond.manifest import DONE, Manifest
 from pplex.respond.request import Request
@@ -60,6 +59,7 @@ class Forecast:
     output_gb: float = 0.0
     disk_free_gb: float = 0.0
     weights_gb: float = 0.0
+    codec_gb: float = 0.0
     row_gb: float = 0.0
     sound_gb: float = 0.0
     memory_gb: float = 0.0
@@ -74,17 +74,17 @@ class Forecast:
                 f"the outputs need about {self.output_gb:.1f} GB and the disk has "
                 f"{self.disk_free_gb:.1f} GB free"
             )
-        if self.sound_gb > _system_memory_gb():
+        host_gb = host_memory_gb()
+        if host_gb is not None and self.sound_gb > host_gb:
             found.append(
                 f"the sound of {self.batch_size} recordings at a time needs about "
-                f"{self.sound_gb:.1f} GB of memory, and there are "
-                f"{_system_memory_gb():.1f} GB"
+                f"{self.sound_gb:.1f} GB of memory, and there are {host_gb:.1f} GB"
             )
-        if self.todo and self.weights_gb + self.row_gb > self.memory_gb:
+        need_gb = self.weights_gb + self.codec_gb + self.row_gb
+        if self.todo and 0.0 < self.memory_gb < need_gb:
             found.append(
-                f"the model and one recording need about "
-                f"{self.weights_gb + self.row_gb:.1f} GB of memory, and there are "
-                f"{self.memory_gb:.1f} GB"
+                f"the model and one recording need about {need_gb:.1f} GB of memory, "
+                f"and there are {self.memory_gb:.1f} GB"
             )
         return found
 
@@ -167,10 +167,12 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     if form.dense:
         tensors = tensors.write_out()
     cost = cost_of(config, tensors)
-    found.weights_gb = cost.held / 1e9
-    positions = min(config.lm.window, frames + PROMPT_FRAMES)
-    found.row_gb = cost.position * positions / 1e9
-    found.memory_gb = memory_gb()[0] or _system_memory_gb()
+    total_gb, free_gb = memory_gb()
+    found.weights_gb, found.codec_gb = cost.held / 1e9, cost.codec_work / 1e9
+    positions = frames + PROMPT_FRAMES
+    alone_gb = need_bytes(config, cost, positions) / 1e9
+    found.row_gb = alone_gb - found.weights_gb - found.codec_gb
+    found.memory_gb = free_gb or total_gb or 0.0
     free = 1e9 * found.memory_gb - cost.held
     rows = batch.batch_size or batch_size(
         config, cost, frames, free, prompt_frames=PROMPT_FRAMES, alone=form.alone
@@ -189,10 +191,6 @@ def _sound_bytes(found: Forecast, sample_rate: int) -> float:
     kept = min(longest, MOST_KEPT * _SAMPLE_BYTES)
     ahead = min(READ_AHEAD, max(0, found.todo - found.batch_size))
     return found.batch_size * (kept if on_cpu() else 2 * longest) + ahead * kept
-
-
-def _system_memory_gb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def _estimate(found: Forecast, manifest: Manifest, model: Description) -> float | None:

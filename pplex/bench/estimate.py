@@ -22,7 +22,14 @@ from pplex.bench.random_model import TINY, random_codec, random_lm, random_promp
 from pplex.checkpoint.weights import LmTensors
 from pplex.conversation.scheduler import converse
 from pplex.engine.base import Engine, Start
-from pplex.engine.choose import KINDS, choose_form, cost_of, kind_here, make_engine
+from pplex.engine.choose import (
+    KINDS,
+    choose_form,
+    cost_of,
+    kind_here,
+    make_engine,
+    need_bytes,
+)
 from pplex.engine.device import memory_gb, num_cores
 from pplex.model.config import MimiConfig, ModelConfig
 from pplex.model.prompt import Prompt, initial_column
@@ -45,8 +52,7 @@ def need_gb(config: ModelConfig, tensors: LmTensors) -> float:
     """What a conversation with a full memory takes, weights and all, in GB."""
     if choose_form("auto", config, tensors, many=False).dense:
         tensors = tensors.write_out()
-    cost = cost_of(config, tensors)
-    return (cost.held + cost.position * config.lm.window) / 1e9
+    return need_bytes(config, cost_of(config, tensors)) / 1e9
 
 
 def published_need_gb(name: str) -> float | None:

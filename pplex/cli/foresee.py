@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from pplex.checkpoint.known import KNOWN_MODELS
@@ -43,8 +41,8 @@ def foresee(name: str, *, quiet: bool = False) -> None:
 
 
 def machine_memory_gb() -> float | None:
-    """Memory of this machine in GB, where the system tells."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    except (ValueError, OSError):
-        return None
+    """Memory that a model can have here in GB, where the system tells."""
+    from pplex.engine.device import memory_gb
+
+    total, free = memory_gb()
+    return total if free is None else free

@@ -88,7 +88,7 @@ def run(
         while len(seated) < capacity and (new := next(coming, None)) is not None:
             column = new.next_column()
             if column is not None:
-                place = rows.join(new.start, new.seed, new.num_frames)
+                place = rows.join(new.start, new.seed, new.num_steps)
                 seated[place] = new
                 user[place], text[place] = column
         if not seated:
@@ -117,13 +117,15 @@ def converse(
     decode_frames: int,
     quiet: Quiet | None = None,
     num_samples: int | None = None,
+    num_frames: int | None = None,
     script: Script = (),
 ) -> Iterator[Answer]:
     """One conversation: a piece for each ``decode_frames`` frames, the last shorter.
 
     ``chunks`` are (frames, frame_size) PCM of the user. Where it ends before they do
     ``quiet`` says. Of the sound ``num_samples`` count, or all, and those of that tail.
-    ``script`` is what the agent is to say.
+    ``num_frames`` is how many the chunks have, None where nobody knows; ``script`` is
+    what the agent is to say.
     """
     with codec_worker(engine.codec, beside=1) as worker:
         track = StreamedTrack(
@@ -133,6 +135,7 @@ def converse(
             chunks,
             decode_frames,
             worker,
+            num_frames,
             quiet=quiet,
             num_samples=num_samples,
             script=script,

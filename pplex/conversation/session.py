@@ -86,14 +86,15 @@ def load(
     )
 
 
-def warm_up(engine: Engine, start: Start) -> float | None:
-    """Run frames that leave no trace, so that the first real one is not slower.
+def warm_up(engine: Engine, start: Start, sampling: SamplingConfig) -> float | None:
+    """Run frames that leave no trace, so that the first real ones are not slower.
 
-    Seconds of one; None where more than one has to be compiled for.
+    Of the first one some tokens are given and of others none, which may be compiled
+    for apart. Seconds of one; None where frames are compiled for.
     """
     silence = np.zeros((1, engine.config.frame_size), np.float32)
-    chunks = [silence] * (1 if engine.is_async else _WARM_UP_FRAMES)
+    chunks = [silence] * (2 if engine.is_async else _WARM_UP_FRAMES)
     times = []
-    for _ in converse(engine, start, 0, chunks, SamplingConfig(), decode_frames=1):
+    for _ in converse(engine, start, 0, chunks, sampling, decode_frames=1):
         times.append(time.perf_counter())
-    return float(np.diff(times).min()) if len(times) > 1 else None
+    return None if engine.is_async else float(np.diff(times).min())

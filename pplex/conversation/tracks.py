@@ -159,6 +159,11 @@ class Track:
             yield from columns
 
     @property
+    def num_steps(self) -> int | None:
+        """How many columns it asks for, if that is known."""
+        return self.num_frames and self.num_frames + self._config.is_moshi
+
+    @property
     def is_complete(self) -> bool:
         """Whether every frame has its column."""
         return len(self.timings.steps) == self.num_frames

@@ -132,14 +132,15 @@ class Cost:
 
     ``step``: weights that a step reads, once for all its rows; ``position``: keys and
     values of one position of one row; ``codec``: weights of the codec, read once a
-    chunk, and ``codec_state`` what it keeps of one direction of a stream; ``held``: all
-    weights in memory.
+    chunk, ``codec_state`` what it keeps of one direction of a stream, and
+    ``codec_work`` what computing a chunk takes; ``held``: all weights in memory.
     """
 
     step: int
     position: int
     codec: int
     codec_state: int
+    codec_work: int
     held: int
 
 
@@ -255,6 +256,10 @@ def codec_bytes(config: MimiConfig) -> tuple[int, int]:
     In float32, as every engine has them.
     """
     weights = dict(tree_flatten(Mimi(config).parameters()))
+    return 4 * sum(array.size for array in weights.values()), codec_state_bytes(config)
+
+
+def codec_state_bytes(config: MimiConfig) -> int:
+    """Bytes of what one direction of a stream keeps, in float32."""
     t = config.transformer
-    kept = 2 * t.num_layers * t.d_model * t.window
-    return 4 * sum(array.size for array in weights.values()), 4 * kept
+    return 4 * 2 * t.num_layers * t.d_model * t.window

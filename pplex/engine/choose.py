@@ -23,7 +23,7 @@ from pplex.engine.base import Cost, Engine, form_name
 from pplex.engine.c import binding, pace
 from pplex.engine.c import engine as c
 from pplex.engine.cuda import compiler
-from pplex.engine.cuda.engine import CudaEngine
+from pplex.engine.cuda import engine as cuda
 from pplex.engine.device import device_name, memory_gb, on_cpu
 from pplex.engine.mlx import engine as mlx
 from pplex.model.config import ModelConfig
@@ -32,7 +32,7 @@ Compute = Literal["auto", "quantized", "dense", "alone"]
 
 # Of the free memory, what weights that are written out may take, and what rows may.
 _WEIGHTS_SHARE = 0.5
-_ROWS_SHARE = 0.85
+_ROWS_SHARE = 0.9
 
 MIN_ROWS_C = 4  # so many are computed with each vector of weights that is read
 FULL_ROWS_C = 8  # more than these share in no vector of weights (lm.h)
@@ -112,8 +112,9 @@ def _rows_in_cache(cost: Cost, row_bytes: int, free: float) -> int:
 
 
 def _rows_in_memory(cost: Cost, row_bytes: int, free: float) -> int:
-    """The ring is copied when it grows, an array of many at a time."""
-    return min(int(_ROWS_SHARE * free / (1.1 * row_bytes)), MAX_ROWS_GPU)
+    """As many as memory holds beside the codec's work."""
+    room = _ROWS_SHARE * free - cost.codec_work
+    return min(int(room / row_bytes), MAX_ROWS_GPU)
 
 
 def _one_row(cost: Cost, row_bytes: int, free: float) -> int:
@@ -155,7 +156,7 @@ KINDS: dict[str, Kind] = {
     "cpu": Kind(
         is_available=on_cpu,
         make=_on_cpu(functools.partial(mlx.MlxEngine, on_gpu=False)),
-        cost=functools.partial(mlx.cost_of, float_bytes=4),
+        cost=functools.partial(mlx.cost_of, on_gpu=False),
         one=Form(True, "MLX's CPU products are 3 times as fast so"),
         many=Form(True, "MLX's CPU products are 3 times as fast so"),
         max_rows=_one_row,
@@ -164,8 +165,8 @@ KINDS: dict[str, Kind] = {
     # MLX's CUDA kernels for quantized weights take the rows one by one.
     "cuda": Kind(
         is_available=lambda: not on_cpu() and compiler.is_usable(),
-        make=CudaEngine,
-        cost=functools.partial(mlx.cost_of, float_bytes=2),
+        make=cuda.CudaEngine,
+        cost=cuda.cost_of,
         one=Form(False, "one kernel makes a frame, and reads fewer bytes so"),
         many=Form(True, "CUDA's products of many rows are faster so"),
         max_rows=_rows_in_memory,
@@ -176,7 +177,7 @@ KINDS: dict[str, Kind] = {
     "gpu": Kind(
         is_available=lambda: not on_cpu(),
         make=functools.partial(mlx.MlxEngine, on_gpu=True),
-        cost=functools.partial(mlx.cost_of, float_bytes=2),
+        cost=functools.partial(mlx.cost_of, on_gpu=True),
         one=Form(False, _FEWER_BYTES),
         many=Form(False, _FEWER_BYTES),
         max_rows=_rows_in_memory,
@@ -262,6 +263,15 @@ def make_engine(
 def cost_of(config: ModelConfig, lm: LmTensors) -> Cost:
     """What a model takes on the best engine here; no tensor is read."""
     return KINDS[kind_here()].cost(config, lm)
+
+
+def need_bytes(
+    config: ModelConfig, cost: Cost, positions: int | None = None, rows: int = 1
+) -> float:
+    """What rows of so many positions take, or of the window, weights and all."""
+    window = config.lm.window
+    kept = window if positions is None else min(window, positions)
+    return cost.held + cost.codec_work + rows * kept * cost.position
 
 
 def batch_size(

@@ -88,7 +88,7 @@ def memory_gb() -> tuple[float | None, float | None]:
             free = int(most) - mx.get_active_memory()
         return tuple(int(x) / 1e9 if x else None for x in (total, free))  # type: ignore
     if sys.platform != "linux":
-        return None, None
+        return host_memory_gb(), None
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     sizes = {
         key: int(rest.split()[0]) for key, _, rest in (x.partition(":") for x in lines)
@@ -97,6 +97,25 @@ def memory_gb() -> tuple[float | None, float | None]:
         sizes[key] * 1024 / 1e9 if key in sizes else None
         for key in ("MemTotal", "MemAvailable")
     )  # type: ignore
+
+
+def host_memory_gb() -> float | None:
+    """Memory of this machine in GB, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def bound_memory(kept_bytes: int) -> None:
+    """On a Mac: MLX keeps no more for later than so much, and models stay in memory.
+
+    Without, it keeps what it once had, and the system may take weights that wait.
+    """
+    if mx.metal.is_available():
+        mx.set_cache_limit(kept_bytes)
+        info = mx.device_info(mx.Device(mx.gpu))
+        mx.set_wired_limit(int(info["max_recommended_working_set_size"]))
 
 
 def peak_memory_gb() -> float:

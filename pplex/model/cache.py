@@ -51,6 +51,7 @@ class KvCache:
         self.block = block
         self.end = self.said = 0
         self.num_layers = num_layers
+        self._expected = 0
         self._keys: list[mx.array | None] = [None] * num_layers
         self._values: list[mx.array | None] = [None] * num_layers
 
@@ -70,6 +71,17 @@ class KvCache:
         """Take over arrays, in the order of ``arrays()``."""
         self._keys[:] = arrays[: self.num_layers]
         self._values[:] = arrays[self.num_layers :]
+
+    def reserve(self, room: int) -> None:
+        """Have room for ``room`` more positions from now on, or the window.
+
+        Growing later would copy what there is, and hold both for a while.
+        """
+        self._expected = self.end + room
+        for store in (self._keys, self._values):
+            for layer, buffer in enumerate(store):
+                if buffer is not None:
+                    store[layer] = self._grown(buffer, buffer, 0)
 
     def mask(self, t: int) -> Mask:
         """What ``t`` new positions may see of the keys ``update`` will return.
@@ -169,14 +181,16 @@ class KvCache:
 
     def _grown(self, buffer: mx.array | None, new: mx.array, t: int) -> mx.array:
         have = 0 if buffer is None else buffer.shape[2]
-        need = min(self.end + t, self.window)
+        need = min(max(self.end + t, self._expected), self.window)
         if need <= have:
             assert buffer is not None
             return buffer
-        size = min(self.window, -(-need // GROWTH) * GROWTH)
+        if need > self._expected:
+            need = min(self.window, -(-need // GROWTH) * GROWTH)
         b, h, _, d = new.shape
-        room = mx.zeros((b, h, size - have, d), new.dtype)
-        return room if buffer is None else mx.concatenate([buffer, room], axis=2)
+        if buffer is None:
+            return mx.zeros((b, h, need, d), new.dtype)
+        return mx.pad(buffer, [(0, 0), (0, 0), (0, need - have), (0, 0)])
 
 
 def scaled_attention(

@@ -111,4 +111,5 @@ def make_mimi(config: MimiConfig, weights: Mapping[str, mx.array]) -> Mimi:
     """A codec of these weights, float32 and named as its parameters."""
     mimi = Mimi(config)
     mimi.load_weights(list(weights.items()))
+    mx.eval(mimi.parameters())  # any thread may use it
     return mimi

@@ -20,16 +20,25 @@ class ResidualQuantizer(nn.Module):
         self.input_proj = nn.Linear(width, dimension, bias=False)
         self.output_proj = nn.Linear(dimension, width, bias=False)
         self.codebooks = mx.zeros((num_codebooks, bins, dimension))
+        self._norms: tuple[mx.array, mx.array] | None = None
+
+    def _halves(self) -> mx.array:
+        """|e|^2 / 2 (codebooks, bins) of each row of the tables, computed once."""
+        books = self.codebooks
+        if self._norms is None or self._norms[0] is not books:
+            halves = mx.stack([0.5 * mx.sum(e * e, axis=-1) for e in books])
+            mx.eval(halves)
+            self._norms = books, halves
+        return self._norms[1]
 
     def encode(self, latent: mx.array) -> mx.array:
         """Latents (batch, t, width) to codes (batch, codebooks, t)."""
         residual = self.input_proj(latent)
-        codes = []
+        codes, halves = [], self._halves()
         for idx in range(self.codebooks.shape[0]):
             table = self.codebooks[idx]
             # Nearest row: |r - e|^2 = |r|^2 - 2 (r.e - |e|^2 / 2).
-            score = residual @ table.T - 0.5 * mx.sum(table * table, axis=-1)
-            code = mx.argmax(score, axis=-1)
+            code = mx.argmax(residual @ table.T - halves[idx], axis=-1)
             residual = residual - table[code]
             codes.append(code)
         return mx.stack(codes, axis=1)

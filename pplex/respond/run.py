@@ -251,7 +251,7 @@ def begin(
     role = make_role(model, settings.voice, settings.text, report.warn)
     start = model.engine.prefill(role.prompt)
     clock.lap("prefill")
-    frame_s = warm_up(model.engine, start)
+    frame_s = warm_up(model.engine, start, settings.sampling)
     if frame_s is not None:
         report.expecting(frame_s * model.config.frame_rate)
     clock.lap("warm_up")
@@ -290,6 +290,7 @@ def answer(
         decode_frames=size,
         quiet=quiet,
         num_samples=sound.num_samples,
+        num_frames=num_frames,
         script=script,
     ):
         write(piece.heard, piece.pcm)

@@ -143,6 +143,7 @@ def _cost(config: ModelConfig, matrices: int, tables: int) -> Cost:
         position=config.lm.kv_bytes(1, 4),
         codec=codec,
         codec_state=codec_state,
+        codec_work=0,
         held=matrices + tables + codec,
     )
 

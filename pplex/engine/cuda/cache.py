@@ -44,8 +44,12 @@ class SharedCache:
         is_known = array.dtype == mx.bfloat16 and array.shape[3] in WIDTHS
         return like.end > like.said and is_known
 
-    def put(self, row: int, source: KvCache) -> None:
-        """Replace ``row`` by one that starts after the prompt in ``source``."""
+    def put(self, row: int, source: KvCache, room: int = 0) -> None:
+        """Replace ``row`` by one that starts after the prompt in ``source``.
+
+        ``room`` more positions have their place at once.
+        """
+        self._ring.grow(room)
         found = (i for i, prompt in enumerate(self._prompts) if prompt is source)
         number = next(found, None)
         if number is None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from pplex.checkpoint.weights import LmTensors
-from pplex.engine.base import Codec, Rows
+from pplex.engine.base import Codec, Cost, Rows
 from pplex.engine.cuda import depformer, frame
 from pplex.engine.cuda.cache import SharedCache
 from pplex.engine.cuda.codec import fuse
@@ -28,15 +29,46 @@ from pplex.engine.cuda.rows import (
     swiglu_rows,
 )
 from pplex.engine.cuda.weights import DENSE, WrittenOut, form_of
-from pplex.engine.mlx.engine import Frame, MlxEngine, RowsCache
+from pplex.engine.device import memory_gb
+from pplex.engine.mlx import engine as mlx
+from pplex.engine.mlx.codec import (
+    CHUNK_FRAMES,
+    MlxCodec,
+    frames_within,
+    work_bytes,
+)
+from pplex.engine.mlx.engine import Frame, RowsCache
 from pplex.model.cache import KvCache
-from pplex.model.config import ModelConfig
+from pplex.model.config import MimiConfig, ModelConfig
 from pplex.model.mimi import Mimi
 from pplex.model.sampling import Sampler, SamplingConfig
 from pplex.model.transformer import Gating, RmsNorm, TemporalLayer
 
+# Of a chunk of the fused codec, and what it may take of a GPU's memory: the same on all
+# of a kind, so that a recording's bits are.
+_CODEC_ARRAYS = 11
+_CODEC_SHARE = 1 / 6
 
-class CudaEngine(MlxEngine):
+
+def _codec_frames(config: MimiConfig) -> int:
+    """Frames of a chunk of a group."""
+    total_gb, _ = memory_gb()
+    if total_gb is None:
+        return CHUNK_FRAMES
+    return frames_within(config, _CODEC_SHARE * 1e9 * total_gb, _CODEC_ARRAYS)
+
+
+def cost_of(config: ModelConfig, lm: LmTensors) -> Cost:
+    """What a model takes; of ``lm`` only shapes are read."""
+    return _with_work(config.mimi, mlx.cost_of(config, lm, on_gpu=True))
+
+
+def _with_work(config: MimiConfig, cost: Cost) -> Cost:
+    work = work_bytes(config, _codec_frames(config), arrays=_CODEC_ARRAYS)
+    return replace(cost, codec_work=work)
+
+
+class CudaEngine(mlx.MlxEngine):
     """MLX's engine with kernels of ours where they can run the model."""
 
     name = "cuda"
@@ -64,12 +96,12 @@ class CudaEngine(MlxEngine):
         self._by_kernels = config.lm.dim % 16 == 0 and config.lm.dim <= MOST_DIM
 
     def _block_maker(
-        self, sampling: SamplingConfig, reads_user: bool
+        self, sampling: SamplingConfig, live: bool
     ) -> Callable[[int], Rows]:
         kernel = self._frame_kernel if self.alone else None
         if kernel is None:
-            return super()._block_maker(sampling, reads_user)
-        return lambda size: frame.FrameRows(kernel, sampling, reads_user)
+            return super()._block_maker(sampling, live)
+        return lambda size: frame.FrameRows(kernel, sampling, live)
 
     @functools.cached_property
     def _frame_kernel(self) -> frame.FrameKernel | None:
@@ -79,6 +111,10 @@ class CudaEngine(MlxEngine):
     def _depformer_kernel(self) -> depformer.DepformerKernel | None:
         served = depformer.supports(self.lm)
         return depformer.DepformerKernel(self.lm) if served else None
+
+    def cost(self) -> Cost:
+        """What the model takes."""
+        return _with_work(self.config.mimi, super().cost())
 
     def inputs(self, tokens: mx.array) -> mx.array:
         """Summed rows (batch, t, dim) of tokens (batch, streams, t)."""
@@ -154,7 +190,12 @@ class CudaEngine(MlxEngine):
 
     def _make_codec(self, mimi: Mimi) -> Codec:
         fuse(mimi)
-        codec = super()._make_codec(mimi)
+        codec = MlxCodec(
+            mimi,
+            on_gpu=True,
+            alone=self.alone,
+            frames=_codec_frames(self.config.mimi),
+        )
         if codec.group > 1:  # kernels are compiled and convolutions planned
             frame = np.zeros((1, self.config.frame_size), np.float32)
             codec.decode_many(codec.encode_many([frame]))

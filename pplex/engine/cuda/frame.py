@@ -74,13 +74,17 @@ class FrameCache:
     nothing else may hold these arrays.
     """
 
-    def __init__(self, source: KvCache) -> None:
-        """Start from what the temporal transformer has kept of a prompt."""
+    def __init__(self, source: KvCache, room: int = 0) -> None:
+        """Start from what the temporal transformer has kept of a prompt.
+
+        There is room for ``room`` more positions, or the window.
+        """
         self.window, self.end = source.window, source.end
         arrays = [a.squeeze(0).astype(mx.bfloat16) for a in source.arrays()]
         half = len(arrays) // 2
         self.keys, self.values = mx.stack(arrays[:half]), mx.stack(arrays[half:])
         mx.eval(self.keys, self.values)
+        self._grow(self.end + room)
 
     def save(self) -> KvCache:
         """A cache from which to go on, once its arrays are copied."""
@@ -94,17 +98,17 @@ class FrameCache:
         """The next position, its slot, the positions then visible, the slots."""
         visible = min(self.end + 1, self.window)
         if visible > self.keys.shape[2]:
-            self._grow()
+            self._grow((visible // GROWTH + 1) * GROWTH)
         slots = self.keys.shape[2]
         return [self.end, self.end % self.window, visible, slots]
 
-    def _grow(self) -> None:
-        layers, heads, slots, head_dim = self.keys.shape
-        size = min(self.window, (slots // GROWTH + 1) * GROWTH)
-        room = mx.zeros((layers, heads, size - slots, head_dim), mx.bfloat16)
+    def _grow(self, size: int) -> None:
+        if (more := min(self.window, size) - self.keys.shape[2]) <= 0:
+            return
+        room = [(0, 0), (0, 0), (0, more), (0, 0)]
         mx.synchronize()  # frames under way still write to the old arrays
-        self.keys = mx.concatenate([self.keys, room], axis=2)
-        self.values = mx.concatenate([self.values, room], axis=2)
+        self.keys = mx.pad(self.keys, room)
+        self.values = mx.pad(self.values, room)
         mx.eval(self.keys, self.values)
 
 
@@ -298,10 +302,10 @@ class FrameRows:
     """The one row that the kernel steps."""
 
     def __init__(
-        self, kernel: FrameKernel, sampling: SamplingConfig, reads_user: bool
+        self, kernel: FrameKernel, sampling: SamplingConfig, live: bool
     ) -> None:
         self._kernel, self._num_agent = kernel, kernel.config.num_agent_streams
-        self._reads_user = reads_user
+        self._live, self._reads_user = live, live or kernel.config.is_moshi
         self._sampler = Sampler.of(kernel.config, sampling)
         self._cache: FrameCache | None = None
         self._seed = self._frame = 0
@@ -311,7 +315,9 @@ class FrameRows:
     def join(self, start: Start, seed: int, frames: int | None = None) -> int:
         """Begin a conversation after a prompt; its place."""
         assert self._cache is None
-        self._cache = FrameCache(start.memory)
+        source = start.memory
+        room = source.window if self._live else frames or 0
+        self._cache = FrameCache(source, room)
         self._seed, self._frame = seed, start.steps
         self._column = mx.array(start.prompt.columns[:, -1])
         self._given = mx.array(start.prompt.pending[: self._num_agent])

@@ -9,14 +9,20 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pplex.engine.base import Arrays
+from pplex.engine.base import Arrays, codec_state_bytes
+from pplex.engine.device import is_out_of_memory
 from pplex.engine.mlx.saved import restore_codec, save_codec
+from pplex.model.config import MimiConfig
 from pplex.model.mimi import CodecState, Mimi
 
-# Rows and frames of a chunk on a GPU, always: libraries choose by the shape in which
-# order a convolution takes its sums.
+# Rows of a chunk on a GPU, always, and at most so many frames: libraries choose by the
+# shape in which order a convolution takes its sums.
 GROUP_ROWS = 16
 CHUNK_FRAMES = 128
+# What a chunk takes while it is computed, in arrays of as many floats as the widest
+# layer has: measured with the published codec, 16 rows of 4 and 8 frames, on a CPU.
+ARRAYS = 26
+CPU_FRAMES = 32
 
 
 @dataclass
@@ -43,16 +49,25 @@ class MlxCodec:
     recordings little longer than one of one: chunks are long, and recordings coded in
     groups; but ``alone`` is one row. A chunk has one shape, so that a recording's bits
     depend neither on how it comes nor on what is coded beside it. What is causal does
-    not see the padding.
+    not see the padding. Chunks have ``frames`` frames, and fewer once memory does not
+    suffice; those of one row as many as sixteen rows have.
     """
 
     concurrent = False
 
-    def __init__(self, mimi: Mimi, *, on_gpu: bool, alone: bool = False) -> None:
+    def __init__(
+        self,
+        mimi: Mimi,
+        *,
+        on_gpu: bool,
+        alone: bool = False,
+        frames: int = CHUNK_FRAMES,
+    ) -> None:
         self._mimi = mimi
-        self._on_gpu = on_gpu
-        self.chunk_frames = CHUNK_FRAMES if on_gpu else 32
         self.group = GROUP_ROWS if on_gpu and not alone else 1
+        if on_gpu and alone:
+            frames = min(CHUNK_FRAMES, GROUP_ROWS * frames)
+        self.chunk_frames = frames if on_gpu else CPU_FRAMES
 
     def make_state(
         self, saved: Arrays | None = None, *, by_frame: bool = False
@@ -101,9 +116,9 @@ class MlxCodec:
             # One that is not full yet is run again with what comes.
             state.begun = None if is_full else some
             codec = state.codec if is_full else state.codec.copy()
-            made = run(_chunk([some], self.group, size), codec)
-            parts.append(np.array(made[:1, known : len(some)].squeeze(0)))
-            known = 0
+            made = _computed(run, _chunk([some], self.group, size), codec)
+            parts.append(made[0, known : len(some)])
+            known = max(0, known - size)
         return np.concatenate(parts)
 
     def encode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -127,9 +142,21 @@ class MlxCodec:
         return pcm.reshape(*chunk.shape[:2], -1)
 
     def _in_groups(
-        self,
-        recordings: Sequence[np.ndarray],
-        run: Run,
+        self, recordings: Sequence[np.ndarray], run: Run
+    ) -> list[np.ndarray]:
+        """``run`` over recordings (frames, width), in chunks that memory holds."""
+        while True:
+            try:
+                return self._in_chunks(recordings, run)
+            except (RuntimeError, MemoryError) as e:
+                if self.chunk_frames == 1 or not is_out_of_memory(e):
+                    raise
+            # Only here has the exception let go of the arrays.
+            mx.clear_cache()
+            self.chunk_frames //= 2
+
+    def _in_chunks(
+        self, recordings: Sequence[np.ndarray], run: Run
     ) -> list[np.ndarray]:
         """``run`` over recordings (frames, width), the longest beside each other."""
         order = sorted(range(len(recordings)), key=lambda idx: len(recordings[idx]))
@@ -167,16 +194,43 @@ class MlxCodec:
         run: Run,
     ) -> Iterator[tuple[int, mx.array]]:
         """Where each chunk of a group, in ascending length, begins; ``run`` over it."""
-        state = self._mimi.make_state()
-        for start in range(0, len(group[-1]), CHUNK_FRAMES):
-            parts = [frames[start : start + CHUNK_FRAMES] for frames in group]
-            chunk = _chunk(parts, GROUP_ROWS, CHUNK_FRAMES)
+        state, size = self._mimi.make_state(), self.chunk_frames
+        for start in range(0, len(group[-1]), size):
+            parts = [frames[start : start + size] for frames in group]
+            chunk = _chunk(parts, GROUP_ROWS, size)
             computed = run(chunk, state)
             # After the last, nobody wants the state; and what is let go of while a GPU
             # still writes it may become somebody else's.
-            is_last = start + CHUNK_FRAMES >= len(group[-1])
+            is_last = start + size >= len(group[-1])
             mx.async_eval(computed, [] if is_last else state.arrays())
             yield start, computed
+
+
+def _computed(run: Run, chunk: np.ndarray, state: CodecState) -> np.ndarray:
+    """``run`` over a chunk.
+
+    The state is computed with it: until then it holds all that it is made of, and no
+    other thread can go on with it.
+    """
+    made = run(chunk, state)
+    mx.eval(made, state.arrays())
+    return np.array(made)
+
+
+def work_bytes(
+    config: MimiConfig, frames: int, rows: int = GROUP_ROWS, arrays: int = ARRAYS
+) -> int:
+    """About what coding chunks of so many frames and rows takes, state and all."""
+    widest = 4 * config.frame_size * config.seanet.n_filters
+    return rows * (arrays * widest * frames + codec_state_bytes(config))
+
+
+def frames_within(config: MimiConfig, num_bytes: float, arrays: int = ARRAYS) -> int:
+    """Frames of a group's chunk whose work takes no more; a power of two."""
+    frames = CHUNK_FRAMES
+    while frames > 1 and work_bytes(config, frames, arrays=arrays) > num_bytes:
+        frames //= 2
+    return frames
 
 
 def _chunk(group: Sequence[np.ndarray], rows: int, size: int) -> np.ndarray:

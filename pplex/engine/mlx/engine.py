@@ -33,16 +33,25 @@ from pplex.engine.base import (
     restored,
     save_place,
 )
-from pplex.engine.mlx.codec import MlxCodec
+from pplex.engine.device import bound_memory
+from pplex.engine.mlx.codec import (
+    CPU_FRAMES,
+    GROUP_ROWS,
+    MlxCodec,
+    frames_within,
+    work_bytes,
+)
 from pplex.engine.mlx.ring import CacheEach, FastCache, take_rows
 from pplex.engine.mlx.saved import restore_cache, save_cache, to_numpy
 from pplex.model.cache import Cache, KvCache
-from pplex.model.config import TEXT_PAD, ModelConfig
+from pplex.model.config import TEXT_PAD, MimiConfig, ModelConfig
 from pplex.model.mimi import Mimi, make_mimi
 from pplex.model.prompt import Prompt
 from pplex.model.sampling import Sampler, SamplingConfig, noise_keys
 from pplex.model.streams import INSTEAD, NOT_FORCED, TEXT_ROW
 from pplex.model.transformer import RMS_NORM_EPS, RmsNorm, TemporalLayer
+
+_CODEC_BYTES = 1e9  # of the codec's work, in a Mac's memory
 
 # From a layer's input and attended values to its output and the next layer's queries,
 # keys and values: all that happens between two attentions.
@@ -62,8 +71,11 @@ class RowsCache(Cache, Protocol):
     others behind them.
     """
 
-    def put(self, row: int, source: KvCache) -> None:
-        """Replace ``row`` by one that starts after the prompt in ``source``."""
+    def put(self, row: int, source: KvCache, room: int) -> None:
+        """Replace ``row`` by one that starts after the prompt in ``source``.
+
+        It has room for ``room`` more positions.
+        """
 
     def save(self, row: int) -> KvCache:
         """A cache from which ``row`` can go on, once its arrays are copied."""
@@ -99,7 +111,7 @@ class MlxEngine:
 
         With ``alone`` a row on a GPU is computed by itself.
         """
-        dtype = mx.bfloat16 if on_gpu else mx.float32
+        dtype = _dtype(on_gpu)
         self.config = config
         self.dtype = str(dtype).removeprefix("mlx.core.")
         self.compute = form_name(not lm.forms, alone)
@@ -109,7 +121,8 @@ class MlxEngine:
         # MLX 0.32.4, H100: NaN of 4-bit weights of one group of 64, from 2 rows on.
         if on_gpu and (narrow := [n for n in lm.forms if _has_one_group(lm, n)]):
             lm = lm.write_out(narrow)
-        self._cost = cost_of(config, lm, dtype.size)
+        self._cost = cost_of(config, lm, on_gpu=on_gpu)
+        bound_memory(self._cost.codec_work)
         self.lm = make_lm(config.lm, lm, dtype)
         if on_gpu and self.short_norms:
             for module in self.lm.modules():
@@ -123,6 +136,7 @@ class MlxEngine:
         self._compiled_joints = [compile_(joint) for joint in self._joints]
         self._compiled_finish = compile_(self.finish)
         self._embed = compile_(self.lm.embed)
+        self._frames: dict[SamplingConfig, Frame] = {}
         self.codec: Codec = self._make_codec(make_mimi(config.mimi, codec))
 
     def prefill(self, prompt: Prompt) -> Start:
@@ -155,7 +169,7 @@ class MlxEngine:
         self, capacity: int, sampling: SamplingConfig, *, live: bool = False
     ) -> Rows:
         """Places for ``capacity`` conversations."""
-        make_block = self._block_maker(sampling, live or self.config.lm.is_moshi)
+        make_block = self._block_maker(sampling, live)
         sizes = [self._num_rows] * (capacity // self._num_rows)
         if rest := capacity % self._num_rows:
             sizes.append(rest)
@@ -165,13 +179,14 @@ class MlxEngine:
         return RowsApart(blocks, self.config.lm.num_agent_streams)
 
     def _block_maker(
-        self, sampling: SamplingConfig, reads_user: bool
+        self, sampling: SamplingConfig, live: bool
     ) -> Callable[[int], Rows]:
         """Makes rows that step together, at most as many as a product has."""
-        frame = self.make_frame(Sampler.of(self.config.lm, sampling))
-        return lambda size: MlxRows(
-            self, size, self._num_rows, sampling, frame, reads_user
-        )
+        sampler = Sampler.of(self.config.lm, sampling)
+        if sampling not in self._frames:
+            self._frames[sampling] = self.make_frame(sampler)
+        frame = self._frames[sampling]
+        return lambda size: MlxRows(self, size, self._num_rows, sampler, frame, live)
 
     def forced(self, start: Start, columns: np.ndarray) -> Iterator[Logits]:
         """The logits of each of ``columns`` (streams, frames), given all before it."""
@@ -226,7 +241,12 @@ class MlxEngine:
         return CacheEach(num_rows)
 
     def _make_codec(self, mimi: Mimi) -> Codec:
-        return MlxCodec(mimi, on_gpu=self.on_gpu, alone=self.alone)
+        return MlxCodec(
+            mimi,
+            on_gpu=self.on_gpu,
+            alone=self.alone,
+            frames=codec_frames(self.config.mimi),
+        )
 
     def _joint(self, before: TemporalLayer, after: TemporalLayer) -> Joint:
         return lambda x, y: self.lead(before, after, x, y)
@@ -315,6 +335,10 @@ def _has_one_group(lm: LmTensors, name: str) -> bool:
     return lm.weights[f"{name}.scales"].shape[-1] == 1
 
 
+def _dtype(on_gpu: bool) -> mx.Dtype:
+    return mx.bfloat16 if on_gpu else mx.float32
+
+
 def _as_it_is(function: Function) -> Function:
     return function
 
@@ -324,8 +348,15 @@ def _padded(x: mx.array, rows: int) -> mx.array:
     return mx.pad(x, [(0, rows - len(x)), (0, 0)]) if rows > len(x) else x
 
 
-def cost_of(config: ModelConfig, lm: LmTensors, float_bytes: int) -> Cost:
-    """What a model takes with floats of this size; of ``lm`` only shapes are read."""
+def codec_frames(config: MimiConfig) -> int:
+    """Frames of a chunk of a group, where memory is shared with all else."""
+    return frames_within(config, _CODEC_BYTES)
+
+
+def cost_of(config: ModelConfig, lm: LmTensors, *, on_gpu: bool) -> Cost:
+    """What a model takes; of ``lm`` only shapes are read."""
+    float_bytes = _dtype(on_gpu).size
+    chunk = (codec_frames(config.mimi), GROUP_ROWS) if on_gpu else (CPU_FRAMES, 1)
     matrices = tables = 0
     for name, weight in lm.weights.items():
         module, _, part = name.rpartition(".")
@@ -342,6 +373,7 @@ def cost_of(config: ModelConfig, lm: LmTensors, float_bytes: int) -> Cost:
         position=config.lm.kv_bytes(1, float_bytes),
         codec=codec,
         codec_state=codec_state,
+        codec_work=work_bytes(config.mimi, *chunk),
         held=matrices + tables + codec,
     )
 
@@ -366,14 +398,14 @@ class MlxRows:
         engine: MlxEngine,
         capacity: int,
         num_rows: int,
-        sampling: SamplingConfig,
+        sampler: Sampler,
         frame: Frame,
-        reads_user: bool,
+        live: bool,
     ) -> None:
         config = engine.config.lm
-        self._engine, self._frame = engine, frame
-        self._reads_user = reads_user
-        self._draws = Sampler.of(config, sampling).draws
+        self._engine, self._frame, self._live = engine, frame, live
+        self._reads_user = live or config.is_moshi
+        self._draws = sampler.draws
         self._capacity, self._num_rows = capacity, num_rows
         self._num_agent = config.num_agent_streams
         self._cache: Any = None  # a RowsCache, or one row's KvCache
@@ -388,10 +420,13 @@ class MlxRows:
         taken = set(self._places)
         place = next(i for i in range(self._capacity) if i not in taken)
         row = self._free_row(start)
+        room = self._engine.config.lm.window if self._live else frames or 0
         if self._num_rows == 1:
             self._cache = start.memory.copy()
+            self._cache.reserve(room)
+            mx.async_eval(self._cache.arrays())
         else:
-            self._cache.put(row, start.memory)
+            self._cache.put(row, start.memory, room)
         self._places[row] = place
         self._seeds[row], self._frames[row] = seed, start.steps
         column, given = mx.array(self._column), self._given
@@ -401,6 +436,7 @@ class MlxRows:
         given = mx.array(given)
         given[row] = mx.array(start.prompt.pending[: self._num_agent])
         self._column, self._given = column, given
+        mx.async_eval(column, given)  # another thread may make the step
         return place
 
     def save(self, row: int) -> dict[str, np.ndarray]:

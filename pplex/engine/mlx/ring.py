@@ -107,14 +107,10 @@ class Ring:
             return
         have = self.slots
         self.slots = min(self.window, -(-need // GROWTH) * GROWTH)
-        rows, heads, _, head_dim = self.stores[0].shape
-        shape = rows, heads, self.slots - have, head_dim
-        room = mx.zeros(shape, self.stores[0].dtype)
+        room = [(0, 0), (0, 0), (0, self.slots - have), (0, 0)]
         # Oldest slot first, so that the new ones come after the latest.
         turn = -(self._step % have) if have else 0
-        self._replace(
-            lambda store: mx.concatenate([mx.roll(store, turn, 2), room], axis=2)
-        )
+        self._replace(lambda store: mx.pad(mx.roll(store, turn, 2), room))
         self._step = have
 
     def _replace(self, change: Callable[[mx.array], mx.array]) -> None:
@@ -136,9 +132,12 @@ class CacheEach:
         """Rows that nobody has."""
         self._rows: list[KvCache | None] = [None] * num_rows
 
-    def put(self, row: int, source: KvCache) -> None:
-        """Replace ``row`` by the positions of a cache of one row."""
-        self._rows[row] = source.copy()
+    def put(self, row: int, source: KvCache, room: int = 0) -> None:
+        """Replace ``row`` by the positions of a cache of one row, and ``room``."""
+        cache = source.copy()
+        cache.reserve(room)
+        mx.async_eval(cache.arrays())
+        self._rows[row] = cache
 
     def save(self, row: int) -> KvCache:
         """A cache from which ``row`` can go on, once its arrays are copied."""
