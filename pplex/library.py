@@ -18,8 +18,9 @@ from pplex.audio.probe import probe
 from pplex.audio.streams import LiveFrame
 from pplex.batch.decoding import Answered, Decoder, Job, Size
 from pplex.batch.jobsfile import MAX_TAIL_S
+from pplex.bench.estimate import best_model
 from pplex.checkpoint.hub import resolve
-from pplex.checkpoint.known import DEFAULT_MODEL
+from pplex.checkpoint.known import AUTO_MODEL, DEFAULT_MODEL
 from pplex.conversation import answer, session
 from pplex.conversation.prompts import choose_text, choose_voice, make_role
 from pplex.conversation.quiet import Tail, longest
@@ -257,13 +258,16 @@ def load(
     compute: Compute = "auto",
     many: bool = False,
 ) -> Model:
-    """Load what ``--model`` names: a known name, a folder or file, owner/name.
+    """Load what ``--model`` names: a known name, ``auto``, a folder, file, owner/name.
 
     Without ``offline`` a model that is not on disk is downloaded. ``many`` says that
     ``batch`` will be asked for: on some devices another form of the weights is faster
     then. PplexError for a model that is not there or cannot be read.
     """
-    local = resolve(os.fspath(model), offline=offline)
+    name = os.fspath(model)
+    if name == AUTO_MODEL:
+        name = best_model(offline=offline).name
+    local = resolve(name, offline=offline)
     return Model(session.load(local, compute=compute, many=many))
 
 

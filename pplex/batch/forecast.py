@@ -24,7 +24,7 @@ from pplex.batch.records import read_request
 from pplex.checkpoint.weights import lm_tensors
 from pplex.conversation.quiet import MAX_TAIL_S
 from pplex.engine.choose import batch_size, choose_form, cost_of, need_bytes
-from pplex.engine.device import host_memory_gb, memory_gb, on_cpu
+from pplex.engine.device import available_gb, host_memory_gb, on_cpu
 from pplex.errors import PplexError
 from pplex.respond.manifest import DONE, Manifest
 from pplex.respond.request import Request
@@ -167,12 +167,11 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     if form.dense:
         tensors = tensors.write_out()
     cost = cost_of(config, tensors)
-    total_gb, free_gb = memory_gb()
     found.weights_gb, found.codec_gb = cost.held / 1e9, cost.codec_work / 1e9
     positions = frames + PROMPT_FRAMES
     alone_gb = need_bytes(config, cost, positions) / 1e9
     found.row_gb = alone_gb - found.weights_gb - found.codec_gb
-    found.memory_gb = free_gb or total_gb or 0.0
+    found.memory_gb = available_gb() or 0.0
     free = 1e9 * found.memory_gb - cost.held
     rows = batch.batch_size or batch_size(
         config, cost, frames, free, prompt_frames=PROMPT_FRAMES, alone=form.alone

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pplex.bench.estimate import (
+    LIVE_FACTOR,
     PUBLISHED_BITS,
     estimate_frame_s,
     loop_frame_s,
@@ -40,7 +41,6 @@ from pplex.errors import PplexError, first_line
 from pplex.model.config import ModelConfig
 
 TEST_MODEL = "mini"
-LIVE_FACTOR = 0.9  # real-time factor; above it a live stream is not kept up with
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from pplex.bench.parts import measure_parts
 from pplex.bench.random_model import TINY, random_codec, random_lm, random_prompt
+from pplex.checkpoint.hub_cache import cached_snapshot
+from pplex.checkpoint.known import KNOWN_MODELS
 from pplex.checkpoint.weights import LmTensors
 from pplex.conversation.scheduler import converse
 from pplex.engine.base import Engine, Start
@@ -30,7 +32,7 @@ from pplex.engine.choose import (
     make_engine,
     need_bytes,
 )
-from pplex.engine.device import memory_gb, num_cores
+from pplex.engine.device import available_gb, memory_gb, num_cores
 from pplex.model.config import MimiConfig, ModelConfig
 from pplex.model.prompt import Prompt, initial_column
 from pplex.model.sampling import SamplingConfig
@@ -41,6 +43,8 @@ SMALL_BYTES = 400 << 20  # of weights a step reads: such a model is run as it is
 FRAMES = 128  # ten seconds
 # Of the published models, on disk or not.
 PUBLISHED_BITS = {"4bit": 4, "8bit": 8, "bf16": 16}
+_BEST_FIRST = "bf16", "8bit", "4bit"
+LIVE_FACTOR = 0.9  # real-time factor; above it a live stream is not kept up with
 _MEAN_POSITION = 192  # a prompt, and half of FRAMES
 _LAYERS = 1, 3
 _TEXT_CARD = 2048
@@ -67,6 +71,45 @@ def estimate_published(name: str) -> float | None:
     bits, config = PUBLISHED_BITS.get(name), ModelConfig()
     frame_s = None if bits is None else estimate_frame_s(config, bits)
     return None if frame_s is None else frame_s * config.frame_rate
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best published model that this machine has the memory and the speed for.
+
+    ``takes`` is its need in words, and ``passed`` says of each better one why not.
+    """
+
+    name: str
+    takes: str
+    passed: tuple[str, ...]
+
+
+def best_model(*, offline: bool) -> Choice:
+    """What ``--model auto`` is: the best that fits and keeps up with the sound.
+
+    Only models on disk where nothing may be downloaded; one whose licence must be
+    accepted first is always one of these.
+    """
+    passed = []
+    for name in _BEST_FIRST:
+        need_gb, known = published_need_gb(name), KNOWN_MODELS[name]
+        assert known.repo is not None and need_gb is not None
+        if (offline or known.is_gated) and not cached_snapshot(known.repo, None):
+            passed.append(f"{name} is not on this machine")
+            continue
+        room_gb = available_gb()
+        if room_gb is not None and need_gb > room_gb:
+            passed.append(f"{name} takes {need_gb:.1f} GB of memory, of {room_gb:.1f}")
+            continue
+        factor = estimate_published(name)
+        if factor is None or factor >= LIVE_FACTOR:
+            speed = "an unknown time" if factor is None else minute_in_words(factor)
+            passed.append(f"{name} takes {speed}")
+            continue
+        takes = f"{need_gb:.1f} GB of memory, {minute_in_words(factor)}"
+        return Choice(name, takes, tuple(passed))
+    return Choice("mini", "little of either", tuple(passed))
 
 
 def minute_in_words(real_time_factor: float) -> str:

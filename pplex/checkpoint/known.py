@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 DEFAULT_MODEL = "8bit"
+AUTO_MODEL = "auto"  # what is best here
 
 NVIDIA = "NVIDIA Open Model License"
 KYUTAI = "CC-BY 4.0"
@@ -27,6 +28,11 @@ class KnownModel:
     def speaks_published_voices(self) -> bool:
         """Whether the voices that NVIDIA published belong to it; a Moshi has none."""
         return self.repo is not None and "personaplex" in self.repo.lower()
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether a licence must be accepted before it can be downloaded."""
+        return "accept its licence" in self.description
 
     @property
     def terms(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pplex.checkpoint.known import KNOWN_MODELS
+from pplex.checkpoint.known import AUTO_MODEL, KNOWN_MODELS
 from pplex.errors import PplexError
 
 
@@ -23,13 +23,18 @@ def foresee(name: str, *, quiet: bool = False) -> None:
         minute_in_words,
         published_need_gb,
     )
+    from pplex.engine.device import memory_gb
 
-    need_gb, memory_gb = published_need_gb(name), machine_memory_gb()
-    if need_gb is not None and memory_gb is not None and need_gb > memory_gb:
-        raise PplexError(
-            f"{name} takes {need_gb:.0f} GB of memory and this machine has "
-            f"{memory_gb:.0f} GB: `pplex models list` shows what fits; --model mini "
-            "runs anywhere"
+    need_gb, room_gb = published_need_gb(name), machine_memory_gb()
+    if need_gb is not None and room_gb is not None and need_gb > room_gb:
+        total_gb = memory_gb()[0] or room_gb
+        takes = f"{name} takes {need_gb:.1f} GB of memory and this machine has"
+        if need_gb > total_gb:
+            raise PplexError(f"{takes} {total_gb:.1f} GB: {_what_fits()}")
+        click.echo(
+            f"warning: {takes} {room_gb:.1f} GB of {total_gb:.1f} for it, so that it "
+            f"would wait for what is swapped: {_what_fits()}",
+            err=True,
         )
     factor = None if quiet else estimate_published(name)
     if factor is not None:
@@ -40,9 +45,30 @@ def foresee(name: str, *, quiet: bool = False) -> None:
         )
 
 
-def machine_memory_gb() -> float | None:
-    """Memory that a model can have here in GB, where the system tells."""
-    from pplex.engine.device import memory_gb
+def _what_fits() -> str:
+    """What this machine can hold, and how fast that would be."""
+    from pplex.bench.estimate import best_model
 
-    total, free = memory_gb()
-    return total if free is None else free
+    best = best_model(offline=False)
+    if best.name == "mini":
+        return "`pplex models list` shows what fits; --model mini runs anywhere"
+    return f"--model {best.name} fits and takes {best.takes}"
+
+
+def chosen_model(ctx: click.Context, param: click.Parameter, name: str) -> str:
+    """The model that was named, or of ``auto`` the best here, which is said."""
+    if name != AUTO_MODEL or ctx.resilient_parsing:
+        return name
+    from pplex.bench.estimate import best_model
+
+    best = best_model(offline=ctx.params.get("offline", False))
+    reasons = "".join(f"; {reason}" for reason in best.passed)
+    click.echo(f"--model auto is {best.name}: {best.takes}{reasons}", err=True)
+    return best.name
+
+
+def machine_memory_gb() -> float | None:
+    """Memory in GB that a model may have here, where the system tells."""
+    from pplex.engine.device import available_gb
+
+    return available_gb()

@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
+from pplex.cli.foresee import chosen_model
 from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
 from pplex.errors import PplexError, did_you_mean
 
@@ -154,7 +155,9 @@ def check_diarization_options(rttm: Sequence[Path], speaker: str | None) -> None
 def model_options(command: Command) -> Command:
     """``--model`` and ``--offline``."""
     for option in (
-        click.option("--offline", is_flag=True, help="Never use the network."),
+        click.option(
+            "--offline", is_flag=True, is_eager=True, help="Never use the network."
+        ),
         click.option(
             "-m",
             "--model",
@@ -165,7 +168,9 @@ def model_options(command: Command) -> Command:
             show_envvar=True,
             metavar="MODEL",
             shell_complete=complete_model,
-            help="8bit, 4bit, bf16, mini, a folder or file, or owner/name[@revision].",
+            callback=chosen_model,
+            help="8bit, 4bit, bf16, mini, auto for the best that fits and keeps up, a "
+            "folder or file, or owner/name[@revision].",
         ),
     ):
         command = option(command)

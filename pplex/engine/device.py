@@ -99,6 +99,12 @@ def memory_gb() -> tuple[float | None, float | None]:
     )  # type: ignore
 
 
+def available_gb() -> float | None:
+    """Memory in GB that a model may have here: what is free, or all that there is."""
+    total, free = memory_gb()
+    return total if free is None else free
+
+
 def host_memory_gb() -> float | None:
     """Memory of this machine in GB, where the system tells."""
     try:

@@ -108,9 +108,15 @@ class Ring:
         have = self.slots
         self.slots = min(self.window, -(-need // GROWTH) * GROWTH)
         room = [(0, 0), (0, 0), (0, self.slots - have), (0, 0)]
+        rows, heads, _, head_dim = self.stores[0].shape
+        shape = rows, heads, self.slots, head_dim
         # Oldest slot first, so that the new ones come after the latest.
         turn = -(self._step % have) if have else 0
-        self._replace(lambda store: mx.pad(mx.roll(store, turn, 2), room))
+        dtype = self.stores[0].dtype
+        if have:
+            self._replace(lambda store: mx.pad(mx.roll(store, turn, 2), room))
+        else:
+            self._replace(lambda store: mx.zeros(shape, dtype))
         self._step = have
 
     def _replace(self, change: Callable[[mx.array], mx.array]) -> None:
