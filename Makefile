@@ -83,6 +83,11 @@ $(STAMP): $(BUILD_FILES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
 		"pplex needs Python 3.10 or newer, and $(PYTHON) is not; install one and say" \
 		"which: make demo PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import platform, sys; \
+		sys.exit(sys.platform == "darwin" and platform.machine() != "arm64")' || { echo \
+		"pplex needs a Mac with Apple silicon, and $(PYTHON) is a Python for Intel; on" \
+		"Apple silicon take one for arm64: make demo PYTHON=/opt/homebrew/bin/python3" >&2; \
+		exit 1; }
 	@echo "Setting up $(VENV); the first time takes a few minutes."
 	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)
 	$(INSTALL) '$(PACKAGE)'

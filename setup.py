@@ -1,8 +1,15 @@
 """The compiled part: an optional library that makes CPUs fast."""
 
+import platform
 import sys
 
 from setuptools import Extension, setup
+
+if sys.platform == "darwin" and platform.machine() != "arm64":
+    sys.exit(
+        f"pplex needs a Mac with Apple silicon, and {sys.executable} is a Python for "
+        "Intel: MLX is not made for it. On Apple silicon take one for arm64."
+    )
 
 FOLDER = "pplex/engine/c"
 

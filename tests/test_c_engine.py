@@ -413,6 +413,9 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.skipif(
+    sys.platform == "darwin", reason="its frameworks do not outlive a fork"
+)
 def test_a_forked_process_can_make_steps():
     """It has none of the threads that were started before it."""
     # Not from where pplex's sources may lie, which have no compiled parts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import logging
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def _is_mlx(error: ImportError) -> bool:
 def _without_mlx(error: ImportError) -> str:
     if sys.platform == "linux":
         how = "install pplex[cpu], or pplex[cuda] for an NVIDIA GPU"
+    elif platform.machine() != "arm64":
+        how = "this Python is one for Intel; take one for Apple silicon (arm64)"
     else:
         how = "install pplex again"
     return f"MLX cannot be loaded ({error}): {how}"

@@ -6,6 +6,7 @@ import importlib.metadata
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -147,6 +148,26 @@ def test_without_mlx_one_sentence_says_what_to_install(error, tmp_path):
     assert done.stderr.startswith("Error: MLX cannot be loaded")
     assert done.stderr.count("\n") == 1
     assert "pplex[cpu]" in done.stderr and "pplex[cuda]" in done.stderr
+
+
+def test_a_python_for_intel_is_told_on_a_mac():
+    done = python(
+        "import platform, sys\n"
+        "sys.platform, platform.machine = 'darwin', lambda: 'x86_64'\n"
+        "sys.modules['mlx'] = None\n"
+        "from pplex.cli.main import cli\n"
+        "cli(['doctor'])\n"
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert "take one for Apple silicon (arm64)" in done.stderr
+    assert done.stderr.count("\n") == 1
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    done = python(
+        "import platform, setuptools, sys\n"
+        "sys.platform, platform.machine = 'darwin', lambda: 'x86_64'\n" + setup
+    )
+    assert done.returncode == 1 and "Apple silicon" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_fault_of_another_import_is_not_taken_for_mlx(monkeypatch, run):
