@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,13 @@ from pplex.bench.estimate import best_model
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.known import AUTO_MODEL, DEFAULT_MODEL
 from pplex.conversation import answer, session
-from pplex.conversation.prompts import choose_text, choose_voice, make_role
+from pplex.conversation.prompts import choose_text, choose_voice, open_role
 from pplex.conversation.quiet import Tail, longest
 from pplex.conversation.roles import DEFAULT_SEED
 from pplex.conversation.scheduler import converse_live, converse_many
+from pplex.conversation.state import Opening, State, read_state, state_of
 from pplex.conversation.tracks import Conversation
-from pplex.engine.base import Start
-from pplex.engine.choose import Compute
+from pplex.engine.choose import Compute, batch_size
 from pplex.errors import PplexError
 from pplex.files import put, put_new
 from pplex.model.sampling import SamplingConfig
@@ -47,6 +47,7 @@ class Answer:
     """What the agent said: ``audio`` float32 (samples,) and its ``words`` with times.
 
     ``text`` and ``agent`` tokens are kept as ids: (frames,) and (codebooks, frames).
+    ``state`` is what the conversation goes on from, where that was asked for.
     """
 
     audio: np.ndarray
@@ -54,6 +55,7 @@ class Answer:
     words: list[Word]
     text_ids: np.ndarray
     codes: np.ndarray
+    state: State | None = None
 
     @property
     def text(self) -> str:
@@ -88,7 +90,7 @@ class Model:
     def __init__(self, model: session.Model) -> None:
         """The model of a session, as ``load`` returns it."""
         self._model = model
-        self._last: tuple[tuple[str, str], Start] | None = None
+        self._last: tuple[tuple[str, str], Opening] | None = None
         self.voices = list(model.voices)
         self.sample_rate = model.config.sample_rate
         self.frame_size = model.config.frame_size
@@ -100,18 +102,86 @@ class Model:
         voice: str | None = None,
         prompt: str | None = None,
         tail: Tail = 0.0,
-        seed: int = DEFAULT_SEED,
-        sampling: SamplingConfig = _SAMPLING,
+        seed: int | None = None,
+        sampling: SamplingConfig | None = None,
+        resume: State | str | os.PathLike[str] | None = None,
+        saves: bool = False,
     ) -> Answer:
         """Answer a file, or samples float32 (samples,) at ``sample_rate``.
 
-        ``tail`` is how many seconds of silence follow it, or ``"auto"``.
+        ``tail`` is how many seconds of silence follow it, or ``"auto"``. With ``saves``
+        the answer has a ``state``; ``resume`` goes on from one, or from its file, with
+        its voice and role, and its seed and sampling unless they are given.
         """
-        settings = self._settings(voice, prompt, tail, seed, sampling)
-        sound = Samples(self._read(recording, settings))
-        one = Conversation("", sound, self._start(settings), seed, tail == "auto")
-        ((_, said),) = converse_many(self._model.engine, [one], sampling, batch_size=1)
-        return self._answer(said)
+        (answer,) = self.takes(
+            recording,
+            1,
+            voice=voice,
+            prompt=prompt,
+            tail=tail,
+            seed=seed,
+            sampling=sampling,
+            resume=resume,
+            saves=saves,
+        )
+        return answer
+
+    def takes(
+        self,
+        recording: Recording,
+        count: int,
+        *,
+        voice: str | None = None,
+        prompt: str | None = None,
+        tail: Tail = 0.0,
+        seed: int | None = None,
+        sampling: SamplingConfig | None = None,
+        resume: State | str | os.PathLike[str] | None = None,
+        saves: bool = False,
+    ) -> list[Answer]:
+        """``count`` answers, with ``seed`` and those that follow, each as by itself."""
+        if resume is not None and not isinstance(resume, State):
+            resume = read_state(Path(resume))
+        if resume is None:
+            seed = DEFAULT_SEED if seed is None else seed
+            settings = self._settings(voice, prompt, tail, seed, sampling or _SAMPLING)
+            opening = self._opening(settings)
+        else:
+            if voice is not None or prompt is not None:
+                raise PplexError("a conversation that goes on has its voice and role")
+            notes = resume.notes
+            seed = notes.seed if seed is None else seed
+            known = notes.voice, notes.prompt, tail, seed, sampling or notes.sampling
+            settings, opening = _checked(*known), resume.open(self._model)
+        model, sound = self._model, Samples(self._read(recording, settings))
+        takes = [
+            Conversation(
+                key=str(number),
+                sound=sound,
+                start=opening.start,
+                seed=seed + number,
+                until_quiet=tail == "auto",
+                saves=saves,
+                more_takes=number < count - 1,
+            )
+            for number in range(count)
+        ]
+        rows = batch_size(
+            model.config,
+            model.engine.cost(),
+            sound.num_samples // self.frame_size + 1,
+            prompt_frames=opening.prompt_frames,
+            alone=model.form.alone,
+        )
+        answers, drawn = {}, settings.sampling
+        for one, said in converse_many(
+            model.engine, takes, drawn, batch_size=min(rows, count)
+        ):
+            state = None
+            if said.saved is not None:
+                state = state_of(model, said.saved, opening, one.seed, drawn)
+            answers[one.key] = replace(self._answer(said), state=state)
+        return [answers[one.key] for one in takes]
 
     def batch(
         self,
@@ -170,7 +240,7 @@ class Model:
         ``chunks`` are float32 (samples,) at ``sample_rate``, of any length.
         """
         settings = self._settings(voice, prompt, 0.0, seed, sampling)
-        start = self._start(settings)
+        start = self._opening(settings).start
         spoken = PieceText(self._model.tokenizer.piece)
         frames = self._frames(chunks)
         for frame, said in converse_live(
@@ -187,31 +257,19 @@ class Model:
         seed: int,
         sampling: SamplingConfig,
     ) -> Settings:
-        if tail != "auto" and not (
-            isinstance(tail, int | float) and 0.0 <= tail <= MAX_TAIL_S
-        ):
-            raise PplexError(
-                f"tail is {tail!r}, where 0 to {MAX_TAIL_S:.0f} seconds or 'auto' are "
-                "expected"
-            )
-        return Settings(
-            choose_voice(self._model, voice),
-            choose_text(self._model, prompt),
-            sampling,
-            seed,
-            tail=tail,
-        )
+        voice = choose_voice(self._model, voice)
+        text = choose_text(self._model, prompt)
+        return _checked(voice, text, tail, seed, sampling)
 
-    def _start(self, settings: Settings) -> Start:
+    def _opening(self, settings: Settings) -> Opening:
         """The prompt, read; a named voice's last one is kept."""
         key = voice, _ = settings.voice or "", settings.text or ""
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        role = make_role(self._model, *key, _warn)
-        start = self._model.engine.prefill(role.prompt)
+        opening = open_role(self._model, *key, _warn)
         if voice in self._model.voices:
-            self._last = key, start
-        return start
+            self._last = key, opening
+        return opening
 
     def _read(self, recording: Recording, settings: Settings) -> np.ndarray:
         """Samples float32 (samples,), with the tail if its length is given."""
@@ -269,6 +327,20 @@ def load(
         name = best_model(offline=offline).name
     local = resolve(name, offline=offline)
     return Model(session.load(local, compute=compute, many=many))
+
+
+def _checked(
+    voice: str, prompt: str, tail: Tail, seed: int, sampling: SamplingConfig
+) -> Settings:
+    """Settings; PplexError for a tail that is none."""
+    if tail != "auto" and not (
+        isinstance(tail, int | float) and 0.0 <= tail <= MAX_TAIL_S
+    ):
+        raise PplexError(
+            f"tail is {tail!r}, where 0 to {MAX_TAIL_S:.0f} seconds or 'auto' are "
+            "expected"
+        )
+    return Settings(voice, prompt, sampling, seed, tail=tail)
 
 
 def _warn(message: str) -> None:

@@ -7,11 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
+from pplex.audio.files import Samples
 from pplex.audio.streams import LiveFrame
 from pplex.bench.random_model import TINY
 from pplex.conversation.answer import Answer
 from pplex.conversation.scheduler import converse as run
 from pplex.conversation.scheduler import converse_live as run_live
+from pplex.conversation.scheduler import converse_many
+from pplex.conversation.state import start_from
+from pplex.conversation.tracks import Conversation
 from pplex.engine.base import Engine, Start
 from pplex.engine.mlx.engine import MlxEngine
 from pplex.model.sampling import GREEDY, SamplingConfig
@@ -102,3 +106,42 @@ def check_saved_rows(engine: Engine, start: Start, frames: int, points: int) -> 
         found = rows.step(tokens).tokens()
         for place, frame in seated:
             np.testing.assert_array_equal(found[place], whole[frame], f"{at}, {frame}")
+
+
+def check_saved_conversations(
+    engine: Engine, start: Start, frames: int, count: int = 12
+) -> None:
+    """That answering a recording in two parts is answering it whole, to the byte.
+
+    It is cut at ``count`` random places, of which every second is between two frames.
+    There Moshi, which hears a frame before it answers it, may answer the first part's
+    last otherwise.
+    """
+    sampling = SamplingConfig(top_k=20, text_top_k=10)
+    pcm = speech(frames, 1).reshape(-1)[: 500 - FRAME]
+    places = np.arange(1, frames - 1)
+    cuts = FRAME * np.random.default_rng(4).choice(places, count, replace=False)
+    cuts[1::2] += 500
+
+    def answer(parts: list[tuple[np.ndarray, Start]], saves: bool) -> list[Answer]:
+        those = [
+            Conversation(f"{idx:02}", Samples(part), start, 5, saves=saves)
+            for idx, (part, start) in enumerate(parts)
+        ]
+        said = converse_many(engine, those, sampling, batch_size=len(those))
+        return [answer for _, answer in sorted(said, key=lambda pair: pair[0].key)]
+
+    (whole,) = answer([(pcm, start)], False)
+    first = answer([(pcm[:cut], start) for cut in cuts], True)
+    starts = [start_from(engine, one.saved or {}) for one in first]
+    second = answer(
+        [(pcm[cut:], s) for cut, s in zip(cuts, starts, strict=True)], False
+    )
+    for cut, one, other in zip(cuts, first, second, strict=True):
+        for name in ("pcm", "text", "agent"):
+            parts = [getattr(one, name), getattr(other, name)]
+            expected = getattr(whole, name)
+            if engine.config.lm.is_moshi and cut % FRAME:
+                parts[0] = expected[..., : -parts[1].shape[-1]]
+            found = np.concatenate(parts, axis=-1)
+            np.testing.assert_array_equal(found, expected, f"{name} {cut}")

@@ -176,9 +176,9 @@ def test_prompts_are_computed_once_for_each_voice_and_role(
     jobs = tmp_path / "jobs.jsonl"
     jobs.write_text("\n".join(map(json.dumps, rows)))
     prompts = []
-    make_role = decoding.make_role
+    open_role = decoding.open_role
     monkeypatch.setattr(
-        decoding, "make_role", lambda *a: prompts.append(a) or make_role(*a)
+        decoding, "open_role", lambda *a: prompts.append(a) or open_role(*a)
     )
     summary, _ = go(batch, selection=Selection(jobs=jobs))
     assert (summary.done, len(prompts)) == (6, 2)

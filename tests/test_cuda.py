@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from small import check_saved_rows, converse, speech
+from small import check_saved_conversations, check_saved_rows, converse, speech
 
 from pplex.audio.files import Samples
 from pplex.bench.random_model import (
@@ -417,3 +417,4 @@ def test_saved_rows_go_on_as_if_they_had_not_stopped(alone, frames):
         rows.join(start, 0)
         assert type(rows._cache) is SharedCache
     check_saved_rows(engine, start, 90, 12)
+    check_saved_conversations(engine, start, 150)

@@ -10,9 +10,9 @@ from random_checkpoint import lm_arrays, write_checkpoint
 from small import SMALL
 
 from pplex.batch.describe import describe as describe_for_batch
-from pplex.batch.describe import model_identity
 from pplex.checkpoint.describe import describe
 from pplex.checkpoint.hub import resolve
+from pplex.checkpoint.identity import model_identity
 from pplex.checkpoint.verify import verify
 from pplex.checkpoint.weights import lm_tensors
 from pplex.conversation.session import load

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from random_checkpoint import lm_arrays, write_checkpoint
 from reference_driver import ENGINES
-from small import SMALL, converse, live_frames
+from small import SMALL, check_saved_conversations, converse, live_frames
 
 from pplex.audio.files import Samples, frames_of, read_pcm
 from pplex.checkpoint.folder import CheckpointFolder
@@ -111,6 +111,11 @@ def test_rows_of_a_batch_say_what_each_says_alone(engine, user, sampling):
         if engine.dtype == "float32":
             np.testing.assert_array_equal(found[f"{n}"], expected)
         assert found[f"{n}"].shape == expected.shape
+
+
+def test_a_saved_conversation_goes_on_as_if_it_had_not_stopped(engine):
+    start = engine.prefill(no_prompt(engine.config.lm))
+    check_saved_conversations(engine, start, 16, 4)
 
 
 def test_logits_of_given_tokens_choose_the_same(engine, user):

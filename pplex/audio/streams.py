@@ -320,15 +320,21 @@ class UserStream:
         return found + [left_over(NAME, count)] * bool(count)
 
     def frames(
-        self, sample_rate: int, frame_size: int, tail_s: float = 0.0
+        self,
+        sample_rate: int,
+        frame_size: int,
+        tail_s: float = 0.0,
+        before: np.ndarray | None = None,
     ) -> Iterator[LiveFrame]:
         """Yield each frame as soon as its last sample is there, then the tail.
 
-        A feed that is stopped ends on a whole frame, without the tail.
+        The first begins with the samples ``before``, less than a frame. A feed that is
+        stopped ends on a whole frame, without the tail.
         """
         rate = self.format.rate
         resample = make_resampler(rate, sample_rate)
-        waiting = np.zeros(0, np.float32)
+        waiting = np.zeros(0, np.float32) if before is None else before
+        early = len(waiting)
         arrivals: deque[tuple[int, float]] = deque()
         for pcm, arrived in self._mono():
             arrivals.append((self.source_frames, arrived))
@@ -339,7 +345,7 @@ class UserStream:
                 frame, waiting = waiting[:frame_size], waiting[frame_size:]
                 self.num_samples += frame_size
                 # The source's samples that the frame is made of.
-                needed = -(-self.num_samples * rate // sample_rate)
+                needed = -(-(self.num_samples - early) * rate // sample_rate)
                 while arrivals[0][0] < min(needed, self.source_frames):
                     arrivals.popleft()
                 yield LiveFrame(frame, frame_size, arrivals[0][1])
@@ -358,6 +364,7 @@ class UserStream:
                 else f"{NAME} is too short: {self.source_frames} samples"
             )
         rest = resample(np.zeros(0, np.float32), True)
+        length += early
         waiting = np.concatenate([waiting, rest])[: length - self.num_samples]
         ended = time.perf_counter()
         end = length + round(tail_s * sample_rate)

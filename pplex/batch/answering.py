@@ -132,7 +132,8 @@ class Answering:
         self, tasks: Iterator[Task], done: Callable[[Result], None]
     ) -> Iterator[Job]:
         rate = self._model.config.sample_rate
-        for task, future in _ahead(lambda t: read_request(t.local, rate), tasks):
+        coming = _ahead(lambda t: read_request(t.local, rate), tasks)
+        for task, future, more_takes in coming:
             key, source = task.request.key, str(task.request.source)
             try:
                 read = future.result()
@@ -160,6 +161,9 @@ class Answering:
                 until_quiet=settings.tail == "auto",
                 write=writer,
                 script=script,
+                resume=settings.resume,
+                saves=task.local.outputs.state is not None,
+                more_takes=more_takes,
             )
 
 
@@ -171,16 +175,28 @@ def is_disk_full(error: PplexError) -> bool:
 
 def _ahead(
     work: Callable[[Task], Read], tasks: Iterator[Task]
-) -> Iterator[tuple[Task, Future[Read]]]:
-    """Do ``work`` on threads, a few tasks ahead of whoever asks; in order."""
+) -> Iterator[tuple[Task, Future[Read], bool]]:
+    """Do ``work`` on threads, a few tasks ahead of whoever asks; in order.
+
+    And whether the next is another take of the recording, which is read once for all.
+    """
     waiting: deque[tuple[Task, Future[Read]]] = deque()
+
+    def first() -> tuple[Task, Future[Read], bool]:
+        task, future = waiting.popleft()
+        return task, future, bool(waiting) and waiting[0][1] is future
+
     with ThreadPoolExecutor(_READERS) as pool:
         try:
+            last: tuple[object, Future[Read]] | None = None
             for task in tasks:
-                waiting.append((task, pool.submit(work, task)))
+                heard = task.local.heard
+                if last is None or last[0] != heard:
+                    last = heard, pool.submit(work, task)
+                waiting.append((task, last[1]))
                 if len(waiting) > READ_AHEAD:
-                    yield waiting.popleft()
+                    yield first()
             while waiting:
-                yield waiting.popleft()
+                yield first()
         finally:
             pool.shutdown(cancel_futures=True)

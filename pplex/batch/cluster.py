@@ -495,8 +495,9 @@ class Worker:
     def _load(self) -> Answering:
         from pplex.batch.answering import Answering
         from pplex.batch.decoding import Decoder, Size
-        from pplex.batch.describe import describe, model_identity
+        from pplex.batch.describe import describe
         from pplex.checkpoint.hub import resolve
+        from pplex.checkpoint.identity import model_identity
         from pplex.conversation.session import load
         from pplex.model.sampling import SamplingConfig
 

@@ -10,17 +10,18 @@ import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import mlx.core as mx
 
 from pplex.audio.files import Sound
 from pplex.conversation.answer import Answer
-from pplex.conversation.prompts import make_role
+from pplex.conversation.prompts import open_role
 from pplex.conversation.scheduler import converse_many
 from pplex.conversation.script import Script
 from pplex.conversation.session import Model
+from pplex.conversation.state import Opening, State, read_state, state_of
 from pplex.conversation.tracks import Conversation, WriteSound
-from pplex.engine.base import Start
 from pplex.engine.choose import batch_size
 from pplex.engine.device import is_out_of_memory
 from pplex.errors import PplexError, first_line
@@ -38,9 +39,9 @@ PROMPT_FRAMES = 250
 class Job:
     """What a model needs to know of a recording: ``sound``, tail included.
 
-    With ``until_quiet`` its tail is as long as the agent speaks. ``write`` and
-    ``script`` are those of ``Conversation``; when the work is done again the former
-    begins again, too.
+    With ``until_quiet`` its tail is as long as the agent speaks. ``write``, ``script``
+    and ``more_takes`` are those of ``Conversation``; when the work is done again the
+    first begins again, too. It goes on from where ``resume`` was saved.
     """
 
     key: str
@@ -51,16 +52,23 @@ class Job:
     until_quiet: bool = False
     write: WriteSound | None = None
     script: Script = ()
+    resume: Path | None = None
+    saves: bool = False
+    more_takes: bool = False
 
 
 @dataclass(frozen=True)
 class Answered:
-    """The answer to a job, the prompt frames before it, and what it was made with."""
+    """The answer to a job, the prompt frames before it, and what it was made with.
+
+    ``state`` is what it goes on from, where that is wanted.
+    """
 
     key: str
     answer: Answer
     prompt_frames: int
     info: ModelInfo
+    state: State | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ class Decoder:
         self._sampling = sampling
         self._size = size
         self._note = note
-        self._roles: OrderedDict[tuple[str, str], Start] = OrderedDict()
+        self._openings: OrderedDict[object, Opening] = OrderedDict()
         self.batch_size = size.rows
         self.group = model.engine.codec.group
         self._chunk_frames = model.engine.codec.chunk_frames
@@ -174,12 +182,20 @@ class Decoder:
             batch_size=self.choose_batch_size(),
         ):
             self._note_chunks()
-            _, prompt_frames = stream.under_way.pop(one.key)
+            job, opening = stream.under_way.pop(one.key)
+            assert opening is not None
             if answer.fault:
                 yield Failure(one.key, answer.fault)
             else:
                 info = model_info(self._model)
-                yield Answered(one.key, answer, prompt_frames, info)
+                state = None
+                if answer.saved is not None:
+                    state = state_of(
+                        self._model, answer.saved, opening, job.seed, self._sampling
+                    )
+                    answer = replace(answer, saved=None)
+                frames = opening.prompt_frames
+                yield Answered(one.key, answer, frames, info, state)
             yield from stream.take_failures()
 
     def _note_chunks(self) -> None:
@@ -195,30 +211,35 @@ class Decoder:
     def _conversations(self, stream: _Stream) -> Iterator[Conversation]:
         while (job := stream.next()) is not None:
             try:
-                start = self._start(job.voice, job.text)
+                opening = self._opening(job)
             except PplexError as e:
                 stream.fail(job, str(e))
                 continue
-            stream.under_way[job.key] = job, start.prompt.num_frames
+            stream.under_way[job.key] = job, opening
             yield Conversation(
-                job.key,
-                job.sound,
-                start,
-                job.seed,
-                job.until_quiet,
-                job.write,
-                job.script,
+                key=job.key,
+                sound=job.sound,
+                start=opening.start,
+                seed=job.seed,
+                until_quiet=job.until_quiet,
+                write=job.write,
+                script=job.script,
+                saves=job.saves,
+                more_takes=job.more_takes,
             )
 
-    def _start(self, voice: str, text: str) -> Start:
-        found = self._roles.get((voice, text))
+    def _opening(self, job: Job) -> Opening:
+        key = job.resume or (job.voice, job.text)
+        found = self._openings.get(key)
         if found is None:
-            role = make_role(self._model, voice, text, self._note)
-            found = self._model.engine.prefill(role.prompt)
-            self._roles[voice, text] = found
-            if len(self._roles) > KEPT_ROLES:
-                self._roles.popitem(last=False)
-        self._roles.move_to_end((voice, text))
+            if job.resume is not None:
+                found = read_state(job.resume).open(self._model)
+            else:
+                found = open_role(self._model, job.voice, job.text, self._note)
+            self._openings[key] = found
+            if len(self._openings) > KEPT_ROLES:
+                self._openings.popitem(last=False)
+        self._openings.move_to_end(key)
         return found
 
     def _shrink(self, stream: _Stream, reason: str) -> Iterator[Failure]:
@@ -242,7 +263,7 @@ class _Stream:
         self._jobs = jobs
         self._again: deque[Job] = deque()
         self._failures: list[Failure] = []
-        self.under_way: dict[str, tuple[Job, int]] = {}
+        self.under_way: dict[str, tuple[Job, Opening | None]] = {}
         self.ended = False
 
     def next(self) -> Job | None:
@@ -250,7 +271,7 @@ class _Stream:
         if job is None:
             self.ended = True
         else:
-            self.under_way[job.key] = job, 0
+            self.under_way[job.key] = job, None
         return job
 
     def fail(self, job: Job, error: str) -> None:

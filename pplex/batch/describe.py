@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from pplex.batch.plan import digest_of
 from pplex.checkpoint import voices
 from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.identity import digest_of, model_identity, sampled
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.conversation.prompts import choose_text, choose_voice
 from pplex.conversation.script import Script, lay_out
-from pplex.files import open_regular, reading
+from pplex.files import reading
 from pplex.model.config import ModelConfig
-from pplex.respond.manifest import file_print
 from pplex.respond.request import Request
 from pplex.respond.transcript import CueShape
-
-_BLOCK = 1 << 20
-# A file of weights up to this size is hashed whole, a larger one in samples.
-_WHOLE_BYTES = 256 << 20
-_NUM_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -38,6 +31,8 @@ class Description:
     def with_role(self, request: Request) -> Request:
         """``request`` with a voice and a role, the model's own where it has none."""
         settings = request.settings
+        if settings.resume is not None:  # it has its own
+            return request
         voice = choose_voice(self, settings.voice)
         if voice:
             self.voice_file(voice)
@@ -51,7 +46,12 @@ class Description:
 
     def voice_of(self, request: Request) -> str:
         """The voice of ``request``: a name of this model, or a file; empty for none."""
-        return choose_voice(self, request.settings.voice)
+        voice = request.settings.voice
+        return (
+            choose_voice(self, voice)
+            if request.settings.resume is None
+            else voice or ""
+        )
 
     def voice_file(self, voice: str) -> Path:
         """The file of a voice."""
@@ -68,11 +68,17 @@ class Description:
             more["cue"] = asdict(outputs.cue)
         if settings.lines:
             more["script"] = settings.said()
+        if settings.resume is not None:
+            more["resume"] = self._digest(settings.resume, "the saved conversation")
+        if outputs.state is not None:
+            more["state"] = True
         return digest_of(
             {
                 "model": self.identity,
                 "voice": [self.voice_of(request), self._voice_digest(request)],
-                "prompt": choose_text(self, settings.text),
+                "prompt": settings.text
+                if settings.resume
+                else choose_text(self, settings.text),
                 "sampling": asdict(settings.sampling),
                 "seed": settings.seed,
                 "channel": settings.channel,
@@ -86,12 +92,16 @@ class Description:
         )
 
     def _voice_digest(self, request: Request) -> str | None:
-        if not (voice := self.voice_of(request)):
+        voice = self.voice_of(request)
+        if not voice or request.settings.resume is not None:
             return None
-        path = self.voice_file(voice)
+        return self._digest(self.voice_file(voice), "voice")
+
+    def _digest(self, path: Path, what: str) -> str:
+        """What tells a file's content."""
         if path not in self._digests:
-            with reading(f"voice {path}", "cannot be read"):
-                self._digests[path] = file_print(path).sha256
+            with reading(f"{what} {path}", "cannot be read"):
+                self._digests[path] = str(sampled(path)[-1])
         return self._digests[path]
 
 
@@ -105,28 +115,3 @@ def describe(local: LocalModel) -> Description:
         voices=voices.find_voices(local.path),
         identity=model_identity(local),
     )
-
-
-def model_identity(local: LocalModel) -> str:
-    """What tells a model from another: its commit, or else its files' contents."""
-    if local.repo is not None:
-        return f"{local.repo}@{local.revision}"
-    folder = local.folder
-    # Without voices: one counts where it is used.
-    own = [*folder.lm_files, folder.codec, folder.tokenizer]
-    if folder.config_file.is_file():
-        own.append(folder.config_file)
-    return f"files:{digest_of({path.name: _sampled(path) for path in own})}"
-
-
-def _sampled(path: Path) -> list[object]:
-    """Size and hash of a file; of a large one, hash of evenly spaced samples."""
-    size = path.stat().st_size
-    if size <= _WHOLE_BYTES:
-        return [size, file_print(path).sha256]
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        for idx in range(_NUM_SAMPLES):
-            file.seek(idx * (size - _BLOCK) // (_NUM_SAMPLES - 1))
-            digest.update(file.read(_BLOCK))
-    return [size, digest.hexdigest()]

@@ -10,16 +10,16 @@ from typing import Any
 from pplex.conversation.quiet import Tail
 from pplex.conversation.roles import ROLES
 from pplex.errors import PplexError, did_you_mean
+from pplex.respond.request import MAX_SEED
 from pplex.values import read_rows, seconds_of, shown, text_of
 
 COLUMNS = (
     *("input", "output", "voice", "prompt", "role", "seed", "tail"),
-    *("script", "first_words"),
+    *("script", "first_words", "resume", "save_state"),
 )
 # Settings that all recordings of a batch share: a column would do nothing.
 _SHARED = ("temp", "top_k", "text_temp", "text_top_k", "greedy", "channel", "layout")
 _SLIP = 0.8  # how like a column's name another must be to be taken for a slip
-MAX_SEED = 2**63 - 1
 MAX_TAIL_S = 3600.0
 
 
@@ -27,7 +27,8 @@ MAX_TAIL_S = 3600.0
 class Row:
     """One recording as a jobs file has it; None for what the row leaves open.
 
-    ``number`` is the line it ends on, ``text`` the role in words, ``extra`` the other
+    ``number`` is the line it ends on, ``text`` the role in words, ``resume`` the file
+    of a saved conversation and ``save_state`` of the one to save, ``extra`` the other
     columns.
     """
 
@@ -40,6 +41,8 @@ class Row:
     tail: Tail | None
     script: str | None
     first_words: str | None
+    resume: str | None
+    save_state: str | None
     extra: dict[str, Any]
 
 
@@ -80,6 +83,12 @@ def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
             )
     if "prompt" in known and "role" in known:
         raise PplexError(f"{where}: prompt and role exclude each other")
+    for name in ("voice", "prompt", "role"):
+        if name in known and "resume" in known:
+            raise PplexError(
+                f"{where}: {name} and resume exclude each other: the conversation has "
+                "its voice and role"
+            )
     text = known.get("prompt")
     if "role" in known:
         if known["role"] not in ROLES:
@@ -98,6 +107,8 @@ def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
         tail=_tail(where, known.get("tail")),
         script=known.get("script"),
         first_words=known.get("first_words"),
+        resume=known.get("resume"),
+        save_state=known.get("save_state"),
         extra={k: v for k, v in fields.items() if k not in COLUMNS},
     )
 

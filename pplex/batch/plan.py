@@ -8,20 +8,20 @@ and none over another.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pplex.audio.folders import LeftOut, is_recording, list_folder
 from pplex.batch.jobsfile import Row, read_jobs
+from pplex.checkpoint.identity import digest_of
 from pplex.conversation.script import Line, first_words, read_script
 from pplex.conversation.seeds import number_of, seed_for
+from pplex.conversation.state import read_notes
 from pplex.errors import PplexError
 from pplex.files import folded
 from pplex.respond.manifest import manifest_name
@@ -30,6 +30,8 @@ from pplex.respond.request import (
     Outputs,
     Request,
     Settings,
+    check_state_name,
+    takes_of,
     transcript_beside,
 )
 from pplex.respond.transcript import CueShape
@@ -50,7 +52,8 @@ class OutputOptions:
     """What is written for each recording.
 
     ``transcripts`` are formats such as ``"srt"``, in the order of ``FORMATS``, ``cue``
-    the shape of subtitles; ``name`` replaces the file name.
+    the shape of subtitles; ``name`` replaces the file name. Of each recording there
+    are so many ``takes``, whose names are numbered, or for 0 one answer.
     """
 
     layout: Layout = "stereo"
@@ -59,6 +62,7 @@ class OutputOptions:
     stats: bool = False
     tokens: bool = False
     name: str | None = None
+    takes: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class _Found:
     """A recording before its name is settled.
 
     ``name`` is where its output goes, ``identity`` what its seed follows from, and
-    ``details`` what tells it from others of that name.
+    ``details`` what tells it from others of that name. ``state`` is the name of the
+    conversation that is saved.
     """
 
     source: Path
@@ -75,6 +80,7 @@ class _Found:
     details: str
     settings: Settings
     chosen: bool = False
+    state: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
@@ -98,6 +104,8 @@ def make_plan(
         found = _from_inputs(selection, outdir, options, settings, left_out)
     requests = [_request(one, outdir, options) for one in _named_apart(found)]
     requests = _outputs_apart(requests, options)
+    if options.takes:
+        requests = [take for one in requests for take in takes_of(one, options.takes)]
     _spare_inputs(requests)
     return Plan(sorted(requests, key=lambda request: request.key), left_out)
 
@@ -108,33 +116,29 @@ def in_shard(key: str, shard: tuple[int, int]) -> bool:
     return number_of("shard", key) % count == number - 1
 
 
-def digest_of(value: object) -> str:
-    """A short hash of anything that JSON can hold, the same on every machine."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
 def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
     seen: dict[object, Row] = {}
     found = []
     for row in read_jobs(path):
         same: tuple[object, ...]
         same = (row.input, row.output, row.voice, row.text, row.seed, row.tail)
-        if row.script is not None or row.first_words is not None:
-            # Without them a name is what it was before there were scripts.
-            same += (row.script, row.first_words)
+        # Without them a name is what it was before they were there.
+        for more in ((row.script, row.first_words), (row.resume,)):
+            if any(one is not None for one in more):
+                same = *same, *more
         other = seen.setdefault(same, row)
         if other is not row:
             raise PplexError(f"{path}: lines {other.number} and {row.number} are equal")
         name = PurePosixPath(row.output if row.output is not None else row.input)
         if not name.name:
             raise PplexError(f"{path} line {row.number}: {str(name)!r} is no file name")
-        leaves = name.is_absolute() or ".." in name.parts
-        if leaves and row.output is not None:
-            raise PplexError(
-                f"{path} line {row.number}: output {row.output!r} leaves the output "
-                "folder; give a name within it"
-            )
+        leaves = _leaves(name)
+        for column, given in (("output", row.output), ("save_state", row.save_state)):
+            if given is not None and _leaves(PurePosixPath(given)):
+                raise PplexError(
+                    f"{path} line {row.number}: {column} {given!r} leaves the output "
+                    "folder; give a name within it"
+                )
         if row.output is not None and name.suffix.lower() != ".wav":
             raise PplexError(
                 f"{path} line {row.number}: output {row.output!r} is a WAV file; end "
@@ -153,6 +157,8 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
             script=_script_of(path, row, settings),
             first_words=_first_words_of(path, row, settings),
         )
+        if row.resume is not None:
+            own = _resumed(own, path.parent / row.resume, row, path)
         found.append(
             _Found(
                 source=_file(path.parent / row.input),
@@ -161,6 +167,7 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
                 details=repr(same),
                 settings=own,
                 chosen=row.output is not None,
+                state=row.save_state,
                 extra=row.extra,
                 where=f"{path} line {row.number}",
             )
@@ -178,6 +185,29 @@ def _first_words_of(path: Path, row: Row, settings: Settings) -> Line | None:
     if row.first_words is None:
         return settings.first_words
     return first_words(row.first_words, f"{path} line {row.number} first_words")
+
+
+def _leaves(name: PurePosixPath) -> bool:
+    """Whether a name leads out of the output folder."""
+    return name.is_absolute() or ".." in name.parts
+
+
+def _resumed(settings: Settings, saved: Path, row: Row, jobs: Path) -> Settings:
+    """Settings with what a saved conversation decides."""
+    notes = read_notes(saved)
+    if settings.sampling != notes.sampling:
+        drawn = ", ".join(f"{k} {v:g}" for k, v in asdict(notes.sampling).items())
+        raise PplexError(
+            f"{jobs} line {row.number}: {saved} was drawn with {drawn}; give the batch "
+            "the same, or answer it with pplex respond --resume"
+        )
+    return replace(
+        settings,
+        voice=notes.voice,
+        text=notes.prompt,
+        seed=notes.seed if row.seed is None else row.seed,
+        resume=saved,
+    )
 
 
 def _from_inputs(
@@ -246,6 +276,11 @@ def _names_in(
     """Recordings of a folder as relative names with slashes; hidden ones are left."""
     results = _absolute(outdir)
     beside = results == folder
+    if beside and options.takes and options.name is None:
+        raise PplexError(
+            f"takes in {folder} would be taken for recordings next time; choose "
+            "another output folder, or other names with --output-name"
+        )
     spared = () if beside else (results,)
     listed = list_folder(folder, recursive=selection.recursive, spared=spared)
     own_names = _own_names(options) if beside else set()
@@ -264,7 +299,9 @@ def _own_names(options: OutputOptions) -> set[str]:
     own = {manifest_name()}
     if options.name is not None:
         outputs = _outputs_of(Path(options.name), options)
-        own |= {path.name for path in outputs.files().values()}
+        takes = [outputs.take(n) for n in range(1, options.takes + 1)]
+        for one in takes or [outputs]:
+            own |= {path.name for path in one.files().values()}
     return own
 
 
@@ -319,6 +356,9 @@ def _request(found: _Found, outdir: Path, options: OutputOptions) -> Request:
     else:  # beside a.wav there may be an a.flac
         target = name.with_name(f"{name.name}.wav")
     outputs = _outputs_of(outdir / target, options)
+    if found.state is not None:
+        outputs = replace(outputs, state=outdir / found.state)
+        check_state_name(outputs.state)
     return Request(
         found.source, outputs, found.settings, found.name, found.extra, found.where
     )
@@ -351,7 +391,8 @@ def _outputs_apart(requests: list[Request], options: OutputOptions) -> list[Requ
         if request.key in colliding:
             audio = request.outputs.audio
             name = audio.with_name(_with_hash(audio.name, request.key))
-            request = replace(request, outputs=_outputs_of(name, options))
+            outputs = replace(_outputs_of(name, options), state=request.outputs.state)
+            request = replace(request, outputs=outputs)
         apart.append(request)
     if colliding and (still := _sharing(apart)):
         one, other = next(iter(still.values()))[:2]

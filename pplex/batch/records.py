@@ -221,7 +221,10 @@ def write_answer(
     writer.finish()
     rate = model.config.sample_rate
     audio_s = writer.num_samples / rate
+    files = task.local.outputs.files()
     write_outputs(model, task.local, answer, audio_s, voice, place=drafts)
+    if answered.state is not None:
+        answered.state.write(files["state"], drafts)
     seconds = {
         "read": read.seconds,
         "encode": timings.encode_s,
@@ -245,7 +248,6 @@ def write_answer(
         voice=voice,
         prompt_frames=answered.prompt_frames,
     )
-    files = task.local.outputs.files()
     if "stats" in files:
         stats.write(files["stats"], drafts)
     line = _line(model, task, DONE, asdict(read.print)) | {
@@ -367,6 +369,7 @@ def _line(model: Description, task: Task, status: str, known: Any) -> Line:
         "channel": settings.channel,
         "layout": request.outputs.layout,
         "tail_s": longest(settings.tail),
+        "resume": None if settings.resume is None else str(settings.resume),
         "model": model.local.name,
         "revision": model.local.revision,
         "weights": model.identity,

@@ -229,14 +229,15 @@ class _Run:
             self._summary.batch_size = workers.batch_size
 
     def _ordered(self, requests: list[Request]) -> list[Request]:
-        roles = {(r.settings.voice, r.settings.text): 0 for r in requests}
+        roles = {r.opening: 0 for r in requests}
         if len(roles) > KEPT_ROLES:  # else all prompts stay computed
             roles = {role: idx for idx, role in enumerate(roles)}
         return sorted(
             requests,
             key=lambda r: (
-                roles[r.settings.voice, r.settings.text],
+                roles[r.opening],
                 -self._seconds[r.key],
+                r.source,  # takes of one recording follow each other
             ),
         )
 

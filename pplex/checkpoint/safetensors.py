@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pplex.errors import PplexError, first_line
-from pplex.files import atomic_write, open_regular
+from pplex.files import Place, atomic_write, open_regular, put
 from pplex.values import parse_json
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ _WRITTEN = {
     "uint16": "BF16",
     "float16": "F16",
     "float32": "F32",
+    "int32": "I32",
+    "int64": "I64",
     "uint32": "U32",
 }
 
@@ -151,10 +153,13 @@ def write_tensors(
     specs: Iterable[TensorSpec],
     arrays: Iterable[mx.array | np.ndarray],
     metadata: Mapping[str, str] | None = None,
+    *,
+    place: Place = put,
 ) -> str:
     """Write ``arrays`` in the order of ``specs``, while the next ones are made.
 
-    The file appears whole or not at all; its SHA-256 is returned. An array that is not
+    The file appears whole or not at all, by ``place`` as ``atomic_write``; its SHA-256
+    is returned. An array that is not
     what its spec says is a mistake of the caller.
     """
     digest = hashlib.sha256()
@@ -172,18 +177,18 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with (
-        atomic_write(path) as temporary,
+        atomic_write(path, place=place) as temporary,
         temporary.open("wb") as file,
         ThreadPoolExecutor(1) as thread,
     ):
 
-        def put(content: bytes | memoryview) -> None:
+        def add(content: bytes | memoryview) -> None:
             for start in range(0, len(content), _PIECE_BYTES):
                 piece = content[start : start + _PIECE_BYTES]
                 digest.update(piece)
                 file.write(piece)
 
-        put(len(text).to_bytes(8, "little") + text)
+        add(len(text).to_bytes(8, "little") + text)
         waiting: deque[Future[None]] = deque()
         for spec, array in zip(specs, arrays, strict=True):
             dtype = _WRITTEN.get(_type_of(array))
@@ -191,12 +196,17 @@ def write_tensors(
                 raise ValueError(
                     f"{spec} was announced, {array.dtype} {array.shape} came"
                 )
-            waiting.append(thread.submit(put, _bytes_of(array)))
+            waiting.append(thread.submit(add, _bytes_of(array)))
             if len(waiting) > MAX_WAITING:
                 waiting.popleft().result()
         for last in waiting:
             last.result()
     return digest.hexdigest()
+
+
+def spec_of(name: str, array: np.ndarray) -> TensorSpec:
+    """How ``write_tensors`` writes an array."""
+    return TensorSpec(name, _WRITTEN[_type_of(array)], tuple(array.shape))
 
 
 def widen_bfloat16(raw: np.ndarray) -> np.ndarray:

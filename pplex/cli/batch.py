@@ -26,6 +26,7 @@ from pplex.cli.options import (
     model_options,
     role_text,
     settings_from,
+    takes_option,
     verbosity_options,
 )
 from pplex.cli.tables import echo_json, printable
@@ -141,6 +142,7 @@ class RayAddress(click.ParamType):
     show_default=True,
     help="How many recordings are answered at a time.",
 )
+@takes_option
 @check_option
 @click.option(
     "--overwrite",
@@ -230,6 +232,7 @@ def batch_from(options: dict[str, Any]) -> Batch:
                 options.pop("cue_lines"),
                 options["transcripts"],
             ),
+            takes=options.pop("takes") or 0,
             **take("layout", "transcripts", "stats", "tokens"),
         ),
         **take("outdir", "model_name", "offline", "batch_size", "overwrite"),

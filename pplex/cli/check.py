@@ -17,7 +17,7 @@ _FILE = click.Path(path_type=Path)
 @click.command(
     epilog="Example: pplex check reply.wav --not-silent --no-clipping --max-rtf 1"
 )
-@click.argument("output", metavar="OUT.wav", type=_FILE)
+@click.argument("outputs", metavar="OUT.wav...", nargs=-1, required=True, type=_FILE)
 @click.option(
     "--stats",
     metavar="FILE",
@@ -60,7 +60,7 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing FILE of --junit.")
 def check(
-    output: Path,
+    outputs: tuple[Path, ...],
     stats: Path | None,
     not_silent: bool,
     no_clipping: bool,
@@ -72,7 +72,7 @@ def check(
     junit: Path | None,
     overwrite: bool,
 ) -> None:
-    """Check OUT.wav, a line a check; exit with 0 if all pass and 1 if one fails.
+    """Check outputs, a line a check; exit with 0 if all pass and 1 if one fails.
 
     Stats and the transcript (JSON) are looked for beside OUT.wav.
     """
@@ -80,25 +80,34 @@ def check(
         re.compile(says or "")
     except re.error as e:
         raise click.UsageError(f"--says {says!r} is no regular expression: {e}") from e
+    if stats is not None and len(outputs) > 1:
+        raise click.UsageError("--stats is of one output, and several are given")
     from dataclasses import asdict
 
     from pplex.evaluation.checks import Checks, passed, run_checks
 
     checks = Checks(not_silent, no_clipping, max_rtf, max_late_frames, length_of, says)
-    outcomes = run_checks(output, checks, stats)
+    checked = {output: run_checks(output, checks, stats) for output in outputs}
     if as_json:
-        content = {
-            "file": str(output),
-            "passed": passed(outcomes),
-            "checks": [asdict(outcome) for outcome in outcomes],
-        }
-        click.echo(json.dumps(content, ensure_ascii=False, indent=1))
+        content = [
+            {
+                "file": str(output),
+                "passed": passed(outcomes),
+                "checks": [asdict(outcome) for outcome in outcomes],
+            }
+            for output, outcomes in checked.items()
+        ]
+        whole = content if len(content) > 1 else content[0]
+        click.echo(json.dumps(whole, ensure_ascii=False, indent=1))
     else:
-        for outcome in outcomes:
-            verdict = "ok  " if outcome.passed else "FAIL"
-            click.echo(f"{verdict} {outcome.check}: {outcome.detail}")
-    annotate_checks(output, outcomes)
+        for output, outcomes in checked.items():
+            of = f"{output}: " if len(checked) > 1 else ""
+            for outcome in outcomes:
+                verdict = "ok  " if outcome.passed else "FAIL"
+                click.echo(f"{verdict} {of}{outcome.check}: {outcome.detail}")
+    for output, outcomes in checked.items():
+        annotate_checks(output, outcomes)
     if junit is not None:
-        write_junit(junit, output, outcomes, overwrite)
-    if not passed(outcomes):
+        write_junit(junit, checked, overwrite)
+    if not all(map(passed, checked.values())):
         click.get_current_context().exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,18 +40,19 @@ def annotate_checks(audio: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def write_junit(
-    path: Path, audio: Path, outcomes: Sequence[Outcome], overwrite: bool
+    path: Path, checked: Mapping[Path, Sequence[Outcome]], overwrite: bool
 ) -> None:
-    """Write the checks of an output as a JUnit file, a test case each."""
+    """Write the checks of outputs as a JUnit file, a test case each."""
     from xml.etree import ElementTree
 
-    failures = sum(not outcome.passed for outcome in outcomes)
-    counts = {"tests": f"{len(outcomes)}", "failures": f"{failures}", "errors": "0"}
+    every = [(audio, one) for audio, outcomes in checked.items() for one in outcomes]
+    failures = sum(not outcome.passed for _, outcome in every)
+    counts = {"tests": f"{len(every)}", "failures": f"{failures}", "errors": "0"}
     suites = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(
         suites, "testsuite", {"name": "pplex check", **counts}
     )
-    for outcome in outcomes:
+    for audio, outcome in every:
         case = ElementTree.SubElement(
             suite, "testcase", classname=_xml(str(audio)), name=outcome.check
         )

@@ -260,6 +260,17 @@ def layout_option(command: Command) -> Command:
     )(command)
 
 
+def takes_option(command: Command) -> Command:
+    """``--takes``."""
+    return click.option(
+        "--takes",
+        metavar="N",
+        type=click.IntRange(1, 1000),
+        help="Answer N times, with the seeds that follow from --seed, into NAME.1.wav "
+        "to NAME.N.wav: the recording is heard and the prompt read once for all.",
+    )(command)
+
+
 def compute_option(command: Command) -> Command:
     """``--compute``."""
     return click.option(

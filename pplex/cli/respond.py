@@ -23,6 +23,7 @@ from pplex.cli.options import (
     model_options,
     role_text,
     settings_from,
+    takes_option,
     verbosity_options,
 )
 from pplex.cli.progress import Progress
@@ -40,7 +41,7 @@ _FILE = click.Path(path_type=Path)
 _SECTIONS = {
     "Output": (
         *("output", "layout", "transcripts", "line_width", "cue_lines"),
-        *("stats", "tokens", "overwrite"),
+        *("stats", "tokens", "save_state", "overwrite"),
     ),
     "Model": ("model_name", "offline", "compute"),
     "Conversation": (
@@ -54,6 +55,8 @@ _SECTIONS = {
         "tail",
         "script",
         "first_words",
+        "resume",
+        "takes",
     ),
     "Sampling": ("seed", "greedy", "temp", "top_k", "text_temp", "text_top_k"),
     "Streams": ("raw", "rate", "live"),
@@ -149,6 +152,20 @@ class _Sectioned(click.Command):
     help="Write the token arrays user, agent and text as .npz.",
 )
 @click.option(
+    "--save-state",
+    metavar="FILE",
+    type=_FILE,
+    help="Write what --resume goes on from, as .safetensors.",
+)
+@click.option(
+    "--resume",
+    metavar="FILE",
+    type=_FILE,
+    help="Go on where --save-state saved a conversation, with its voice, role, seed "
+    "and sampling; options of these two count.",
+)
+@takes_option
+@click.option(
     "--captions",
     is_flag=True,
     help="Show the agent's words as they are said; so does -v.",
@@ -174,6 +191,9 @@ def respond(
     cue_lines: int | None,
     stats: Path | None,
     tokens: Path | None,
+    save_state: Path | None,
+    resume: Path | None,
+    takes: int | None,
     captions: bool,
     overwrite: bool,
     verbosity: int,
@@ -188,6 +208,8 @@ def respond(
     written as soon as it has come. Ctrl-C ends it and leaves what there is.
     """
     text = role_text(options)
+    if resume is not None:
+        take_from_state(ctx, resume, options)
     input = _one_of(inputs)
     is_stream = input == PIPE
     output = output or _beside(input)
@@ -195,6 +217,8 @@ def respond(
     if live and not is_stream:
         raise click.UsageError("--live is for a microphone: give - as INPUT")
     refuse_checks(is_stream, is_descriptor(output), options["checks"])
+    if takes is not None and is_stream:
+        raise click.UsageError("--takes answers a recording, not a stream")
     is_part = start > 0.0 or duration is not None
     refuse_part(is_part, is_stream, options["checks"])
     from pplex.audio.files import Part
@@ -202,12 +226,13 @@ def respond(
     from pplex.respond import run
     from pplex.respond.live import respond_stream
     from pplex.respond.request import Outputs, Request
+    from pplex.respond.takes import respond_takes
 
     paths = transcript_paths(transcripts, output)
     formats = [path.suffix.lower().removeprefix(".") for path in paths]
     cue = cue_from(line_width, cue_lines, formats)
-    outputs = Outputs(output, layout, paths, stats, tokens, cue)
-    settings = settings_from(text, options)
+    outputs = Outputs(output, layout, paths, stats, tokens, cue, save_state)
+    settings = replace(settings_from(text, options), resume=resume)
     if is_part:
         settings = replace(settings, part=Part(start, duration))
     request = Request(input, outputs, settings)
@@ -225,20 +250,50 @@ def respond(
         foresee(model_name, quiet=verbosity < 0)
     with Progress(verbosity, options["channel"] is not None, captions) as progress:
         progress.waiting(model_name)
-        answer = respond_stream if is_stream else run.respond
-        done = answer(request, config, progress, stop)
+        if takes is not None:
+            every = respond_takes(request, takes, config, progress, stop)
+        else:
+            answer = respond_stream if is_stream else run.respond
+            every = [answer(request, config, progress, stop)]
     if verbosity >= 0:
-        click.echo(summary(done), err=True)
+        for done in every:
+            click.echo(summary(done), err=True)
+            if save_state is not None:
+                click.echo(saved_line(Path(done.outputs["state"])), err=True)
         for line in progress.said_lines():
             click.echo(line, err=True)
         if stop.signum is None:  # else it was cut off as it was asked to be
             from pplex.respond.ending import Ending, advice
 
-            for line in advice([Ending(done.words, done.cut_off)]):
+            for line in advice([Ending(done.words, done.cut_off) for done in every]):
                 click.echo(line, err=True)
     stop.check()
     if not progress.all_passed:
         ctx.exit(1)
+
+
+def take_from_state(ctx: click.Context, path: Path, options: dict[str, Any]) -> None:
+    """Let a saved conversation decide what no option does."""
+    from pplex.conversation.state import read_notes
+
+    names = [n for n in ("voice", "prompt", "prompt_file", "role") if options[n]]
+    if names:
+        raise click.UsageError(
+            f"--{names[0].replace('_', '-')} and --resume exclude each other: the "
+            "conversation has its voice and role"
+        )
+    notes = read_notes(path)
+    for name in ("seed", "temp", "top_k", "text_temp", "text_top_k"):
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.DEFAULT:
+            options[name] = getattr(notes, name)
+
+
+def saved_line(path: Path) -> str:
+    """What was saved, and its size."""
+    from pplex.conversation.state import read_notes
+
+    seconds = read_notes(path).duration_s
+    return f"{path}: {seconds:.1f} s of conversation, {size(path.stat().st_size)}"
 
 
 def _one_of(inputs: Sequence[Path]) -> Path:

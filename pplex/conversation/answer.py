@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from pplex.engine.base import Arrays
+
 
 @dataclass
 class Timings:
@@ -32,7 +34,8 @@ class Answer:
     frames); all belong to the same frames of the recording. ``timings`` are those of
     the whole conversation. ``heard`` is the user's side (samples,) of a stretch; that
     of a whole answer is the recording. ``fault`` says why that could not be read on.
-    A live reply is made before its frame is encoded: it has no ``user``.
+    ``saved`` is what the conversation goes on from, where that is wanted. A live reply
+    is made before its frame is encoded: it has no ``user``.
     """
 
     pcm: np.ndarray
@@ -42,6 +45,7 @@ class Answer:
     timings: Timings
     heard: np.ndarray = field(default_factory=lambda: _NOTHING)
     fault: str = ""
+    saved: Arrays | None = None
 
 
 def join(pieces: Sequence[Answer]) -> Answer:

@@ -22,6 +22,7 @@ from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.voices import MADE_FOR, RING_LENGTH, write_voice_file
 from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 from pplex.conversation.session import Model
+from pplex.conversation.state import Opening
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.prompt import Prompt, initial_column, make_prompt, no_prompt
@@ -120,6 +121,15 @@ def make_role(
         codes = encode_voice(model, path, warn=warn)
         prompt = make_prompt(model.config, text_ids, voice_codes=codes)
     return Role(prompt, name, text)
+
+
+def open_role(
+    model: Model, voice: str | None, text: str | None, warn: Warn = _ignore
+) -> Opening:
+    """Where conversations with ``voice`` and the role ``text`` begin; see there."""
+    role = make_role(model, voice, text, warn)
+    start = model.engine.prefill(role.prompt)
+    return Opening(start, role.voice, role.text, role.prompt.num_frames)
 
 
 def _first_input(model: Model) -> np.ndarray:

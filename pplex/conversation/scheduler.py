@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from pplex.audio.streams import LiveFrame
 from pplex.conversation.answer import Answer
 from pplex.conversation.quiet import Quiet
 from pplex.conversation.script import Script
+from pplex.conversation.state import Saving
 from pplex.conversation.tracks import (
     Conversation,
     GroupedTrack,
@@ -26,6 +27,7 @@ from pplex.conversation.tracks import (
     RecordingTrack,
     StreamedTrack,
     Track,
+    UserSide,
     decode_group,
     encode_group,
 )
@@ -73,12 +75,25 @@ def run(
     user = np.zeros((capacity, engine.config.lm.num_codebooks), np.int32)
     text = np.full(capacity, NOT_FORCED, np.int32)
     waiting: _Step[AnyTrack] | None = None
+
+    def save(those: Iterable[tuple[int, AnyTrack]]) -> None:
+        for place, track in those:
+            if track.is_to_save:
+                track.save_row(rows.save(place, track.steps_ahead))
+
+    def finish(step: _Step[AnyTrack]) -> list[AnyTrack]:
+        stepped = step.finish(start)
+        save(step.seated)
+        return stepped
+
     while True:
         if waiting is not None and any(track.needs_last for track in seated.values()):
-            yield waiting.finish(time.perf_counter())
+            start = time.perf_counter()
+            yield finish(waiting)
             waiting = None
         for place, track in list(seated.items()):
             column = track.next_column()
+            save([(place, track)])
             if column is None:
                 rows.leave(place)
                 del seated[place]
@@ -91,6 +106,7 @@ def run(
                 place = rows.join(new.start, new.seed, new.num_steps)
                 seated[place] = new
                 user[place], text[place] = column
+                save([(place, new)])
         if not seated:
             break
         start = time.perf_counter()
@@ -98,11 +114,11 @@ def run(
         pending = rows.step(user, text if is_forced else None)
         step = _Step(pending, list(seated.items()))
         if live or not engine.is_async:
-            yield step.finish(start)
+            yield finish(step)
             continue
         before, waiting = waiting, step
         if before is not None:
-            yield before.finish(start)
+            yield finish(before)
     if waiting is not None:
         yield waiting.finish(time.perf_counter())
 
@@ -119,26 +135,37 @@ def converse(
     num_samples: int | None = None,
     num_frames: int | None = None,
     script: Script = (),
+    saving: Saving | None = None,
 ) -> Iterator[Answer]:
     """One conversation: a piece for each ``decode_frames`` frames, the last shorter.
 
     ``chunks`` are (frames, frame_size) PCM of the user. Where it ends before they do
     ``quiet`` says. Of the sound ``num_samples`` count, or all, and those of that tail.
     ``num_frames`` is how many the chunks have, None where nobody knows; ``script`` is
-    what the agent is to say.
+    what the agent is to say. It is saved where ``saving`` says.
     """
-    with codec_worker(engine.codec, beside=1) as worker:
+    in_step = saving is not None and quiet is not None
+    with codec_worker(engine.codec, beside=0 if in_step else 1) as worker:
+        user = UserSide(
+            engine,
+            start,
+            chunks,
+            by_frame=decode_frames == 1,
+            worker=worker,
+            saving=saving,
+        )
         track = StreamedTrack(
             engine,
             start,
             seed,
-            chunks,
+            user,
             decode_frames,
             worker,
             num_frames,
             quiet=quiet,
             num_samples=num_samples,
             script=script,
+            saving=saving,
         )
         for _ in run(engine, [track], sampling, capacity=1):
             yield from track.pieces()
@@ -156,6 +183,7 @@ def converse_live(
     keep: Callable[[np.ndarray], object] = lambda codes: None,
     made: Callable[[Answer], object] | None = None,
     script: Script = (),
+    saving: Saving | None = None,
 ) -> Iterator[tuple[LiveFrame, Answer]]:
     """Each of ``frames`` with its reply, before the next one is asked for.
 
@@ -163,26 +191,54 @@ def converse_live(
     and decoded as soon as the frame before is encoded, of which ``keep`` gets the
     codes (codebooks, 1). ``made`` gets each reply as soon as it is there; a last one is
     to a frame that never comes. ``quiet`` may end it before the ``frames`` do; those
-    that nobody said are its tail. ``script`` is what the agent is to say.
+    that nobody said are its tail. ``script`` is what the agent is to say. It is saved
+    where ``saving`` says. What ``start`` has left over, with which the first frame
+    begins, was answered.
     """
     came, heard, answered = itertools.tee(frames, 3)
-    pcm = (frame.pcm[None] for frame in heard)
-    track, count = LiveTrack(engine, start, seed, pcm, keep, script), 0
+    again, size = len(start.rest), engine.config.frame_size
+    is_known = again > 0
+
+    def sounds() -> Iterator[np.ndarray]:
+        for idx, frame in enumerate(heard):
+            if saving is not None and frame.num_samples < size:
+                saving.at, saving.num_rest = idx, frame.num_samples
+            yield frame.pcm[None]
+
+    def hear(codes: np.ndarray) -> None:
+        nonlocal is_known
+        if not is_known:
+            keep(codes)
+        is_known = False
+
+    user = UserSide(engine, start, sounds(), by_frame=True, saving=saving)
+    track, count = LiveTrack(engine, start, seed, user, hear, script, saving), 0
     for _ in run(engine, [track], sampling, capacity=1, live=True):
-        reply = track.reply()
+        whole = track.reply()
+        reply = whole if whole is None or not again else _without(whole, again)
         if reply is not None and made is not None:
             made(reply)
-        if reply is not None and (frame := next(answered, None)) is not None:
+        if whole and reply and (frame := next(answered, None)) is not None:
             if quiet is not None:
                 if frame.arrived is None:
                     quiet.begin(count)
-                quiet.hear(reply.text, reply.pcm)
+                quiet.hear(whole.text, whole.pcm)
+            if again:
+                length = frame.num_samples - again
+                frame = replace(frame, pcm=frame.pcm[again:], num_samples=length)
+                again = 0
             yield frame, reply
             count += 1
             if quiet is not None and quiet.end is not None:
-                track.columns = iter(())
+                track.end()
                 continue
         next(came, None)  # whoever has to wait for it does so here
+
+
+def _without(reply: Answer, count: int) -> Answer:
+    """The reply to a frame without the first samples, and what was said in it."""
+    text, agent = reply.text[1:], reply.agent[:, 1:]
+    return replace(reply, pcm=reply.pcm[count:], text=text, agent=agent)
 
 
 def converse_many(
@@ -219,7 +275,7 @@ def _prepared(
     engine: Engine, conversations: Iterable[Conversation], worker: Executor | None
 ) -> Iterator[RecordingTrack]:
     """Tracks of recordings; with a ``worker`` the next begins to be encoded early."""
-    coming = (RecordingTrack(engine, one, worker) for one in conversations)
+    coming = _tracks(engine, conversations, worker)
     if worker is None:
         yield from coming
         return
@@ -228,6 +284,17 @@ def _prepared(
         following = next(coming, None)
         yield ready
         ready = following
+
+
+def _tracks(
+    engine: Engine, conversations: Iterable[Conversation], worker: Executor | None
+) -> Iterator[RecordingTrack]:
+    """Tracks of recordings; takes of one have its codes together."""
+    before: RecordingTrack | None = None
+    for one in conversations:
+        track = RecordingTrack(engine, one, worker, before)
+        before = track if one.more_takes else None
+        yield track
 
 
 def _converse_grouped(
@@ -254,8 +321,8 @@ def _converse_grouped(
     def tracks() -> Iterator[GroupedTrack | RecordingTrack]:
         coming, size = iter(conversations), max(group, batch_size)
         while some := list(itertools.islice(coming, size)):
-            yield from encode_group(engine, [c for c in some if not c.until_quiet])
-            yield from (RecordingTrack(engine, c, None) for c in some if c.until_quiet)
+            yield from encode_group(engine, [c for c in some if not c.is_streamed])
+            yield from _tracks(engine, [c for c in some if c.is_streamed], None)
             size = group
 
     for stepped in run(engine, tracks(), sampling, capacity=batch_size):

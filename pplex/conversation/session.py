@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,7 @@ def warm_up(engine: Engine, start: Start, sampling: SamplingConfig) -> float | N
     Of the first one some tokens are given and of others none, which may be compiled
     for apart. Seconds of one; None where frames are compiled for.
     """
+    start = replace(start, encoder=None, decoder=None, rest=start.rest[:0])
     silence = np.zeros((1, engine.config.frame_size), np.float32)
     chunks = [silence] * (2 if engine.is_async else _WARM_UP_FRAMES)
     times = []

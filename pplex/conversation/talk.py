@@ -18,7 +18,7 @@ import numpy as np
 from pplex.conversation.answer import Answer, Kept
 from pplex.conversation.scheduler import run
 from pplex.conversation.script import Script
-from pplex.conversation.tracks import StreamedTrack, WriteSound
+from pplex.conversation.tracks import StreamedTrack, UserSide, WriteSound
 from pplex.conversation.worker import codec_worker
 from pplex.engine.base import Engine, Start
 from pplex.model.sampling import SamplingConfig
@@ -59,7 +59,7 @@ class _TalkTrack(StreamedTrack):
             engine,
             side.start,
             side.seed,
-            (),
+            UserSide(engine, side.start, ()),
             size,
             worker,
             num_frames,

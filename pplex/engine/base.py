@@ -7,7 +7,7 @@ past positions and its codec. The loop around it (``conversation``) is the same 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,7 +72,8 @@ class Start:
     """Where rows begin: after a prompt that was read, or where one was saved.
 
     ``memory`` is the engine's own. A saved conversation made so many ``steps``, and its
-    ``prompt`` is the last column; ``encoder`` and ``decoder`` are the codec's states.
+    ``prompt`` is the last column; ``encoder`` and ``decoder`` are the codec's states,
+    ``rest`` the user's samples (samples,) after the last whole frame.
     """
 
     prompt: Prompt
@@ -80,6 +81,7 @@ class Start:
     steps: int = 0
     encoder: Arrays | None = None
     decoder: Arrays | None = None
+    rest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,10 @@ class Rows(Protocol):
         step may be asked for before this one's tokens are.
         """
 
-    def save(self, row: int) -> dict[str, np.ndarray]:
+    def save(self, row: int, ahead: int = 0) -> dict[str, np.ndarray]:
         """What a conversation goes on from after the steps that were asked for.
 
+        But without the last ``ahead``, 0 or 1; then its column is the caller's affair.
         It is for ``Engine.restore``.
         """
 

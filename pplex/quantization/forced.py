@@ -41,7 +41,7 @@ def answer_whole(
 ) -> Answer:
     """A model's answer to the user's ``pcm`` (samples,)."""
     start, size = engine.prefill(prompt), engine.codec.chunk_frames
-    chunks, _ = cut(Samples(pcm), engine.config, size)
+    chunks, _ = cut(Samples(pcm), start, engine.config, size)
     pieces = converse(
         engine,
         start,

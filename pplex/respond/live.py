@@ -12,11 +12,11 @@ import numpy as np
 from pplex.audio.files import resampled_length, to_pcm16
 from pplex.audio.streams import Feed, LiveFrame, UserStream, open_stream
 from pplex.conversation.answer import Answer, Timings
-from pplex.conversation.prompts import Role
 from pplex.conversation.quiet import Quiet, is_quiet, longest
 from pplex.conversation.scheduler import converse_live
 from pplex.conversation.script import Script, last_cue, lay_out, unsaid
 from pplex.conversation.session import Model
+from pplex.conversation.state import Opening, Saving, read_notes, state_of
 from pplex.engine.base import Start
 from pplex.errors import PplexError
 from pplex.files import Place, is_pipe, put, put_new, unread_bytes
@@ -77,7 +77,7 @@ class _Player:
     def play(self, reply: Answer) -> None:
         """Give it a reply, or leave that out."""
         waiting = unread_bytes(self._path) // to_pcm16(reply.pcm).nbytes
-        quiet = is_quiet(reply.pcm, int(reply.text[0]))
+        quiet = is_quiet(reply.pcm, int(reply.text[0]) if len(reply.text) else None)
         if waiting < (1 if quiet else _MOST_WAITING):
             self._write(reply.pcm, reply.pcm)
         else:
@@ -157,27 +157,34 @@ def respond_stream(
     stop = stop or Stop()
     clock = Clock()
     check_outputs(request, config.overwrite)
+    if request.settings.resume is not None:
+        read_notes(request.settings.resume)
     feed = Feed(_STDIN)
     user = UserStream(feed, open_stream(feed, config.raw), request.settings.channel)
     report.listening(user.format)
     clock.lap("read")
-    model = load_model(config, report, live=True)
+    model = load_model(config, report, live=True, resume=request.settings.resume)
     clock.lap("load")
-    role, start = begin(model, request.settings, clock, report)
-    settings = replace(request.settings, voice=role.voice, text=role.text)
+    opening = begin(model, request.settings, clock, report)
+    voice, text = opening.voice, opening.text
+    settings = replace(request.settings, voice=voice, text=text)
     request = replace(request, settings=settings)
     script = lay_out(settings.lines, model.tokenizer, model.config)
     outputs, rate = request.outputs, model.config.sample_rate
     files, place = outputs.files(), put if config.overwrite else put_new
     record = _Record(model, keeps_tokens=outputs.tokens is not None)
     is_played = config.live and outputs.layout == "agent" and is_pipe(outputs.audio)
+    saving = None if outputs.state is None else Saving()
     waited_s = feed.waited_s
     if config.live:
         user.pass_over()
     with stop.deferred(feed.stop):
         with open_sink(outputs.layout, files, rate, place=place) as write:
             player = _Player(outputs.audio, write, record) if is_played else None
-            replies = _converse(model, start, settings, user, record, player, script)
+            start = opening.start
+            replies = _converse(
+                model, start, settings, user, record, player, script, saving
+            )
             closed = _answer(model, replies, record, None if player else write, report)
             if not record.num_samples:  # nothing was answered: no file
                 stop.check()
@@ -187,9 +194,13 @@ def respond_stream(
             check_outputs(request, config.overwrite)
         clock.lap("answer")
         _write_tokens(model, request, record, place)
+        if outputs.state is not None and saving is not None and closed is None:
+            seed, sampling = settings.seed, settings.sampling
+            state = state_of(model, saving.arrays, opening, seed, sampling)
+            state.write(outputs.state, place)
         clock.lap("write")
         clock.parts["read"] += feed.waited_s - waited_s
-        stats = _stats(model, request, role, record, user, clock)
+        stats = _stats(model, request, opening, record, user, clock)
         if outputs.stats is not None:
             stats.write(outputs.stats, place)
         for warning in user.warnings():
@@ -214,6 +225,7 @@ def _converse(
     record: _Record,
     player: _Player | None,
     script: Script,
+    saving: Saving | None,
 ) -> Iterator[tuple[LiveFrame, Answer]]:
     """Each frame of the user with its reply, which a ``player`` has got before."""
     sizes = model.config.sample_rate, model.config.frame_size
@@ -224,12 +236,13 @@ def _converse(
         model.engine,
         start,
         settings.seed,
-        user.frames(*sizes, longest(settings.tail)),
+        user.frames(*sizes, longest(settings.tail), start.rest),
         settings.sampling,
         quiet=quiet,
         keep=record.hear,
         made=player.play if player else None,
         script=script,
+        saving=saving,
     )
 
 
@@ -250,7 +263,8 @@ def _answer(
             if write is not None:
                 write(frame.pcm[:count], reply.pcm[:count])
             record.add(frame, reply, perf_counter())
-            report.said(captions.add(int(reply.text[0])))
+            for idx in reply.text:
+                report.said(captions.add(int(idx)))
             report.advance(model.config.frame_s)
     except BrokenPipeError as e:
         closed = e
@@ -273,7 +287,7 @@ def _write_tokens(
 def _stats(
     model: Model,
     request: Request,
-    role: Role,
+    opening: Opening,
     record: _Record,
     user: UserStream,
     clock: Clock,
@@ -304,8 +318,8 @@ def _stats(
             "steps": step_ms.mean * frames / 1000.0,
             "decode": timings.decode_s,
         },
-        voice=role.voice,
-        prompt_frames=role.prompt.num_frames,
+        voice=opening.voice,
+        prompt_frames=opening.prompt_frames,
         total_s=clock.total(),
     )
     return record.with_delays(stats, user)

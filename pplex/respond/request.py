@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pplex.errors import PplexError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pplex.conversation.script import Line
     from pplex.model.sampling import SamplingConfig
 
+MAX_SEED = 2**63 - 1
 Layout = Literal["stereo", "agent", "separate"]
 
 # What else than WAV is written, as libsndfile calls it: the last three lose something.
@@ -43,7 +44,8 @@ class Settings:
     ``voice`` is a name or a file, ``text`` the role, None for the model's own; ``tail``
     how many seconds of silence follow the recording, or ``"auto"``: as many as the
     agent needs to finish. Of the recording only ``part`` is answered. The agent begins
-    with ``first_words`` and says the lines of ``script``.
+    with ``first_words`` and says the lines of ``script``. The conversation goes on from
+    where ``resume`` was saved, which has voice and role.
     """
 
     voice: str | None
@@ -55,6 +57,7 @@ class Settings:
     part: Part | None = None
     first_words: Line | None = None
     script: tuple[Line, ...] = ()
+    resume: Path | None = None
 
     @property
     def lines(self) -> tuple[Line, ...]:
@@ -73,6 +76,7 @@ class Outputs:
 
     ``-`` is stdout; transcripts and stats may also be devices and pipes. The first
     transcript is called so, another after its format as well; ``cue`` is of subtitles.
+    From ``state`` the conversation can go on.
     """
 
     audio: Path
@@ -81,6 +85,7 @@ class Outputs:
     stats: Path | None = None
     tokens: Path | None = None
     cue: CueShape = CueShape()
+    state: Path | None = None
 
     def files(self) -> dict[str, Path]:
         """Every file that will be written, by what it is."""
@@ -95,8 +100,48 @@ class Outputs:
         side_files = {
             f"transcript_{_kind(path)}" if idx else "transcript": path
             for idx, path in enumerate(self.transcripts)
-        } | {"stats": self.stats, "tokens": self.tokens}
+        } | {"stats": self.stats, "tokens": self.tokens, "state": self.state}
         return audio | {k: v for k, v in side_files.items() if v is not None}
+
+    def take(self, number: int) -> Outputs:
+        """Where those of one of several answers go."""
+        stem = self.audio.stem
+
+        def named(path: Path) -> Path:
+            return path.with_name(_take_name(path.name, number, stem))
+
+        return replace(
+            self,
+            audio=named(self.audio),
+            transcripts=tuple(map(named, self.transcripts)),
+            stats=self.stats and named(self.stats),
+            tokens=self.tokens and named(self.tokens),
+            state=self.state and named(self.state),
+        )
+
+
+def takes_of(request: Request, takes: int) -> list[Request]:
+    """The requests for several answers, whose seeds follow from the first's."""
+    settings = request.settings
+    return [
+        replace(
+            request,
+            outputs=request.outputs.take(number),
+            settings=replace(settings, seed=(settings.seed + number - 1) & MAX_SEED),
+            key=request.key and _take_name(request.key, number),
+        )
+        for number in range(1, takes + 1)
+    ]
+
+
+def _take_name(name: str, number: int, stem: str = "") -> str:
+    """The name of a take's file: ``reply.2.wav`` of ``reply.wav``.
+
+    ``stem`` is what names of files that belong together begin with.
+    """
+    begun = stem if stem and name.startswith(f"{stem}.") else str(PurePath(name).stem)
+    folder, _, own = name.rpartition("/")
+    return f"{folder}/" * bool(folder) + f"{begun}.{number}{own[len(begun) :]}"
 
 
 def transcript_beside(audio: Path, form: str) -> Path:
@@ -126,6 +171,19 @@ class Request:
     key: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+
+    @property
+    def opening(self) -> tuple[object, ...]:
+        """Where its conversation begins: those with the same share that."""
+        settings = self.settings
+        return settings.voice, settings.text, settings.resume
+
+    @property
+    def heard(self) -> tuple[object, ...]:
+        """What its agent hears from there: takes of one recording have the same."""
+        settings = self.settings
+        heard = self.source, settings.channel, settings.tail, settings.part
+        return *self.opening, *heard
 
 
 def check_outputs(request: Request, overwrite: bool) -> None:
@@ -160,6 +218,7 @@ def check_outputs(request: Request, overwrite: bool) -> None:
         raise PplexError(
             f"cannot write {tokens}: tokens are a NumPy archive; end its name in .npz"
         )
+    check_state_name(outputs.state)
     files = outputs.files()
     seen = {} if source == PIPE else {os.path.realpath(source): "the input"}
     for what, path in files.items():
@@ -182,6 +241,15 @@ def check_outputs(request: Request, overwrite: bool) -> None:
         if path.exists() and os.path.exists(source) and path.samefile(source):
             raise PplexError(f"cannot write {path}: it is the input by another name")
         _check_place(path, overwrite)
+
+
+def check_state_name(path: Path | None) -> None:
+    """Refuse a saved conversation that is no file, or by its name another one."""
+    if path is not None and (is_pipe(path) or path.suffix.lower() != ".safetensors"):
+        raise PplexError(
+            f"cannot write {name_of(path)}: a saved conversation is a file; end its "
+            "name in .safetensors"
+        )
 
 
 def _check_name(path: Path) -> None:

@@ -13,16 +13,17 @@ from pplex.audio.files import WHOLE, Recording, Sound, read_pcm
 from pplex.audio.streams import StreamFormat
 from pplex.checkpoint.hub import LocalModel, resolve
 from pplex.conversation.answer import Answer, Kept
-from pplex.conversation.prompts import Role, make_role
+from pplex.conversation.prompts import open_role
 from pplex.conversation.quiet import MAX_TAIL_S, Quiet
 from pplex.conversation.scheduler import converse
 from pplex.conversation.script import Script, last_cue, lay_out, too_late, unsaid
 from pplex.conversation.session import Model, load, warm_up
+from pplex.conversation.state import Opening, Saving, read_notes, read_state, state_of
 from pplex.conversation.tracks import cut
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute
 from pplex.errors import PplexError
-from pplex.files import put, put_new
+from pplex.files import Place, put, put_new
 from pplex.model.config import MimiConfig, ModelConfig
 from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.outputs import Write, open_sink, spoken_words, write_outputs
@@ -152,110 +153,202 @@ def tail_s(settings: Settings, num_samples: int, answered: int, rate: int) -> fl
     return settings.tail
 
 
-def respond(
-    request: Request, config: Config, report: Report, stop: Stop | None = None
-) -> Stats:
-    """Answer one recording and write what was asked for: all of it, or nothing."""
-    stop = stop or Stop()
-    clock = Clock()
-    outputs, settings = request.outputs, request.settings
-    check_outputs(request, config.overwrite)
+@dataclass(frozen=True)
+class Prepared:
+    """A recording that was read, and the model that is about to answer it.
+
+    ``request`` has the voice and the role that it was left open to choose.
+    """
+
+    request: Request
+    recording: Recording
+    model: Model
+    opening: Opening
+    script: Script
+    clock: Clock
+
+
+def prepare(
+    request: Request, config: Config, report: Report, *, many: bool = False
+) -> Prepared:
+    """Read the recording, load the model, ``many`` as ``load``, and read the prompt."""
+    clock, settings = Clock(), request.settings
+    if settings.resume is not None:
+        read_notes(settings.resume)
     # Before a model is downloaded or loaded: a bad recording shows at once.
     recording = read_user(request.source, settings, MimiConfig().sample_rate)
     report.reading(recording)
     clock.lap("read")
-    model = load_model(config, report)
+    model = load_model(config, report, many=many, resume=settings.resume)
     rate = model.config.sample_rate
     if rate != MimiConfig().sample_rate:
         recording = read_user(request.source, settings, rate)
     clock.lap("load")
-    role, start = begin(model, settings, clock, report)
-    settings = replace(settings, voice=role.voice, text=role.text)
-    request = replace(request, settings=settings)
+    opening = begin(model, settings, clock, report)
+    settings = replace(settings, voice=opening.voice, text=opening.text)
     script = lay_out(settings.lines, model.tokenizer, model.config)
     check_script(script, settings, recording.num_samples, model.config)
     for warning in recording.warnings:
         report.warn(warning)
+    request = replace(request, settings=settings)
+    return Prepared(request, recording, model, opening, script, clock)
+
+
+def respond(
+    request: Request, config: Config, report: Report, stop: Stop | None = None
+) -> Stats:
+    """Answer one recording and write what was asked for: all of it, or nothing."""
+    stop, outputs = stop or Stop(), request.outputs
+    check_outputs(request, config.overwrite)
+    ready = prepare(request, config, report)
+    request, settings = ready.request, ready.request.settings
+    model, recording, clock = ready.model, ready.recording, ready.clock
+    saving = None if outputs.state is None else Saving()
     place = put if config.overwrite else put_new
-    num_samples = recording.num_samples
+    rate = model.config.sample_rate
     with ExitStack() as stack:
-        length = None if settings.tail == "auto" else num_samples
+        length = None if settings.tail == "auto" else recording.num_samples
         sink = open_sink(outputs.layout, outputs.files(), rate, length, place=place)
         write = stack.enter_context(sink)
         reply, answered = answer(
-            model, recording, start, settings, script, report, write
+            model,
+            recording,
+            ready.opening.start,
+            settings,
+            ready.script,
+            report,
+            write,
+            saving,
         )
+        if saving is not None:
+            reply = replace(reply, saved=saving.arrays)
         clock.lap("answer")
-        spoken = spoken_words(model, reply.text, settings.lines)
         with stop.deferred():
             # Another program may have written there in the meantime.
             check_outputs(request, config.overwrite)
             stack.close()
-            audio_s = answered / rate
-            write_outputs(model, request, reply, audio_s, role.voice, place=place)
-            clock.lap("write")
-            timings = reply.timings
-            stats = make_stats(
-                request,
-                Source(
-                    audio_s,
-                    tail_s(settings, num_samples, answered, rate),
-                    recording.source_rate,
-                    recording.source_channels,
-                ),
-                Ending(
-                    len(spoken),
-                    is_cut_off(reply.pcm, reply.text, model.config.frame_size),
-                ),
-                model.local,
-                model_info(model),
-                latency(timings.steps, model.config.frame_s),
-                len(timings.steps),
-                clock.parts
-                | {
-                    "encode": timings.encode_s,
-                    "steps": sum(timings.steps),
-                    "decode": timings.decode_s,
-                },
-                voice=role.voice,
-                prompt_frames=role.prompt.num_frames,
-                total_s=clock.total(),
-                steps_s=timings.steps,
-            )
-            if outputs.stats is not None:
-                stats.write(outputs.stats, place)
-    if late := unsaid(script, reply.text):
-        report.warn(late)
-    if config.check is not None:
-        files = outputs.files()
-        outcomes = config.check(request.source, files, asdict(stats), spoken)
-        report.checked(outcomes, outputs.audio)
+            stats = finish(ready, request, reply, answered, place)
+    conclude(ready, request, reply, stats, config, report)
     return stats
 
 
-def load_model(config: Config, report: Report, *, live: bool = False) -> Model:
-    """Find the model, on the network if it may be, and load it."""
+def finish(
+    ready: Prepared,
+    request: Request,
+    reply: Answer,
+    num_samples: int,
+    place: Place,
+    *,
+    is_share: bool = False,
+) -> Stats:
+    """Write what belongs to an answer whose sound, of ``num_samples``, is written.
+
+    With ``is_share`` the run has other answers, too, and its time is not this one's.
+    """
+    model, outputs, settings = ready.model, request.outputs, request.settings
+    clock, opening, timings = ready.clock, ready.opening, reply.timings
+    recording, rate = ready.recording, model.config.sample_rate
+    audio_s = num_samples / rate
+    write_outputs(model, request, reply, audio_s, opening.voice, place=place)
+    if outputs.state is not None and reply.saved is not None:
+        seed, sampling = settings.seed, settings.sampling
+        state = state_of(model, reply.saved, opening, seed, sampling)
+        state.write(outputs.state, place)
+    clock.lap("write")
+    own = {
+        "encode": timings.encode_s,
+        "steps": sum(timings.steps),
+        "decode": timings.decode_s,
+    }
+    stats = make_stats(
+        request,
+        Source(
+            audio_s,
+            tail_s(settings, recording.num_samples, num_samples, rate),
+            recording.source_rate,
+            recording.source_channels,
+        ),
+        Ending(
+            len(spoken_words(model, reply.text, settings.lines)),
+            is_cut_off(reply.pcm, reply.text, model.config.frame_size),
+        ),
+        model.local,
+        model_info(model),
+        latency(timings.steps, model.config.frame_s),
+        len(timings.steps),
+        clock.parts | own,
+        voice=opening.voice,
+        prompt_frames=opening.prompt_frames,
+        total_s=None if is_share else clock.total(),
+        steps_s=None if is_share else timings.steps,
+    )
+    if outputs.stats is not None:
+        stats.write(outputs.stats, place)
+    return stats
+
+
+def conclude(
+    ready: Prepared,
+    request: Request,
+    reply: Answer,
+    stats: Stats,
+    config: Config,
+    report: Report,
+) -> None:
+    """Say what was not said in time, and check what was written, if that is wanted."""
+    if late := unsaid(ready.script, reply.text):
+        report.warn(late)
+    if config.check is not None:
+        spoken = spoken_words(ready.model, reply.text, request.settings.lines)
+        files = request.outputs.files()
+        outcomes = config.check(request.source, files, asdict(stats), spoken)
+        report.checked(outcomes, request.outputs.audio)
+
+
+def load_model(
+    config: Config,
+    report: Report,
+    *,
+    live: bool = False,
+    many: bool = False,
+    resume: Path | None = None,
+) -> Model:
+    """Find the model, on the network if it may be, and load it.
+
+    Where nothing else is asked for, in the form in which ``resume`` was computed.
+    """
     local = resolve(
         config.model_name, offline=config.offline, progress=report.shows_bars
     )
     report.loading(local)
-    model = load(local, compute=config.compute, live=live)
+    compute = config.compute
+    if compute == "auto" and resume is not None:
+        forms: dict[str, Compute] = {"dense": "dense", "quantized": "quantized"}
+        compute = forms.get(read_notes(resume).compute, "alone")
+    model = load(local, compute=compute, live=live, many=many)
     report.computing(str(model.form))
     return model
 
 
-def begin(
-    model: Model, settings: Settings, clock: Clock, report: Report
-) -> tuple[Role, Start]:
-    """The prompt that was asked for, read; the engine has seen a frame."""
-    role = make_role(model, settings.voice, settings.text, report.warn)
-    start = model.engine.prefill(role.prompt)
+def begin(model: Model, settings: Settings, clock: Clock, report: Report) -> Opening:
+    """The prompt that was asked for, or the saved conversation, read.
+
+    The engine has seen a frame; but not where that means to copy what was saved once
+    more, for nothing.
+    """
+    if settings.resume is not None:
+        opening = read_state(settings.resume).open(model)
+    else:
+        opening = open_role(model, settings.voice, settings.text, report.warn)
     clock.lap("prefill")
-    frame_s = warm_up(model.engine, start, settings.sampling)
+    skips = settings.resume is not None and not model.engine.is_async
+    frame_s = None
+    if not skips:
+        frame_s = warm_up(model.engine, opening.start, settings.sampling)
     if frame_s is not None:
         report.expecting(frame_s * model.config.frame_rate)
     clock.lap("warm_up")
-    return role, start
+    return opening
 
 
 def answer(
@@ -266,17 +359,18 @@ def answer(
     script: Script,
     report: Report,
     write: Write,
+    saving: Saving | None = None,
 ) -> tuple[Answer, int]:
     """The agent's answer to the whole of ``sound``, and how many samples it has.
 
-    ``write`` is given both sides of each stretch as soon as it is there; of the sound
-    only the end stays in the answer.
+    The conversation is saved where ``saving`` says. ``write`` is given both sides of
+    each stretch as soon as it is there; of the sound only the end stays in the answer.
     """
     frame_rate, size = model.config.frame_rate, model.engine.codec.chunk_frames
     quiet = None
     if settings.tail == "auto":
         quiet = Quiet(model.config, last_cue(script))
-    chunks, num_frames = cut(sound, model.config, size, quiet)
+    chunks, num_frames = cut(sound, start, model.config, size, quiet, saving)
 
     report.answering(None if quiet else num_frames / frame_rate)
     captions = Captions(model.tokenizer.piece, frame_rate)
@@ -292,6 +386,7 @@ def answer(
         num_samples=sound.num_samples,
         num_frames=num_frames,
         script=script,
+        saving=saving,
     ):
         write(piece.heard, piece.pcm)
         kept.add(piece)

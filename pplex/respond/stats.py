@@ -160,6 +160,7 @@ class Stats:
     mlx: str
     start_s: float = 0.0
     script: list[dict[str, object]] | None = None
+    resume: str | None = None
     latency_ms: Latency | None = None
     latency_with_step_ms: Latency | None = None
     start_up_frames: int | None = None
@@ -289,6 +290,7 @@ def make_stats(
         channel=settings.channel,
         start_s=settings.part.start_s if settings.part else 0.0,
         script=settings.said() or None,
+        resume=None if settings.resume is None else str(settings.resume),
         source_rate=source.rate,
         source_channels=source.channels,
         pplex=importlib.metadata.version("pplex"),

@@ -29,7 +29,7 @@ from cases import (
     write,
 )
 from engines import AS_IF, NAMES, Engine, Logits, Start, compute_on, make
-from small import check_saved_rows
+from small import SharedSteps, check_saved_conversations, check_saved_rows
 
 from pplex.model.lm import Lm
 from pplex.model.prompt import Prompt
@@ -522,6 +522,16 @@ def test_a_codec_keeps_its_streams_apart(recorded_codec):
 def test_a_saved_row_goes_on_as_if_it_had_not_stopped(recorded_engine):
     """From either side of the window."""
     check_saved_rows(recorded_engine, read(recorded_engine, "codes"), 45, 4)
+
+
+def test_a_saved_conversation_goes_on_to_the_byte(recorded_engine):
+    """Past the windows of the language model and of the codec."""
+    if type(recorded_engine) is SharedSteps:
+        pytest.skip("its rows are in the other test, its codec is MLX's")
+    as_if = recorded_engine.name == "mlx" and recorded_engine.on_gpu
+    count = 2 if as_if and not mx.is_available(mx.gpu) else 12
+    start = read(recorded_engine, "codes")
+    check_saved_conversations(recorded_engine, start, 30, count)
 
 
 def test_what_is_no_saved_row_of_the_model_is_refused(recorded_engine):

@@ -191,12 +191,12 @@ class CRows:
         self._taken = sorted([*self._taken, place])
         return place
 
-    def save(self, row: int) -> dict[str, np.ndarray]:
+    def save(self, row: int, ahead: int = 0) -> dict[str, np.ndarray]:
         """What a conversation goes on from after the steps that were asked for."""
-        cache, steps = self._caches[row], int(self._keys[row, 1])
+        cache, steps = self._caches[row], int(self._keys[row, 1]) - ahead
         assert cache is not None
         place = save_place(self._columns[row], self._given[row], steps)
-        return place | cache.save()
+        return place | cache.save(ahead)
 
     def leave(self, row: int) -> None:
         """End the conversation in a place; another may join there."""

@@ -136,13 +136,17 @@ class RowCache:
         other._make_room(self.end + room if room else self._slots)
         return other
 
-    def save(self) -> dict[str, np.ndarray]:
-        """Copies of the arrays as far as they are filled, and the positions so far."""
-        blocks = -(-min(self.end, self.window) // LANES)
+    def save(self, ahead: int = 0) -> dict[str, np.ndarray]:
+        """Copies of the arrays as far as they are filled, and the positions so far.
+
+        Without the last ``ahead``: in a full ring nothing sees what they wrote over.
+        """
+        end = self.end - ahead
+        blocks = -(-min(end, self.window) // LANES)
         return {
             "keys": self._keys[:, :, :blocks].copy(),
             "values": self._values[:, :, : blocks * LANES].copy(),
-            "end": np.array([self.end], np.int64),
+            "end": np.array([end], np.int64),
         }
 
     def restore(self, saved: Arrays) -> None:

@@ -323,14 +323,14 @@ class FrameRows:
         self._given = mx.array(start.prompt.pending[: self._num_agent])
         return 0
 
-    def save(self, row: int) -> dict[str, np.ndarray]:
+    def save(self, row: int, ahead: int = 0) -> dict[str, np.ndarray]:
         """What a conversation goes on from after the steps that were asked for."""
         assert self._cache is not None
         given = np.full(self._num_agent, NOT_FORCED, np.int32)
         if self._given is not None:
             given = to_numpy(self._given)
-        place = save_place(to_numpy(self._column), given, self._frame)
-        return place | save_cache(self._cache.save())
+        place = save_place(to_numpy(self._column), given, self._frame - ahead)
+        return place | save_cache(self._cache.save(), ahead)
 
     def leave(self, row: int) -> None:
         """End the conversation; another may begin."""

@@ -439,15 +439,15 @@ class MlxRows:
         mx.async_eval(column, given)  # another thread may make the step
         return place
 
-    def save(self, row: int) -> dict[str, np.ndarray]:
+    def save(self, row: int, ahead: int = 0) -> dict[str, np.ndarray]:
         """What a conversation goes on from after the steps that were asked for."""
         idx = self._places.index(row)
         given = np.full(self._num_agent, NOT_FORCED, np.int32)
         if self._given is not None:
             given = to_numpy(self._given[idx])
-        column, steps = to_numpy(self._column[idx]), self._frames[idx]
+        column, steps = to_numpy(self._column[idx]), self._frames[idx] - ahead
         cache = self._cache if self._num_rows == 1 else self._cache.save(idx)
-        return save_place(column, given, steps) | save_cache(cache)
+        return save_place(column, given, steps) | save_cache(cache, ahead)
 
     def leave(self, row: int) -> None:
         """End the conversation in a place; another may join there."""
@@ -585,10 +585,10 @@ class RowsApart:
         self._taken[idx] += 1
         return self._first[idx] + self._blocks[idx].join(start, seed, frames)
 
-    def save(self, row: int) -> dict[str, np.ndarray]:
+    def save(self, row: int, ahead: int = 0) -> dict[str, np.ndarray]:
         """What a conversation goes on from after the steps that were asked for."""
         idx = bisect.bisect(self._first, row) - 1
-        return self._blocks[idx].save(row - self._first[idx])
+        return self._blocks[idx].save(row - self._first[idx], ahead)
 
     def leave(self, row: int) -> None:
         """End the conversation in a place; another may join there."""

@@ -23,15 +23,17 @@ def to_mlx(x: np.ndarray) -> mx.array:
     return array.view(mx.bfloat16) if x.dtype == np.uint16 else array
 
 
-def save_cache(cache: KvCache) -> dict[str, np.ndarray]:
+def save_cache(cache: KvCache, ahead: int = 0) -> dict[str, np.ndarray]:
     """The keys, then the values (2 layers, heads, slots, head_dim) of the first row.
 
     As far as they are filled; and the positions so far, how many after a prompt.
+    Without the last ``ahead``: in a full ring nothing sees what they wrote over.
     """
-    filled = min(cache.end, cache.window)
+    end = cache.end - ahead
+    filled = min(end, cache.window)
     arrays = [to_numpy(array[:1, :, :filled]) for array in cache.arrays()]
     kept = {"cache": np.concatenate(arrays)} if filled else {}
-    ends = {"end": cache.end, "said": cache.said}
+    ends = {"end": end, "said": max(0, cache.said - ahead)}
     return kept | {name: np.array([count], np.int64) for name, count in ends.items()}
 
 

@@ -1,0 +1,117 @@
+"""Several answers to one recording, whose prompt and sound are read once for all."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+
+from pplex.conversation.answer import Answer
+from pplex.conversation.quiet import longest
+from pplex.conversation.scheduler import converse_many
+from pplex.conversation.tracks import Conversation
+from pplex.engine.choose import batch_size
+from pplex.errors import PplexError
+from pplex.files import is_pipe, name_of, put, put_new
+from pplex.respond.outputs import SoundWriter, open_sink
+from pplex.respond.request import Request, check_outputs, takes_of
+from pplex.respond.run import Config, Prepared, Report, conclude, finish, prepare
+from pplex.respond.stats import Stats
+from pplex.respond.stopping import Stop
+
+
+def respond_takes(
+    request: Request,
+    takes: int,
+    config: Config,
+    report: Report,
+    stop: Stop | None = None,
+) -> list[Stats]:
+    """Answer one recording so many times; each as by itself with its seed."""
+    stop = stop or Stop()
+    pipes = [path for path in request.outputs.files().values() if is_pipe(path)]
+    if pipes:
+        raise PplexError(
+            f"--takes writes many files, and {name_of(pipes[0])} is none: give a name"
+        )
+    for one in takes_of(request, takes):
+        check_outputs(one, config.overwrite)
+    ready = prepare(request, config, report, many=True)
+    every = takes_of(ready.request, takes)
+    place = put if config.overwrite else put_new
+    recording, rate = ready.recording, ready.model.config.sample_rate
+    with ExitStack() as stack:
+        writers = []
+        for one in every:
+            files, layout = one.outputs.files(), one.outputs.layout
+            writers.append(
+                SoundWriter(partial(open_sink, layout, files, rate, place=place))
+            )
+            stack.callback(writers[-1].abandon)
+        replies = _answer(ready, every, writers, report)
+        ready.clock.lap("answer")
+        done = []
+        with stop.deferred():
+            # Another program may have written there in the meantime.
+            for one in every:
+                check_outputs(one, config.overwrite)
+            for one, writer, reply in zip(every, writers, replies, strict=True):
+                if not writer.num_samples:  # it came whole, from a GPU
+                    missing = len(reply.pcm) - recording.num_samples
+                    writer(0, np.pad(recording.pcm, (0, missing)), reply.pcm)
+                writer.finish()
+                count = writer.num_samples
+                done.append(finish(ready, one, reply, count, place, is_share=True))
+    for one, stats, reply in zip(every, done, replies, strict=True):
+        conclude(ready, one, reply, stats, config, report)
+    return done
+
+
+def _answer(
+    ready: Prepared, every: list[Request], writers: list[SoundWriter], report: Report
+) -> list[Answer]:
+    """The answers of all takes, whose sound is written as it is made."""
+    model, opening, settings = ready.model, ready.opening, ready.request.settings
+    rate, sound = model.config.sample_rate, ready.recording
+    seconds = sound.num_samples / rate
+    until_quiet = settings.tail == "auto"
+    report.answering(None if until_quiet else seconds * len(every))
+    if until_quiet:
+        seconds += longest("auto")
+    rows = batch_size(
+        model.config,
+        model.engine.cost(),
+        math.ceil(seconds * model.config.frame_rate),
+        prompt_frames=opening.prompt_frames,
+        alone=model.form.alone,
+    )
+
+    def write(idx: int, start: int, user: np.ndarray, agent: np.ndarray) -> None:
+        writers[idx](start, user, agent)
+        report.advance(len(agent) / rate)
+
+    conversations = [
+        Conversation(
+            key=str(idx),
+            sound=sound,
+            start=opening.start,
+            seed=one.settings.seed,
+            until_quiet=until_quiet,
+            write=partial(write, idx),
+            script=ready.script,
+            saves=one.outputs.state is not None,
+            more_takes=idx < len(every) - 1,
+        )
+        for idx, one in enumerate(every)
+    ]
+    sampling, size = settings.sampling, min(rows, len(every))
+    answers: dict[str, Answer] = {}
+    for one, reply in converse_many(
+        model.engine, conversations, sampling, batch_size=size
+    ):
+        if reply.fault:
+            raise PplexError(reply.fault)
+        answers[one.key] = reply
+    return [answers[one.key] for one in conversations]
