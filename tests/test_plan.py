@@ -113,6 +113,8 @@ def test_equal_names_of_other_formats_do_not_collide(tree, plan, tmp_path):
 )
 def test_what_would_still_collide_is_told_apart(tree, plan, names):
     """By every name that a file system may take it for."""
+    if len(list(tree(*names, root="names").rglob("*.*"))) < 2:
+        pytest.skip("they are one name here")
     tasks = plan(tree(*names), wanted=OutputOptions(layout="separate"), recursive=True)
     files = [str(p) for t in tasks for p in t.outputs.files().values()]
     for fold in (str.upper, str.lower, str.casefold, lambda name: name):

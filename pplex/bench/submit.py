@@ -30,7 +30,7 @@ LARGE, SMALL = "7b", "medium"
 MANY = 8  # rows beside one
 LIVE_S = 60
 _FRAMES = 150
-_MOST_S = 840.0  # of all cases together
+_MOST_S = 780.0  # of all cases together
 # A frame of one row that takes longer would not let the cases end in that time.
 _SLOW_FRAME_S = 0.3
 _POSITIONS = 512  # of each row, room to grow included

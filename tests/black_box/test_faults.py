@@ -107,6 +107,7 @@ NAMES = [
     b"%s {0}.wav",
     b"x" * 240 + b".wav",
 ]
+NOT_TEXT = [] if sys.platform == "darwin" else [b"caf\xe9.wav"]  # names there are UTF-8
 
 
 def test_names_of_all_kinds_are_answered_alike(model, tmp_path):
@@ -114,7 +115,7 @@ def test_names_of_all_kinds_are_answered_alike(model, tmp_path):
     folder = tmp_path / "in \n é"
     content = record(tmp_path / "call.wav").read_bytes()
     folder.mkdir()
-    for name in [*NAMES, b"caf\xe9.wav"]:
+    for name in [*NAMES, *NOT_TEXT]:
         (folder / os.fsdecode(name)).write_bytes(content)
     out = tmp_path / "out \n é"
     code, err = pplex(
@@ -122,9 +123,9 @@ def test_names_of_all_kinds_are_answered_alike(model, tmp_path):
     )
     assert code == 3, err
     status = {x["recording"]: x["status"] for x in read_lines(out / "manifest.jsonl")}
-    assert sorted(status) == sorted(map(os.fsdecode, [*NAMES, b"caf\xe9.wav"]))
+    assert sorted(status) == sorted(map(os.fsdecode, [*NAMES, *NOT_TEXT]))
     bad = {name for name, how in status.items() if how == "failed"}
-    assert bad == {os.fsdecode(b"caf\xe9.wav"), os.fsdecode(NAMES[-1])}
+    assert bad == {*map(os.fsdecode, [*NOT_TEXT, NAMES[-1]])}
     replies = {(out / os.fsdecode(name)).read_bytes() for name in NAMES[:-1]}
     assert len(replies) == 1
     for name in NAMES[:-1]:
