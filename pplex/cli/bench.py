@@ -102,7 +102,7 @@ class Lengths(click.ParamType):
 @click.option(
     "--live",
     "live_s",
-    type=click.IntRange(0, 3600),
+    type=WholeRange(0, 3600),
     metavar="SECONDS",
     default=0,
     help="Answer so much more as it comes, in real time: its delay.",
