@@ -109,7 +109,7 @@ def best_model(*, offline: bool) -> Choice:
             continue
         takes = f"{need_gb:.1f} GB of memory, {minute_in_words(factor)}"
         return Choice(name, takes, tuple(passed))
-    return Choice("mini", "little of either", tuple(passed))
+    return Choice("mini", "it runs anywhere", tuple(passed))
 
 
 def minute_in_words(real_time_factor: float) -> str:

@@ -145,9 +145,12 @@ def forecast_text(found: Forecast, every: bool) -> str:
         f"disk:    about {size(1e9 * found.output_gb)} of "
         f"{size(1e9 * found.disk_free_gb)} free"
     )
+    codec = ""
+    if found.codec_gb:
+        codec = f"{size(1e9 * found.codec_gb)} for what its codec computes, "
     lines.append(
         f"memory:  about {size(1e9 * found.weights_gb)} for the model, "
-        f"{size(1e9 * found.codec_gb)} for what its codec computes, "
+        f"{codec}"
         f"{size(1e9 * found.row_gb)} for each of {found.batch_size} recordings at a "
         f"time and {size(1e9 * found.sound_gb)} for their sound, of "
         f"{size(1e9 * found.memory_gb)}"

@@ -143,7 +143,7 @@ def _cost(config: ModelConfig, matrices: int, tables: int) -> Cost:
         position=config.lm.kv_bytes(1, 4),
         codec=codec,
         codec_state=codec_state,
-        codec_work=0,
+        codec_work=0,  # 14 MB a thread for the published codec
         held=matrices + tables + codec,
     )
 
