@@ -245,6 +245,7 @@ def test_shared_prompts_and_ring_attend_as_caches_of_their_own():
                 *(mx.array(rng.standard_normal(shape), mx.bfloat16) for _ in range(2)),
             )
         cache.advance(length)
+        cache.said = 0  # as after a prompt
         prompts.append(cache)
     shared, apart = SharedCache(prompts[0], 3), CacheEach(3)
     for row, prompt in enumerate(prompts):
