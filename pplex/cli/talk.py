@@ -29,8 +29,7 @@ _SIDE = "KEY=VALUE,..."
 
 
 @click.command(
-    epilog="Example: pplex talk --left voice=NATF0,role=teacher --right voice=NATM0 "
-    "--seconds 30 -o talk.wav --model mini"
+    epilog="Example: pplex talk -o talk.wav --model mini --first-words Hello!"
 )
 @click.option(
     "--left",
