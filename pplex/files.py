@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 import tempfile
@@ -150,6 +151,21 @@ def hidden_beside(path: Path) -> Path:
     """A new name for a temporary file in the folder of ``path``."""
     # A long name is cut so that the temporary one stays within 255 bytes.
     return path.with_name(f".{path.name[:48]}.pplex-{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that gets the name ``target`` when the body is done, else is removed."""
+    target = target.absolute()
+    new = target.with_name(f".{target.name[:48]}.pplex-{secrets.token_hex(4)}.tmp")
+    try:
+        new.mkdir()
+        yield new
+        new.rename(target)
+    except OSError as e:
+        raise PplexError(f"cannot write {target}: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def write_text(path: Path, text: str, *, place: Place = put) -> None:

@@ -10,7 +10,7 @@ import click
 from pplex.cli.foresee import foresee, machine_memory_gb
 from pplex.cli.models_check import info, verify
 from pplex.cli.models_compare import compare, sensitivity
-from pplex.cli.models_convert import convert
+from pplex.cli.models_convert import calibrate, convert
 from pplex.cli.options import Group, complete_model, json_option
 from pplex.cli.tables import echo_json, echo_table
 from pplex.units import duration, size
@@ -24,7 +24,7 @@ def models() -> None:
     """Get, check, convert and compare models."""
 
 
-for command in (info, verify, convert, compare, sensitivity):
+for command in (info, verify, calibrate, convert, compare, sensitivity):
     models.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""``pplex models convert``: any checkpoint to a folder at the bits that are wanted."""
+"""``pplex models convert`` and ``calibrate``: any checkpoint at the bits wanted."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import OneOf, complete_model
+from pplex.cli.options import FiniteRange, OneOf, complete_model, complete_voice
 from pplex.cli.progress import QUIET, Lines
+from pplex.conversation.roles import DEFAULT_SEED
 from pplex.units import size
 
 if TYPE_CHECKING:
+    from pplex.checkpoint.layouts import Matrix
+    from pplex.checkpoint.source import Source
     from pplex.quantization.convert import Conversion
+    from pplex.quantization.recipe import Recipe
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -76,6 +80,13 @@ class SizeType(click.ParamType):
     is_flag=True,
     help="Fit scales by least squares: smaller errors, a slower conversion.",
 )
+@click.option(
+    "--calibration",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Round by what matrices are multiplied with, as `pplex models calibrate` kept "
+    "it: the smallest loss, a conversion of minutes (mini) to hours (7B).",
+)
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
 def convert(
@@ -85,7 +96,8 @@ def convert(
 
     DST has the three files of the MLX conversions, codec, tokenizer, voices, a card
     README.md on how it was made, and SHA256SUMS. Matrices are converted one at a
-    time: a few hundred MB of memory are enough for any model.
+    time: a few hundred MB of memory are enough for any model, and with --calibration
+    what a layer takes.
     """
     made = _conversion(options)
     from pplex.checkpoint.hub import resolve
@@ -112,6 +124,7 @@ def _conversion(options: dict[str, Any]) -> Conversion:
 
     recipe, max_size = options["recipe"], options["max_size"]
     costs_file, refine = options["sensitivity"], options["refine"]
+    calibration = options["calibration"]
     if recipe != "mixed" and (max_size is not None or costs_file is not None):
         raise click.UsageError("--max-size and --sensitivity are for --recipe mixed")
     bits, group_size = int(options["bits"]), int(options["group_size"])
@@ -123,25 +136,93 @@ def _conversion(options: dict[str, Any]) -> Conversion:
     words += ["--max-size", str(max_size)] if max_size is not None else []
     words += ["--sensitivity", shlex.quote(str(costs_file))] if costs_file else []
     words += ["--refine"] if refine else []
-    if recipe == "uniform":
-        return Conversion(
-            lambda _, matrices: uniform(matrices, form),
-            "uniform",
-            " ".join(words),
-            refine,
-        )
-    if recipe == "mixed":
-        costs = read_costs(costs_file)
-        return Conversion(
-            lambda source, m: mixed_recipe(source.config, m, form, max_size, costs),
-            "mixed",
-            " ".join(words),
-            refine,
-        )
-    path = Path(recipe)
-    return Conversion(
-        lambda _, matrices: from_file(path, matrices, form),
-        path.name,
-        " ".join(words),
-        refine,
-    )
+    words += ["--calibration", shlex.quote(str(calibration))] if calibration else []
+    costs = read_costs(costs_file)
+
+    def make_recipe(source: Source, matrices: list[Matrix]) -> Recipe:
+        if recipe == "uniform":
+            return uniform(matrices, form)
+        if recipe == "mixed":
+            return mixed_recipe(source.config, matrices, form, max_size, costs)
+        return from_file(Path(recipe), matrices, form)
+
+    name = recipe if recipe in ("uniform", "mixed") else Path(recipe).name
+    return Conversion(make_recipe, name, " ".join(words), refine, calibration)
+
+
+@click.command(epilog="Example: pplex models calibrate mini calls/*.wav -o kept")
+@click.argument("model", shell_complete=complete_model)
+@click.argument("recordings", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    "target",
+    metavar="DIR",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The new folder for the tokens.",
+)
+@click.option(
+    "--voice",
+    "voices",
+    metavar="NAME|FILE",
+    multiple=True,
+    shell_complete=complete_voice,
+    help="A voice to draw from; again for more.  [default: all of the model]",
+)
+@click.option(
+    "--prompt",
+    "texts",
+    metavar="TEXT",
+    multiple=True,
+    help="A role to draw from; again for more.  [default: the published ones]",
+)
+@click.option(
+    "--minutes",
+    type=FiniteRange(min=0.01),
+    default=30.0,
+    show_default=True,
+    help="How much to answer; recordings are used again where they are shorter.",
+)
+@click.option(
+    "--seconds",
+    type=FiniteRange(min=0.2),
+    default=60.0,
+    show_default=True,
+    help="How much of each recording to use.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=DEFAULT_SEED,
+    show_default=True,
+    help="For the random draws.",
+)
+@click.option("--offline", is_flag=True, help="Never use the network.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+def calibrate(
+    model: str,
+    recordings: tuple[Path, ...],
+    target: Path,
+    offline: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Let MODEL answer RECORDINGS, and keep the tokens for `convert --calibration`.
+
+    MODEL should be the best there is, before any conversion. Each answer has a voice,
+    a role and a seed of its own. DIR has tokens.safetensors, and calibration.json on
+    what was asked; no sound is kept. Prints DIR.
+    """
+    from pplex.checkpoint.hub import resolve
+    from pplex.quantization.calibration import Settings
+    from pplex.quantization.calibration import calibrate as run
+
+    local = resolve(model, offline=offline, progress=not quiet)
+    settings = Settings(**options)
+    with tqdm(
+        total=60 * settings.minutes, unit="s", disable=quiet or None, leave=False
+    ) as bar:
+        for more in run(local, recordings, target, settings):
+            bar.update(more)
+    click.echo(target)

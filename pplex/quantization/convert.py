@@ -7,7 +7,6 @@ decides how much memory is taken, not the model.
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,9 +30,13 @@ from pplex.checkpoint.safetensors import TensorSpec, write_tensors
 from pplex.checkpoint.source import Source, is_finite
 from pplex.checkpoint.voices import find_voices, read_voice_file, write_voice_file
 from pplex.errors import PplexError
+from pplex.files import new_folder
+from pplex.quantization.activations import Activations
+from pplex.quantization.calibration import read_calibration
 from pplex.quantization.card import Card, card_text
 from pplex.quantization.quantize import BLOCK_VALUES, quantize_blocks
 from pplex.quantization.recipe import Form, Recipe, recipe_bytes
+from pplex.quantization.rounding import round_by_inputs
 
 FLOAT16_BOUND = 65520  # from here on, rounding to float16 gives infinity
 HALF = "F16"  # what the published folders hold where nothing is quantized
@@ -43,12 +46,16 @@ _SPARE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a conversion was asked for; ``made_by`` and ``recipe_name`` in words."""
+    """How a conversion was asked for; ``made_by`` and ``recipe_name`` in words.
+
+    With a folder ``calibration`` matrices are rounded by what they are multiplied with.
+    """
 
     make_recipe: Callable[[Source, list[Matrix]], Recipe]
     recipe_name: str
     made_by: str
     refine: bool = False
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -81,14 +88,19 @@ def convert(
     num_bytes = recipe_bytes(matrices, recipe)
     others = _other_files(folder)
     _check_target(target, num_bytes + sum(f.stat().st_size for f in others.values()))
+    inputs = None
+    if conversion.calibration is not None:
+        talks = read_calibration(conversion.calibration, config.lm)
+        inputs = Activations(folder, config.lm, talks)
+    rounding = _Rounding(conversion.refine, inputs)
     start(source.num_bytes)
-    with _new_folder(target) as new, _little_cache():
+    with new_folder(target) as new, _little_cache():
         sums = {}
         for file in SPLIT_PARTS:
             own = [m for m in matrices if m.split_file == file]
             path = new / f"{file}.safetensors"
             specs = [s for m in own for s in _specs(source, m, recipe[m.name])]
-            arrays = _arrays(source, own, recipe, conversion.refine, advance)
+            arrays = _arrays(source, own, recipe, rounding, advance)
             sums[path.name] = write_tensors(path, specs, arrays, {"format": "mlx"})
         for name, path in others.items():
             sums[name] = hashes.copy(path, new / name)
@@ -127,12 +139,12 @@ def _arrays(
     source: Source,
     matrices: list[Matrix],
     recipe: Recipe,
-    refine: bool,
+    rounding: _Rounding,
     advance: Callable[[int], object],
 ) -> Iterator[mx.array]:
     """The arrays of ``_specs``, matrix after matrix."""
     for matrix in matrices:
-        yield from _arrays_of(source, matrix, recipe[matrix.name], refine)
+        yield from _arrays_of(source, matrix, recipe[matrix.name], rounding)
         targets = [target for target in matrix.targets if target is not None]
         for target in targets:
             source.release(target)
@@ -140,14 +152,17 @@ def _arrays(
 
 
 def _arrays_of(
-    source: Source, matrix: Matrix, form: Form, refine: bool
+    source: Source, matrix: Matrix, form: Form, rounding: _Rounding
 ) -> Iterator[mx.array]:
     if form is not None and _same(source, matrix, form):
         shares = [source.parts(target) for target in _targets(matrix)]
         for part in PARTS:
             yield _join([share[part] for share in shares])
     elif form is not None:
-        yield from quantize_blocks(_blocks(source, matrix), form, refine)
+        made = []
+        for target in _targets(matrix):
+            made.append(rounding.quantize(target, _rows(source, matrix, target), form))
+        yield from (_join(list(parts)) for parts in zip(*made, strict=True))
     else:
         if len(matrix.shape) == 1:
             _check_one_norm(source, matrix)
@@ -157,6 +172,23 @@ def _arrays_of(
             mx.eval(halves[-1])  # and let go of the block
         half = _join(halves)
         yield half[None, None] if half.ndim == 1 else half
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """How matrices are rounded: by their values, or by ``inputs`` where there are."""
+
+    refine: bool
+    inputs: Activations | None
+
+    def quantize(
+        self, target: str, rows: Iterator[mx.array], form: Quantization
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The rows of our module ``target`` as packed codes, scales and biases."""
+        moment = None if self.inputs is None else self.inputs.moment(target)
+        if moment is None:
+            return quantize_blocks(rows, form, self.refine)
+        return round_by_inputs(_join(list(rows)), moment, form)
 
 
 def _targets(matrix: Matrix) -> list[str]:
@@ -171,20 +203,25 @@ def _same(source: Source, matrix: Matrix, form: Quantization) -> bool:
 
 
 def _blocks(source: Source, matrix: Matrix) -> Iterator[mx.array]:
-    """The rows of a matrix in float32, some at a time; all must fit 16 bits."""
+    """The rows of a matrix in float32, some at a time."""
     for target in _targets(matrix):
-        for block in source.blocks(target, BLOCK_VALUES):
-            wide = block.astype(mx.float32)
-            # What is no number fits no bounds.
-            low, high = float(wide.min()), float(wide.max())
-            if not (-FLOAT16_BOUND < low and high < FLOAT16_BOUND):
-                whole = is_finite(wide)
-                what = "is too large for 16 bits" if whole else "is no number"
-                raise PplexError(
-                    f"{source.files[0].parent}: a value of `{matrix.name}` {what}; run "
-                    "`pplex models verify` on it"
-                )
-            yield wide
+        yield from _rows(source, matrix, target)
+
+
+def _rows(source: Source, matrix: Matrix, target: str) -> Iterator[mx.array]:
+    """Those of one of our modules, of those of a matrix; all must fit 16 bits."""
+    for block in source.blocks(target, BLOCK_VALUES):
+        wide = block.astype(mx.float32)
+        # What is no number fits no bounds.
+        low, high = float(wide.min()), float(wide.max())
+        if not (-FLOAT16_BOUND < low and high < FLOAT16_BOUND):
+            whole = is_finite(wide)
+            what = "is too large for 16 bits" if whole else "is no number"
+            raise PplexError(
+                f"{source.files[0].parent}: a value of `{matrix.name}` {what}; run "
+                "`pplex models verify` on it"
+            )
+        yield wide
 
 
 def _join(arrays: list[mx.array]) -> mx.array:
@@ -267,18 +304,3 @@ def _little_cache() -> Iterator[None]:
     finally:
         mx.set_cache_limit(before)
         mx.clear_cache()
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder that gets the name ``target`` when the body is done, else is removed."""
-    target = target.absolute()
-    new = target.with_name(f".{target.name[:48]}.pplex-{secrets.token_hex(4)}.tmp")
-    try:
-        new.mkdir()
-        yield new
-        new.rename(target)
-    except OSError as e:
-        raise PplexError(f"cannot write {target}: {e.strerror or e}") from e
-    finally:
-        shutil.rmtree(new, ignore_errors=True)

@@ -1,0 +1,137 @@
+"""Conversations kept for a conversion, and matrices rounded by what they meet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_convert import to
+
+from pplex.checkpoint.hub import resolve
+from pplex.checkpoint.layouts import Quantization
+from pplex.checkpoint.source import dequantize
+from pplex.checkpoint.weights import lm_tensors, make_lm
+from pplex.cli.main import cli
+from pplex.model.cache import KvCache
+from pplex.quantization.activations import Activations
+from pplex.quantization.calibration import read_calibration
+from pplex.quantization.quantize import quantize
+from pplex.quantization.rounding import round_by_inputs
+
+
+@pytest.fixture(scope="module")
+def kept(tiny, data, tmp_path_factory):
+    """Two answers of the tiny model, of a second each."""
+    folder = tmp_path_factory.mktemp("kept") / "kept"
+    wav = data / "respond" / "user_c.wav"
+    words = ("models", "calibrate", tiny, wav, "-o", folder, "-q")
+    words += ("--minutes", "0.03", "--seconds", "1", "--prompt", "hello there")
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    assert (result.exit_code, result.output) == (0, f"{folder}\n")
+    return folder
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_outputs_change_less_than_by_rounding_values(bits):
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(128, 128)) / 8 + np.eye(128)
+    x = (rng.normal(size=(600, 128)) @ mixing).astype(np.float32)
+    weight = mx.array(rng.normal(size=(48, 128)).astype(np.float32))
+    form = Quantization(bits, 64)
+
+    def error(parts):
+        named = dict(zip(("weight", "scales", "biases"), parts, strict=True))
+        return np.square(x @ np.array(dequantize(named, form) - weight).T).mean()
+
+    plain, refined = (error(quantize(weight, form, refine=r)) for r in (False, True))
+    assert error(round_by_inputs(weight, x.T @ x, form)) < 0.7 * min(plain, refined)
+
+
+def test_inputs_that_are_always_zero_harm_nothing():
+    weight = mx.array(np.random.default_rng(0).normal(size=(4, 64)), mx.float32)
+    parts = round_by_inputs(weight, np.zeros((64, 64), np.float32), Quantization(4, 64))
+    assert all(np.isfinite(np.array(part.astype(mx.float32))).all() for part in parts)
+
+
+def test_the_moments_are_those_of_the_specification(tiny, kept):
+    """Layer by layer from the files, against the whole model at once."""
+    local = resolve(str(tiny), offline=True)
+    config = local.folder.read_config().lm
+    talks = read_calibration(kept, config)
+    assert len(talks) == 2 and talks[0].frames > 10
+    found = Activations(local.folder, config, talks)
+    last = config.num_layers - 1
+    first = found.moment("layers.0.self_attn.in_proj")
+    found.moment(f"layers.{last}.gating.linear_out")
+    text = found.moment("text_linear")
+    head = found.moment("depformer.steps.1.head")
+    assert found.moment("depformer.audio_emb[3]") is None
+    assert found.moment("depformer.steps.12.head") is None  # the user's
+    lm = make_lm(config, lm_tensors(local.folder, config), mx.float32)
+    expected = {"first": 0, "text": 0, "head": 0}
+    seen = []
+    step = lm.depformer.steps[1]
+    step.head, inner = lambda x: seen.append(x) or inner(x), step.head
+    for talk in talks:
+        x = lm.embed(mx.array(talk.columns[None, :, :-1]))
+        if len(talk.embeddings):
+            rest = x[:, len(talk.embeddings) :]
+            x = mx.concatenate([mx.array(talk.embeddings)[None], rest], axis=1)
+        read = np.array(lm.layers[0].norm1(x)[0])
+        hidden, _ = lm.head(lm.temporal(x, KvCache(config.num_layers, config.window)))
+        hidden = hidden[0, -talk.frames :]
+        given = talk.columns[: config.num_agent_streams, -talk.frames :].T
+        lm.agent_logits(hidden, mx.array(given))
+        for name, rows in (("first", read), ("text", hidden), ("head", seen[-1])):
+            rows = np.array(rows)
+            expected[name] = expected[name] + rows.T @ rows
+    for name, moment in (("first", first), ("text", text), ("head", head)):
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(moment, expected[name], atol=1e-4 * scale)
+
+
+def test_a_calibrated_conversion_says_so_and_differs(run, tiny, kept, tmp_path):
+    result = run(
+        *("models", "convert", tiny, tmp_path / "m", "--bits", "4", "-q"),
+        *("--calibration", kept),
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"--calibration {kept}" in (tmp_path / "m" / "README.md").read_text()
+    to(tiny, tmp_path / "plain", Quantization(4, 64))
+    name = "temporal.safetensors"
+    ours, plain = (mx.load(str(tmp_path / n / name)) for n in ("m", "plain"))
+    assert {n: w.shape for n, w in ours.items()} == {
+        n: w.shape for n, w in plain.items()
+    }
+    packed = [n for n, w in ours.items() if w.dtype == mx.uint32]
+    assert packed and not any(mx.array_equal(ours[n], plain[n]) for n in packed)
+
+
+def _longer(folder) -> None:
+    record = json.loads((folder / "calibration.json").read_text())
+    record["answers"][0]["frames"] = 9999
+    (folder / "calibration.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda folder: (folder / "calibration.json").unlink(), "cannot be read"),
+        (lambda folder: (folder / "tokens.safetensors").unlink(), "tokens.safetensors"),
+        (_longer, "does not fit this model"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(run, tiny, kept, tmp_path, change, says):
+    shutil.copytree(kept, tmp_path / "kept")
+    change(tmp_path / "kept")
+    result = run(
+        *("models", "convert", tiny, tmp_path / "m", "--bits", "4", "-q"),
+        *("--calibration", tmp_path / "kept"),
+    )
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert says in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "m").exists()
