@@ -142,11 +142,11 @@ def _depformer_stages(
             taps |= _tap(layer, prefix)
             layers.append(layer)
         for rows in states:
-            past = StepCache(1, config.depformer_num_heads)
+            past = StepCache(config, steps)
             for step, layer in enumerate(layers):
                 x = rows[step]
                 qkv = layer.in_proj(layer.norm1(x))
-                y = past.attend(0, qkv, step == config.hiding_step)
+                y = past.attend(number, qkv, step)
                 rows[step] = layer.finish(x, y)
             mx.eval(rows)
         yield _taken(taps)
