@@ -87,7 +87,7 @@ def quantized_in_memory(local, form):
 
 
 @pytest.mark.parametrize("layout", ["pytorch", "mlx", "mlx-split", "eight"])
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [3, 4, 8, 16])
 def test_a_converted_model_says_what_one_quantized_in_memory_says(
     sources, tmp_path, layout, bits
 ):

@@ -46,7 +46,7 @@ class SizeType(click.ParamType):
 @click.argument("source", metavar="SRC", shell_complete=complete_model)
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option(
-    "--bits", type=OneOf(["4", "8", "16"]), required=True, help="Bits a weight."
+    "--bits", type=OneOf(["3", "4", "8", "16"]), required=True, help="Bits a weight."
 )
 @click.option(
     "--group-size",
