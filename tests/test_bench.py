@@ -257,12 +257,12 @@ def test_a_small_model_is_estimated_by_running_it(bits):
 @pytest.mark.parametrize("part", ["step", "encode", "decode"])
 def test_the_loop_is_timed_from_end_to_end(monkeypatch, part):
     engine = random_model("tiny", 4).engine
-    start, sleep_s = engine.prefill(random_prompt(TINY)), 0.002
-    fast = estimate.loop_frame_s(engine, start)
+    start, spent = engine.prefill(random_prompt(TINY)), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: spent[0])
 
     def slow(function, frames_of):
         def slowly(given, *args, **how):
-            time.sleep(sleep_s * frames_of(given))
+            spent[0] += 0.002 * frames_of(given)
             return function(given, *args, **how)
 
         return slowly
@@ -280,7 +280,7 @@ def test_the_loop_is_timed_from_end_to_end(monkeypatch, part):
         frames_of = len if part == "encode" else lambda codes: codes.shape[1]
         codec = engine.codec
         monkeypatch.setattr(codec, part, slow(getattr(codec, part), frames_of))
-    assert sleep_s < estimate.loop_frame_s(engine, start) < 2 * (sleep_s + fast)
+    assert estimate.loop_frame_s(engine, start) == pytest.approx(0.002, rel=0.1)
 
 
 def test_no_number_is_found_out(monkeypatch):
