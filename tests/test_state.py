@@ -87,6 +87,16 @@ def test_answering_a_and_then_b_is_answering_both(answer, tmp_path):
     assert state.read_bytes() == content
 
 
+def test_the_model_is_the_conversations_own(answer, run, calls, tmp_path, monkeypatch):
+    monkeypatch.delenv("PPLEX_MODEL", raising=False)
+    state, reply = tmp_path / "a.safetensors", tmp_path / "again.wav"
+    answer("a", "--save-state", state)
+    b, *_ = answer("b", "--resume", state)
+    done = run("respond", calls / "b.wav", "-o", reply, "--resume", state)
+    assert done.exit_code == 0, done.stderr
+    np.testing.assert_array_equal(soundfile.read(reply, dtype="int16")[0], b)
+
+
 def test_streams_are_saved_and_go_on(answer, calls, tiny, tmp_path):
     def stream(name: str, *options: object) -> np.ndarray:
         line = ["respond", "-", "-o", tmp_path / f"{name}.wav", "-m", tiny, *options]

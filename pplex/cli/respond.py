@@ -184,7 +184,6 @@ def respond(
     live: bool,
     start: float,
     duration: float | None,
-    model_name: str,
     offline: bool,
     transcripts: tuple[Path, ...],
     line_width: int | None,
@@ -210,6 +209,7 @@ def respond(
     text = role_text(options)
     if resume is not None:
         take_from_state(ctx, resume, options)
+    model_name = options["model_name"]
     input = _one_of(inputs)
     is_stream = input == PIPE
     output = output or _beside(input)
@@ -283,9 +283,12 @@ def take_from_state(ctx: click.Context, path: Path, options: dict[str, Any]) -> 
             "conversation has its voice and role"
         )
     notes = read_notes(path)
-    for name in ("seed", "temp", "top_k", "text_temp", "text_top_k"):
-        if ctx.get_parameter_source(name) == click.core.ParameterSource.DEFAULT:
-            options[name] = getattr(notes, name)
+    known = {
+        name: name for name in ("seed", "temp", "top_k", "text_temp", "text_top_k")
+    }
+    for option, name in (known | {"model_name": "name"}).items():
+        if ctx.get_parameter_source(option) == click.core.ParameterSource.DEFAULT:
+            options[option] = getattr(notes, name)
 
 
 def saved_line(path: Path) -> str:
