@@ -17,7 +17,7 @@ from pplex.engine.c import codec as c
 from pplex.engine.c.binding import BEST, load_library
 from pplex.engine.c.codec import CCodec
 from pplex.engine.cuda.codec import FusedSeanet
-from pplex.engine.mlx.codec import CHUNK_FRAMES, GROUP_ROWS, MlxCodec
+from pplex.engine.mlx.codec import GROUP_ROWS, MlxCodec
 from pplex.model.config import (
     CodecTransformerConfig,
     MimiConfig,
@@ -279,13 +279,14 @@ def test_chunks_of_any_size_give_the_same_bits_on_a_cpu_by_mlx():
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
+CHUNK_FRAMES = 24  # fewer than a GPU takes, which a CPU would be slow at
 # Two groups, the second of few rows and of more than one chunk.
 LENGTHS = [CHUNK_FRAMES + 2, *range(GROUP_ROWS - 1, 0, -1), 33, 31]
 
 
 def test_a_recordings_bits_do_not_depend_on_what_is_coded_beside_it():
     """The way of GPUs, here on the CPU."""
-    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True)
+    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True, frames=CHUNK_FRAMES)
     recordings = [speech(frames, seed=frames) for frames in (CHUNK_FRAMES + 2, 7, 33)]
     codes = codec.encode_many(recordings)
     pcm = codec.decode_many(codes)
@@ -296,8 +297,8 @@ def test_a_recordings_bits_do_not_depend_on_what_is_coded_beside_it():
         np.testing.assert_array_equal(beside[len(codes) - idx - 1], pcm[idx])
         # And as a stream, in pieces of any length.
         encoder, decoder = codec.make_state(), codec.make_state()
-        for first in range(0, len(frames), 50):
-            stretch = slice(first, first + 50)
+        for first in range(0, len(frames), 10):
+            stretch = slice(first, first + 10)
             found = codec.encode(frames[stretch], encoder)
             np.testing.assert_array_equal(found, codes[idx][:, stretch])
             found = codec.decode(found, decoder).reshape(-1, frames.shape[1])
@@ -308,7 +309,10 @@ def test_a_recordings_bits_do_not_depend_on_what_is_coded_beside_it():
 def test_recordings_coded_in_groups_are_as_alone():
     """The way of GPUs, here on the CPU: codes agree, rounding may differ."""
     mimi = random_mimi(SMALL.mimi)
-    codec, one = (MlxCodec(mimi, on_gpu=True, alone=alone) for alone in (False, True))
+    codec, one = (
+        MlxCodec(mimi, on_gpu=True, alone=alone, frames=CHUNK_FRAMES)
+        for alone in (False, True)
+    )
     recordings = [speech(frames, seed=frames) for frames in LENGTHS]
     codes = codec.encode_many(recordings)
     for found, frames in zip(codes, recordings, strict=True):
@@ -338,13 +342,14 @@ def test_on_gpus_the_last_chunk_may_be_ragged(config, last):
 @pytest.mark.parametrize("alone", [False, True])
 def test_on_gpus_what_follows_a_ragged_chunk_goes_on_from_it(alone):
     """The way of GPUs, here on the CPU; and from where it was saved."""
-    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True, alone=alone)
+    mimi = random_mimi(SMALL.mimi)
+    codec = MlxCodec(mimi, on_gpu=True, alone=alone, frames=CHUNK_FRAMES)
     frames = speech(CHUNK_FRAMES + 5)
     codes = codec.encode(frames, codec.make_state())
     pcm = codec.decode(codes, codec.make_state())
     states = codec.make_state(), codec.make_state()
     found: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for first, last in ((0, 3), (3, 100), (100, CHUNK_FRAMES + 2), (-3, None)):
+    for first, last in ((0, 3), (3, 20), (20, CHUNK_FRAMES + 2), (-3, None)):
         found[0].append(codec.encode(frames[first:last], states[0]))
         found[1].append(codec.decode(codes[:, first:last], states[1]))
         states = tuple(codec.make_state(codec.save(state)) for state in states)
