@@ -18,6 +18,7 @@ from pplex.cli.batch_report import (
 )
 from pplex.cli.foresee import foresee
 from pplex.cli.options import (
+    batch_size_option,
     check_option,
     checks_from,
     compute_option,
@@ -30,7 +31,7 @@ from pplex.cli.options import (
     verbosity_options,
 )
 from pplex.cli.tables import echo_json, printable
-from pplex.cli.transcripts import FormatsType, cue_from, subtitle_options
+from pplex.cli.transcripts import cue_from, formats_option, subtitle_options
 
 if TYPE_CHECKING:
     from pplex.batch.forecast import Forecast
@@ -39,22 +40,6 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path)
 SOME_FAILED = 3
-
-
-class BatchSize(click.ParamType):
-    """``auto`` (None) or a number from 1."""
-
-    name = "auto|N"
-
-    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
-        """Turn the option's text into its value."""
-        if value is None or isinstance(value, int):
-            return value
-        if value == "auto":
-            return None
-        if value.isdecimal() and 1 <= int(value) <= 4096:
-            return int(value)
-        self.fail(f"{value!r} is neither 'auto' nor a number from 1 to 4096", param)
 
 
 class Shard(click.ParamType):
@@ -119,29 +104,14 @@ class RayAddress(click.ParamType):
     metavar="NAME.wav",
     help="Call every output so, in the folder of its recording within OUTDIR.",
 )
-@click.option(
-    "--transcript",
-    "transcripts",
-    metavar="FORMATS",
-    type=FormatsType(),
-    default=(),
-    help="Write what the agent said, with times, for each recording: json, srt, vtt, "
-    "tsv, txt, several with commas between them, or all.",
-)
+@formats_option("Write what the agent said, with times, for each recording")
 @subtitle_options
 @click.option("--stats", is_flag=True, help="Write NAME.stats.json for each recording.")
 @click.option("--tokens", is_flag=True, help="Write NAME.npz for each recording.")
 @model_options
 @conversation_options
 @compute_option
-@click.option(
-    "--batch-size",
-    type=BatchSize(),
-    metavar="auto|N",
-    default="auto",
-    show_default=True,
-    help="How many recordings are answered at a time.",
-)
+@batch_size_option("recordings are answered")
 @takes_option
 @check_option
 @click.option(

@@ -260,12 +260,40 @@ def layout_option(command: Command) -> Command:
     )(command)
 
 
+class _BatchSize(click.ParamType):
+    """``auto`` (None) or a number from 1."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
+        """Turn the option's text into its value."""
+        if value is None or isinstance(value, int):
+            return value
+        if value == "auto":
+            return None
+        if value.isdecimal() and 1 <= int(value) <= 4096:
+            return int(value)
+        self.fail(f"{value!r} is neither 'auto' nor a number from 1 to 4096", param)
+
+
+def batch_size_option(counted: str) -> Callable[[Command], Command]:
+    """``--batch-size``; its help says of what, ``counted``, so many go at a time."""
+    return click.option(
+        "--batch-size",
+        type=_BatchSize(),
+        metavar="auto|N",
+        default="auto",
+        show_default=True,
+        help=f"How many {counted} at a time.",
+    )
+
+
 def takes_option(command: Command) -> Command:
     """``--takes``."""
     return click.option(
         "--takes",
         metavar="N",
-        type=click.IntRange(1, 1000),
+        type=WholeRange(1, 1000),
         help="Answer N times, with the seeds that follow from --seed, into NAME.1.wav "
         "to NAME.N.wav: the recording is heard and the prompt read once for all.",
     )(command)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pplex.cli.batch import BatchSize
 from pplex.cli.foresee import foresee
 from pplex.cli.options import (
     FiniteRange,
+    batch_size_option,
     compute_option,
     model_options,
     sampling_from,
@@ -19,7 +19,7 @@ from pplex.cli.options import (
     verbosity_options,
 )
 from pplex.cli.progress import Progress
-from pplex.cli.transcripts import FormatsType
+from pplex.cli.transcripts import formats_option
 from pplex.respond.request import Outputs, transcript_beside
 
 if TYPE_CHECKING:
@@ -69,27 +69,12 @@ _SIDE = "KEY=VALUE,..."
     metavar="TEXT",
     help="Make the left agent speak first, and say this.",
 )
-@click.option(
-    "--transcript",
-    "transcripts",
-    metavar="FORMATS",
-    type=FormatsType(),
-    default=(),
-    help="Write what both said, with times, beside OUT: json, srt, vtt, tsv, txt, "
-    "several with commas between them, or all.",
-)
+@formats_option("Write what both said, with times, beside OUT")
 @click.option("--tokens", is_flag=True, help="Write the token arrays beside OUT, .npz.")
 @model_options
 @sampling_options
 @compute_option
-@click.option(
-    "--batch-size",
-    type=BatchSize(),
-    metavar="auto|N",
-    default="auto",
-    show_default=True,
-    help="How many pairs talk at a time.",
-)
+@batch_size_option("pairs talk")
 @click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
 @verbosity_options
 def talk(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pplex.cli.options import WholeRange
+from pplex.cli.options import Command, WholeRange
 from pplex.errors import did_you_mean
 from pplex.files import is_descriptor
 from pplex.respond.request import transcript_beside
@@ -35,7 +35,20 @@ class FormatsType(click.ParamType):
         return tuple(form for form in FORMATS if form in asked)
 
 
-def subtitle_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def formats_option(what: str) -> Callable[[Command], Command]:
+    """``--transcript`` where outputs are named by pplex; ``what`` begins its help."""
+    return click.option(
+        "--transcript",
+        "transcripts",
+        metavar="FORMATS",
+        type=FormatsType(),
+        default=(),
+        help=f"{what}: json, srt, vtt, tsv, txt, several with commas between them, or "
+        "all.",
+    )
+
+
+def subtitle_options(command: Command) -> Command:
     """``--line-width`` and ``--cue-lines``."""
     for option in (
         click.option(
