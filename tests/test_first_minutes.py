@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,7 @@ def test_a_batch_may_end_with_one_object(run, call, tmp_path, tiny):
 def test_without_a_terminal_a_batch_says_a_line_a_minute(capsys, monkeypatch):
     now = 100.0
     monkeypatch.setattr("pplex.cli.batch_report.time.perf_counter", lambda: now)
-    with BatchProgress(0) as progress:
+    with closing(BatchProgress(0)) as progress:
         progress.starting(500, 5000.0)
         for second in range(1, 151):
             now = 100.0 + second
@@ -336,15 +337,15 @@ def test_what_is_no_diarization_no_prompt_and_no_list_of_hashes(run, call, tmp_p
 
 def test_a_terminal_sees_at_once_that_a_model_is_loaded(capsys, monkeypatch):
     monkeypatch.setattr("pplex.cli.progress.is_terminal", lambda: True)
-    with Progress(0, channel_chosen=True) as progress:
+    with closing(Progress(0, channel_chosen=True)) as progress:
         progress.waiting("8bit")
         assert capsys.readouterr().err == "loading 8bit ..."
         progress.warn("a warning")
     # Nothing is erased here, where click sees no terminal and leaves out the code.
     assert capsys.readouterr().err == "\ra warning\n"
-    with Progress(-1, channel_chosen=True) as progress:
+    with closing(Progress(-1, channel_chosen=True)) as progress:
         progress.waiting("8bit")
     monkeypatch.setattr("pplex.cli.progress.is_terminal", lambda: False)
-    with Progress(0, channel_chosen=True) as progress:
+    with closing(Progress(0, channel_chosen=True)) as progress:
         progress.waiting("8bit")
     assert capsys.readouterr().err == ""

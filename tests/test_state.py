@@ -220,7 +220,7 @@ def test_what_is_no_saved_conversation_of_the_model_is_refused(
     content = state.read_bytes()
     for length in (5, 300, len(content) // 2, len(content) - 1):
         torn.write_bytes(content[:length])
-        assert "torn.safetensors is not a whole" in refusal(
+        assert "torn.safetensors is not a whole saved conversation" in refusal(
             run, calls, tmp_path, "-m", tiny, "--resume", torn
         )
     others = {

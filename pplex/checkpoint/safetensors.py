@@ -70,6 +70,14 @@ _WRITTEN = {
 }
 
 
+class BrokenError(PplexError):
+    """``why`` a file is not a whole one."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} is not a whole safetensors file: {why}; get it again")
+        self.why = why
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of a file; ``dtype`` as safetensors spells it.
@@ -131,7 +139,7 @@ def read_values(path: Path, spec: TensorSpec) -> np.ndarray:
     except OSError as e:
         raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
     if values.size != count:
-        raise _broken(path, "it has become shorter")
+        raise BrokenError(path, "it has become shorter")
     return values.reshape(spec.shape)
 
 
@@ -143,7 +151,7 @@ def load_tensors(path: Path) -> dict[str, mx.array]:
     try:
         arrays = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as e:
-        raise _broken(path, first_line(e)) from e
+        raise BrokenError(path, first_line(e)) from e
     assert isinstance(arrays, dict)
     return arrays
 
@@ -229,21 +237,21 @@ def _read_header(
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 10 or not 2 <= length <= min(size - 8, max_bytes):
-                raise _broken(path, "its header does not fit in the file")
+                raise BrokenError(path, "its header does not fit in the file")
             header = parse_json(file.read(length))
     except OSError as e:
         raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
     except ValueError as e:
-        raise _broken(path, "its header is not JSON") from e
+        raise BrokenError(path, "its header is not JSON") from e
     if not isinstance(header, dict):
-        raise _broken(path, "its header is not a table of tensors")
+        raise BrokenError(path, "its header is not a table of tensors")
     words = header.pop("__metadata__", None)
     specs, end = {}, 0
     for name, entry in header.items():
         specs[name], last = _spec(path, name, entry, 8 + length)
         end = max(end, last)
     if size != 8 + length + end:
-        raise _broken(
+        raise BrokenError(
             path, f"it has {size} bytes, its header speaks of {8 + length + end}"
         )
     pairs = words.items() if isinstance(words, dict) else ()
@@ -261,17 +269,19 @@ def _spec(path: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, in
         )
         fits = are_sizes and end - begin == spec.num_bytes
     except (KeyError, TypeError, ValueError) as e:
-        raise _broken(path, f"the entry of `{name}` in its header is none") from e
+        raise BrokenError(path, f"the entry of `{name}` in its header is none") from e
     if not fits:
-        raise _broken(path, f"the offsets of `{name}` do not fit its shape")
+        raise BrokenError(path, f"the offsets of `{name}` do not fit its shape")
     return spec, end
 
 
 def _read_array(path: Path, spec: TensorSpec) -> tuple[str, np.ndarray]:
     if spec.dtype not in _STORAGE:
-        raise _broken(path, f"dtype {spec.dtype} is not one a voice has")
+        raise BrokenError(path, f"dtype {spec.dtype} is not one a voice has")
     if not 0 < spec.num_bytes <= MAX_ARRAY_BYTES:
-        raise _broken(path, f"a tensor of {spec.num_bytes} bytes is none of a voice")
+        raise BrokenError(
+            path, f"a tensor of {spec.num_bytes} bytes is none of a voice"
+        )
     name = _STORAGE[spec.dtype][0]
     array = read_values(path, spec)
     return name, widen_bfloat16(array) if name == "bfloat16" else array
@@ -289,7 +299,3 @@ def _bytes_of(array: mx.array | np.ndarray) -> memoryview:
             array = array.view(mx.uint16)
     whole = np.ascontiguousarray(np.array(array, copy=False))
     return whole.reshape(-1).view(np.uint8).data
-
-
-def _broken(path: Path, why: str) -> PplexError:
-    return PplexError(f"{path} is not a whole safetensors file: {why}; get it again")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +18,8 @@ from pplex.cli.batch_report import (
 )
 from pplex.cli.foresee import foresee
 from pplex.cli.options import (
+    FILE,
+    FOLDER,
     batch_size_option,
     check_option,
     checks_from,
@@ -38,49 +40,35 @@ if TYPE_CHECKING:
     from pplex.batch.prepare import Batch
     from pplex.batch.run import Summary
 
-_FILE = click.Path(path_type=Path)
-SOME_FAILED = 3
+_SOME_FAILED = 3
 
 
-class Shard(click.ParamType):
+def _shard(value: str) -> tuple[int, int]:
     """``K/N``: the K-th of N parts, counted from 1."""
-
-    name = "K/N"
-
-    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
-        """Turn the option's text into its value."""
-        match = isinstance(value, str) and re.fullmatch(r"(\d{1,6})/(\d{1,6})", value)
-        if match and 1 <= int(match[1]) <= int(match[2]):
-            return int(match[1]), int(match[2])
-        if isinstance(value, tuple):
-            return value
-        self.fail(f"{value!r} is not K/N with K from 1 to N, such as 1/4", param)
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", value)
+    if match and 1 <= int(match[1]) <= int(match[2]):
+        return int(match[1]), int(match[2])
+    raise click.BadParameter(f"{value!r} is not K/N with K from 1 to N, such as 1/4")
 
 
-class RayAddress(click.ParamType):
-    """An address of a Ray cluster, or ``local``."""
-
-    name = "ADDRESS"
-
-    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
-        """Refuse what is probably a recording that was meant as an input."""
-        if re.fullmatch(r"local|auto|ray://\S+|[^\s/]+:\d+", value):
-            return value
-        self.fail(
-            f"{value!r} is no address (auto, local, HOST:PORT or ray://HOST:PORT); "
-            "for a local cluster write --ray=local",
-            param,
-        )
+def _ray_address(value: str) -> str:
+    """An address of a Ray cluster; what is probably an input is refused."""
+    if re.fullmatch(r"local|auto|ray://\S+|[^\s/]+:\d+", value):
+        return value
+    raise click.BadParameter(
+        f"{value!r} is no address (auto, local, HOST:PORT or ray://HOST:PORT); "
+        "for a local cluster write --ray=local"
+    )
 
 
 @click.command(epilog="Example: pplex batch calls -o replies --recursive --model mini")
-@click.argument("inputs", nargs=-1, type=_FILE)
+@click.argument("inputs", nargs=-1, type=FILE)
 @click.option(
     "-o",
     "--output",
     "outdir",
     metavar="OUTDIR",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     required=True,
     help="The folder for the results and manifest.jsonl.",
 )
@@ -94,7 +82,7 @@ class RayAddress(click.ParamType):
 @click.option(
     "--jobs",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Recordings from a .jsonl or .csv file, with input and, where wanted, output, "
     "voice, prompt, role, seed and tail.",
 )
@@ -123,13 +111,13 @@ class RayAddress(click.ParamType):
 @click.option("--fail-fast", is_flag=True, help="Stop at the first failure.")
 @click.option(
     "--shard",
-    type=Shard(),
+    type=_shard,
     metavar="K/N",
     help="Do only the K-th of N parts, for job arrays.",
 )
 @click.option(
     "--ray",
-    type=RayAddress(),
+    type=_ray_address,
     is_flag=False,
     flag_value="local",
     metavar="[ADDRESS]",
@@ -152,17 +140,17 @@ def batch(dry_run: bool, as_json: bool, verbosity: int, **options: Any) -> None:
     """
     if as_json and dry_run:
         raise click.UsageError("--json is about a run: leave --dry-run out")
-    job = batch_from(options)
+    job = _batch_from(options)
     if not job.offline:
         foresee(job.model_name, quiet=verbosity < 0)
-    with BatchProgress(verbosity) as progress:
+    with closing(BatchProgress(verbosity)) as progress:
         if dry_run:
             from pplex.batch.forecast import forecast
 
             found = forecast(job, progress.shows_bars)
             click.echo(forecast_text(found, verbosity > 0))
-            bad = bad_ones(found)
-            code = exit_code(found.todo + found.skipped, bad)
+            bad = _bad_ones(found)
+            code = _exit_code(found.todo + found.skipped, bad)
             code = 1 if found.problems() else code
         else:
             from pplex.batch.run import run_batch
@@ -173,19 +161,19 @@ def batch(dry_run: bool, as_json: bool, verbosity: int, **options: Any) -> None:
             except KeyboardInterrupt:
                 progress.stopped()
                 raise
-            bad = bad_ones(done)
-            code = exit_code(done.done + done.skipped, bad)
+            bad = _bad_ones(done)
+            code = _exit_code(done.done + done.skipped, bad)
             code = code or int(done.checks_failed > 0)
             progress.close()
-            report(done, verbosity)
+            _report(done, verbosity)
             if as_json:
-                echo_json(as_object(done))
+                echo_json(_as_object(done))
     click.get_current_context().exit(code)
 
 
-def batch_from(options: dict[str, Any]) -> Batch:
+def _batch_from(options: dict[str, Any]) -> Batch:
     """The job that the command line describes."""
-    check_usage(options)
+    _check_usage(options)
     text = role_text(options)
     from pplex.batch.plan import OutputOptions, Selection
     from pplex.batch.prepare import Batch
@@ -212,7 +200,7 @@ def batch_from(options: dict[str, Any]) -> Batch:
     )
 
 
-def check_usage(options: dict[str, Any]) -> None:
+def _check_usage(options: dict[str, Any]) -> None:
     """Refuse options that do not go together."""
     if bool(options["inputs"]) == (options["jobs"] is not None):
         raise click.UsageError("give either INPUTS or --jobs FILE")
@@ -224,19 +212,19 @@ def check_usage(options: dict[str, Any]) -> None:
         raise click.UsageError("--output-name is a file name that ends in .wav")
 
 
-def bad_ones(found: Forecast | Summary) -> int:
+def _bad_ones(found: Forecast | Summary) -> int:
     """How many were not answered, a folder that cannot be read being one."""
     return len(found.failed) + len(found.kept) + len(found.left_out.unreadable)
 
 
-def exit_code(good: int, bad: int) -> int:
+def _exit_code(good: int, bad: int) -> int:
     """0 all done, 3 some failed or were kept as they were, 1 none could be done."""
     if not bad:
         return 0
-    return SOME_FAILED if good else 1
+    return _SOME_FAILED if good else 1
 
 
-def as_object(done: Summary) -> dict[str, Any]:
+def _as_object(done: Summary) -> dict[str, Any]:
     """What a batch did, for programs."""
     return {
         "done": done.done,
@@ -258,7 +246,7 @@ def as_object(done: Summary) -> dict[str, Any]:
     }
 
 
-def report(done: Summary, verbosity: int) -> None:
+def _report(done: Summary, verbosity: int) -> None:
     """Say on stderr how it went; what was kept or left out even when quiet."""
     lines = [*done.left_out.sentences(), *kept_lines(done.kept, verbosity > 0)]
     if verbosity >= 0:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pplex.cli.options import (
+    FILE,
     OneOf,
     WholeRange,
     compute_option,
     model_options,
+    overwrite_option,
     verbosity_options,
 )
 from pplex.cli.tables import echo_table
@@ -25,41 +27,27 @@ if TYPE_CHECKING:
     from pplex.bench.run import Bench, Run
     from pplex.bench.submit import Submission
 
-_FILE = click.Path(path_type=Path)
 _MOST_FRAMES = 1_000_000
 _MOST_LATE_PERCENT = 1.0  # of frames, which a player's buffer hides
 _BESIDE = ("overwrite", "verbosity")  # what --submit allows
 _SAME = 0.05  # of a figure, by which runs differ without a reason
 
 
-class BatchSizes(click.ParamType):
+def _batch_sizes(value: str) -> tuple[int, ...]:
     """Numbers from 1, with commas between them."""
-
-    name = "N[,N...]"
-
-    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
-        """Turn the option's text into a tuple."""
-        if isinstance(value, tuple):
-            return value
-        parts = value.split(",")
-        if all(re.fullmatch(r"\d{1,4}", p) and 1 <= int(p) <= 4096 for p in parts):
-            return tuple(int(part) for part in parts)
-        self.fail(f"{value!r} is not a list of numbers from 1 to 4096: 1,8,32", param)
+    parts = value.split(",")
+    if all(re.fullmatch(r"\d{1,4}", p) and 1 <= int(p) <= 4096 for p in parts):
+        return tuple(int(part) for part in parts)
+    said = f"{value!r} is not a list of numbers from 1 to 4096: 1,8,32"
+    raise click.BadParameter(said)
 
 
-class Lengths(click.ParamType):
+def _lengths(value: str) -> tuple[int, int]:
     """``MIN-MAX``: frames, from 1."""
-
-    name = "MIN-MAX"
-
-    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
-        """Turn the option's text into two numbers."""
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"(\d{1,7})-(\d{1,7})", value)
-        if match and 1 <= int(match[1]) <= int(match[2]) <= _MOST_FRAMES:
-            return int(match[1]), int(match[2])
-        self.fail(f"{value!r} is not MIN-MAX in frames, such as 100-400", param)
+    match = re.fullmatch(r"(\d{1,7})-(\d{1,7})", value)
+    if match and 1 <= int(match[1]) <= int(match[2]) <= _MOST_FRAMES:
+        return int(match[1]), int(match[2])
+    raise click.BadParameter(f"{value!r} is not MIN-MAX in frames, such as 100-400")
 
 
 @click.command(
@@ -80,7 +68,7 @@ class Lengths(click.ParamType):
 @click.option(
     "--batch-size",
     "batch_sizes",
-    type=BatchSizes(),
+    type=_batch_sizes,
     metavar="N[,N...]",
     default="1",
     show_default=True,
@@ -95,7 +83,7 @@ class Lengths(click.ParamType):
 )
 @click.option(
     "--lengths",
-    type=Lengths(),
+    type=_lengths,
     metavar="MIN-MAX",
     help="Recordings of mixed lengths instead, three for each of the batch.",
 )
@@ -110,24 +98,24 @@ class Lengths(click.ParamType):
 @click.option(
     "--submit",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Measure all that is asked of a machine nobody has measured, in a quarter of "
     "an hour and without a download: JSON to attach to an issue, nothing personal.",
 )
-@click.option("--json", "json_file", metavar="FILE", type=_FILE, help="Write JSON too.")
+@click.option("--json", "json_file", metavar="FILE", type=FILE, help="Write JSON too.")
 @click.option(
     "--plot",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Draw each frame's time over the recording: .png, .svg or .pdf.",
 )
 @click.option(
     "--compare",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="The JSON of an earlier run: print what changed.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
+@overwrite_option
 @verbosity_options
 @click.pass_context
 def bench(
@@ -149,9 +137,9 @@ def bench(
     itself, and compares the bytes that a frame must move with what this machine can
     copy. Nothing is read but the model, and nothing else should run meanwhile.
     """
-    check_usage(ctx, random, bits, options["lengths"], plot)
+    _check_usage(ctx, random, bits, options["lengths"], plot)
     if submit is not None:
-        measure_all(submit, overwrite, verbosity)
+        _measure_all(submit, overwrite, verbosity)
         return
     from dataclasses import asdict
 
@@ -179,13 +167,13 @@ def bench(
         }
         plot_frames(plot, f"{found.model} on {found.device}", runs, found.frame_rate)
     if json_file != PIPE:
-        report(found)
+        _report(found)
         if before is not None:
             content = json.loads(text)
-            report_changes(differences(before, content), changes(before, content))
+            _report_changes(differences(before, content), changes(before, content))
 
 
-def check_usage(
+def _check_usage(
     ctx: click.Context,
     random: str | None,
     bits: str | None,
@@ -217,7 +205,7 @@ def _note(said: str, verbosity: int) -> None:
         click.echo(said, err=True)
 
 
-def report(found: Bench) -> None:
+def _report(found: Bench) -> None:
     """Print what was measured: in words, then a column a batch size."""
     for run in found.runs:
         click.echo(_in_words(run, found.frame_rate))
@@ -318,7 +306,7 @@ _ROWS: tuple[tuple[str, Any], ...] = (
 )
 
 
-def measure_all(path: Path, overwrite: bool, verbosity: int) -> None:
+def _measure_all(path: Path, overwrite: bool, verbosity: int) -> None:
     """Write what a maintainer needs of this machine, and print a line for each case."""
     from dataclasses import asdict
 
@@ -332,10 +320,10 @@ def measure_all(path: Path, overwrite: bool, verbosity: int) -> None:
         click.echo(text, nl=False)
         return
     write_text(path, text)
-    report_cases(found)
+    _report_cases(found)
 
 
-def report_cases(found: Submission) -> None:
+def _report_cases(found: Submission) -> None:
     """Print a line for each case that was measured."""
     rows = [["model", "bits", "rows", "ops, MB", "ms a frame", "live p95", "peak"]]
     faults = []
@@ -353,7 +341,7 @@ def report_cases(found: Submission) -> None:
         click.echo(said)
 
 
-def report_changes(different: list[str], found: list[Change]) -> None:
+def _report_changes(different: list[str], found: list[Change]) -> None:
     """Print what changed since an earlier run."""
     click.echo()
     for line in different:

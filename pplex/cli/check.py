@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import click
 
 from pplex.cli.ci import annotate_checks, write_junit
-from pplex.cli.options import FiniteRange, json_option
-
-_FILE = click.Path(path_type=Path)
+from pplex.cli.options import FILE, FiniteRange, json_option
+from pplex.cli.tables import echo_json
 
 
 @click.command(
     epilog="Example: pplex check reply.wav --not-silent --no-clipping --max-rtf 1"
 )
-@click.argument("outputs", metavar="OUT.wav...", nargs=-1, required=True, type=_FILE)
+@click.argument("outputs", metavar="OUT.wav...", nargs=-1, required=True, type=FILE)
 @click.option(
     "--stats",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="The stats of the run.  [default: those beside the output]",
 )
 @click.option("--not-silent", is_flag=True, help="The agent makes a sound.")
@@ -37,7 +35,7 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--length-of",
     metavar="IN.wav",
-    type=_FILE,
+    type=FILE,
     help="The output is as long as this recording, and the tail if there was one.",
 )
 @click.option(
@@ -55,7 +53,7 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--junit",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Also write the checks as a JUnit file, which CI servers show.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing FILE of --junit.")
@@ -97,8 +95,7 @@ def check(
             }
             for output, outcomes in checked.items()
         ]
-        whole = content if len(content) > 1 else content[0]
-        click.echo(json.dumps(whole, ensure_ascii=False, indent=1))
+        echo_json(content if len(content) > 1 else content[0])
     else:
         for output, outcomes in checked.items():
             of = f"{output}: " if len(checked) > 1 else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import FiniteRange, complete_model, json_option
+from pplex.cli.options import FILE, FiniteRange, complete_model, json_option
 from pplex.cli.tables import echo_json, echo_table, wrapped
 from pplex.errors import PplexError
 from pplex.units import count, percent, significant, size
@@ -96,15 +96,12 @@ def _lines(found: ModelInfo, bandwidth: float | None) -> list[str]:
     return lines
 
 
-_FILE = click.Path(path_type=Path)
-
-
 @click.command(epilog="Example: pplex models verify mini --numbers")
 @click.argument("model", shell_complete=complete_model)
 @click.option(
     "--sums",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="A list of SHA-256, as sha256sum writes it, instead of the model's own.",
 )
 @click.option(
@@ -116,19 +113,19 @@ _FILE = click.Path(path_type=Path)
     "--input",
     "recording",
     metavar="WAV",
-    type=_FILE,
+    type=FILE,
     help="With --numbers: a recording whose beginning is answered greedily, twice.",
 )
 @click.option(
     "--record",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Write what this machine computed as JSON, to share. Implies --numbers.",
 )
 @click.option(
     "--against",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Compare with such a file of another machine; MODEL may be one too.",
 )
 @json_option

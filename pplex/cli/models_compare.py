@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import FiniteRange, complete_model, complete_voice, json_option
+from pplex.cli.options import (
+    FILE,
+    FiniteRange,
+    complete_model,
+    complete_voice,
+    json_option,
+    offline_option,
+    overwrite_option,
+    together,
+)
 from pplex.cli.tables import echo_json, echo_table
 from pplex.conversation.roles import DEFAULT_SEED
 from pplex.files import check_new
@@ -18,50 +27,45 @@ from pplex.units import Scale, percent, significant, size
 if TYPE_CHECKING:
     from pplex.quantization.compare_models import Comparison, Settings
 
-_FILE = click.Path(path_type=Path)
 
-
-def _conversation(command: Any) -> Any:
-    """Options that decide the conversation that is compared."""
-    for option in (
-        click.option("--offline", is_flag=True, help="Never use the network."),
-        click.option(
-            "--seconds",
-            type=FiniteRange(min=0.2),
-            default=60.0,
-            show_default=True,
-            help="How much of each recording to use.",
-        ),
-        click.option(
-            "--seed",
-            type=int,
-            default=DEFAULT_SEED,
-            show_default=True,
-            help="For the random draws.",
-        ),
-        click.option(
-            "--prompt",
-            metavar="TEXT",
-            help="The agent's role in words.  [default: the teacher's]",
-        ),
-        click.option(
-            "--voice",
-            metavar="NAME|FILE",
-            shell_complete=complete_voice,
-            help="The agent's voice.",
-        ),
-    ):
-        command = option(command)
-    return command
+# What decides the conversation that is compared.
+_conversation = together(
+    click.option(
+        "--voice",
+        metavar="NAME|FILE",
+        shell_complete=complete_voice,
+        help="The agent's voice.",
+    ),
+    click.option(
+        "--prompt",
+        metavar="TEXT",
+        help="The agent's role in words.  [default: the teacher's]",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        default=DEFAULT_SEED,
+        show_default=True,
+        help="For the random draws.",
+    ),
+    click.option(
+        "--seconds",
+        type=FiniteRange(min=0.2),
+        default=60.0,
+        show_default=True,
+        help="How much of each recording to use.",
+    ),
+    offline_option,
+)
 
 
 @click.command(epilog="Example: pplex models compare bf16 4bit call.wav --plot kl.svg")
 @click.argument("a", shell_complete=complete_model)
 @click.argument("b", shell_complete=complete_model)
-@click.argument("recordings", nargs=-1, type=_FILE)
+@click.argument("recordings", nargs=-1, type=FILE)
 @_conversation
-@click.option("--plot", metavar="FILE", type=_FILE, help="Draw bars: .png, .svg, .pdf.")
-@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
+@click.option("--plot", metavar="FILE", type=FILE, help="Draw bars: .png, .svg, .pdf.")
+@overwrite_option
 @json_option
 def compare(
     a: str,
@@ -182,17 +186,17 @@ def _echo(found: Comparison) -> None:
 
 @click.command(epilog="Example: pplex models sensitivity mini call.wav -o parts.json")
 @click.argument("model", shell_complete=complete_model)
-@click.argument("recordings", nargs=-1, type=_FILE)
+@click.argument("recordings", nargs=-1, type=FILE)
 @click.option(
     "-o",
     "--output",
     metavar="OUT",
-    type=_FILE,
+    type=FILE,
     required=True,
     help="The JSON file to write.",
 )
 @_conversation
-@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
+@overwrite_option
 def sensitivity(
     model: str,
     recordings: tuple[Path, ...],

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import FiniteRange, OneOf, complete_model, complete_voice
+from pplex.cli.options import (
+    FILE,
+    FiniteRange,
+    OneOf,
+    complete_model,
+    complete_voice,
+    offline_option,
+    quiet_option,
+)
 from pplex.cli.progress import QUIET, Lines
 from pplex.conversation.roles import DEFAULT_SEED
 from pplex.units import size
@@ -44,7 +52,7 @@ class SizeType(click.ParamType):
     epilog="Example: pplex models convert bf16 ./mixed --bits 4 --recipe mixed"
 )
 @click.argument("source", metavar="SRC", shell_complete=complete_model)
-@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DST", type=FILE)
 @click.option(
     "--bits", type=OneOf(["3", "4", "8", "16"]), required=True, help="Bits a weight."
 )
@@ -72,7 +80,7 @@ class SizeType(click.ParamType):
 @click.option(
     "--sensitivity",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="What `pplex models sensitivity` measured, for mixed.",
 )
 @click.option(
@@ -83,12 +91,12 @@ class SizeType(click.ParamType):
 @click.option(
     "--calibration",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Round by what matrices are multiplied with, as `pplex models calibrate` kept "
     "it: the smallest loss, a conversion of minutes (mini) to hours (7B).",
 )
-@click.option("--offline", is_flag=True, help="Never use the network.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@offline_option
+@quiet_option
 def convert(
     source: str, target: Path, offline: bool, quiet: bool, **options: Any
 ) -> None:
@@ -152,14 +160,14 @@ def _conversion(options: dict[str, Any]) -> Conversion:
 
 @click.command(epilog="Example: pplex models calibrate mini calls/*.wav -o kept")
 @click.argument("model", shell_complete=complete_model)
-@click.argument("recordings", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("recordings", nargs=-1, required=True, type=FILE)
 @click.option(
     "-o",
     "--output",
     "target",
     metavar="DIR",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="The new folder for the tokens.",
 )
 @click.option(
@@ -198,8 +206,8 @@ def _conversion(options: dict[str, Any]) -> Conversion:
     show_default=True,
     help="For the random draws.",
 )
-@click.option("--offline", is_flag=True, help="Never use the network.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@offline_option
+@quiet_option
 def calibrate(
     model: str,
     recordings: tuple[Path, ...],

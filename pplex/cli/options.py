@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -85,6 +86,25 @@ class OneOf(click.Choice):
             self.fail(e.message.removesuffix(".") + near, param, ctx)
 
 
+class _File(click.Path):
+    """A file or folder, as a ``Path``; no name at all is not the current folder."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        """Turn the option's text into its value."""
+        if value == "":
+            self.fail("the name of a file or folder is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FILE = _File(path_type=Path)
+FOLDER = _File(path_type=Path, file_okay=False)
+
+
 class FiniteRange(click.FloatRange):
     """A range of numbers that are finite."""
 
@@ -126,58 +146,58 @@ def _in_words(what: str, bounds: click.IntRange | click.FloatRange) -> str:
     return f"{what} from {low} to {int(high) if high == int(high) else high}"
 
 
-def diarization_options(command: Command) -> Command:
-    """``--rttm`` and ``--speaker``: who is the user, and when."""
-    for option in (
-        click.option(
-            "--speaker",
-            metavar="NAME",
-            help="The user's name in the RTTM files.  [default: every speaker]",
-        ),
-        click.option(
-            "--rttm",
-            metavar="FILE",
-            multiple=True,
-            type=click.Path(path_type=Path),
-            help="Take the user's speech from a diarization: RTTM files or folders.",
-        ),
-    ):
-        command = option(command)
-    return command
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in their order in the help."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
-def check_diarization_options(rttm: Sequence[Path], speaker: str | None) -> None:
-    """A speaker needs a diarization."""
-    if speaker is not None and not rttm:
-        raise click.UsageError("--speaker needs --rttm")
+# What values of options stand for that click has no type of.
 
 
-def model_options(command: Command) -> Command:
-    """``--model`` and ``--offline``."""
-    for option in (
-        click.option(
-            "--offline", is_flag=True, is_eager=True, help="Never use the network."
-        ),
-        click.option(
-            "-m",
-            "--model",
-            "model_name",
-            envvar="PPLEX_MODEL",
-            default=DEFAULT_MODEL,
-            show_default=True,
-            show_envvar=True,
-            metavar="MODEL",
-            shell_complete=complete_model,
-            callback=chosen_model,
-            help="8bit, 4bit, bf16, mini, auto for the best that fits and keeps up, a "
-            "folder or file, or owner/name[@revision].",
-        ),
-    ):
-        command = option(command)
-    return command
+def channel(value: Any) -> int | str:
+    """A channel number from 1, or ``mix``."""
+    if value == "mix" or isinstance(value, int):
+        return value
+    if value.isdecimal() and int(value) >= 1:
+        return int(value)
+    raise click.BadParameter(f"{value!r} is neither a channel number from 1 nor 'mix'")
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def _seed(value: Any) -> int:
+    """A whole number, or ``random`` for one that is drawn."""
+    if value == "random":
+        return secrets.randbelow(1 << 31)
+    try:
+        return click.IntRange(0, 2**63 - 1).convert(value, None, None)
+    except click.BadParameter as e:
+        said = "neither a whole number from 0 to 2**63 - 1 nor 'random'"
+        raise click.BadParameter(f"{value!r} is {said}") from e
+
+
+def _tail(value: Any) -> float | str:
+    """Seconds of silence, or ``auto``."""
+    if value == "auto":
+        return "auto"
+    try:
+        return FiniteRange(0.0, 3600.0).convert(value, None, None)
+    except click.BadParameter as e:
+        said = "neither seconds from 0 to 3600 nor 'auto'"
+        raise click.BadParameter(f"{value!r} is {said}") from e
+
+
+def _batch_size(value: str) -> int | None:
+    """``auto`` (None) or a number from 1."""
+    if value == "auto":
+        return None
+    if value.isdecimal() and 1 <= int(value) <= 4096:
+        return int(value)
+    raise click.BadParameter(f"{value!r} is neither 'auto' nor a number from 1 to 4096")
 
 
 # The checks of `pplex check` by name, and whether they take a number or a text.
@@ -191,50 +211,237 @@ _CHECKS: dict[str, type | None] = {
 }
 
 
-class CheckType(click.ParamType):
-    """A check by name, with ``=VALUE`` where it takes one."""
-
-    name = "NAME[=VALUE]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Any]:
-        """Turn the option's text into the check's name and value."""
-        if isinstance(value, tuple):
-            return value
-        name, sign, text = value.partition("=")
-        if name not in _CHECKS:
-            known = ", ".join(_CHECKS)
-            text = f"{name!r} is no check; there are {known}"
-            self.fail(text + did_you_mean(name, _CHECKS), param, ctx)
-        kind = _CHECKS[name]
-        if kind is None and sign:
-            self.fail(f"{name} takes no value", param, ctx)
-        if kind is not None and not text:
-            self.fail(f"{name} needs a value: {name}=...", param, ctx)
-        if kind is float:
-            most = 100.0 if name == "max-late-frames" else None
-            return name, FiniteRange(0.0, most).convert(text, param, ctx)
-        if kind is str:
-            try:
-                re.compile(text)
-            except re.error as e:
-                self.fail(f"{text!r} is no regular expression: {e}", param, ctx)
-        return name, text or True
+def _check(value: str) -> tuple[str, Any]:
+    """A check's name, and its value where it takes one."""
+    name, sign, text = value.partition("=")
+    if name not in _CHECKS:
+        known = ", ".join(_CHECKS)
+        text = f"{name!r} is no check; there are {known}"
+        raise click.BadParameter(text + did_you_mean(name, _CHECKS))
+    kind = _CHECKS[name]
+    if kind is None and sign:
+        raise click.BadParameter(f"{name} takes no value")
+    if kind is not None and not text:
+        raise click.BadParameter(f"{name} needs a value: {name}=...")
+    if kind is float:
+        most = 100.0 if name == "max-late-frames" else None
+        return name, FiniteRange(0.0, most).convert(text, None, None)
+    if kind is str:
+        try:
+            re.compile(text)
+        except re.error as e:
+            said = f"{text!r} is no regular expression: {e}"
+            raise click.BadParameter(said) from e
+    return name, text or True
 
 
-def check_option(command: Command) -> Command:
-    """``--check``."""
-    return click.option(
-        "--check",
-        "checks",
-        type=CheckType(),
-        metavar="NAME[=VALUE]",
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+offline_option = click.option("--offline", is_flag=True, help="Never use the network.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace existing outputs."
+)
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="Say nothing but errors."
+)
+diarization_options = together(
+    click.option(
+        "--rttm",
+        metavar="FILE",
         multiple=True,
-        help="Check the output as `pplex check` does, and exit with 1 if it fails: "
-        "not-silent, no-clipping, length-of (the input), max-rtf=X, "
-        "max-late-frames=P, says=REGEX. May be given several times.",
-    )(command)
+        type=FILE,
+        help="Take the user's speech from a diarization: RTTM files or folders.",
+    ),
+    click.option(
+        "--speaker",
+        metavar="NAME",
+        help="The user's name in the RTTM files.  [default: every speaker]",
+    ),
+)
+model_options = together(
+    click.option(
+        "-m",
+        "--model",
+        "model_name",
+        envvar="PPLEX_MODEL",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        show_envvar=True,
+        metavar="MODEL",
+        shell_complete=complete_model,
+        callback=chosen_model,
+        help="8bit, 4bit, bf16, mini, auto for the best that fits and keeps up, a "
+        "folder or file, or owner/name[@revision].",
+    ),
+    click.option(
+        "--offline", is_flag=True, is_eager=True, help="Never use the network."
+    ),
+)
+check_option = click.option(
+    "--check",
+    "checks",
+    type=_check,
+    metavar="NAME[=VALUE]",
+    multiple=True,
+    help="Check the output as `pplex check` does, and exit with 1 if it fails: "
+    "not-silent, no-clipping, length-of (the input), max-rtf=X, "
+    "max-late-frames=P, says=REGEX. May be given several times.",
+)
+layout_option = click.option(
+    "--layout",
+    type=OneOf(["stereo", "agent", "separate"]),
+    default="stereo",
+    show_default=True,
+    help="stereo: user left, agent right; agent: mono; separate: NAME.user.wav and "
+    "NAME.agent.wav.",
+)
+takes_option = click.option(
+    "--takes",
+    metavar="N",
+    type=WholeRange(1, 1000),
+    help="Answer N times, with the seeds that follow from --seed, into NAME.1.wav "
+    "to NAME.N.wav: the recording is heard and the prompt read once for all.",
+)
+compute_option = click.option(
+    "--compute",
+    type=OneOf(["auto", "quantized", "dense", "alone"]),
+    default="auto",
+    show_default=True,
+    help="Multiply quantized weights as they are, or written out, which takes more "
+    "memory; or, on a GPU, compute each conversation alone. auto takes what is "
+    "faster here, and -v says what it took.",
+)
+sampling_options = together(
+    click.option(
+        "--seed",
+        metavar="N|random",
+        type=_seed,
+        default=DEFAULT_SEED,
+        show_default=True,
+        help="The same seed gives the same answer on the same machine; random "
+        "draws one, and the summary says which.",
+    ),
+    click.option("--greedy", is_flag=True, help="Take the likeliest token every time."),
+    click.option(
+        "--temp",
+        metavar="X",
+        type=FiniteRange(0.0, 100.0),
+        default=0.8,
+        show_default=True,
+        help="Temperature of the audio tokens; 0 is greedy.",
+    ),
+    click.option(
+        "--top-k",
+        metavar="K",
+        type=WholeRange(0),
+        default=250,
+        show_default=True,
+        help="Draw audio tokens from the K likeliest; 0 keeps all.",
+    ),
+    click.option(
+        "--text-temp",
+        metavar="X",
+        type=FiniteRange(0.0, 100.0),
+        default=0.7,
+        show_default=True,
+        help="Temperature of the text tokens; 0 is greedy.",
+    ),
+    click.option(
+        "--text-top-k",
+        metavar="K",
+        type=WholeRange(0),
+        default=25,
+        show_default=True,
+        help="Draw text tokens from the K likeliest; 0 keeps all.",
+    ),
+)
+# Everything that decides the answer, apart from the model and the recording.
+conversation_options = together(
+    click.option(
+        "--voice",
+        metavar="NAME|FILE",
+        shell_complete=complete_voice,
+        help="The agent's voice: a name of `pplex voices list`, or a .pt, "
+        ".safetensors or audio file.  [default: NATF2, or the model's first]",
+    ),
+    click.option(
+        "--prompt",
+        metavar="TEXT",
+        help="The agent's role in words; '' for none.",
+    ),
+    click.option(
+        "--prompt-file",
+        metavar="FILE",
+        type=FILE,
+        help="Read the role from a UTF-8 text file.",
+    ),
+    click.option(
+        "--role",
+        type=OneOf(list(ROLES)),
+        help=f"A published role prompt.  [default: {DEFAULT_ROLE}]",
+    ),
+    click.option(
+        "--channel",
+        metavar="N|mix",
+        type=channel,
+        default=None,
+        help="Which channel is the user: a number from 1, or mix for the "
+        "average.  [default: 1]",
+    ),
+    click.option(
+        "--tail",
+        type=_tail,
+        default=0.0,
+        show_default=True,
+        metavar="SECONDS|auto",
+        help="Silence after the user, for the agent to finish in; auto: until "
+        "it has been quiet for 1.5 s, at most 30 s.",
+    ),
+    click.option(
+        "--script",
+        metavar="FILE",
+        type=FILE,
+        help="Make the agent say things at times: a .csv or .jsonl file with "
+        "at (seconds) and say (text).",
+    ),
+    click.option(
+        "--first-words",
+        metavar="TEXT",
+        help="Make the agent speak first, and say this.",
+    ),
+    sampling_options,
+)
+
+
+def batch_size_option(counted: str) -> Callable[[Command], Command]:
+    """``--batch-size``; its help says of what, ``counted``, so many go at a time."""
+    return click.option(
+        "--batch-size",
+        type=_batch_size,
+        metavar="auto|N",
+        default="auto",
+        show_default=True,
+        help=f"How many {counted} at a time.",
+    )
+
+
+def verbosity_options(command: Command) -> Command:
+    """``-q`` and ``-v``."""
+
+    @quiet_option
+    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
+        if quiet and verbose:
+            raise click.UsageError("--quiet and --verbose exclude each other")
+        return command(*args, verbosity=verbose - quiet, **kwargs)
+
+    return wrapped
+
+
+def check_diarization_options(rttm: Sequence[Path], speaker: str | None) -> None:
+    """A speaker needs a diarization."""
+    if speaker is not None and not rttm:
+        raise click.UsageError("--speaker needs --rttm")
 
 
 def checks_from(checks: Sequence[tuple[str, Any]]) -> Checks | None:
@@ -246,253 +453,6 @@ def checks_from(checks: Sequence[tuple[str, Any]]) -> Checks | None:
     found = {name.replace("-", "_"): value for name, value in checks}
     input_length = found.pop("length_of", False)
     return Checks(**found, input_length=input_length)
-
-
-def layout_option(command: Command) -> Command:
-    """``--layout``."""
-    return click.option(
-        "--layout",
-        type=OneOf(["stereo", "agent", "separate"]),
-        default="stereo",
-        show_default=True,
-        help="stereo: user left, agent right; agent: mono; separate: NAME.user.wav and "
-        "NAME.agent.wav.",
-    )(command)
-
-
-class _BatchSize(click.ParamType):
-    """``auto`` (None) or a number from 1."""
-
-    name = "auto|N"
-
-    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
-        """Turn the option's text into its value."""
-        if value is None or isinstance(value, int):
-            return value
-        if value == "auto":
-            return None
-        if value.isdecimal() and 1 <= int(value) <= 4096:
-            return int(value)
-        self.fail(f"{value!r} is neither 'auto' nor a number from 1 to 4096", param)
-
-
-def batch_size_option(counted: str) -> Callable[[Command], Command]:
-    """``--batch-size``; its help says of what, ``counted``, so many go at a time."""
-    return click.option(
-        "--batch-size",
-        type=_BatchSize(),
-        metavar="auto|N",
-        default="auto",
-        show_default=True,
-        help=f"How many {counted} at a time.",
-    )
-
-
-def takes_option(command: Command) -> Command:
-    """``--takes``."""
-    return click.option(
-        "--takes",
-        metavar="N",
-        type=WholeRange(1, 1000),
-        help="Answer N times, with the seeds that follow from --seed, into NAME.1.wav "
-        "to NAME.N.wav: the recording is heard and the prompt read once for all.",
-    )(command)
-
-
-def compute_option(command: Command) -> Command:
-    """``--compute``."""
-    return click.option(
-        "--compute",
-        type=OneOf(["auto", "quantized", "dense", "alone"]),
-        default="auto",
-        show_default=True,
-        help="Multiply quantized weights as they are, or written out, which takes more "
-        "memory; or, on a GPU, compute each conversation alone. auto takes what is "
-        "faster here, and -v says what it took.",
-    )(command)
-
-
-def sampling_options(command: Command) -> Command:
-    """How tokens are drawn."""
-    for option in reversed(
-        (
-            click.option(
-                "--seed",
-                metavar="N|random",
-                type=SeedType(),
-                default=DEFAULT_SEED,
-                show_default=True,
-                help="The same seed gives the same answer on the same machine; random "
-                "draws one, and the summary says which.",
-            ),
-            click.option(
-                "--greedy", is_flag=True, help="Take the likeliest token every time."
-            ),
-            click.option(
-                "--temp",
-                metavar="X",
-                type=FiniteRange(0.0, 100.0),
-                default=0.8,
-                show_default=True,
-                help="Temperature of the audio tokens; 0 is greedy.",
-            ),
-            click.option(
-                "--top-k",
-                metavar="K",
-                type=WholeRange(0),
-                default=250,
-                show_default=True,
-                help="Draw audio tokens from the K likeliest; 0 keeps all.",
-            ),
-            click.option(
-                "--text-temp",
-                metavar="X",
-                type=FiniteRange(0.0, 100.0),
-                default=0.7,
-                show_default=True,
-                help="Temperature of the text tokens; 0 is greedy.",
-            ),
-            click.option(
-                "--text-top-k",
-                metavar="K",
-                type=WholeRange(0),
-                default=25,
-                show_default=True,
-                help="Draw text tokens from the K likeliest; 0 keeps all.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def conversation_options(command: Command) -> Command:
-    """Everything that decides the answer, apart from the model and the recording."""
-    command = sampling_options(command)
-    for option in reversed(
-        (
-            click.option(
-                "--voice",
-                metavar="NAME|FILE",
-                shell_complete=complete_voice,
-                help="The agent's voice: a name of `pplex voices list`, or a .pt, "
-                ".safetensors or audio file.  [default: NATF2, or the model's first]",
-            ),
-            click.option(
-                "--prompt",
-                metavar="TEXT",
-                help="The agent's role in words; '' for none.",
-            ),
-            click.option(
-                "--prompt-file",
-                metavar="FILE",
-                type=click.Path(path_type=Path),
-                help="Read the role from a UTF-8 text file.",
-            ),
-            click.option(
-                "--role",
-                type=OneOf(list(ROLES)),
-                help=f"A published role prompt.  [default: {DEFAULT_ROLE}]",
-            ),
-            click.option(
-                "--channel",
-                metavar="N|mix",
-                type=ChannelType(),
-                default=None,
-                help="Which channel is the user: a number from 1, or mix for the "
-                "average.  [default: 1]",
-            ),
-            click.option(
-                "--tail",
-                type=TailType(),
-                default=0.0,
-                show_default=True,
-                metavar="SECONDS|auto",
-                help="Silence after the user, for the agent to finish in; auto: until "
-                "it has been quiet for 1.5 s, at most 30 s.",
-            ),
-            click.option(
-                "--script",
-                metavar="FILE",
-                type=click.Path(path_type=Path),
-                help="Make the agent say things at times: a .csv or .jsonl file with "
-                "at (seconds) and say (text).",
-            ),
-            click.option(
-                "--first-words",
-                metavar="TEXT",
-                help="Make the agent speak first, and say this.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def verbosity_options(command: Command) -> Command:
-    """``-q`` and ``-v``."""
-
-    @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
-    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
-    @functools.wraps(command)
-    def wrapped(*args: Any, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
-        if quiet and verbose:
-            raise click.UsageError("--quiet and --verbose exclude each other")
-        return command(*args, verbosity=verbose - quiet, **kwargs)
-
-    return wrapped
-
-
-class SeedType(click.ParamType):
-    """A whole number, or ``random`` for one that is drawn."""
-
-    name = "N|random"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Turn the option's text into its value."""
-        if value == "random":
-            return secrets.randbelow(1 << 31)
-        try:
-            return click.IntRange(0, 2**63 - 1).convert(value, param, ctx)
-        except click.BadParameter:
-            said = "neither a whole number from 0 to 2**63 - 1 nor 'random'"
-            self.fail(f"{value!r} is {said}", param, ctx)
-
-
-class TailType(click.ParamType):
-    """Seconds of silence, or ``auto``."""
-
-    name = "SECONDS|auto"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float | str:
-        """Turn the option's text into its value."""
-        if value == "auto":
-            return "auto"
-        try:
-            return FiniteRange(0.0, 3600.0).convert(value, param, ctx)
-        except click.BadParameter:
-            said = "neither seconds from 0 to 3600 nor 'auto'"
-            self.fail(f"{value!r} is {said}", param, ctx)
-
-
-class ChannelType(click.ParamType):
-    """A channel number from 1, or ``mix``."""
-
-    name = "N|mix"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        """Turn the option's text into its value."""
-        if value == "mix" or isinstance(value, int):
-            return value
-        if value.isdecimal() and int(value) >= 1:
-            return int(value)
-        self.fail(f"{value!r} is neither a channel number from 1 nor 'mix'", param, ctx)
 
 
 def sampling_from(options: dict[str, Any]) -> SamplingConfig:
@@ -530,13 +490,13 @@ def role_text(options: dict[str, Any]) -> str | None:
         flags = (f"--{name.replace('_', '-')}" for name in given)
         raise click.UsageError(f"{' and '.join(flags)} exclude each other")
     if options["prompt_file"] is not None:
-        return read_prompt(options["prompt_file"])
+        return _read_prompt(options["prompt_file"])
     if options["prompt"] is not None:
         return options["prompt"]
     return ROLES[options["role"]] if options["role"] else None
 
 
-def read_prompt(path: Path) -> str:
+def _read_prompt(path: Path) -> str:
     """The text of a prompt file."""
     limit = 1 << 20
     try:

@@ -6,8 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 from tqdm import tqdm
@@ -26,8 +25,6 @@ VERBOSE = 1
 
 _MOST_LINES = 10  # of what was said that a summary repeats
 
-Own = TypeVar("Own", bound="Lines")
-
 
 def is_terminal() -> bool:
     """Whether somebody sees what goes to stderr."""
@@ -35,7 +32,7 @@ def is_terminal() -> bool:
 
 
 class Lines:
-    """Lines on stderr, and a bar that they do not tear; a context manager."""
+    """Lines on stderr, and a bar that they do not tear; to be closed in the end."""
 
     def __init__(self, verbosity: int) -> None:
         """``verbosity`` is -1 for quiet, 0, or 1 for verbose."""
@@ -46,21 +43,8 @@ class Lines:
         self.all_passed = True
         self.shows_bars = verbosity > QUIET
 
-    def __enter__(self: Own) -> Own:
-        """Start."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leave the terminal as it was."""
-        self.close()
-
     def close(self) -> None:
-        """Take the bar away."""
+        """Take the bar away, and leave the terminal as it was."""
         self._wait_no_more()
         if self._bar is not None:
             self._bar.close()

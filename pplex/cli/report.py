@@ -9,34 +9,38 @@ from typing import TYPE_CHECKING
 import click
 from tqdm import tqdm
 
-from pplex.cli.options import OneOf, check_diarization_options, diarization_options
+from pplex.cli.options import (
+    FILE,
+    OneOf,
+    check_diarization_options,
+    diarization_options,
+    overwrite_option,
+)
 from pplex.cli.tables import printable
 
 if TYPE_CHECKING:
     from pplex.evaluation.report import Entry
 
-_FILE = click.Path(path_type=Path)
-
 
 @click.command(epilog="Example: pplex report replies/ -o report.html")
-@click.argument("paths", nargs=-1, required=True, type=_FILE)
+@click.argument("paths", nargs=-1, required=True, type=FILE)
 @click.option(
     "-o",
     "--output",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="The page to write.  [default: report.html, in the folder if it is one]",
 )
 @click.option(
     "--png",
     metavar="DIR",
-    type=_FILE,
+    type=FILE,
     help="Also write a picture of each recording into DIR.",
 )
 @click.option(
     "--svg",
     metavar="DIR",
-    type=_FILE,
+    type=FILE,
     help="The same as SVG, which a slide or a paper can scale.",
 )
 @click.option(
@@ -52,7 +56,7 @@ _FILE = click.Path(path_type=Path)
     help="What finds speech: a small network, slow and good with noise, or loudness.",
 )
 @diarization_options
-@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
+@overwrite_option
 def report(
     paths: tuple[Path, ...],
     output: Path | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import click
 
 from pplex.cli.foresee import foresee
 from pplex.cli.options import (
+    FILE,
     FiniteRange,
     OneOf,
     WholeRange,
@@ -21,6 +23,7 @@ from pplex.cli.options import (
     conversation_options,
     layout_option,
     model_options,
+    overwrite_option,
     role_text,
     settings_from,
     takes_option,
@@ -34,8 +37,6 @@ from pplex.units import size
 
 if TYPE_CHECKING:
     from pplex.respond.stats import Stats
-
-_FILE = click.Path(path_type=Path)
 
 
 _SECTIONS = {
@@ -84,12 +85,12 @@ class _Sectioned(click.Command):
     cls=_Sectioned,
     epilog="Example: pplex respond call.wav -o reply.wav --model mini --role teacher",
 )
-@click.argument("inputs", metavar="INPUT", nargs=-1, required=True, type=_FILE)
+@click.argument("inputs", metavar="INPUT", nargs=-1, required=True, type=FILE)
 @click.option(
     "-o",
     "--output",
     metavar="OUT",
-    type=_FILE,
+    type=FILE,
     help="The file to write: WAV, or by its suffix .flac, .mp3, .ogg, .opus; - for WAV "
     "on stdout.  [default: INPUT.reply.wav, beside it]",
 )
@@ -133,7 +134,7 @@ class _Sectioned(click.Command):
     "transcripts",
     metavar="FILE|FORMATS",
     multiple=True,
-    type=_FILE,
+    type=FILE,
     help="Write what the agent said, with times: .json, .srt, .vtt, .tsv or .txt; - "
     "prints the words. Formats such as json,srt, or all, are written beside OUT. May "
     "be given several times.",
@@ -142,25 +143,25 @@ class _Sectioned(click.Command):
 @click.option(
     "--stats",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Write timings and settings as JSON; - prints them.",
 )
 @click.option(
     "--tokens",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Write the token arrays user, agent and text as .npz.",
 )
 @click.option(
     "--save-state",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Write what --resume goes on from, as .safetensors.",
 )
 @click.option(
     "--resume",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Go on where --save-state saved a conversation, with its voice, role, seed "
     "and sampling; options of these two count.",
 )
@@ -171,7 +172,7 @@ class _Sectioned(click.Command):
     help="Show the agent's words as they are said; so does -v.",
 )
 @check_option
-@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
+@overwrite_option
 @verbosity_options
 @click.pass_context
 def respond(
@@ -208,19 +209,13 @@ def respond(
     """
     text = role_text(options)
     if resume is not None:
-        take_from_state(ctx, resume, options)
+        _take_from_state(ctx, resume, options)
     model_name = options["model_name"]
     input = _one_of(inputs)
     is_stream = input == PIPE
     output = output or _beside(input)
-    check_pipes(is_stream, output == PIPE, raw, rate)
-    if live and not is_stream:
-        raise click.UsageError("--live is for a microphone: give - as INPUT")
-    refuse_checks(is_stream, is_descriptor(output), options["checks"])
-    if takes is not None and is_stream:
-        raise click.UsageError("--takes answers a recording, not a stream")
     is_part = start > 0.0 or duration is not None
-    refuse_part(is_part, is_stream, options["checks"])
+    _check_usage(ctx.params, is_stream, is_part, output)
     from pplex.audio.files import Part
     from pplex.audio.streams import StreamFormat
     from pplex.respond import run
@@ -248,7 +243,8 @@ def respond(
     stop = ctx.ensure_object(Stop)
     if not offline:
         foresee(model_name, quiet=verbosity < 0)
-    with Progress(verbosity, options["channel"] is not None, captions) as progress:
+    progress = Progress(verbosity, options["channel"] is not None, captions)
+    with closing(progress):
         progress.waiting(model_name)
         if takes is not None:
             every = respond_takes(request, takes, config, progress, stop)
@@ -259,7 +255,7 @@ def respond(
         for done in every:
             click.echo(summary(done), err=True)
             if save_state is not None:
-                click.echo(saved_line(Path(done.outputs["state"])), err=True)
+                click.echo(_saved_line(Path(done.outputs["state"])), err=True)
         for line in progress.said_lines():
             click.echo(line, err=True)
         if stop.signum is None:  # else it was cut off as it was asked to be
@@ -272,7 +268,7 @@ def respond(
         ctx.exit(1)
 
 
-def take_from_state(ctx: click.Context, path: Path, options: dict[str, Any]) -> None:
+def _take_from_state(ctx: click.Context, path: Path, options: dict[str, Any]) -> None:
     """Let a saved conversation decide what no option does."""
     from pplex.conversation.state import read_notes
 
@@ -283,15 +279,16 @@ def take_from_state(ctx: click.Context, path: Path, options: dict[str, Any]) -> 
             "conversation has its voice and role"
         )
     notes = read_notes(path)
-    known = {
-        name: name for name in ("seed", "temp", "top_k", "text_temp", "text_top_k")
-    }
-    for option, name in (known | {"model_name": "name"}).items():
+    sampling = "seed", "temp", "top_k", "text_temp", "text_top_k"
+    for option, value in (
+        ("model_name", notes.name),
+        *((name, getattr(notes, name)) for name in sampling),
+    ):
         if ctx.get_parameter_source(option) == click.core.ParameterSource.DEFAULT:
-            options[option] = getattr(notes, name)
+            options[option] = value
 
 
-def saved_line(path: Path) -> str:
+def _saved_line(path: Path) -> str:
     """What was saved, and its size."""
     from pplex.conversation.state import read_notes
 
@@ -316,32 +313,47 @@ def _beside(source: Path) -> Path:
     return source.parent / f"{source.stem}.reply.wav"  # a folder may have no name
 
 
-def refuse_checks(reads: bool, writes: bool, checks: Sequence[tuple]) -> None:
-    """Refuse checks of what leaves no file behind."""
-    if checks and writes:
-        raise click.UsageError("--check reads the output again: give -o a file")
-    if reads and any(name == "length-of" for name, _ in checks):
-        raise click.UsageError("--check length-of needs a recording, not a stream")
-
-
-def refuse_part(is_part: bool, is_stream: bool, checks: Sequence[tuple]) -> None:
-    """Refuse what a part of a recording excludes."""
-    if is_part and is_stream:
-        raise click.UsageError("--start and --duration are for a file, not a stream")
-    if is_part and any(name == "length-of" for name, _ in checks):
-        raise click.UsageError("--check length-of is about the whole of INPUT")
-
-
-def check_pipes(reads: bool, writes: bool, raw: str | None, rate: int | None) -> None:
-    """Refuse what pipes cannot do."""
-    if (raw is None) != (rate is None):
-        raise click.UsageError("--raw and --rate go together")
-    if raw and not reads:
-        raise click.UsageError("--raw is for a stream: give - as INPUT")
-    if reads and sys.stdin.isatty():
-        raise click.UsageError("stdin is a terminal: pipe a recording into it")
-    if writes and sys.stdout.isatty():
-        raise click.UsageError("stdout is a terminal: pipe it into a player or a file")
+def _check_usage(
+    given: dict[str, Any], is_stream: bool, is_part: bool, output: Path
+) -> None:
+    """Refuse options that do not go together."""
+    raw, checks = given["raw"], given["checks"]
+    by_length = any(name == "length-of" for name, _ in checks)
+    for is_wrong, why in (
+        ((raw is None) != (given["rate"] is None), "--raw and --rate go together"),
+        (raw and not is_stream, "--raw is for a stream: give - as INPUT"),
+        (
+            is_stream and sys.stdin.isatty(),
+            "stdin is a terminal: pipe a recording into it",
+        ),
+        (
+            output == PIPE and sys.stdout.isatty(),
+            "stdout is a terminal: pipe it into a player or a file",
+        ),
+        (
+            given["live"] and not is_stream,
+            "--live is for a microphone: give - as INPUT",
+        ),
+        (
+            checks and is_descriptor(output),
+            "--check reads the output again: give -o a file",
+        ),
+        (
+            is_stream and by_length,
+            "--check length-of needs a recording, not a stream",
+        ),
+        (
+            is_stream and given["takes"] is not None,
+            "--takes answers a recording, not a stream",
+        ),
+        (
+            is_stream and is_part,
+            "--start and --duration are for a file, not a stream",
+        ),
+        (is_part and by_length, "--check length-of is about the whole of INPUT"),
+    ):
+        if is_wrong:
+            raise click.UsageError(why)
 
 
 def summary(stats: Stats) -> str:

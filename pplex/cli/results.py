@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from pplex.cli.options import OneOf
+from pplex.cli.options import FILE, OneOf
 from pplex.cli.tables import echo_json, echo_table
 
 _MOST_WORDS = 32  # characters of the last column
 
 
 @click.command(epilog="Example: pplex results replies --format csv")
-@click.argument("outdir", type=click.Path(path_type=Path))
+@click.argument("outdir", type=FILE)
 @click.option(
     "--format",
     "form",

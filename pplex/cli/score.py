@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from pplex.cli.ci import annotate
 from pplex.cli.options import (
+    FILE,
     FiniteRange,
     OneOf,
     check_diarization_options,
@@ -17,18 +18,17 @@ from pplex.cli.options import (
 )
 from pplex.cli.score_tables import against_table, score_table
 from pplex.cli.tables import echo_json
-from pplex.cli.transcripts import FormatsType
+from pplex.cli.transcripts import formats
 
 if TYPE_CHECKING:
     from pplex.evaluation.find import Found
     from pplex.evaluation.measure import Method
 
-_FILE = click.Path(path_type=Path)
 _WORSE = "worse"
 
 
 @click.command(epilog="Example: pplex score replies/ --format csv > scores.csv")
-@click.argument("paths", nargs=-1, required=True, type=_FILE)
+@click.argument("paths", nargs=-1, required=True, type=FILE)
 @click.option(
     "--format",
     "form",
@@ -61,20 +61,20 @@ _WORSE = "worse"
 @click.option(
     "--asr-sentences",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="For pocketsphinx: what is likely to be said, a sentence a line.",
 )
 @click.option(
     "--transcripts",
     metavar="DIR",
-    type=_FILE,
+    type=FILE,
     help="With --asr: write what both sides said into DIR.",
 )
 @click.option(
     "--transcript-format",
     "transcript_formats",
     metavar="FORMATS",
-    type=FormatsType(),
+    type=formats,
     default="vtt",
     show_default=True,
     help="The formats of --transcripts, as of pplex batch --transcript.",
@@ -90,7 +90,7 @@ _WORSE = "worse"
 @click.option(
     "--human-timing",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="Full-Duplex-Bench's icc_gt_distribution.json, if it is not beside the "
     "samples.",
 )
@@ -115,13 +115,13 @@ _WORSE = "worse"
     "--against",
     metavar="DIR",
     multiple=True,
-    type=_FILE,
+    type=FILE,
     help="Compare PATHS (A) with DIR (B): differences with intervals and verdicts.",
 )
 @click.option(
     "--plot",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     help="With --against: draw the differences (.png, .svg, .pdf).",
 )
 @click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,12 @@ import click
 
 from pplex.cli.foresee import foresee
 from pplex.cli.options import (
+    FILE,
     FiniteRange,
     batch_size_option,
     compute_option,
     model_options,
+    overwrite_option,
     sampling_from,
     sampling_options,
     verbosity_options,
@@ -53,14 +56,14 @@ _SIDE = "KEY=VALUE,..."
     "-o",
     "--output",
     metavar="OUT",
-    type=click.Path(path_type=Path),
+    type=FILE,
     required=True,
     help="The file to write, as that of respond; with --jobs a folder.",
 )
 @click.option(
     "--jobs",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Many talks, from a .jsonl or .csv file with output and, where wanted, left, "
     "right, seconds and seed.",
 )
@@ -75,7 +78,7 @@ _SIDE = "KEY=VALUE,..."
 @sampling_options
 @compute_option
 @batch_size_option("pairs talk")
-@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
+@overwrite_option
 @verbosity_options
 def talk(
     left: str,
@@ -115,7 +118,7 @@ def talk(
     )
     start = time.perf_counter()
     done = []
-    with Progress(verbosity, channel_chosen=True) as progress:
+    with closing(Progress(verbosity, channel_chosen=True)) as progress:
         for talked in talking.talk(talks, config, progress):
             done.append(talked)
             if len(talks) > 1:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pplex.cli.options import (
-    ChannelType,
+    FILE,
     Group,
     complete_voice,
     json_option,
     model_options,
+)
+from pplex.cli.options import (
+    channel as channel_type,
 )
 from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from pplex.audio.files import Channel
     from pplex.checkpoint.hub import LocalModel
 
-_FILE = click.Path(path_type=Path)
 SHORT_S, LONG_S = 3.0, 15.0
 
 
@@ -66,12 +68,13 @@ def _local(model_name: str) -> LocalModel:
 @voices.command(
     "make", epilog="Example: pplex voices make me.wav me.safetensors -m mini"
 )
-@click.argument("recording", metavar="IN", type=_FILE)
-@click.argument("output", metavar="OUT", type=_FILE)
+@click.argument("recording", metavar="IN", type=FILE)
+@click.argument("output", metavar="OUT", type=FILE)
 @model_options
 @click.option(
     "--channel",
-    type=ChannelType(),
+    metavar="N|MIX",
+    type=channel_type,
     default=1,
     show_default=True,
     help="Which channel to take: a number from 1, or 'mix' for the average.",

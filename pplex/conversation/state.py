@@ -18,6 +18,7 @@ import numpy as np
 
 from pplex.checkpoint.identity import model_identity
 from pplex.checkpoint.safetensors import (
+    BrokenError,
     read_metadata,
     read_specs,
     read_values,
@@ -214,8 +215,13 @@ def state_of(
 
 def read_notes(path: Path) -> Notes:
     """What is known of a saved conversation, from its file's header alone."""
-    read_specs(path)
-    words = read_metadata(path).get(_KEY)
+    try:
+        read_specs(path)
+        words = read_metadata(path).get(_KEY)
+    except BrokenError as e:
+        raise PplexError(
+            f"{path} is not a whole saved conversation: {e.why}; save it again"
+        ) from e
     if words is None:
         raise PplexError(f"{path} is no saved conversation; --save-state writes one")
     try:

@@ -98,6 +98,10 @@ def test_a_folder_is_no_recording(refuses, tmp_path):
     assert "folder" in refuses(tmp_path / "calls", names=(tmp_path / "calls",))
 
 
+def test_an_empty_name_is_not_the_current_folder(refuses):
+    assert "is empty" in refuses("", code=USAGE)
+
+
 def test_an_empty_file_is_refused(refuses, tmp_path):
     path = tmp_path / "empty.wav"
     path.touch()
