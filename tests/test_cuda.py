@@ -35,7 +35,7 @@ from pplex.engine.cuda.rows import (
 )
 from pplex.engine.mlx.ring import CacheEach, FastCache
 from pplex.model.cache import KvCache
-from pplex.model.config import LmConfig, ModelConfig, SeanetConfig
+from pplex.model.config import LmConfig, SeanetConfig
 from pplex.model.lm import Lm
 from pplex.model.mimi import make_mimi
 from pplex.model.prompt import make_prompt
@@ -64,6 +64,10 @@ CONFIG = LmConfig(
     depformer_hidden_dim=192,
 )
 AGENT = CONFIG.num_agent_streams
+# Every id that a prompt or the codec knows has its row in the tables: a kernel reads
+# what lies there, and beyond them that is whatever the memory had before.
+CODEBOOKS = replace(TINY.mimi.quantizer, bins=CONFIG.card)
+MODEL = replace(TINY, lm=CONFIG, mimi=replace(TINY.mimi, quantizer=CODEBOOKS))
 
 
 def random_lm(bits: int, group: int = 64) -> Lm:
@@ -107,8 +111,7 @@ def make_engine(lm: Lm, *, alone: bool = False) -> CudaEngine:
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
     }
     tensors = LmTensors(dict(tree_flatten(lm.parameters())), forms, "random", (16,))
-    config = ModelConfig(lm=CONFIG, mimi=TINY.mimi)
-    return CudaEngine(config, tensors, random_codec(TINY.mimi), alone=alone)
+    return CudaEngine(MODEL, tensors, random_codec(MODEL.mimi), alone=alone)
 
 
 def write_out_tables(lm: Lm) -> None:
