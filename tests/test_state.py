@@ -242,13 +242,23 @@ def test_damaged_arrays_are_refused(tiny, state, tmp_path):
     model = load(resolve(str(tiny), offline=True))
     notes = json.dumps(asdict(read_notes(state)))
     arrays = read_state(state).arrays
-    for name in arrays.keys() - {"user.rest"}:  # which has any length
+    others = [
+        {name: array.reshape(-1)[:-1]}
+        for name, array in arrays.items()
+        if name != "user.rest"  # which has any length
+    ]
+    others += [  # ids that are no row of a table
+        {name: np.full_like(arrays[name], token)}
+        for name in ("row.column", "row.given", "user.tokens")
+        for token in (1 << 20, -(1 << 20))
+    ]
+    for number, damaged in enumerate(others):
         kinds = {"float32": "F32", "int32": "I32", "int64": "I64"}
-        odd = {k: a if k != name else a.reshape(-1)[:-1] for k, a in arrays.items()}
+        odd = arrays | damaged
         specs = [
             TensorSpec(k, kinds[str(a.dtype)], tuple(a.shape)) for k, a in odd.items()
         ]
-        path = tmp_path / f"{name}.safetensors"
+        path = tmp_path / f"{number}.safetensors"
         write_tensors(path, specs, odd.values(), {"pplex_conversation": notes})
         with pytest.raises(PplexError, match="is a damaged saved conversation"):
             read_state(path).open(model)

@@ -25,7 +25,7 @@ from pplex.checkpoint.safetensors import (
     spec_of,
     write_tensors,
 )
-from pplex.engine.base import Arrays, Engine, Start, checked
+from pplex.engine.base import Arrays, Engine, Start, check_tokens, checked
 from pplex.engine.choose import version_of
 from pplex.errors import PplexError
 from pplex.files import Place, put_new
@@ -82,8 +82,7 @@ def start_from(engine: Engine, arrays: Arrays) -> Start:
             parts[part][own] = array
     start, lm = engine.restore(parts["row"]), engine.config.lm
     user = checked(arrays, "user.tokens", (lm.num_codebooks,), np.int32)
-    if (user > lm.card).any():
-        raise ValueError("a token is none of this model")
+    check_tokens(user, lm.card)
     rest = arrays.get("user.rest", np.zeros(0, np.float32))
     if rest.ndim != 1 or not len(rest) < engine.config.frame_size:
         raise ValueError(f"`user.rest` is {list(rest.shape)}")

@@ -222,8 +222,8 @@ def restored(config: LmConfig, saved: Arrays, memory: Any) -> Start:
     column = checked(saved, "column", (config.num_streams,), np.int32)
     given = checked(saved, "given", (config.num_agent_streams,), np.int32)
     cards = np.array([config.text_card] + [config.card] * config.n_q)
-    if (column > cards).any() or (given > cards[: len(given)]).any():
-        raise ValueError("a token is none of this model")
+    check_tokens(column, cards)
+    check_tokens(given, cards[: len(given)])
     pending = np.full(config.num_streams, NOT_FORCED, np.int32)
     pending[: len(given)] = given
     return Start(Prompt(None, column[:, None], pending), memory, number(saved, "steps"))
@@ -238,6 +238,12 @@ def checked(
         found = "missing" if array is None else f"{array.dtype} {list(array.shape)}"
         raise ValueError(f"`{name}` is {found}, not {np.dtype(dtype)} {list(shape)}")
     return array
+
+
+def check_tokens(tokens: np.ndarray, cards: np.ndarray | int) -> None:
+    """Raise ValueError unless tables of so many ids have them, or none is needed."""
+    if ((tokens > cards) | (tokens < NOT_FORCED)).any():
+        raise ValueError("a token is none of this model")
 
 
 def number(saved: Arrays, name: str) -> int:
