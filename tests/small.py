@@ -66,6 +66,20 @@ def converse_live(engine, start, frames, sampling=GREEDY, seed=0) -> list[Answer
     return [replace(one, user=user) for one, user in zip(said, codes, strict=True)]
 
 
+def check_live(engine: Engine, start: Start, frames: int) -> None:
+    """That the replies to a stream are those to a recording, to the bit."""
+    pcm, drawn = speech(frames, 2), SamplingConfig(top_k=20, text_top_k=10)
+    whole = converse(engine, start, pcm, drawn, chunk=engine.codec.chunk_frames)
+    said = converse_live(engine, start, pcm, drawn)
+    found = (
+        np.concatenate([np.concatenate([r.text[None], r.agent]) for r in said], 1),
+        np.concatenate([r.user for r in said], 1),
+        np.concatenate([r.pcm for r in said]),
+    )
+    for one, other in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def check_saved_rows(engine: Engine, start: Start, frames: int, points: int) -> None:
     """That rows go on from random points of a run as that run did, side by side.
 

@@ -326,9 +326,10 @@ def test_recordings_coded_in_groups_are_as_alone():
 
 @pytest.mark.parametrize("last", [1, 3, 5, 8])
 def test_on_gpus_the_last_chunk_may_be_ragged(config, last):
-    """The way of GPUs, here on the CPU: it is padded to one of few sizes."""
+    """The way of GPUs, here on the CPU: it is padded."""
     mimi, frames = random_mimi(config), speech(16 + last, seed=6)
-    codec, state = MlxCodec(mimi, on_gpu=True, alone=True), mimi.make_state()
+    codec = MlxCodec(mimi, on_gpu=True, alone=True, frames=8)
+    state = mimi.make_state()
     expected = np.array(mimi.encode(mx.array(frames.reshape(1, -1)), state)[0])
     chunks, state = (frames[:16], frames[16:]), codec.make_state()
     codes = [codec.encode(chunk, state) for chunk in chunks]
@@ -337,6 +338,30 @@ def test_on_gpus_the_last_chunk_may_be_ragged(config, last):
     state = codec.make_state()
     pcm = [codec.decode(chunk, state) for chunk in codes]
     np.testing.assert_allclose(np.concatenate(pcm), whole, atol=1e-5)
+
+
+def test_on_gpus_every_chunk_of_one_recording_has_one_shape(monkeypatch):
+    """However it comes: live, as a recording, and at the end."""
+    shapes = set()
+
+    def noting(run):
+        def noted(self, x, state):
+            shapes.add(x.shape)
+            return run(self, x, state)
+
+        return noted
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(Mimi, name, noting(getattr(Mimi, name)))
+    codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True, alone=True, frames=4)
+    frames = speech(6)
+    for size in (1, len(frames)):
+        states = codec.make_state(), codec.make_state()
+        for first in range(0, len(frames), size):
+            codes = codec.encode(frames[first : first + size], states[0])
+            codec.decode(codes, states[1])
+    books = SMALL.mimi.num_codebooks
+    assert shapes == {(1, 4 * frames.shape[1]), (1, books, 4)}
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -9,7 +9,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from small import check_saved_conversations, check_saved_rows, converse, speech
+from small import (
+    check_live,
+    check_saved_conversations,
+    check_saved_rows,
+    converse,
+    speech,
+)
 
 from pplex.audio.files import Samples
 from pplex.bench.random_model import (
@@ -404,6 +410,13 @@ def test_a_codec_is_fused_where_the_kernel_knows_its_widths():
                 for codec, state in zip((mimi, fused), states, strict=True)
             )
             assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
+
+
+def test_a_streams_replies_are_those_to_a_recording():
+    engine = make_engine(random_lm(4), alone=True)
+    voice = np.zeros((CONFIG.num_codebooks, 60), np.int32)
+    prompt = make_prompt(engine.config, [7], voice_codes=voice)
+    check_live(engine, engine.prefill(prompt), 150)
 
 
 @pytest.mark.parametrize("frames", [12, 60])

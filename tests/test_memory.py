@@ -86,6 +86,7 @@ def test_a_group_whose_memory_does_not_suffice_is_coded_in_shorter_chunks(monkey
     for found, codes in zip(codec.encode_many(recordings), expected, strict=True):
         np.testing.assert_array_equal(found, codes)
     assert codec.chunk_frames == 4
+    assert (codec.form, small.form) == (", codec by 4 frames", "")
 
 
 def test_it_is_said_that_the_codecs_chunks_became_shorter(small_model, monkeypatch):

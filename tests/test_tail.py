@@ -110,7 +110,7 @@ class Script(Codec):
 
     concurrent, chunk_frames, group = False, 128, 2
 
-    def make_state(self, saved=None, *, by_frame=False):
+    def make_state(self, saved=None):
         return []
 
     def encode(self, frames, state):

@@ -146,14 +146,7 @@ def converse(
     """
     in_step = saving is not None and quiet is not None
     with codec_worker(engine.codec, beside=0 if in_step else 1) as worker:
-        user = UserSide(
-            engine,
-            start,
-            chunks,
-            by_frame=decode_frames == 1,
-            worker=worker,
-            saving=saving,
-        )
+        user = UserSide(engine, start, chunks, worker=worker, saving=saving)
         track = StreamedTrack(
             engine,
             start,
@@ -211,7 +204,7 @@ def converse_live(
             keep(codes)
         is_known = False
 
-    user = UserSide(engine, start, sounds(), by_frame=True, saving=saving)
+    user = UserSide(engine, start, sounds(), saving=saving)
     track, count = LiveTrack(engine, start, seed, user, hear, script, saving), 0
     for _ in run(engine, [track], sampling, capacity=1, live=True):
         whole = track.reply()

@@ -245,7 +245,6 @@ class UserSide:
         start: Start,
         chunks: Iterable[np.ndarray],
         *,
-        by_frame: bool = False,
         worker: Executor | None = None,
         saving: Saving | None = None,
     ) -> None:
@@ -254,7 +253,7 @@ class UserSide:
         With a ``worker`` the next one is encoded in it before it is needed.
         """
         self._codec, self._saving = engine.codec, saving
-        self._encoder = self._codec.make_state(start.encoder, by_frame=by_frame)
+        self._encoder = self._codec.make_state(start.encoder)
         self._last = start.prompt.pending[user_rows(engine.config.lm)]
         self._num_encoded = 0
         self.saved: dict[str, Arrays] = {}
@@ -334,8 +333,7 @@ class StreamedTrack(Track):
         self._user = user
         encoded = self._hearing(user.listen(more=more_takes))
         self._user_codes: list[np.ndarray] = []
-        by_frame = decode_frames == 1
-        self._decoder = self._codec.make_state(start.decoder, by_frame=by_frame)
+        self._decoder = self._codec.make_state(start.decoder)
         self._decoding: _Decoding | None = None
         self._pieces: list[Answer] = []
         columns = self._user_columns(encoded, self._user_codes.append)
@@ -538,7 +536,7 @@ class LiveTrack(Track):
         """
         super().__init__(engine.config.lm, start, seed, None, script)
         self._codec, self._user, self._saving = engine.codec, user, saving
-        self._decoder = self._codec.make_state(start.decoder, by_frame=True)
+        self._decoder = self._codec.make_state(start.decoder)
         # The decoder as it was, and the codes (codebooks, 1) that came since.
         kept = {} if saving is None else self._codec.save(self._decoder)
         self._kept: tuple[dict[str, np.ndarray], list[np.ndarray]] = kept, []
@@ -615,7 +613,7 @@ class LiveTrack(Track):
                 arrays["given"] = pending[: self._config.num_agent_streams]
         saving.add("row", arrays)
         before, codes = self._kept
-        decoder = self._codec.make_state(before, by_frame=True)
+        decoder = self._codec.make_state(before)
         for frame in codes[: len(codes) - (self._num_replied - saving.at)]:
             self._codec.decode(frame, decoder)
         saving.add("decoder", self._codec.save(decoder))

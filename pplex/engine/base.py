@@ -30,10 +30,10 @@ class Codec(Protocol):
     """PCM to codes and back, in chunks of whole frames.
 
     A chunk has any number of frames, and the bits do not depend on how a stream was
-    cut; but where one is coded ``by_frame``, chunks have one. ``concurrent``: calls may
-    run in a thread beside the steps. ``chunk_frames`` are best taken at a time where
-    nobody waits for them; ``group`` recordings are best coded together, 1 for one by
-    one.
+    cut. ``concurrent``: calls may run in a thread beside the steps. ``chunk_frames``
+    are best taken at a time where nobody waits for them; ``group`` recordings are best
+    coded together, 1 for one by one. ``form`` is added to ``Engine.compute`` where it
+    computes otherwise than it usually does in that.
     """
 
     @property
@@ -45,7 +45,10 @@ class Codec(Protocol):
     @property
     def group(self) -> int: ...
 
-    def make_state(self, saved: Arrays | None = None, *, by_frame: bool = False) -> Any:
+    @property
+    def form(self) -> str: ...
+
+    def make_state(self, saved: Arrays | None = None) -> Any:
         """A state for one direction of one stream: a fresh one, or as it was ``saved``.
 
         ValueError for arrays of another model's codec.

@@ -203,7 +203,7 @@ def model_info(model: Model) -> ModelInfo:
         device=device_name(),
         dtype=model.engine.dtype,
         bits=model.bits,
-        compute=model.engine.compute,
+        compute=model.engine.compute + model.engine.codec.form,
         kernels=version_of(model.engine.name),
         layout=model.layout,
         peak_memory_gb=peak_memory_gb(),

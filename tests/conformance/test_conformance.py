@@ -29,7 +29,7 @@ from cases import (
     write,
 )
 from engines import AS_IF, NAMES, Engine, Logits, Start, compute_on, make
-from small import SharedSteps, check_saved_conversations, check_saved_rows
+from small import SharedSteps, check_live, check_saved_conversations, check_saved_rows
 
 from pplex.model.lm import Lm
 from pplex.model.prompt import Prompt
@@ -355,6 +355,13 @@ def test_a_live_row_says_the_same(engine):
     found = converse(engine, those, 1, SAMPLINGS["drawn"], live=True)
     for said, expected in zip(found, answers(engine, 1, "drawn"), strict=True):
         np.testing.assert_array_equal(said, expected)
+
+
+def test_a_streams_replies_are_those_to_a_recording(recorded_engine):
+    """Also of a codec whose chunks are longer than a frame."""
+    if recorded_engine.codec.group > 1:
+        pytest.skip("a stream is computed alone")
+    check_live(recorded_engine, read(recorded_engine, "codes"), 11)
 
 
 def test_a_start_serves_again_and_again(engine):

@@ -133,6 +133,7 @@ class CCodec:
 
     chunk_frames = 32
     group = 1
+    form = ""
 
     def __init__(
         self, config: MimiConfig, weights: Mapping[str, mx.array], threads: int = 1
@@ -167,9 +168,7 @@ class CCodec:
         self._state_size = size.total
         self._rooms = threading.local()
 
-    def make_state(
-        self, saved: Arrays | None = None, *, by_frame: bool = False
-    ) -> CodecState:
+    def make_state(self, saved: Arrays | None = None) -> CodecState:
         """A state for one direction of one stream: a fresh one, or as it was saved."""
         state = CodecState(_aligned_zeros(self._state_size))
         if saved is not None:

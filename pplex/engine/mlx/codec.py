@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -41,17 +42,20 @@ class StreamState:
 # From a chunk (rows, frames, width) and a state to what is made of its frames.
 Run = Callable[[np.ndarray, CodecState], mx.array]
 
+Chunk = TypeVar("Chunk")
+
 
 class MlxCodec:
     """The codec by MLX's operations.
 
     On a GPU a chunk of any size takes as long to launch, and a chunk of sixteen
     recordings little longer than one of one: chunks are long, and recordings coded in
-    groups; but ``alone`` is one row. A chunk has one shape, so that a recording's bits
-    depend neither on how it comes nor on what is coded beside it. What is causal does
-    not see the padding. Chunks have ``frames`` frames, and fewer once memory does not
-    suffice; those of one row as many as sixteen rows have. On a CPU a chunk is a frame:
-    32 of them would be a sixth faster, and padding is not.
+    groups; but ``alone`` is one row, in short ones, as a frame of a live stream costs
+    one. A chunk has one shape, so that a recording's bits depend neither on how it
+    comes nor on what is coded beside it. What is causal does not see the padding.
+    Chunks have ``frames`` frames, and those of groups fewer once memory does not
+    suffice. On a CPU a chunk is a frame: 32 of them would be a sixth faster, and
+    padding is not.
     """
 
     concurrent = False
@@ -64,18 +68,23 @@ class MlxCodec:
         alone: bool = False,
         frames: int = CHUNK_FRAMES,
     ) -> None:
-        self._mimi, self._on_gpu = mimi, on_gpu
+        self._mimi = mimi
         self.group = GROUP_ROWS if on_gpu and not alone else 1
-        if on_gpu and alone:
-            frames = min(CHUNK_FRAMES, GROUP_ROWS * frames)
-        self.chunk_frames = frames if on_gpu else CPU_FRAMES
+        self._alone_frames = frames if on_gpu else 1
+        best_alone = CHUNK_FRAMES if on_gpu else CPU_FRAMES
+        self.chunk_frames = frames if self.group > 1 else best_alone
+        self._usual_frames = self.chunk_frames
 
-    def make_state(
-        self, saved: Arrays | None = None, *, by_frame: bool = False
-    ) -> StreamState:
+    @property
+    def form(self) -> str:
+        """What its bits depend on beside the engine's form: chunks that are shorter."""
+        if self.chunk_frames == self._usual_frames:
+            return ""
+        return f", codec by {self.chunk_frames} frames"
+
+    def make_state(self, saved: Arrays | None = None) -> StreamState:
         """A state for one direction of one stream: a fresh one, or as it was saved."""
-        by_frame = by_frame and self.group == 1 or not self._on_gpu
-        size = 1 if by_frame else self.chunk_frames
+        size = self.chunk_frames if self.group > 1 else self._alone_frames
         state = StreamState(self._mimi.make_state(), size)
         if saved is not None:
             restore_codec(state.codec, saved, self._after_a_chunk, self.group)
@@ -111,17 +120,23 @@ class MlxCodec:
         known, size = 0, state.size
         if state.begun is not None:
             known, frames = len(state.begun), np.concatenate([state.begun, frames])
-        parts = []
-        for first in range(0, len(frames), size):
-            some = frames[first : first + size]
-            is_full = len(some) == size
-            # One that is not full yet is run again with what comes.
-            state.begun = None if is_full else some
-            codec = state.codec if is_full else state.codec.copy()
-            made = _computed(run, _chunk([some], self.group, size), codec)
-            parts.append(made[0, known : len(some)])
-            known = max(0, known - len(some))
-        return np.concatenate(parts)
+
+        def chunks() -> Iterator[tuple[mx.array, slice]]:
+            nonlocal known
+            for first in range(0, len(frames), size):
+                some = frames[first : first + size]
+                is_full = len(some) == size
+                # One that is not full yet is run again with what comes.
+                state.begun = None if is_full else some
+                codec = state.codec if is_full else state.codec.copy()
+                made = run(_chunk([some], self.group, size), codec)
+                # Until a state is computed it holds all that it is made of.
+                mx.async_eval(made, codec.arrays())
+                yield made, slice(known, len(some))
+                known = max(0, known - len(some))
+            mx.eval(codec.arrays())  # before that no other thread can go on with it
+
+        return np.concatenate([np.array(made)[0, new] for made, new in _late(chunks())])
 
     def encode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
         """``encode`` of recordings (frames, frame_size), each from its start."""
@@ -178,16 +193,13 @@ class MlxCodec:
                 into = result[start : start + array.shape[1]]
                 into[:] = array[row, : len(into)]
 
-        # A chunk is computed while the one before is copied. More of them at a time
-        # would only take more memory, and memory that is new is slow.
-        before: tuple[list[int], int, mx.array] | None = None
-        for group in groups:
-            for start, part in self._chunks([recordings[idx] for idx in group], run):
-                if before is not None:
-                    take(*before)
-                before = group, start, part
-        if before is not None:
-            take(*before)
+        parts = (
+            (group, *part)
+            for group in groups
+            for part in self._chunks([recordings[idx] for idx in group], run)
+        )
+        for part in _late(parts):
+            take(*part)
         return [result for result in results if result is not None]
 
     def _chunks(
@@ -208,15 +220,16 @@ class MlxCodec:
             yield start, computed
 
 
-def _computed(run: Run, chunk: np.ndarray, state: CodecState) -> np.ndarray:
-    """``run`` over a chunk.
+def _late(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Each when the next is under way: one is computed while another is copied.
 
-    The state is computed with it: until then it holds all that it is made of, and no
-    other thread can go on with it.
+    More at a time would only take more memory, and memory that is new is slow.
     """
-    made = run(chunk, state)
-    mx.eval(made, state.arrays())
-    return np.array(made)
+    before: list[Chunk] = []
+    for one in chunks:
+        yield from before
+        before = [one]
+    yield from before
 
 
 def work_bytes(

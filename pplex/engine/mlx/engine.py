@@ -95,6 +95,9 @@ class MlxEngine:
     # Rows of every product on a GPU. Nothing was measured on a Mac: what is read with
     # each vector of weights there.
     gpu_rows = 16
+    # Frames of a chunk of the codec, alone. On a Mac a frame's arithmetic takes about
+    # half a millisecond, live with all of a chunk's, and launching a chunk a few.
+    alone_frames = 4
     # Whether norms take bfloat16 as it is: without two casts each, and rounded twice.
     short_norms = True
 
@@ -245,7 +248,7 @@ class MlxEngine:
             mimi,
             on_gpu=self.on_gpu,
             alone=self.alone,
-            frames=codec_frames(self.config.mimi),
+            frames=self.alone_frames if self.alone else codec_frames(self.config.mimi),
         )
 
     def _joint(self, before: TemporalLayer, after: TemporalLayer) -> Joint:
