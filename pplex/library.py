@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pplex.audio.files import Samples, write_wav
-from pplex.audio.probe import probe
+from pplex.audio.files import Samples, probe, write_wav
 from pplex.audio.streams import LiveFrame
 from pplex.batch.decoding import Answered, Decoder, Job, Size
 from pplex.batch.jobsfile import MAX_TAIL_S

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pplex.errors import PplexError
 from pplex.files import atomic_write, check_named
@@ -47,6 +49,7 @@ _STYLE = {
     "svg.hashsalt": "pplex",
 }
 _DPI = 120
+_MAX_POINTS = 1500
 
 
 def check_plot_path(path: Path, overwrite: bool = True) -> None:
@@ -88,6 +91,13 @@ def plot(path: Path, width: float, height: float) -> Iterator[Figure]:
                 text = temporary.read_text(encoding="utf-8")
                 start = text.index("<svg")
                 temporary.write_text(text[start:], encoding="utf-8", newline="\n")
+
+
+def thinned(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Places and values of a long row, of each few the largest: none is lost."""
+    size = -(-len(values) // _MAX_POINTS) or 1
+    starts = np.arange(0, len(values), size)
+    return starts, np.maximum.reduceat(np.asarray(values, float), starts)
 
 
 def shortened(name: str, most: int = 80) -> str:

@@ -19,7 +19,7 @@ from pplex.bench import estimate, submit
 from pplex.bench import run as job
 from pplex.bench.compare import changes, differences, read_bench
 from pplex.bench.parts import measure_parts, traffic
-from pplex.bench.plot import plot_frames, thinned
+from pplex.bench.plot import plot_frames
 from pplex.bench.random_model import (
     MEDIUM,
     SIZES,
@@ -45,6 +45,7 @@ from pplex.errors import PplexError
 from pplex.model.lm import Lm
 from pplex.model.mimi import make_mimi
 from pplex.model.sampling import SamplingConfig
+from pplex.plots import thinned
 
 AVAILABLE = [name for name, kind in KINDS.items() if kind.is_available()]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pplex.errors import PplexError
@@ -81,14 +80,6 @@ def test_timing_distance_of_known_histograms():
     divergence += 4 * q * math.log(2)
     assert found == pytest.approx(math.sqrt(divergence / 2), abs=1e-6)
     assert bench.timing_distance([], 1.0, [1.0] * 6) == 1
-
-
-def test_the_distance_is_scipys():
-    distance = pytest.importorskip("scipy.spatial.distance")
-    random = np.random.default_rng(0)
-    p, q = random.random(20), random.random(20)
-    q[:5] = 0
-    assert bench.jensen_shannon(p, q) == pytest.approx(distance.jensenshannon(p, q))
 
 
 def test_samples_are_known_by_their_annotations():

@@ -23,7 +23,6 @@ from pplex.evaluation.measure import Method
 from pplex.evaluation.pictures import write_picture
 from pplex.evaluation.report import (
     COLUMNS,
-    _thinned,
     check_embedded,
     heading,
     make_entries,
@@ -264,13 +263,6 @@ def test_too_much_sound_is_not_put_into_a_page(tmp_path):
     with pytest.raises(PplexError, match="is 300 MB.*at most 100 MB"):
         check_embedded([Item("a.wav", audio=path), Item("b.wav", audio=path)])
     check_embedded([Item("a.wav")])
-
-
-def test_thinning_keeps_the_slowest():
-    steps = [10.0] * 4000
-    steps[2345] = 200.0
-    thinned = _thinned(steps)
-    assert len(thinned) <= 1500 and max(thinned) == 200.0
 
 
 def test_peaks_are_the_largest_of_their_columns():

@@ -8,6 +8,7 @@ import json
 import shutil
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from pplex.evaluation.diarization import read_rttm
 from pplex.evaluation.find import find
 from pplex.evaluation.measure import Method
 from pplex.evaluation.metrics import METRICS, figure_of, single
-from pplex.evaluation.score import as_csv, score
+from pplex.evaluation.score import as_csv
+from pplex.evaluation.score import score as score_and_measure
 from pplex.evaluation.sound_quality import SoundQuality, make_sound_quality
 from pplex.evaluation.speech_activity import Segment
 
@@ -30,6 +32,11 @@ ENERGY = Method(vad="energy")
 # A pause with a backchannel, a reply, a reply that is interrupted, an interruption.
 USER = ((1.0, 2.5), (3.1, 4.5), (8.0, 10.0), (14.3, 16.0), (20.0, 23.0))
 AGENT = ((3.8, 4.1), (4.9, 7.0), (10.4, 15.0), (16.25, 18.0), (21.0, 24.0))
+
+
+def score(*args: Any) -> dict[str, Any]:
+    """The scores alone."""
+    return score_and_measure(*args)[0]
 
 
 def transcript(path: Path, *words: tuple[str, float, float]) -> None:

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from pplex.audio.files import read_pcm
-from pplex.audio.probe import probe
+from pplex.audio.files import probe, read_pcm
 from pplex.audio.streams import Feed, StreamFormat, UserStream, open_stream
 from pplex.errors import PplexError
 

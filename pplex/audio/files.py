@@ -132,6 +132,15 @@ class Recording:
         yield np.zeros(self.tail, np.float32)
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself."""
+
+    rate: int
+    channels: int
+    duration_s: float
+
+
 def read_pcm(
     path: Path,
     *,
@@ -185,6 +194,13 @@ def read_pcm(
         part=part,
         _kept=np.concatenate(parts) if is_kept else None,
     )
+
+
+def probe(path: Path, channel: Channel = 1) -> Header:
+    """Read a recording's header, refusing what can be seen to be wrong with it."""
+    with open_source(Path(path)) as source:
+        check_channel(str(path), source.channels, channel)
+        return Header(source.rate, source.channels, source.num_frames / source.rate)
 
 
 def chunked(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

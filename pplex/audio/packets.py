@@ -19,7 +19,7 @@ _MAX_TRIES = 3
 _AGAIN = "copy it again, or keep what there is (ffmpeg -i INPUT OUTPUT.wav)"
 
 
-class Readable(Protocol):
+class _Readable(Protocol):
     """A file, or a part of one."""
 
     def seek(self, offset: int, whence: int = 0, /) -> int: ...
@@ -117,7 +117,7 @@ def _mpeg_frame(head: bytes) -> _MpegFrame | None:
     )
 
 
-def walk_mpeg(file: Readable, size: int, name: str) -> Packets:
+def walk_mpeg(file: _Readable, size: int, name: str) -> Packets:
     """Walk over an MPEG recording of ``size`` bytes; refuse one that is not whole."""
     position = lost = lost_now = count = 0
     kind: tuple[int, int, int] | None = None
@@ -186,7 +186,7 @@ def walk_mpeg(file: Readable, size: int, name: str) -> Packets:
     )
 
 
-def _tag_bytes(file: Readable, head: bytes) -> int:
+def _tag_bytes(file: _Readable, head: bytes) -> int:
     """Bytes of the tag that begins with ``head``, 0 if it is none."""
     if head[:3] == b"ID3" and len(head) >= 10 and max(head[6:10]) < 128:
         size = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]
@@ -207,7 +207,7 @@ def _tag_bytes(file: Readable, head: bytes) -> int:
 
 
 def _next_frame(
-    file: Readable, start: int, size: int, kind: tuple[int, int, int] | None
+    file: _Readable, start: int, size: int, kind: tuple[int, int, int] | None
 ) -> int:
     """Where the next frame or tag begins, ``size`` if none does.
 
@@ -266,7 +266,7 @@ def _refers_back(head: bytes, frame: _MpegFrame) -> bool:
 # --- Ogg
 
 
-def walk_ogg(file: Readable, size: int, name: str) -> Packets:
+def walk_ogg(file: _Readable, size: int, name: str) -> Packets:
     """Walk over the pages of an Ogg recording; refuse one that is not whole."""
     position, serial, number, ended = 0, b"", 0, False
     while position < size:
@@ -306,7 +306,7 @@ def _cut_ogg(name: str) -> PplexError:
     return PplexError(f"{name} is truncated: its last page is missing; {_AGAIN}")
 
 
-def _has_later(file: Readable, block: bytes, mark: bytes) -> bool:
+def _has_later(file: _Readable, block: bytes, mark: bytes) -> bool:
     """Whether ``mark`` is in ``block`` or in what follows it in ``file``."""
     while block:
         if mark in block:
@@ -321,7 +321,7 @@ def _has_later(file: Readable, block: bytes, mark: bytes) -> bool:
 _STREAMINFO = 4 + 4 + 34  # the mark, a block's head, the block
 
 
-def walk_flac(file: Readable, size: int, name: str) -> Packets:
+def walk_flac(file: _Readable, size: int, name: str) -> Packets:
     """Find the last frame of a FLAC recording, which says how long it is."""
     file.seek(0)
     start = _tag_bytes(file, file.read(192))

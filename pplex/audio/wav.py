@@ -48,7 +48,7 @@ _NAMES = (b"data", b"fmt ", b"fact", b"LIST", b"bext", b"id3 ")
 _MAX_EMPTY_CHUNK = 1 << 24
 
 
-class Source(Protocol):
+class _Source(Protocol):
     """Bytes in order, from a file or a pipe."""
 
     def take(self, count: int) -> bytes:
@@ -99,7 +99,7 @@ class WavHeader:
     is_unfinished: bool = False
 
 
-def read_wav_header(source: Source, name: str) -> WavHeader:
+def read_wav_header(source: _Source, name: str) -> WavHeader:
     """Read the header of what ``name`` calls, up to where its samples begin."""
     source.skip(12)
     found: WavHeader | None = None
@@ -138,7 +138,7 @@ def is_unknown(size: int) -> bool:
     return size == 0 or 0x7EFFFF00 <= size <= 0x80000000 or size >= 0xFFFFFF00
 
 
-def bytes_left_over(source: Source, num_bytes: int, name: str) -> int:
+def bytes_left_over(source: _Source, num_bytes: int, name: str) -> int:
     """Count what lies behind ``num_bytes`` of samples and is no chunk."""
     _skip_padding(source, num_bytes)
     while head := source.take(8):
@@ -176,7 +176,7 @@ def check_format(name: str, rate: int, channels: int) -> None:
 
 
 def _length(
-    source: Source, size: int, long_size: int | None
+    source: _Source, size: int, long_size: int | None
 ) -> tuple[int | None, bool]:
     """Bytes of samples, None if unknown; whether 0 stands where samples follow."""
     if long_size is not None and is_unknown(size):
@@ -196,7 +196,7 @@ def _is_chunk(head: bytes) -> bool:
     return len(head) == 8 and name.isalnum()
 
 
-def _skip_padding(source: Source, size: int) -> None:
+def _skip_padding(source: _Source, size: int) -> None:
     """Pass over the byte that makes a chunk even; some programs leave it out."""
     if not size & 1:
         return
@@ -205,7 +205,7 @@ def _skip_padding(source: Source, size: int) -> None:
     source.unread(head if is_left_out else head[1:])
 
 
-def _whole(source: Source, count: int, name: str) -> bytes:
+def _whole(source: _Source, count: int, name: str) -> bytes:
     content = source.take(count)
     if len(content) < count:
         raise _bad(name, "it ends before its samples")

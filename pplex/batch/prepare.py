@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pplex.audio.files import probe
 from pplex.audio.folders import LeftOut
-from pplex.audio.probe import probe
 from pplex.batch.describe import Description, describe
 from pplex.batch.plan import OutputOptions, Selection, in_shard, make_plan
 from pplex.batch.records import check_name

@@ -114,8 +114,8 @@ def diagnose(
     """
     machine = look_at_machine()
     looking(TEST_MODEL)
-    factor, test_run = try_model()
-    entries = [entry_of(name) for name in names] if names else list_models()
+    factor, test_run = _try_model()
+    entries = [_entry_of(name) for name in names] if names else list_models()
     models = []
     for entry in entries:
         looking(entry.name)
@@ -144,7 +144,7 @@ def look_at_machine() -> Machine:
     )
 
 
-def try_model() -> tuple[float | None, str]:
+def _try_model() -> tuple[float | None, str]:
     """Answer noise with the built-in model; the real-time factor, and how it went."""
     try:
         model = load(resolve(TEST_MODEL, offline=True))
@@ -158,7 +158,7 @@ def try_model() -> tuple[float | None, str]:
     return factor, f"the built-in model runs, real-time factor {factor:.3f}"
 
 
-def entry_of(name: str) -> ModelEntry:
+def _entry_of(name: str) -> ModelEntry:
     """A model that was named, as the list has it."""
     known = {entry.name: entry for entry in list_models()}
     if name in known:

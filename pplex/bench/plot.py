@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pplex.plots import LINES, RED, plain_numbers, plot, shortened
-
-_MAX_POINTS = 1500
+from pplex.plots import LINES, RED, plain_numbers, plot, shortened, thinned
 
 
 def plot_frames(
@@ -43,11 +41,3 @@ def plot_frames(
         axes.set_ylim(low / 1.5, max(float(values.max()), budget_ms) * 1.5)
         plain_numbers(axes)
         figure.legend(loc="outside lower center", ncols=min(4, len(runs) + 1))
-
-
-def thinned(frame_ms: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Frames and their milliseconds; of long runs the slowest of each few frames."""
-    values = np.asarray(frame_ms, float)
-    size = -(-len(values) // _MAX_POINTS) or 1
-    starts = np.arange(0, len(values), size)
-    return starts, np.maximum.reduceat(values, starts)

@@ -1,14 +1,17 @@
-"""What a model on disk is made of, and what a frame costs to compute with it."""
+"""What a model on disk is made of, what of it is unused, what a frame costs with it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pplex.checkpoint.codec_layout import published_shapes
+from pplex.checkpoint.config import unknown_keys
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.known import KNOWN_MODELS, known_repo
-from pplex.checkpoint.layouts import form_name
+from pplex.checkpoint.layouts import form_name, unneeded
 from pplex.checkpoint.safetensors import read_specs
 from pplex.checkpoint.source import Source
 from pplex.checkpoint.voices import find_voices
@@ -161,3 +164,28 @@ def _codec_bytes(folder: CheckpointFolder, config: ModelConfig) -> tuple[int, in
             continue
         used += spec.num_bytes
     return total, used
+
+
+def ignored(folder: CheckpointFolder) -> Iterator[tuple[str, str]]:
+    """What is passed over, and in which file: keys, tensors of no part of the model.
+
+    A language model that cannot be used raises.
+    """
+    if keys := unknown_keys(folder.config_file):
+        yield folder.config_file.name, _unused("keys", keys)
+    config = folder.read_config()
+    for file, names in Source(folder, config.lm).unneeded.items():
+        if names:
+            yield file.name, _unused("tensors", names)
+    try:
+        codec = read_specs(folder.codec)
+    except PplexError:  # for those to say who want one
+        return
+    if names := unneeded(codec, published_shapes(config.mimi)):
+        yield folder.codec.name, _unused("tensors", names)
+
+
+def _unused(what: str, names: Sequence[str]) -> str:
+    shown = ", ".join(f"`{name[:80]}`" for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} that nothing here needs are ignored: {shown}{more}"

@@ -39,10 +39,10 @@ def needed_files(names: Iterable[str]) -> list[str]:
     """Pick from file names (relative, with slashes) those that the model needs."""
     present = sorted(names)
     needed = [name for part in _PARTS for name in part(present)]
-    return needed + _match(present, CONFIG_FILE) + voice_files(present)
+    return needed + _match(present, CONFIG_FILE) + _voice_files(present)
 
 
-def voice_files(names: list[str]) -> list[str]:
+def _voice_files(names: list[str]) -> list[str]:
     """Pick from file names those of voices: files of their own, else the archive."""
     patterns = [f"{VOICES_FOLDER}/*{suffix}" for suffix in VOICE_SUFFIXES]
     voices = [name for pattern in patterns for name in _match(names, pattern)]
@@ -130,7 +130,7 @@ class CheckpointFolder:
         table = f"depformer_emb.{steps - 1}.weight"
         return (
             steps == config.lm.num_codebooks
-            and not voice_files(self.names)
+            and not _voice_files(self.names)
             and table not in names
         )
 

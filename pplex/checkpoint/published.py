@@ -193,7 +193,7 @@ def _lengths(local: LocalModel, reference: Reference) -> Iterator[Finding]:
     yield check("lengths", not other, text, "note")
 
 
-def published_roles(local: LocalModel) -> dict[str, str]:
+def _published_roles(local: LocalModel) -> dict[str, str]:
     """The names of files by what they are for, as ``Reference.files`` has them."""
     folder = local.folder
     roles = {CODEC: folder.codec.name, TOKENIZER: folder.tokenizer.name}
@@ -204,7 +204,7 @@ def published_roles(local: LocalModel) -> dict[str, str]:
 
 def _content(local: LocalModel, reference: Reference) -> Iterator[Finding]:
     """SHA-256 of the files that have a published one's length."""
-    folder, roles = local.folder, published_roles(local)
+    folder, roles = local.folder, _published_roles(local)
     same, changed = [], []
     for role, stored in reference.files.items():
         path = folder.path / roles.get(role, role)

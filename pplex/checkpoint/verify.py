@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from pplex.checkpoint import hashes
+from pplex.checkpoint.describe import ignored
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
-from pplex.checkpoint.ignored import ignored
 from pplex.checkpoint.safetensors import TensorSpec, read_specs
 from pplex.checkpoint.source import Source, is_finite
 from pplex.checkpoint.tokenizer import TextTokenizer

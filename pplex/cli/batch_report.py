@@ -65,7 +65,7 @@ class BatchProgress(Lines):
         now = time.perf_counter()
         counts = (
             f"{self._ended}/{self._count} recordings, "
-            f"{pace(self._audio_s, now - self._start)} s/s"
+            f"{_pace(self._audio_s, now - self._start)} s/s"
         )
         self._bar.set_postfix_str(counts, refresh=False)
         if self._bar.disable and now - self._said >= _SAID_EVERY_S:
@@ -83,7 +83,7 @@ class BatchProgress(Lines):
             )
 
 
-def pace(audio_s: float, spent_s: float) -> str:
+def _pace(audio_s: float, spent_s: float) -> str:
     """Seconds of audio a second; a clock may have stood still, or been set back."""
     return f"{audio_s / spent_s:.1f}" if spent_s > 0 else "?"
 
@@ -113,7 +113,7 @@ def summary(done: Summary) -> str:
     if done.done:
         lines.append(
             f"{done.audio_s:.1f} s of audio in {done.total_s:.1f} s, {done.load_s:.1f} "
-            f"s of it loading: {pace(done.audio_s, done.run_s)} s of audio a second "
+            f"s of it loading: {_pace(done.audio_s, done.run_s)} s of audio a second "
             f"without that; batch size {done.batch_size}; "
             f"{size(1e9 * done.peak_memory_gb)}"
         )

@@ -55,11 +55,11 @@ def doctor(
     if as_json:
         echo_json(asdict(found) | {"is_well": found.is_well})
     else:
-        click.echo("\n".join(report(found)))
+        click.echo("\n".join(_report(found)))
     ctx.exit(0 if found.is_well else 1)
 
 
-def report(found: Diagnosis) -> list[str]:
+def _report(found: Diagnosis) -> list[str]:
     """The lines to print."""
     machine = found.machine
     memory = "unknown"

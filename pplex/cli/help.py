@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 from pplex.cli.tables import echo_table
 
 
-class Topic(click.ParamType):
+class _Topic(click.ParamType):
     """The name of a topic."""
 
     name = "topic"
@@ -20,7 +20,7 @@ class Topic(click.ParamType):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str:
         """Refuse what is no topic."""
-        topics = read_topics()
+        topics = _read_topics()
         if value not in topics:
             self.fail(
                 f"{value!r} is no topic; there are {', '.join(topics)} (the options of "
@@ -34,19 +34,19 @@ class Topic(click.ParamType):
         """Offer the topics to the shell, with a line each."""
         return [
             CompletionItem(name, help=_title(text))
-            for name, text in read_topics().items()
+            for name, text in _read_topics().items()
             if name.startswith(incomplete)
         ]
 
 
 @click.command("help", epilog="Example: pplex help models")
-@click.argument("topic", type=Topic(), required=False)
+@click.argument("topic", type=_Topic(), required=False)
 def help_(topic: str | None) -> None:
     """Show TOPIC of the manual; without it, list the topics.
 
     A topic is Markdown text. For the options of a command see its --help.
     """
-    topics = read_topics()
+    topics = _read_topics()
     if topic is not None:
         click.echo(topics[topic], nl=False)
         return
@@ -54,7 +54,7 @@ def help_(topic: str | None) -> None:
     click.echo("\nTo read one: pplex help TOPIC. Options: pplex COMMAND --help.")
 
 
-def read_topics() -> dict[str, str]:
+def _read_topics() -> dict[str, str]:
     """The text of every topic, by name."""
     folder = importlib.resources.files("pplex") / "help"
     texts = {

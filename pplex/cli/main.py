@@ -24,14 +24,20 @@ from pplex.cli.respond import respond
 from pplex.cli.results import results
 from pplex.cli.roles import roles
 from pplex.cli.score import score
-from pplex.cli.signals import CLOSED_PIPE, exit_code, stop_on_signals
-from pplex.cli.standard import explain, give_up_stdout, open_standard_streams
+from pplex.cli.standard import (
+    CLOSED_PIPE,
+    exit_code,
+    explain,
+    give_up_stdout,
+    open_standard_streams,
+    stop_on_signals,
+)
 from pplex.cli.talk import talk
 from pplex.cli.voices import voices
 from pplex.errors import PplexError
 
 
-class Cli(Group):
+class _Cli(Group):
     """A group that shows a ``PplexError`` as one line and exits with 1."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +103,7 @@ def _without_mlx(error: ImportError) -> str:
 
 
 @click.group(
-    cls=Cli,
+    cls=_Cli,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Example: pplex respond call.wav -o reply.wav --model mini",
 )

@@ -77,7 +77,7 @@ class Lines:
 
     def ignoring(self, local: LocalModel) -> None:
         """Say what of a model is passed over: a warning, if it is not a known one."""
-        from pplex.checkpoint.ignored import ignored
+        from pplex.checkpoint.describe import ignored
 
         for what, text in ignored(local.folder):
             if local.is_known:

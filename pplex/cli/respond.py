@@ -253,7 +253,7 @@ def respond(
             every = [answer(request, config, progress, stop)]
     if verbosity >= 0:
         for done in every:
-            click.echo(summary(done), err=True)
+            click.echo(_summary(done), err=True)
             if save_state is not None:
                 click.echo(_saved_line(Path(done.outputs["state"])), err=True)
         for line in progress.said_lines():
@@ -356,7 +356,7 @@ def _check_usage(
             raise click.UsageError(why)
 
 
-def summary(stats: Stats) -> str:
+def _summary(stats: Stats) -> str:
     """What a run wrote and how long it took, in two lines."""
     step = stats.step_ms
     live = ""

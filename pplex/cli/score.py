@@ -152,7 +152,8 @@ def score(
     from pplex.evaluation.limits import Limit
     from pplex.evaluation.measure import refuse_unreadable
     from pplex.evaluation.recognisers import make_recogniser
-    from pplex.evaluation.score import as_csv, score_and_measure
+    from pplex.evaluation.score import as_csv
+    from pplex.evaluation.score import score as score_all
     from pplex.plots import check_plot
 
     limits = [Limit.parse(text) for text in fail_if if text != _WORSE]
@@ -167,7 +168,7 @@ def score(
     count = sum(len(side.items) for side in found)
     with tqdm(total=count, disable=None, unit="file") as bar:
         results = [
-            score_and_measure(side, method, recogniser, lambda _: bar.update(), written)
+            score_all(side, method, recogniser, lambda _: bar.update(), written)
             for side, written in zip(found, (planned, {}), strict=False)
         ]
     result = results[0][0]

@@ -1,11 +1,19 @@
-"""stdin, stdout and stderr that are closed or full, and what is then the matter."""
+"""What the system gives a program: standard streams, closed or full, and signals."""
 
 from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
+from pplex.respond.stopping import Stop, Stopped
+
+CLOSED_PIPE = 128 + 13  # what a shell reports for a program ended by SIGPIPE
 _NULL_FLAGS = (os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)  # what is written to 1 is missed
 
 
@@ -63,6 +71,30 @@ def explain(error: OSError) -> str:
     except FileNotFoundError:
         return "the current folder is not there any more; change to another one"
     return f"{error.filename or 'cannot read or write'}: {reason}"
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Turn the signals that end a program into requests, while the body runs."""
+    stop = Stop()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        stop.request(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """130 for SIGINT, 143 for SIGTERM, as shells have it."""
+    return 128 + (error.signum if isinstance(error, Stopped) else signal.SIGINT)
 
 
 class _Patient(io.FileIO):

@@ -123,7 +123,7 @@ def find(paths: Sequence[Path]) -> Found:
         if path.is_dir():
             _search(path, found)
         elif path.exists():
-            known = side_files([path.parent], found.notes)
+            known = _side_files([path.parent], found.notes)
             found.items.append(_outputs_item(path, known))
         else:
             raise PplexError(f"{path} does not exist; check the name")
@@ -153,7 +153,7 @@ def _search(folder: Path, found: Found) -> None:
         found.items += [_sample_item(folder, sub, found.notes) for sub in samples]
         return
     wavs = _recordings(folder, found.notes)
-    known = side_files(sorted({p.parent for p in wavs} | {folder}), found.notes)
+    known = _side_files(sorted({p.parent for p in wavs} | {folder}), found.notes)
     for path in wavs:
         if path.name.endswith(USER) and path.with_name(_partner(path)).is_file():
             continue  # with the agent's
@@ -209,12 +209,12 @@ def _fails_checks(line: Line) -> bool:
 
 
 def _outputs_of(line: Line, folder: Path) -> dict[str, Path]:
-    return {what: locate(folder, o["path"]) for what, o in line["outputs"].items()}
+    return {what: _locate(folder, o["path"]) for what, o in line["outputs"].items()}
 
 
 def _input_of(line: Line, folder: Path) -> Path | None:
     path = (line["input"] or {}).get("path")
-    return None if path is None else locate(folder, path)
+    return None if path is None else _locate(folder, path)
 
 
 def _manifest_item(line: Line, folder: Path, notes: list[str]) -> Item:
@@ -237,9 +237,9 @@ def _manifest_item(line: Line, folder: Path, notes: list[str]) -> Item:
     stats = words = None
     for path in (p for p in paths.values() if p.suffix == ".json"):
         if os.path.isfile(path):
-            of_run, said = side_file(path, notes)
+            of_run, said = _side_file(path, notes)
             stats, words = stats or of_run, words if said is None else said
-    known = SideFiles({} if stats is None else {real_path(audio): stats})
+    known = _SideFiles({} if stats is None else {real_path(audio): stats})
     spoken = _input_of(line, folder)
     done = _outputs_item(audio, known, folder, spoken, paths.get("user"))
     if spoken is not None and spoken.name == "input.wav":
@@ -270,7 +270,7 @@ def _sample_item(root: Path, folder: Path, notes: list[str]) -> Item:
     item = Item(name, "no answer", f"{output} is not there", folder=folder)
     if output.is_file():
         source = folder / "input.wav"
-        item = _outputs_item(output, side_files([folder], notes), None, source)
+        item = _outputs_item(output, _side_files([folder], notes), None, source)
     return _as_sample(replace(item, name=name), folder)
 
 
@@ -292,7 +292,7 @@ def _as_sample(item: Item, folder: Path) -> Item:
 
 def _outputs_item(
     path: Path,
-    known: SideFiles,
+    known: _SideFiles,
     folder: Path | None = None,
     source: Path | None = None,
     user_file: Path | None = None,
@@ -316,24 +316,23 @@ def _outputs_item(
     except PplexError as e:
         return replace(item, status="unreadable", error=str(e))
     source = source or _source_of(stats, path.parent)
-    if source is not None and os.path.isfile(source):
-        item = replace(item, source=source)
+    source = source if source is not None and os.path.isfile(source) else None
+    item = replace(item, source=source)
     channel: Channel = (stats or {}).get("channel") or 1
-    if channel in (1, 2) and (stats or {}).get("source_channels") == 2:
-        if source is not None and os.path.isfile(source):
-            item = replace(item, partner=Track(source, 3 - channel))
+    is_stereo = (stats or {}).get("source_channels") == 2
+    if source is not None and channel in (1, 2) and is_stereo:
+        item = replace(item, partner=Track(source, 3 - channel))
     if channels == 2:
         return replace(item, user=Track(path, 1), agent=Track(path, 2), audio=path)
     if user_file is not None and os.path.isfile(user_file):
         source, channel = user_file, 1
-    is_there = source is not None and os.path.isfile(source)
-    user = Track(source, channel) if source and is_there else None
+    user = None if source is None else Track(source, channel)
     return replace(item, user=user, agent=Track(path), audio=path)
 
 
 def _source_of(stats: dict[str, Any] | None, folder: Path) -> Path | None:
     source = (stats or {}).get("input")
-    return None if source is None else locate(folder, source)
+    return None if source is None else _locate(folder, source)
 
 
 def _partner(path: Path) -> str:
@@ -363,7 +362,7 @@ def read_stats(path: Path) -> dict[str, Any]:
 
 
 @dataclass
-class SideFiles:
+class _SideFiles:
     """Stats and transcripts of some folders, by the name of the audio they go with."""
 
     stats: dict[Path, dict[str, Any]] = field(default_factory=dict)
@@ -374,7 +373,7 @@ class SideFiles:
         stats = self.stats.get(real_path(audio))
         words = None
         for name in stats["outputs"].values() if stats is not None else ():
-            words = self.words.get(real_path(locate(audio.parent, name)), words)
+            words = self.words.get(real_path(_locate(audio.parent, name)), words)
         if words is None:
             stem = audio.name.removesuffix(AGENT).removesuffix(USER)
             stem = stem.removesuffix(audio.suffix)
@@ -385,23 +384,23 @@ class SideFiles:
         return stats, words
 
 
-def side_files(folders: Iterable[Path], notes: list[str]) -> SideFiles:
+def _side_files(folders: Iterable[Path], notes: list[str]) -> _SideFiles:
     """Everything of that kind in some folders; ``notes`` gets what was left out."""
-    known = SideFiles()
+    known = _SideFiles()
     for folder in folders:
         for path in sorted(folder.glob("*.json")):
             if path.name.startswith(".") or path.name.endswith("output.json"):
                 continue
-            stats, words = side_file(path, notes)
+            stats, words = _side_file(path, notes)
             if stats is not None:
                 for name in stats["outputs"].values():
-                    known.stats[real_path(locate(folder, name))] = stats
+                    known.stats[real_path(_locate(folder, name))] = stats
             if words is not None:
                 known.words[real_path(path)] = words
     return known
 
 
-def locate(folder: Path, name: str) -> Path:
+def _locate(folder: Path, name: str) -> Path:
     """A path of a manifest: from here, or from beside the manifest if moved."""
     path = Path(name)
     for candidate in (folder / path, path, folder / path.name):
@@ -410,7 +409,7 @@ def locate(folder: Path, name: str) -> Path:
     return folder / path
 
 
-def side_file(
+def _side_file(
     path: Path, notes: list[str]
 ) -> tuple[dict[str, Any] | None, list[Word] | None]:
     """The figures or the words of a file of pplex, None and None of any other.

@@ -218,6 +218,8 @@ def timing_distance(
     """Jensen-Shannon distance (natural logarithms) over bins of 0.2 s; 1 for none."""
     if not predicted:
         return 1.0
+    from scipy.spatial import distance
+
     counts = np.zeros(int(duration_s / WINDOW_S) + 1)
     for segment in predicted:
         first, last = int(segment.start_s / WINDOW_S), int(segment.end_s / WINDOW_S)
@@ -225,19 +227,7 @@ def timing_distance(
     ours = counts + 1e-10
     ends = np.linspace(0, 1, len(human))
     theirs = np.interp(np.linspace(0, 1, len(ours)), ends, human)
-    return jensen_shannon(ours, theirs)
-
-
-def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
-    """The square root of the divergence of two histograms, as SciPy has it."""
-    p, q = p / p.sum(), q / q.sum()
-    middle = (p + q) / 2
-
-    def divergence(a: np.ndarray) -> float:
-        some = a > 0
-        return float((a[some] * np.log(a[some] / middle[some])).sum())
-
-    return float(np.sqrt(max(0.0, divergence(p) + divergence(q)) / 2))
+    return float(distance.jensenshannon(ours, theirs))
 
 
 def overlap_timing(

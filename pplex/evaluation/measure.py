@@ -16,7 +16,13 @@ from pplex.evaluation.find import SAMPLE_RATE, Item
 from pplex.evaluation.full_duplex_bench import read_chunks
 from pplex.evaluation.judge import Judge, Question, Verdict
 from pplex.evaluation.sound_quality import SoundQuality
-from pplex.evaluation.speech_activity import VAD_RATE, Detector, Segment
+from pplex.evaluation.speech_activity import (
+    VAD_RATE,
+    Detector,
+    Segment,
+    runs,
+    sound_of,
+)
 from pplex.evaluation.turns import (
     Turns,
     TurnSettings,
@@ -183,15 +189,9 @@ def measure_levels(
 ) -> Levels:
     """Measure PCM (samples,) whose speech is at these times."""
     peak = float(np.abs(pcm).max(initial=0.0))
-    parts = [
-        pcm[round(s.start_s * sample_rate) : round(s.end_s * sample_rate)]
-        for s in speech
-    ]
-    spoken = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    spoken = sound_of(pcm, sample_rate, speech)
     rms = float(np.sqrt((spoken.astype(np.float64) ** 2).mean())) if len(spoken) else 0
-    full = np.concatenate([[0], (np.abs(pcm) >= _FULL).astype(np.int8), [0]])
-    edges = np.flatnonzero(np.diff(full))
-    starts, ends = edges[::2], edges[1::2]
+    starts, ends = runs(np.abs(pcm) >= _FULL).T
     clips = starts[ends - starts >= CLIP_RUN]
     return Levels(
         peak_db=decibels(peak),

@@ -34,10 +34,10 @@ from pplex.evaluation.metrics import METRICS, Metric, rounded, single
 from pplex.evaluation.speech_activity import Segment, make_detector
 from pplex.evaluation.turns import TurnSettings
 from pplex.files import is_descriptor, open_regular, reading, real_path, write_text
+from pplex.plots import thinned
 
 _COLUMNS_PER_S = 20
 _MIN_COLUMNS, _MAX_COLUMNS = 300, 1500
-_MAX_STEPS = 1500
 COLUMNS = tuple(metric for metric in METRICS if metric.about)
 _FIRST_WORDS = 12
 _NONE = "\u2013"
@@ -129,7 +129,7 @@ def make_entries(
     """Measure every recording; an entry says so where one cannot be read."""
     detector = make_detector(method.vad)
     entries = []
-    for item, folder in zip(found.items, folder_names(found.items), strict=True):
+    for item, folder in zip(found.items, _folder_names(found.items), strict=True):
         entry = Entry(item, item.status, item.error, folder=folder)
         if item.agent is not None:
             try:
@@ -146,7 +146,7 @@ def make_entries(
     return entries
 
 
-def folder_names(items: Sequence[Item]) -> list[str]:
+def _folder_names(items: Sequence[Item]) -> list[str]:
     """What tells the folders apart that were asked about; all "" if there is one."""
     roots = [real_path(item.root or Path()) for item in items]
     names = {root: root.name for root in roots}
@@ -160,7 +160,7 @@ def folder_names(items: Sequence[Item]) -> list[str]:
 
 def picture_names(items: Sequence[Item]) -> list[str]:
     """A name for each item's picture, no two alike."""
-    folders = folder_names(items)
+    folders = _folder_names(items)
     return [os.path.join(f, i.name) for f, i in zip(folders, items, strict=True)]
 
 
@@ -216,23 +216,23 @@ def write_report(
     embed: bool = False,
 ) -> None:
     """Write the page, whole or not at all; ``embed`` puts the sound into it."""
-    answered = facts(entries)
+    answered = _facts(entries)
     groups = together(entries)
     entries = [entry for group in groups for entry in group]
-    columns = shown_columns(entries)
+    columns = _shown_columns(entries)
     folder = Path() if is_descriptor(path) else path.parent
     page = importlib.resources.files("pplex.evaluation") / "page"
     parts = {
         "title": escape(title),
         "style": (page / "page.css").read_text(encoding="utf-8"),
         "script": (page / "page.js").read_text(encoding="utf-8"),
-        "banner": banner(entries, notes),
+        "banner": _banner(entries, notes),
         "facts": answered,
-        "tiles": tiles(entries),
-        "meaning": meaning(columns),
-        "head": table_head(entries, columns),
+        "tiles": _tiles(entries),
+        "meaning": _meaning(columns),
+        "head": _table_head(entries, columns),
         "rows": "\n".join(
-            table_row(i, entry, columns) for i, entry in enumerate(entries)
+            _table_row(i, entry, columns) for i, entry in enumerate(entries)
         ),
         "version": escape(importlib.metadata.version("pplex")),
         "vad": escape(vad),
@@ -253,13 +253,13 @@ def write_report(
     write_text(path, text)
 
 
-def shown_columns(entries: Sequence[Entry]) -> list[Metric]:
+def _shown_columns(entries: Sequence[Entry]) -> list[Metric]:
     """Those that have a figure in any recording."""
     measured = [entry.measured for entry in entries if entry.measured]
     return [metric for metric in COLUMNS if metric.of_all(measured) is not None]
 
 
-def table_head(entries: Sequence[Entry], columns: Sequence[Metric]) -> str:
+def _table_head(entries: Sequence[Entry], columns: Sequence[Metric]) -> str:
     """The headings, as cells."""
     cells = [_heading("Recording", "", "text")]
     if any(entry.folder for entry in entries):
@@ -293,7 +293,7 @@ def _heading(said: str, tip: str, kind: str) -> str:
     )
 
 
-def table_row(index: int, entry: Entry, columns: Sequence[Metric]) -> str:
+def _table_row(index: int, entry: Entry, columns: Sequence[Metric]) -> str:
     """A recording's row; the script finds its data by ``index``."""
     measured = [entry.measured] if entry.measured else []
     name, state, folder = map(escape, (entry.name, entry.state, entry.folder))
@@ -333,7 +333,7 @@ def _parts(metric: Metric, measured: Sequence[Measured]) -> str:
     return f"{sum(part for part, _ in known)} of {sum(whole for _, whole in known)}"
 
 
-def facts(entries: Sequence[Entry]) -> str:
+def _facts(entries: Sequence[Entry]) -> str:
     """What answered, how and when, a line a folder; and when this page was made."""
     lines = []
     for folder in dict.fromkeys(entry.folder for entry in entries):
@@ -364,7 +364,7 @@ def _setting(key: str, what: str, runs: Sequence[dict[str, Any]]) -> str:
     return f"{what} {' / '.join(shown)}"
 
 
-def meaning(columns: Sequence[Metric]) -> str:
+def _meaning(columns: Sequence[Metric]) -> str:
     """States and figures explained, as a list of definitions."""
     limits = TurnSettings()
     terms = {
@@ -383,7 +383,7 @@ def meaning(columns: Sequence[Metric]) -> str:
     )
 
 
-def banner(entries: Sequence[Entry], notes: Sequence[str]) -> str:
+def _banner(entries: Sequence[Entry], notes: Sequence[str]) -> str:
     """What is not done, and why; nothing if all is well."""
     counts = Counter(entry.status for entry in entries if entry.status != "done")
     lines = [f"{number} {status}" for status, number in sorted(counts.items())]
@@ -399,7 +399,7 @@ def banner(entries: Sequence[Entry], notes: Sequence[str]) -> str:
     return f'<div class="{kind}" role="note">{said}</div>' if said else ""
 
 
-def tiles(entries: Sequence[Entry]) -> str:
+def _tiles(entries: Sequence[Entry]) -> str:
     """All recordings together: each figure, and in words whether it is good."""
     measured = [entry.measured for entry in entries if entry.measured]
     states = Counter(entry.state for entry in entries)
@@ -488,7 +488,8 @@ def _data(entry: Entry, folder: Path, embed: bool) -> dict[str, Any]:
     if None not in [steps_ms.get(key) for key in ("p50", "p95", "late_frames")]:
         data["st"]["step_ms"] = steps_ms
     if steps := stats.get("step_ms_series"):
-        data["lat"] = _thinned(steps)
+        _, slowest = thinned(steps)
+        data["lat"] = [round(ms, 2) for ms in slowest.tolist()]
     return data
 
 
@@ -510,13 +511,6 @@ def _packed(values: np.ndarray | None) -> str | None:
 
 def _pairs(segments: Sequence[Segment]) -> list[list[float]]:
     return [[round(s.start_s, 2), round(s.end_s, 2)] for s in segments]
-
-
-def _thinned(steps: list[float]) -> list[float]:
-    """The slowest of each group, so that no late frame is lost."""
-    size = -(-len(steps) // _MAX_STEPS)
-    groups = (steps[i : i + size] for i in range(0, len(steps), size))
-    return [round(max(group), 2) for group in groups]
 
 
 def _script_json(content: object) -> str:

@@ -42,23 +42,13 @@ def score(
     recogniser: Recogniser | None = None,
     told: Callable[[Item], object] = lambda item: None,
     transcripts: Mapping[str, Sequence[Path]] | None = None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Measured]]:
     """Score every recording that has an answer; the rest is listed with its reason.
 
     ``told`` hears of each item when it is done; ``transcripts`` says by an item's name
-    where to write what both sides said, the user by the recogniser.
+    where to write what both sides said, the user by the recogniser. Returned are the
+    scores, and what was measured of each recording, by its name.
     """
-    return score_and_measure(found, method, recogniser, told, transcripts)[0]
-
-
-def score_and_measure(
-    found: Found,
-    method: Method,
-    recogniser: Recogniser | None = None,
-    told: Callable[[Item], object] = lambda item: None,
-    transcripts: Mapping[str, Sequence[Path]] | None = None,
-) -> tuple[dict[str, Any], dict[str, Measured]]:
-    """What ``score`` gives, and what was measured of each recording, by its name."""
     detector = make_detector(method.vad)
     human = _human_timing(found, method)
     rows: list[dict[str, Any]] = []

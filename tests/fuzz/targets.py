@@ -166,7 +166,7 @@ def _look_at(path: Path, name: str) -> None:
     write_report(page, entries, found.notes, "energy", "fuzz")
     _read_page(page.read_text(encoding="utf-8"), len(entries))
     for words in ("auto", "own"):
-        result = score(found, Method(vad="energy", words=words))
+        result, _ = score(found, Method(vad="energy", words=words))
         text = json.dumps(result, ensure_ascii=False, allow_nan=False)
         assert text.encode("utf-8", "backslashreplace")
         assert score_table(result) and as_csv(result)
