@@ -72,7 +72,7 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
     A pipe or device, which may have no end, is refused, and so is a file of over
     `limit` bytes.
     """
-    file = open(path, "rb", opener=_open_without_waiting)
+    file = open(path, "rb", opener=open_without_waiting)
     status = os.fstat(file.fileno())
     fault = None
     if not stat.S_ISREG(status.st_mode):
@@ -157,7 +157,7 @@ def hidden_beside(path: Path) -> Path:
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder that gets the name ``target`` when the body is done, else is removed."""
     target = target.absolute()
-    new = target.with_name(f".{target.name[:48]}.pplex-{secrets.token_hex(4)}.tmp")
+    new = hidden_beside(target)
     try:
         new.mkdir()
         yield new
@@ -331,7 +331,7 @@ def is_pipe(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def _open_without_waiting(name: str, flags: int) -> int:
+def open_without_waiting(name: str, flags: int) -> int:
     """Open a file; a named pipe that nobody writes to does not block the program."""
     return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pplex.bench.estimate import PUBLISHED_BITS, best_model
+from pplex.bench.estimate import best_model
 from pplex.bench.random_model import random_lm, random_model, random_prompt
+from pplex.checkpoint.known import PUBLISHED_BITS
 from pplex.cli.progress import Progress
 from pplex.conversation.session import warm_up
 from pplex.engine.choose import KINDS, batch_size, cost_of, need_bytes

@@ -37,6 +37,7 @@ from pplex.audio.wav import (
     read_wav_header,
 )
 from pplex.errors import PplexError
+from pplex.files import open_without_waiting
 
 _BLOCK_SAMPLES = 1 << 19  # read at a time, all channels together: 2 MB
 # Of an MP3 without a length libsndfile guesses one from its size, and stops there.
@@ -359,7 +360,7 @@ def _truncated(name: str, missing: int) -> PplexError:
 def _check_file(path: Path) -> None:
     """Refuse, with its own sentence each, what libsndfile would only call bad."""
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
+        with open(path, "rb", opener=open_without_waiting) as file:
             status = os.fstat(file.fileno())
             if stat.S_ISREG(status.st_mode):
                 file.read(1)  # a disk that fails shows here
@@ -388,8 +389,3 @@ def _check_file(path: Path) -> None:
             f"{path} is raw PCM, whose rate and format are unknown; convert it to WAV, "
             "or pipe it into pplex respond - with --raw and --rate"
         )
-
-
-def _open_without_waiting(name: str, flags: int) -> int:
-    """Open a file; a named pipe that nobody writes to does not block the program."""
-    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from pplex.bench.estimate import (
     LIVE_FACTOR,
-    PUBLISHED_BITS,
     estimate_frame_s,
     loop_frame_s,
     minute_in_words,
@@ -22,7 +21,7 @@ from pplex.bench.random_model import random_lm
 from pplex.checkpoint.download import Online
 from pplex.checkpoint.hub import LocalModel, list_models, locate, resolve
 from pplex.checkpoint.hub_cache import ModelEntry
-from pplex.checkpoint.known import known_repo
+from pplex.checkpoint.known import PUBLISHED_BITS, known_repo
 from pplex.checkpoint.published import check_files, summary
 from pplex.checkpoint.reference import PERSONAPLEX
 from pplex.checkpoint.verify import Finding, verify_quickly
@@ -165,14 +164,10 @@ def _entry_of(name: str) -> ModelEntry:
         return known[name]
     local = locate(name)
     return ModelEntry(
-        name=name,
-        repo=local.repo,
-        description="",
-        download_gb=None,
-        memory_gb=None,
+        name,
+        local.repo,
         path=local.path,
         revision=local.revision,
-        size_bytes=None,
         complete=local.folder.fault is None,
     )
 

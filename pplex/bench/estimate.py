@@ -20,7 +20,7 @@ import numpy as np
 from pplex.bench.parts import measure_parts
 from pplex.bench.random_model import TINY, random_codec, random_lm, random_prompt
 from pplex.checkpoint.hub_cache import cached_snapshot
-from pplex.checkpoint.known import KNOWN_MODELS
+from pplex.checkpoint.known import KNOWN_MODELS, PUBLISHED_BITS
 from pplex.checkpoint.weights import LmTensors
 from pplex.conversation.scheduler import converse
 from pplex.engine.base import Engine, Start
@@ -41,8 +41,6 @@ from pplex.units import duration
 
 SMALL_BYTES = 400 << 20  # of weights a step reads: such a model is run as it is
 FRAMES = 128  # ten seconds
-# Of the published models, on disk or not.
-PUBLISHED_BITS = {"4bit": 4, "8bit": 8, "bf16": 16}
 _BEST_FIRST = "bf16", "8bit", "4bit"
 LIVE_FACTOR = 0.9  # real-time factor; above it a live stream is not kept up with
 _MEAN_POSITION = 192  # a prompt, and half of FRAMES

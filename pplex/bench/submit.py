@@ -14,9 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from pplex.bench.estimate import estimate_frame_s
 from pplex.bench.random_model import SIZES, random_lm
@@ -151,7 +150,7 @@ def _measured(case: Case, is_live: bool, rest_s: float) -> Case:
     options += ["--batch-size", case.rows, "--json", "-", "-q"]
     options += ["--live", LIVE_S] if is_live else []
     if rest_s < 0:
-        return _with(case, fault="left out: the time was over")
+        return replace(case, fault="left out: the time was over")
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pplex", "bench", *map(str, options)],
@@ -163,15 +162,15 @@ def _measured(case: Case, is_live: bool, rest_s: float) -> Case:
             timeout=rest_s + 60.0,
         )
     except subprocess.TimeoutExpired:
-        return _with(case, fault="ended: the time was over")
+        return replace(case, fault="ended: the time was over")
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing was said"]
         fault = f"exit {done.returncode}: {said[-1]}"
-        return _with(case, fault=fault.replace(str(Path.home()), "~")[:300])
+        return replace(case, fault=fault.replace(str(Path.home()), "~")[:300])
     found = json.loads(done.stdout)
     (run,) = found["runs"]
     live = found["live_ms"]
-    return _with(
+    return replace(
         case,
         compute=found["compute"],
         dtype=found["dtype"],
@@ -184,7 +183,3 @@ def _measured(case: Case, is_live: bool, rest_s: float) -> Case:
         peak_memory_gb=run["peak_memory_gb"],
         peak_process_gb=found["peak_process_gb"],
     )
-
-
-def _with(case: Case, **figures: Any) -> Case:
-    return Case(case.model, case.bits, case.rows, case.variables, **figures)

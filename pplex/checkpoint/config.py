@@ -228,26 +228,22 @@ def _swiglu_dim(dim: int, feed_forward: int) -> int:
 def _parse_split_lm(raw: dict[str, Any]) -> LmConfig:
     temporal, depformer = _object(raw, "temporal"), _object(raw, "depformer")
     base = LmConfig()
-
-    def get(group: dict[str, Any], key: str, default: Any) -> Any:
-        return group.get(key, default)
-
     values = {
-        "dim": get(temporal, "dim", base.dim),
-        "num_heads": get(temporal, "num_heads", base.num_heads),
-        "num_layers": get(temporal, "num_layers", base.num_layers),
-        "hidden_scale": get(temporal, "hidden_scale", 4.125),
-        "context": get(temporal, "context", base.context),
-        "max_period": get(temporal, "max_period", base.max_period),
-        "text_card": get(temporal, "text_card", base.text_card),
-        "card": get(temporal, "card", base.card),
-        "dep_q": get(depformer, "num_steps", base.dep_q),
-        "depformer_dim": get(depformer, "dim", base.depformer_dim),
-        "depformer_num_heads": get(depformer, "num_heads", base.depformer_num_heads),
-        "depformer_num_layers": get(depformer, "num_layers", base.depformer_num_layers),
+        "dim": temporal.get("dim", base.dim),
+        "num_heads": temporal.get("num_heads", base.num_heads),
+        "num_layers": temporal.get("num_layers", base.num_layers),
+        "hidden_scale": temporal.get("hidden_scale", 4.125),
+        "context": temporal.get("context", base.context),
+        "max_period": temporal.get("max_period", base.max_period),
+        "text_card": temporal.get("text_card", base.text_card),
+        "card": temporal.get("card", base.card),
+        "dep_q": depformer.get("num_steps", base.dep_q),
+        "depformer_dim": depformer.get("dim", base.depformer_dim),
+        "depformer_num_heads": depformer.get("num_heads", base.depformer_num_heads),
+        "depformer_num_layers": depformer.get("num_layers", base.depformer_num_layers),
     }
-    per_side = get(temporal, "n_q", base.num_codebooks)
-    hidden = get(depformer, "dim_feedforward", base.depformer_hidden_dim)
+    per_side = temporal.get("n_q", base.num_codebooks)
+    hidden = depformer.get("dim_feedforward", base.depformer_hidden_dim)
     most = _LIMITS["lm.n_q"] // 2
     values["n_q"] = 2 * _size(per_side, "temporal.n_q", most)
     hidden = _size(hidden, "depformer.dim_feedforward", _MAX_HIDDEN)

@@ -81,10 +81,7 @@ def name_or_sha256(path: Path) -> str:
 
 
 def _digest(path: Path, digest: hashlib._Hash) -> str:
-    try:
-        with open_regular(path) as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as e:
-        raise PplexError(f"{path} cannot be read: {e.strerror or e}") from e
+    with reading(path, "cannot be read"), open_regular(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()

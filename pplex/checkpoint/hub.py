@@ -4,7 +4,7 @@ A name is an alias, a local folder or file, or `owner/name[@revision]` on Huggin
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pplex.checkpoint.download import at, download
@@ -82,28 +82,12 @@ def list_models() -> list[ModelEntry]:
     on_disk = {entry.repo: entry for entry in cached_models()}
     entries = []
     for alias, known in KNOWN_MODELS.items():
-        entry = on_disk.pop(known.repo, None)
-        path = entry.path if entry else None
-        size = entry.size_bytes if entry else None
-        complete = entry.complete if entry else False
-        if known.repo is None and _built_in_folder(alias).is_dir():
-            path = _built_in_folder(alias)
+        entry = on_disk.pop(known.repo, ModelEntry(alias, known.repo))
+        if known.repo is None and (path := _built_in_folder(alias)).is_dir():
             size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-            complete = True
-        entries.append(
-            ModelEntry(
-                name=alias,
-                repo=known.repo,
-                description=known.description,
-                download_gb=known.download_gb,
-                memory_gb=known.memory_gb,
-                licence=known.licence,
-                path=path,
-                revision=entry.revision if entry else None,
-                size_bytes=size,
-                complete=complete,
-            )
-        )
+            entry = replace(entry, path=path, size_bytes=size, complete=True)
+        facts = {k: v for k, v in vars(known).items() if k != "repo"}
+        entries.append(replace(entry, name=alias, **facts))
     return entries + [on_disk[repo] for repo in sorted(on_disk, key=str)]
 
 

@@ -36,13 +36,13 @@ class ModelEntry:
 
     name: str
     repo: str | None
-    description: str
-    download_gb: float | None
-    memory_gb: float | None
-    path: Path | None
-    revision: str | None
-    size_bytes: int | None
-    complete: bool
+    description: str = ""
+    download_gb: float | None = None
+    memory_gb: float | None = None
+    path: Path | None = None
+    revision: str | None = None
+    size_bytes: int | None = None
+    complete: bool = False
     licence: str | None = None
 
 
@@ -86,8 +86,6 @@ def cached_models() -> Iterator[ModelEntry]:
             name=repo.repo_id,
             repo=repo.repo_id,
             description="in the Hugging Face cache",
-            download_gb=None,
-            memory_gb=None,
             path=newest.snapshot_path,
             revision=newest.commit_hash,
             size_bytes=newest.size_on_disk,

@@ -105,6 +105,9 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     ),
 }
 
+# Of the published conversions of the 7B, and of itself.
+PUBLISHED_BITS = {"4bit": 4, "8bit": 8, "bf16": 16}
+
 
 def known_repo(repo: str | None) -> KnownModel | None:
     """The known model that lies in this repository."""

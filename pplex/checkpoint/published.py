@@ -17,7 +17,7 @@ import numpy as np
 from pplex.checkpoint import hashes
 from pplex.checkpoint.folder import CONFIG_FILE, CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
-from pplex.checkpoint.known import KNOWN_MODELS
+from pplex.checkpoint.known import KNOWN_MODELS, PUBLISHED_BITS
 from pplex.checkpoint.reference import (
     CODEC,
     LM,
@@ -48,7 +48,6 @@ ZERO_SCALES = 0.01  # of a matrix
 
 _FEW = 1 / 3  # of the unconfirmed values; by chance some may not agree
 _MANTISSA = {2: (mx.uint16, {"BF16": 7, "F16": 10}), 4: (mx.uint32, {"F32": 23})}
-_BITS = {"8bit": 8, "4bit": 4, "bf16": 16}
 
 
 def check(what: str, passed: bool, text: str, at_worst: Level) -> Finding:
@@ -123,9 +122,9 @@ def _bits(local: LocalModel, source: Source) -> Iterator[Finding]:
     )
     bits = forms.most_common(1)[0][0]
     said = {
-        name: _BITS[name]
-        for name, known in KNOWN_MODELS.items()
-        if name in _BITS and known.repo == local.repo
+        name: bits
+        for name, bits in PUBLISHED_BITS.items()
+        if KNOWN_MODELS[name].repo == local.repo
     }
     if (told := _told_bits(local.folder)) is not None:
         said[CONFIG_FILE] = told
