@@ -52,20 +52,16 @@ _DPI = 120
 _MAX_POINTS = 1500
 
 
-def check_plot_path(path: Path, overwrite: bool = True) -> None:
-    """Refuse a name that tells no format, and a machine without matplotlib."""
+def check_plot(path: Path | None, overwrite: bool = True) -> None:
+    """Refuse a plot whose name tells no format, that exists, or without matplotlib."""
+    if path is None:
+        return
     check_named(path, tuple(_NO_METADATA), overwrite)
     if importlib.util.find_spec("matplotlib") is None:
         raise PplexError(
             f"cannot draw {path}: matplotlib is not installed; "
             "pip install 'pplex[plots]'"
         )
-
-
-def check_plot(path: Path | None, overwrite: bool) -> None:
-    """Refuse what ``plot`` could not write, or would replace unasked."""
-    if path is not None:
-        check_plot_path(path, overwrite)
 
 
 @contextmanager
@@ -75,7 +71,7 @@ def plot(path: Path, width: float, height: float) -> Iterator[Figure]:
     The suffix of ``path`` tells the format; a descriptor gets PNG. The file is there
     whole or not at all.
     """
-    check_plot_path(path)
+    check_plot(path)
     from matplotlib import style
     from matplotlib.figure import Figure
 

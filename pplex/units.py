@@ -1,9 +1,9 @@
-"""Numbers as people read them, each in a unit and on a scale that suit it."""
+"""Numbers and lists as people read them: units and scales that suit, not too many."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def size(num_bytes: float) -> str:
@@ -39,6 +39,12 @@ def significant(value: float, digits: int = 3) -> str:
 def percent(share: float, digits: int = 1) -> str:
     """A share of 0 to 1: ``99.9 %``."""
     return f"{100 * share:.{digits}f} %"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names: ``a, b, c and 5 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pplex.errors import PplexError
-from pplex.plots import check_plot_path, plot, shortened
+from pplex.plots import check_plot, plot, shortened
 
 
 def draw(path: Path) -> bytes:
@@ -44,7 +44,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 @pytest.mark.parametrize("name", ["a.gif", "a", "png"])
 def test_other_formats_are_refused(tmp_path, name):
     with pytest.raises(PplexError, match=r"end its name in \.png, \.svg or \.pdf"):
-        check_plot_path(tmp_path / name)
+        check_plot(tmp_path / name)
 
 
 def test_a_machine_without_matplotlib_is_told_what_to_install(
@@ -52,7 +52,7 @@ def test_a_machine_without_matplotlib_is_told_what_to_install(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PplexError, match=r"pip install 'pplex\[plots\]'"):
-        check_plot_path(tmp_path / "a.png")
+        check_plot(tmp_path / "a.png")
     (tmp_path / "a.wav").write_text("no sound")
     for command in (
         ("report", tmp_path, "--png", tmp_path / "png"),

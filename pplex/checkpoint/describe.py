@@ -17,6 +17,7 @@ from pplex.checkpoint.source import Source
 from pplex.checkpoint.voices import find_voices
 from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
+from pplex.units import some
 
 KV_ITEM_BYTES = 2  # keys and values in 16 bits, as on a GPU
 
@@ -186,6 +187,5 @@ def ignored(folder: CheckpointFolder) -> Iterator[tuple[str, str]]:
 
 
 def _unused(what: str, names: Sequence[str]) -> str:
-    shown = ", ".join(f"`{name[:80]}`" for name in names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what} that nothing here needs are ignored: {shown}{more}"
+    shown = some([f"`{name[:80]}`" for name in names])
+    return f"{what} that nothing here needs are ignored: {shown}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from pplex.cli.progress import QUIET, VERBOSE, Lines
 from pplex.cli.tables import printable
 from pplex.units import size
@@ -27,7 +25,7 @@ class BatchProgress(Lines):
         """``verbosity`` is as for ``Lines``."""
         super().__init__(verbosity)
         self._count = self._ended = 0
-        self._start = self._said = self._audio_s = 0.0
+        self._said = self._audio_s = 0.0
 
     def note(self, message: str) -> None:
         """Say something worth a line."""
@@ -35,17 +33,9 @@ class BatchProgress(Lines):
 
     def starting(self, count: int, audio_s: float) -> None:
         """Show a bar in seconds of audio."""
-        self._wait_no_more()
-        self._start = self._said = time.perf_counter()
+        self._show_bar(audio_s, digits=0)
+        self._said = self._start
         self._count = count
-        self._bar = tqdm(
-            total=round(audio_s, 2),
-            # Quiet: none. Otherwise None, which shows a bar on terminals only.
-            disable=True if self._verbosity == QUIET else None,
-            bar_format="{percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s of audio"
-            " [{elapsed}<{remaining}{postfix}]",
-            leave=False,
-        )
 
     def finished(self, key: str, audio_s: float) -> None:
         """Move the bar on; with -v, name the recording."""
@@ -133,13 +123,8 @@ def forecast_text(found: Forecast, every: bool) -> str:
     ]
     if found.replaced:
         lines.insert(1, f"replace: {found.replaced} of them have outputs already")
-    shown = list(found.failed.items())[:_SHOWN_FAILURES]
-    lines += [f"  {key}: {error}" for key, error in shown]
-    if len(found.failed) > len(shown):
-        lines.append(f"  and {len(found.failed) - len(shown)} more")
-    lines += [f"odd:     {warning}" for warning in found.warnings[:_SHOWN_FAILURES]]
-    if len(found.warnings) > _SHOWN_FAILURES:
-        lines.append(f"  and {len(found.warnings) - _SHOWN_FAILURES} more")
+    lines += _first([f"  {key}: {error}" for key, error in found.failed.items()])
+    lines += _first([f"odd:     {warning}" for warning in found.warnings])
     lines += [*found.left_out.sentences(), *kept_lines(found.kept, every)]
     lines.append(
         f"disk:    about {size(1e9 * found.output_gb)} of "
@@ -188,18 +173,20 @@ def kept_lines(kept: Kept, every: bool) -> list[str]:
     ):
         if not names:
             continue
-        shown = names if every else names[:_SHOWN_FAILURES]
         lines.append(f"kept: {len(names)}, {why}")
-        lines += [f"  {name}" for name in shown]
-        if len(names) > len(shown):
-            lines.append(f"  and {len(names) - len(shown)} more, which -v names")
+        named = [f"  {name}" for name in names]
+        lines += named if every else _first(named, "more, which -v names")
     return lines
 
 
 def failures_before(done: Summary) -> list[str]:
     """The failures of earlier runs, as lines."""
     known = list(done.failed.items())[: done.failed_before]
-    lines = [f"{key}: {error}" for key, error in known[:_SHOWN_FAILURES]]
-    if len(known) > len(lines):
-        lines.append(f"and {len(known) - len(lines)} more, see the manifest")
-    return lines
+    lines = [f"{key}: {error}" for key, error in known]
+    return _first(lines, "more, see the manifest", "")
+
+
+def _first(lines: list[str], more: str = "more", indent: str = "  ") -> list[str]:
+    """The first of many lines, and how many more there are."""
+    left = len(lines) - _SHOWN_FAILURES
+    return lines[:_SHOWN_FAILURES] + [f"{indent}and {left} {more}"] * (left > 0)

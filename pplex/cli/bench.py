@@ -220,8 +220,8 @@ def _report(found: Bench) -> None:
         f"in {found.prefill_s:.2f} s; copies at {found.copy_bandwidth_gb_s:.0f} GB/s"
     )
     rows = [["", *(f"batch {run.batch_size}" for run in found.runs)]]
-    for name, value in _ROWS:
-        cells = [value(run) for run in found.runs]
+    for name, path in _ROWS:
+        cells = [_cell(run, path) for run in found.runs]
         if any(cells):
             rows.append([name, *(cell or "-" for cell in cells)])
     echo_table(rows, right=range(1, len(rows[0])))
@@ -264,45 +264,41 @@ def _size(value_gb: float) -> str:
     return size(1e9 * value_gb)
 
 
-def _in(group: str, key: str) -> Any:
-    return lambda run: _number(getattr(getattr(run, group), key, None))
+def _cell(run: Run, path: str) -> str:
+    """A figure of a batch size, by where it lies; empty where it has none."""
+    value: Any = run
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    if value is None or isinstance(value, int):
+        return "" if value is None else str(value)
+    if path.startswith("moved_mb."):
+        return size(1e6 * value)
+    return _size(value) if path.endswith("_gb") else significant(value)
 
 
-def _of(key: str) -> Any:
-    return lambda run: _number(getattr(run, key))
-
-
-def _moved(key: str) -> Any:
-    def text(run: Run) -> str:
-        megabytes = getattr(run.moved_mb, key, None)
-        return "" if megabytes is None else size(1e6 * megabytes)
-
-    return text
-
-
-_ROWS: tuple[tuple[str, Any], ...] = (
-    ("seconds of audio a second", _of("audio_s_per_s")),
-    ("real-time factor", _of("real_time_factor")),
-    ("% of frames over 80 ms", _of("late_percent")),
-    ("ms a frame, p50", _in("frame_ms", "p50")),
-    ("  p95", _in("frame_ms", "p95")),
-    ("  p99", _in("frame_ms", "p99")),
-    ("  mean", _in("frame_ms", "mean")),
-    ("    encode", _in("loop_ms", "encode")),
-    ("    step", _in("loop_ms", "step")),
-    ("    decode", _in("loop_ms", "decode")),
-    ("    rest", _in("loop_ms", "rest")),
-    ("ms alone: encode", _in("parts_ms", "encode")),
-    ("    decode", _in("parts_ms", "decode")),
-    ("peak memory", lambda run: _size(run.peak_memory_gb)),
-    ("a frame must move", _moved("total")),
-    ("    weights", _moved("weights")),
-    ("    keys and values", _moved("kv")),
-    ("    codec", _moved("codec")),
-    ("GB/s reached", _of("moved_gb_s")),
-    ("% of copies", _of("bandwidth_percent")),
-    ("recordings", lambda run: str(run.recordings)),
-    ("frames", lambda run: str(run.frames)),
+_ROWS = (
+    ("seconds of audio a second", "audio_s_per_s"),
+    ("real-time factor", "real_time_factor"),
+    ("% of frames over 80 ms", "late_percent"),
+    ("ms a frame, p50", "frame_ms.p50"),
+    ("  p95", "frame_ms.p95"),
+    ("  p99", "frame_ms.p99"),
+    ("  mean", "frame_ms.mean"),
+    ("    encode", "loop_ms.encode"),
+    ("    step", "loop_ms.step"),
+    ("    decode", "loop_ms.decode"),
+    ("    rest", "loop_ms.rest"),
+    ("ms alone: encode", "parts_ms.encode"),
+    ("    decode", "parts_ms.decode"),
+    ("peak memory", "peak_memory_gb"),
+    ("a frame must move", "moved_mb.total"),
+    ("    weights", "moved_mb.weights"),
+    ("    keys and values", "moved_mb.kv"),
+    ("    codec", "moved_mb.codec"),
+    ("GB/s reached", "moved_gb_s"),
+    ("% of copies", "bandwidth_percent"),
+    ("recordings", "recordings"),
+    ("frames", "frames"),
 )
 
 

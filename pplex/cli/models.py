@@ -80,12 +80,9 @@ def list_models(as_json: bool) -> None:
     from pplex.checkpoint.hub import list_models as known
 
     memory_gb = machine_memory_gb()
-
-    def entries() -> list[ModelEntry]:
-        return [_here(entry) for entry in known()]
-
+    entries = [_here(entry) for entry in known()]
     if as_json:
-        echo_json([_as_json(entry, memory_gb) for entry in entries()])
+        echo_json([_as_json(entry, memory_gb) for entry in entries])
         return
     rows = [
         (
@@ -93,7 +90,7 @@ def list_models(as_json: bool) -> None:
             *("WHAT", "LICENCE OF THE WEIGHTS"),
         )
     ]
-    for entry in entries():
+    for entry in entries:
         fits = _fits(entry, memory_gb)
         speed = "-" if fits is False else _speed(entry)
         rows.append(

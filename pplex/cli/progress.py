@@ -60,6 +60,26 @@ class Lines:
             click.echo("\r\x1b[K", nl=False, err=True)
             self._waits = False
 
+    def _show_bar(
+        self, duration_s: float | None, digits: int, hidden: bool = False
+    ) -> None:
+        """Show a bar in seconds of audio; one of unknown length only counts them."""
+        self._wait_no_more()
+        self._start = time.perf_counter()
+        bar = f"{{n:.{digits}f}} s of audio [{{elapsed}}{{postfix}}]"
+        if duration_s is not None:
+            bar = (
+                f"{{percentage:3.0f}}% |{{bar}}| {{n:.{digits}f}}/{{total:.{digits}f}} "
+                "s of audio [{elapsed}<{remaining}{postfix}]"
+            )
+        self._bar = tqdm(
+            total=None if duration_s is None else round(duration_s, 2),
+            # Quiet: none. Otherwise None, which shows a bar on terminals only.
+            disable=True if hidden or self._verbosity == QUIET else None,
+            bar_format=bar,
+            leave=False,
+        )
+
     def say(self, message: str, verbosity: int = 0) -> None:
         """Print a line, at this verbosity or above."""
         if self._verbosity < verbosity:
@@ -162,22 +182,7 @@ class Progress(Lines):
 
     def answering(self, duration_s: float | None) -> None:
         """Show a bar in seconds of audio, with the real-time factor so far."""
-        self._wait_no_more()
-        self._start = time.perf_counter()
-        bar = (
-            "{n:.1f} s of audio [{elapsed}{postfix}]"
-            if duration_s is None
-            else "{percentage:3.0f}% |{bar}| {n:.1f}/{total:.1f} s of audio"
-            " [{elapsed}<{remaining}{postfix}]"
-        )
-        self._bar = tqdm(
-            total=None if duration_s is None else round(duration_s, 2),
-            unit="s",
-            # Quiet: none. Otherwise None, which shows a bar on terminals only.
-            disable=True if self._captions or self._verbosity == QUIET else None,
-            bar_format=bar,
-            leave=False,
-        )
+        self._show_bar(duration_s, digits=1, hidden=self._captions)
 
     def said(self, text: str) -> None:
         """Show the agent's words, and keep the first of them."""

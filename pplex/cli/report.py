@@ -84,13 +84,13 @@ def report(
         write_report,
     )
     from pplex.files import check_named, plan_files
-    from pplex.plots import check_plot_path
+    from pplex.plots import check_plot
     from pplex.respond.ending import advice
 
     check_diarization_options(rttm, speaker)
     drawn = {suffix: d for suffix, d in ((".png", png), (".svg", svg)) if d is not None}
     for suffix, folder in drawn.items():
-        check_plot_path(folder / f"NAME{suffix}")
+        check_plot(folder / f"NAME{suffix}")
     if output is None:
         folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
         output = folder / "report.html"

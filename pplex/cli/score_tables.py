@@ -7,6 +7,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from pplex.cli.tables import table, wrapped
+from pplex.units import some
 
 if TYPE_CHECKING:
     from pplex.evaluation.against import Against, Difference
@@ -148,8 +149,7 @@ def _method(method: dict[str, Any]) -> str:
         said += f"; heard by {recogniser['name']} {recogniser['version']}"
         unknown = recogniser.get("words_not_in_dictionary")
         if unknown:
-            said += f", which does not know {', '.join(unknown[:5])}"
-            said += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            said += f", which does not know {some(unknown, 5)}"
     return wrapped(f"{said}. --format json has all parameters.") + "\n"
 
 

@@ -30,6 +30,7 @@ from pplex.respond.manifest import (
     passes,
 )
 from pplex.respond.transcript import Word
+from pplex.units import some
 from pplex.values import fit, read_json
 
 SAMPLE_RATE = 24_000
@@ -182,7 +183,7 @@ def _read_manifests(folder: Path, found: Found) -> None:
     if failed:
         found.notes.append(
             f"{folder}: {len(failed)} of {len(lines)} recordings fail a check of pplex "
-            f"batch: {_named(failed)}"
+            f"batch: {some(failed)}"
         )
     named: set[Path] = set()
     for _, line in sorted(lines.items()):
@@ -192,16 +193,10 @@ def _read_manifests(folder: Path, found: Found) -> None:
     wavs = _recordings(folder, found.notes)
     strange = [path for path in wavs if real_path(path) not in named]
     if strange:
-        names = _named([str(path.relative_to(folder)) for path in strange])
+        names = some([str(path.relative_to(folder)) for path in strange])
         found.notes.append(
             f"{folder}: {names} is in no line of the manifest and was left out"
         )
-
-
-def _named(names: Sequence[str]) -> str:
-    """The first names of many."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _fails_checks(line: Line) -> bool:
