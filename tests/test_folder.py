@@ -11,8 +11,8 @@ from small import SMALL
 
 from pplex.batch.describe import describe as describe_for_batch
 from pplex.checkpoint.describe import describe
+from pplex.checkpoint.hashes import model_identity
 from pplex.checkpoint.hub import resolve
-from pplex.checkpoint.identity import model_identity
 from pplex.checkpoint.verify import verify
 from pplex.checkpoint.weights import lm_tensors
 from pplex.conversation.session import load

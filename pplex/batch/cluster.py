@@ -496,8 +496,8 @@ class Worker:
         from pplex.batch.answering import Answering
         from pplex.batch.decoding import Decoder, Size
         from pplex.batch.describe import describe
+        from pplex.checkpoint.hashes import model_identity
         from pplex.checkpoint.hub import resolve
-        from pplex.checkpoint.identity import model_identity
         from pplex.conversation.session import load
         from pplex.model.sampling import SamplingConfig
 

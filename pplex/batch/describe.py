@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pplex.checkpoint import voices
+from pplex.checkpoint.hashes import digest_of, model_identity, sampled
 from pplex.checkpoint.hub import LocalModel
-from pplex.checkpoint.identity import digest_of, model_identity, sampled
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.conversation.prompts import choose_text, choose_voice
 from pplex.conversation.script import Script, lay_out

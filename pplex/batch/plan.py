@@ -18,7 +18,7 @@ from typing import Any
 
 from pplex.audio.folders import LeftOut, is_recording, list_folder
 from pplex.batch.jobsfile import Row, read_jobs
-from pplex.checkpoint.identity import digest_of
+from pplex.checkpoint.hashes import digest_of
 from pplex.conversation.script import Line, first_words, read_script
 from pplex.conversation.seeds import number_of, seed_for
 from pplex.conversation.state import read_notes

@@ -1,18 +1,27 @@
-"""SHA-256 lists of a model's files, in the form that ``sha256sum -c`` reads."""
+"""Hashes: of files, in lists as ``sha256sum -c`` reads them, and what a model is."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pplex.errors import PplexError
 from pplex.files import open_regular, read_regular, reading, write_text
+
+if TYPE_CHECKING:
+    from pplex.checkpoint.hub import LocalModel
 
 SUMS_FILE = "SHA256SUMS"
 
 _CHUNK_BYTES = 1 << 22
 _MAX_BYTES = 1 << 24
+_BLOCK = 1 << 20
+# A file of weights up to this size is hashed whole, a larger one in samples.
+_WHOLE_BYTES = 256 << 20
+_NUM_SAMPLES = 64
 
 
 def sha256(path: Path) -> str:
@@ -78,6 +87,37 @@ def name_or_sha256(path: Path) -> str:
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name
     return sha256(path)
+
+
+def digest_of(value: object) -> str:
+    """A short hash of anything that JSON can hold, the same on every machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def model_identity(local: LocalModel) -> str:
+    """What tells a model from another: its commit, or else its files' contents."""
+    if local.repo is not None:
+        return f"{local.repo}@{local.revision}"
+    folder = local.folder
+    # Without voices: one counts where it is used.
+    own = [*folder.lm_files, folder.codec, folder.tokenizer]
+    if folder.config_file.is_file():
+        own.append(folder.config_file)
+    return f"files:{digest_of({path.name: sampled(path) for path in own})}"
+
+
+def sampled(path: Path) -> list[object]:
+    """Size and hash of a file; of a large one, hash of evenly spaced samples."""
+    size = path.stat().st_size
+    if size <= _WHOLE_BYTES:
+        return [size, sha256(path)]
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        for idx in range(_NUM_SAMPLES):
+            file.seek(idx * (size - _BLOCK) // (_NUM_SAMPLES - 1))
+            digest.update(file.read(_BLOCK))
+    return [size, digest.hexdigest()]
 
 
 def _digest(path: Path, digest: hashlib._Hash) -> str:

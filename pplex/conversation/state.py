@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pplex.checkpoint.identity import model_identity
+from pplex.checkpoint.hashes import model_identity
 from pplex.checkpoint.safetensors import (
     BrokenError,
     read_metadata,
