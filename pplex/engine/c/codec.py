@@ -360,15 +360,24 @@ def _convolution(
     layer: nn.Module,
     flags: int = 0,
     activation: int = 0,
+    moments: int = 1,
 ) -> _Convolution:
-    """A convolution, transposed or not, as a product with a few inputs at a time."""
+    """A convolution, transposed or not, as a product with a few inputs at a time.
+
+    One of a single channel makes so many ``moments`` at once: a panel has room for
+    them.
+    """
     weight = _array(layer.weight)
     bias = _array(layer.bias) if "bias" in layer else None
     if isinstance(layer, StreamConv):
         out, kernel, channels = weight.shape
-        stride = layer.stride
-        matrix = weights.matrix(weight.reshape(out, kernel * channels), bias)
-        overlap = kernel - stride
+        stride, overlap = layer.stride, kernel - layer.stride
+        rows = weight.reshape(out, kernel * channels)
+        if out == stride == 1:
+            stride = moments
+            rows = _staggered(rows, moments, channels)
+            bias = None if bias is None else np.tile(bias, moments)
+        matrix = weights.matrix(rows, bias)
     else:
         assert isinstance(layer, StreamConvTranspose)
         now, before = np.split(weight, 2)
@@ -379,10 +388,23 @@ def _convolution(
     return _Convolution(matrix, channels, stride, overlap, state, activation, flags)
 
 
+def _staggered(weight: np.ndarray, times: int, step: int) -> np.ndarray:
+    """The matrix (times, ...) of one row (1, k) ``step`` further on each time.
+
+    Its sums are the row's and zeros.
+    """
+    k = weight.shape[1]
+    wide = np.zeros((times, (times - 1) * step + k), weight.dtype)
+    for idx, row in enumerate(wide):
+        row[idx * step : idx * step + k] = weight[0]
+    return wide
+
+
 def _convolutions(
-    weights: _Weights, size: _StateSize, model: Iterable[nn.Module]
+    weights: _Weights, size: _StateSize, model: Iterable[nn.Module], frame_size: int
 ) -> list[_Convolution]:
     """The convolutions of a SEANet, each with what happens to its result."""
+    moments = math.gcd(frame_size, PANEL)
     made: list[_Convolution] = []
     for layer in model:
         if isinstance(layer, Elu):
@@ -393,7 +415,7 @@ def _convolutions(
             made.append(_convolution(weights, size, layer.conv1, activation=ELU))
             made.append(_convolution(weights, size, layer.conv2, flags=ADD))
         else:
-            made.append(_convolution(weights, size, layer))
+            made.append(_convolution(weights, size, layer, moments=moments))
     return made
 
 
@@ -405,7 +427,7 @@ def _direction(
     layers: CodecTransformer,
     encodes: bool,
 ) -> _Direction:
-    made = _convolutions(weights, size, seanet.model)
+    made = _convolutions(weights, size, seanet.model, config.frame_size)
     width = config.seanet.dimension
     latents = config.latents_per_frame
     # Floats of a frame before and after each convolution.

@@ -18,7 +18,7 @@
 
 #include "threads.h"
 
-enum { LANES = 16, AHEAD = 64 * LANES, FAR = 512 }; /* bytes, floats to prefetch */
+enum { LANES = 16, AHEAD = 64 * LANES, FAR = 768 }; /* bytes, floats to prefetch */
 enum { FLOAT32, FLOAT16, BFLOAT16 };                /* types of floats in memory */
 
 /* Packed: block after block of LANES outputs. Of what is not quantized (`bits` 0) a block

@@ -371,8 +371,8 @@ INLINE void NAME(score)(long head_dim, long slot, long end, float scale, const f
     const float *block = keys + slot * head_dim;
     long d = 0;
     for (; d + 2 <= head_dim; d += 2) {
-      __builtin_prefetch(block + d * LANES + FAR);
-      __builtin_prefetch(block + (d + 1) * LANES + FAR);
+      __builtin_prefetch(block + d * LANES + FAR, 0, 2);
+      __builtin_prefetch(block + (d + 1) * LANES + FAR, 0, 2);
       for (int v = 0; v < PARTS; v++) {
         even[v] += q[d] * NAME(load)(block + d * LANES + v * WIDTH);
         odd[v] += q[d + 1] * NAME(load)(block + (d + 1) * LANES + v * WIDTH);
@@ -390,7 +390,7 @@ INLINE void NAME(mix)(long slot, long end, long width, int count, const float *w
                       const float *values, vec *out) {
   for (; slot < end; slot++) {
     const float *value = values + slot * width;
-    for (int v = 0; v < count; v += PARTS) __builtin_prefetch(value + v * WIDTH + FAR);
+    for (int v = 0; v < count; v += PARTS) __builtin_prefetch(value + v * WIDTH + FAR, 0, 2);
     for (int v = 0; v < count; v++) out[v] += weights[slot] * NAME(load)(value + v * WIDTH);
   }
 }
