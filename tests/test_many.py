@@ -158,6 +158,24 @@ def test_recordings_are_asked_for_as_places_become_free(
     assert answered == len(many)
 
 
+def test_no_group_but_the_last_is_decoded_with_idle_rows(
+    small_model, engines, monkeypatch
+):
+    """Though all end in one step."""
+    engine, sizes = engines["groups"], []
+    decode_many = engine.codec.decode_many
+
+    def noted(given):
+        sizes.append(len(given))
+        return decode_many(given)
+
+    monkeypatch.setattr(engine.codec, "decode_many", noted)
+    one = conversations(engine, small_model)[0]
+    those = [replace(one, key=str(idx)) for idx in range(10)]
+    assert len(list(converse_many(engine, those, GREEDY, batch_size=10))) == 10
+    assert sizes == [4, 4, 2]
+
+
 @pytest.mark.parametrize("name", ["best", "groups"])
 def test_nothing_to_answer_is_no_result(engines, name):
     assert list(converse_many(engines[name], [], GREEDY, batch_size=4)) == []

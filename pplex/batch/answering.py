@@ -32,7 +32,7 @@ from pplex.respond.run import check_script
 # On a large machine a batch starts with a hundred recordings at once.
 _READERS = min(8, max(2, num_cores() // 2))
 READ_AHEAD = 2 * _READERS
-WRITERS = max(2, _READERS // 2)
+WRITERS = _READERS
 _WRITE_BEHIND = 4 * WRITERS
 _GROUPS = 6  # being encoded, waiting for a place, for others to be decoded, to be given
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}

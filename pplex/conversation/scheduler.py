@@ -299,24 +299,25 @@ def _converse_grouped(
     """``converse_many`` with the codec's work done in groups.
 
     A group is encoded whole before its rows start, and decoded whole when they are
-    done; but not those whose end follows from their sound. A result a step is given
-    away: what is done with it runs beside the step that the GPU makes meanwhile.
+    done; but not those whose end follows from their sound. A few results a step are
+    given away: what is done with them runs beside the step that the GPU makes
+    meanwhile, and none wait for the last one.
     """
     group = engine.codec.group
     done: list[GroupedTrack] = []
     decoded: deque[tuple[Conversation, Answer]] = deque()
 
     def decode() -> None:
-        answers = decode_group(engine.codec, done)
-        decoded.extend((t.conversation, a) for t, a in zip(done, answers, strict=True))
-        done.clear()
+        some = done[:group]
+        answers = decode_group(engine.codec, some)
+        decoded.extend((t.conversation, a) for t, a in zip(some, answers, strict=True))
+        del done[:group]
 
     def tracks() -> Iterator[GroupedTrack | RecordingTrack]:
-        coming, size = iter(conversations), max(group, batch_size)
-        while some := list(itertools.islice(coming, size)):
+        coming = iter(conversations)
+        while some := list(itertools.islice(coming, group)):
             yield from encode_group(engine, [c for c in some if not c.is_streamed])
             yield from _tracks(engine, [c for c in some if c.is_streamed], None)
-            size = group
 
     for stepped in run(engine, tracks(), sampling, capacity=batch_size):
         for track in stepped:
@@ -328,9 +329,9 @@ def _converse_grouped(
                 decoded.append((track.conversation, track.answer()))
             else:
                 done.append(track)
-        if len(done) >= group:
+        while len(done) >= group:
             decode()
-        if decoded:
+        for _ in range(-(-len(decoded) // group)):
             yield decoded.popleft()
     if done:
         decode()
