@@ -21,6 +21,7 @@ from pplex.conversation.script import Line, lay_out
 from pplex.conversation.talk import Dialogue, Side, converse_together
 from pplex.conversation.tracks import Conversation, GroupedTrack
 from pplex.engine.choose import KINDS
+from pplex.evaluation.find import find
 from pplex.model.prompt import no_prompt
 from pplex.model.sampling import SamplingConfig
 
@@ -189,6 +190,24 @@ def test_a_talk_is_a_stereo_file_with_what_both_said(run, tmp_path):
     assert (left["prompt"], left["voice"]) == ("You are Ann, a teacher.", "NATF0")
     other = json.loads((tmp_path / "many/c.transcript.json").read_text())
     assert other["metadata"]["left"]["seed"] != left["seed"]
+    # What is done is not done again; what is gone, or asked for otherwise, is.
+    for path in (tmp_path / "many").glob("c.*"):
+        path.unlink()
+    sound = (tmp_path / "many/b.wav").stat()
+    again = run(*names, "--transcript", "json")
+    assert again.exit_code == 0 and "2 done before\n" in again.stderr
+    assert (tmp_path / "many/c.wav").is_file()
+    assert (tmp_path / "many/b.wav").stat() == sound
+    other = run(*names, "--transcript", "json", "--top-k", 9)
+    assert other.exit_code == 1 and "exists" in other.stderr
+    # The right one is the agent of a report.
+    found = find([tmp_path / "many"])
+    assert [item.name for item in found.items] == ["a/x.wav", "b.wav", "c.wav"]
+    for item in found.items:
+        said = json.loads((item.audio.with_suffix(".transcript.json")).read_text())
+        words = [w["text"] for w in said["words"] if w["speaker"] == "right"]
+        assert [word.text for word in item.words] == words
+        assert item.settings["seed"] == said["metadata"]["right"]["seed"]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def talk(
         overwrite=overwrite,
         compute=options["compute"],
         batch_size=options["batch_size"],
+        folder=None if options["jobs"] is None else options["output"],
     )
     start = time.perf_counter()
     done = []
@@ -124,7 +125,9 @@ def talk(
             if len(talks) > 1:
                 progress.say(_summary(talked), 1)
     if verbosity >= 0:
-        for line in _lines(done, time.perf_counter() - start):
+        if num_before := len(talks) - len(done):
+            click.echo(f"{num_before} done before", err=True)
+        for line in _lines(done, time.perf_counter() - start) if done else ():
             click.echo(line, err=True)
 
 

@@ -417,7 +417,7 @@ def _side_file(
             if isinstance(content, dict):
                 if {"real_time_factor", "outputs"} <= content.keys():
                     return fit(content, _STATS), None
-                if {"duration_s", "words"} <= content.keys():
+                if "words" in content and {"duration_s", "metadata"} & content.keys():
                     return None, _words(fit(content, _TRANSCRIPT))
     except PplexError as e:
         notes.append(str(e))
@@ -425,9 +425,12 @@ def _side_file(
 
 
 def _words(content: dict[str, Any]) -> list[Word]:
-    """Words of a transcript that pplex wrote; the agent's where it has both sides."""
+    """Words of a transcript that pplex wrote; the agent's where it has both sides.
+
+    Of a talk the agent is the right one, as in its sound.
+    """
     return [
         Word(word["text"], word["start_s"], word["end_s"], word["frame"] or 0)
         for word in content["words"]
-        if word["speaker"] in (None, "agent")
+        if word["speaker"] in (None, "agent", "right")
     ]

@@ -307,9 +307,12 @@ class Manifest:
         return {"path": self.relative(path), **asdict(content)}
 
     def is_done(
-        self, key: str, settings: str, source: Path, outputs: Iterable[Path]
+        self, key: str, settings: str, source: Path | None, outputs: Iterable[Path]
     ) -> bool:
-        """Whether the recording was answered so, and its files are as they were."""
+        """Whether the recording was answered so, and its files are as they were.
+
+        A talk has no ``source``.
+        """
         line = self.line_of(key)
         if line is None or line["status"] != DONE or line["settings"] != settings:
             return False
@@ -318,8 +321,8 @@ class Manifest:
         return (
             written.keys() == files.keys()
             and all(is_unchanged(files[name], o) for name, o in written.items())
-            and line["input"] is not None
-            and is_unchanged(source, line["input"])
+            and (line["input"] is None) == (source is None)
+            and (source is None or is_unchanged(source, line["input"]))
         )
 
     def answers_another(self, key: str, source: Path) -> bool:

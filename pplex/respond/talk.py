@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
+import importlib.metadata
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from pplex.checkpoint import voices
+from pplex.checkpoint.hashes import digest_of, model_identity, sampled
 from pplex.checkpoint.hub import LocalModel, resolve
 from pplex.checkpoint.weights import codec_tensors
 from pplex.conversation.answer import Answer
@@ -36,6 +40,7 @@ from pplex.engine.choose import Compute, batch_size
 from pplex.errors import PplexError, did_you_mean
 from pplex.files import PIPE, Place, folded, put, put_new
 from pplex.model.sampling import SamplingConfig
+from pplex.respond.manifest import DONE, SCHEMA, Line, Manifest, file_print
 from pplex.respond.outputs import (
     SoundWriter,
     Write,
@@ -46,6 +51,7 @@ from pplex.respond.outputs import (
 )
 from pplex.respond.request import Outputs, Request, Settings, check_outputs
 from pplex.respond.transcript import Word, write_dialogue
+from pplex.respond.transcript import text_of as words_of
 from pplex.values import read_rows, seconds_of, shown, text_of
 
 if TYPE_CHECKING:
@@ -71,13 +77,18 @@ class Talk:
 
 @dataclass(frozen=True)
 class Config:
-    """By which models, those of left and right, and what may be done."""
+    """By which models, those of left and right, and what may be done.
+
+    What is written to ``folder`` is noted in its manifest: what is done there already
+    is not done again.
+    """
 
     model_names: tuple[str, str]
     offline: bool
     overwrite: bool
     compute: Compute = "auto"
     batch_size: int | None = None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -214,12 +225,21 @@ def _whole_number(value: Any, where: str) -> int | None:
 
 def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talked]:
     """Have agents talk, many pairs at a time; each is whole when it is yielded."""
+    known = None if config.folder is None else Manifest(config.folder, note=report.warn)
     for one in talks:
-        _check_outputs(one, config.overwrite)
+        if known is None or known.line_of(known.relative(one.outputs.audio)) is None:
+            _check_outputs(one, config.overwrite)
     models = _load(config, report)
     frame_rate = models[0].config.frame_rate
     roles: dict[_Key, Role] = {}
     ready = [_ready(one, models, roles, report) for one in talks]
+    digests = {} if known is None else _digests(ready, models)
+    if known is not None and not config.overwrite:
+        ready = [one for one in ready if not _is_done(known, one, digests)]
+        for one in ready:
+            _check_outputs(one, config.overwrite)
+    if not ready:
+        return
     frames = [math.ceil(one.seconds * frame_rate) for one in ready]
     scripts = [
         _scripts(one, models, count) for one, count in zip(ready, frames, strict=True)
@@ -245,6 +265,8 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
     prompt_frames = max(role.prompt.num_frames for role in roles.values())
     pairs = config.batch_size or _num_pairs(models, max(frames), prompt_frames)
     report.answering(sum(frames) / frame_rate)
+    if known is not None:
+        known.open()
     try:
         for dialogue, answers in converse_together(
             (models[0].engine, models[1].engine),
@@ -255,11 +277,16 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
             one, writer = ready[int(dialogue.key)], writers[int(dialogue.key)]
             _check_outputs(one, config.overwrite)
             writer.finish()
-            yield _write(one, models, answers, place, report)
+            talked = _write(one, models, answers, place, report)
+            if known is not None:
+                known.append(_line(known, talked, models, digests))
+            yield talked
             report.advance(dialogue.num_frames / frame_rate)
     finally:
         for writer in writers:
             writer.abandon()
+        if known is not None:
+            known.close()
 
 
 def _key(side: int, models: tuple[Model, Model], settings: Settings) -> _Key:
@@ -300,6 +327,64 @@ def _scripts(
 
 def _check_outputs(one: Talk, overwrite: bool) -> None:
     check_outputs(Request(Path(PIPE), one.outputs, one.sides[0]), overwrite)
+
+
+def _is_done(known: Manifest, one: Talk, digests: Mapping[Path, str]) -> bool:
+    audio, files = one.outputs.audio, one.outputs.files().values()
+    return known.is_done(known.relative(audio), digests[audio], None, files)
+
+
+def _digests(talks: Sequence[Talk], models: tuple[Model, Model]) -> dict[Path, str]:
+    """Of each talk, by its sound, a hash of all that decides its files."""
+    weights = [model_identity(model.local) for model in models]
+
+    @functools.cache
+    def voice(side: int, name: str) -> object:
+        return name and sampled(voices.voice_file(name, models[side].voices))[-1]
+
+    def digest(one: Talk) -> str:
+        sides = [
+            metadata_of(models[side], settings)
+            | {"voice": voice(side, settings.voice or ""), "weights": weights[side]}
+            | asdict(settings.sampling)
+            for side, settings in enumerate(one.sides)
+        ]
+        forms = [path.suffix for path in one.outputs.transcripts]
+        has_tokens = one.outputs.tokens is not None
+        return digest_of([sides, one.seconds, forms, has_tokens])
+
+    return {one.outputs.audio: digest(one) for one in talks}
+
+
+def _line(
+    known: Manifest,
+    talked: Talked,
+    models: tuple[Model, Model],
+    digests: Mapping[Path, str],
+) -> Line:
+    """What the manifest says of a talk; the right agent is the one that answers."""
+    one, words = talked.talk, talked.words[1]
+    left, right = map(metadata_of, models, one.sides)
+    return {
+        "schema": SCHEMA,
+        "recording": known.relative(one.outputs.audio),
+        "status": DONE,
+        "error": None,
+        "input": None,
+        "settings": digests[one.outputs.audio],
+        "outputs": {
+            what: known.describe(path, file_print(path))
+            for what, path in one.outputs.files().items()
+        },
+        **right,
+        **asdict(one.sides[1].sampling),
+        "left": left,
+        "audio_s": round(talked.audio_s, 3),
+        "words": len(words),
+        "text": words_of(words),
+        "pplex": importlib.metadata.version("pplex"),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+    }
 
 
 def _open(outputs: Outputs, rate: int, place: Place) -> AbstractContextManager[Write]:
