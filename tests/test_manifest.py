@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from dialogues import write_dialogue
-from test_score import ENERGY
+from test_score import ENERGY, score
 
 import pplex.respond.manifest
 from pplex.batch.lock import LOCK_NAME, FolderLock
@@ -18,7 +18,6 @@ from pplex.errors import PplexError
 from pplex.evaluation.find import find
 from pplex.evaluation.measure import Method
 from pplex.evaluation.report import make_entries
-from pplex.evaluation.score import score
 from pplex.files import read_regular
 from pplex.respond.manifest import (
     Manifest,
