@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import time
 from contextlib import AbstractContextManager
@@ -41,7 +40,7 @@ from pplex.respond.outputs import (
 )
 from pplex.respond.request import Request
 from pplex.respond.run import read_user, tail_s
-from pplex.respond.stats import Check, Outcome, Source, latency, make_stats
+from pplex.respond.stats import Check, Outcome, Source, installed, latency, make_stats
 from pplex.respond.transcript import Word, text_of
 
 
@@ -373,7 +372,7 @@ def _line(model: Description, task: Task, status: str, known: Any) -> Line:
         "model": model.local.name,
         "revision": model.local.revision,
         "weights": model.identity,
-        "pplex": importlib.metadata.version("pplex"),
+        "pplex": installed("pplex"),
         "time": _now(),
         "extra": request.extra,
     }

@@ -1,5 +1,6 @@
 """Text pieces: role prompts to ids, ids to what the reference prints."""
 
+import functools
 from pathlib import Path
 
 import sentencepiece
@@ -40,7 +41,7 @@ class TextTokenizer:
                 processor.id_to_piece(idx)  # is text, or raises
         return cls(processor)
 
-    @property
+    @functools.cached_property
     def num_pieces(self) -> int:
         """How many ids there are."""
         return int(self._processor.get_piece_size())

@@ -197,12 +197,16 @@ class Speaker:
 
 def scripted(script: Script, text: Iterable[int]) -> set[int]:
     """The frames of ``text`` ids (frames,) that are of the script."""
+    if not script:
+        return set()
     speaker = Speaker(script)
     return {frame for frame, idx in enumerate(text) if speaker.said(frame, int(idx))}
 
 
 def unsaid(script: Script, text: Iterable[int]) -> str:
     """What of a script was not said in ``text`` ids (frames,), in a sentence."""
+    if not script:
+        return ""
     speaker = Speaker(script)
     for frame, idx in enumerate(text):
         speaker.said(frame, int(idx))

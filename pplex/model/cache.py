@@ -9,6 +9,7 @@ codec brings two latents a frame), the earlier ones of a block therefore see few
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -91,9 +92,10 @@ class KvCache:
         if t > self.block:
             if self.end == 0 and self.block == 1 and t <= self.window:
                 return "causal"
-            past = min(self.end, self.window)
-            keys = np.arange(self.end - past, self.end + t)
-            return mx.array(self._visible(np.arange(self.end, self.end + t), keys))
+            # Past the window, what is seen is the same so many blocks further.
+            full = -(-self.window // self.block) * self.block
+            end = min(self.end, full + self.end % self.block)
+            return _visible_behind(end, t, self.window, self.block)
         if t == 1:
             return None
         filled = min(self.end + t, self.window)
@@ -101,12 +103,7 @@ class KvCache:
         last = self.end + t - 1
         positions = last - (last - slots) % self.window
         queries = np.arange(self.end, self.end + t)
-        return mx.array(self._visible(queries, positions))
-
-    def _visible(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        queries = queries[:, None]
-        block_end = (queries // self.block + 1) * self.block
-        return (keys <= queries) & (keys >= block_end - self.window)
+        return mx.array(_visible(queries, positions, self.window, self.block))
 
     def attend(
         self, layer: int, qkv: mx.array, max_period: float, mask: Mask
@@ -191,6 +188,25 @@ class KvCache:
         if buffer is None:
             return mx.zeros((b, h, need, d), new.dtype)
         return mx.pad(buffer, [(0, 0), (0, 0), (0, need - have), (0, 0)])
+
+
+def _visible(
+    queries: np.ndarray, keys: np.ndarray, window: int, block: int
+) -> np.ndarray:
+    """Which of the positions ``keys`` each of ``queries`` sees."""
+    queries = queries[:, None]
+    block_end = (queries // block + 1) * block
+    seen: np.ndarray = (keys <= queries) & (keys >= block_end - window)
+    return seen
+
+
+@functools.lru_cache(maxsize=16)  # chunks of all streams ask for the same ones
+def _visible_behind(end: int, t: int, window: int, block: int) -> mx.array:
+    """What ``t`` positions after ``end`` others see of these, in order, and of each
+    other.
+    """
+    keys = np.arange(end - min(end, window), end + t)
+    return mx.array(_visible(np.arange(end, end + t), keys, window, block))
 
 
 def scaled_attention(

@@ -96,6 +96,8 @@ def write_words(
 ) -> None:
     """Write the transcripts of ``text_tokens`` (frames,) that are wanted."""
     outputs, settings = request.outputs, request.settings
+    if not outputs.transcripts:
+        return
     spoken = spoken_words(model, text_tokens, settings.lines)
     metadata = metadata_of(model, replace(settings, voice=voice))
     for path in outputs.transcripts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -175,6 +176,9 @@ class Stats:
         write_text(path, text, place=place)
 
 
+# The version of a package: a file that is read once, not for every recording.
+installed = functools.cache(importlib.metadata.version)
+
 _PARTS = ("load", "read", "prefill", "warm_up", "encode", "steps", "decode", "write")
 
 
@@ -278,8 +282,8 @@ def make_stats(
         resume=None if settings.resume is None else str(settings.resume),
         source_rate=source.rate,
         source_channels=source.channels,
-        pplex=importlib.metadata.version("pplex"),
-        mlx=importlib.metadata.version("mlx"),
+        pplex=installed("pplex"),
+        mlx=installed("mlx"),
         step_ms_series=([round(1000.0 * s, 3) for s in steps_s] if steps_s else None),
     )
 

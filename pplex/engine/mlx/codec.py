@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -198,8 +199,10 @@ class MlxCodec:
             for group in groups
             for part in self._chunks([recordings[idx] for idx in group], run)
         )
-        for part in _late(parts):
-            take(*part)
+        # In a thread: what a GPU made comes to the host as it is read.
+        with ThreadPoolExecutor(1) as pool:
+            for taken in _late(pool.submit(take, *part) for part in parts):
+                taken.result()
         return [result for result in results if result is not None]
 
     def _chunks(
