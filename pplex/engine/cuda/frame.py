@@ -352,7 +352,7 @@ class FrameRows:
             self._column, tokens, cache, self._sampler, key, self._given
         )
         self._given, self._frame = None, self._frame + 1
-        # What the host has read stays slow to write to: not the column itself.
-        agent = mx.contiguous(self._column[None, : self._num_agent])
+        # What the host reads is moved, and stays slow to write to: not the column.
+        agent = self._column[None, : self._num_agent] + 0
         mx.async_eval(agent, self._column)
         return Waiting(agent, [0], 1)

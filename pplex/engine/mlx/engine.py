@@ -483,9 +483,10 @@ class MlxRows:
         x = engine.step(engine.inputs(columns.T[None]), self._cache)
         self._column, self._given = self._frame(x.squeeze(0), inputs), None
         self._frames = [number + 1 for number in self._frames]
-        # On CUDA what the host has read stays slow for a GPU to write to, and MLX gives
-        # it to whoever asks for that size next: so it is not to be a column's.
-        agent = mx.contiguous(self._column[:, : self._num_agent])
+        # On CUDA what the host reads is moved, under the hands of a next step that has
+        # begun, and stays slow for a GPU to write to: so it is not to be the column,
+        # of which `mx.contiguous` makes a view if there is one row.
+        agent = self._column[:, : self._num_agent] + 0
         mx.async_eval(agent, self._column)
         return Waiting(agent, list(self._places), self._capacity)
 
