@@ -36,6 +36,7 @@ from pplex.respond.stopping import Stop
 from pplex.units import size
 
 if TYPE_CHECKING:
+    from pplex.respond.request import Request
     from pplex.respond.stats import Stats
 
 
@@ -175,30 +176,7 @@ class _Sectioned(click.Command):
 @overwrite_option
 @verbosity_options
 @click.pass_context
-def respond(
-    ctx: click.Context,
-    inputs: tuple[Path, ...],
-    output: Path | None,
-    layout: Any,
-    raw: Any,
-    rate: int | None,
-    live: bool,
-    start: float,
-    duration: float | None,
-    offline: bool,
-    transcripts: tuple[Path, ...],
-    line_width: int | None,
-    cue_lines: int | None,
-    stats: Path | None,
-    tokens: Path | None,
-    save_state: Path | None,
-    resume: Path | None,
-    takes: int | None,
-    captions: bool,
-    overwrite: bool,
-    verbosity: int,
-    **options: Any,
-) -> None:
+def respond(ctx: click.Context, verbosity: int, **options: Any) -> None:
     """Let the agent answer the recording INPUT and write both sides to a WAV file.
 
     The agent hears the recording as it would a call, 80 ms at a time, and speaks when
@@ -208,67 +186,80 @@ def respond(
     written as soon as it has come. Ctrl-C ends it and leaves what there is.
     """
     text = role_text(options)
-    if resume is not None:
-        _take_from_state(ctx, resume, options)
-    model_name = options["model_name"]
-    input = _one_of(inputs)
-    is_stream = input == PIPE
-    output = output or _beside(input)
-    is_part = start > 0.0 or duration is not None
-    _check_usage(ctx.params, is_stream, is_part, output)
-    from pplex.audio.files import Part
+    if options["resume"] is not None:
+        _take_from_state(ctx, options)
+    source = _one_of(options["inputs"])
+    options["output"] = options["output"] or _beside(source)
+    is_stream, takes = source == PIPE, options["takes"]
+    _check_usage(options, is_stream)
     from pplex.audio.streams import StreamFormat
     from pplex.respond import run
     from pplex.respond.live import respond_stream
-    from pplex.respond.request import Outputs, Request
     from pplex.respond.takes import respond_takes
 
-    paths = transcript_paths(transcripts, output)
-    formats = [path.suffix.lower().removeprefix(".") for path in paths]
-    cue = cue_from(line_width, cue_lines, formats)
-    outputs = Outputs(output, layout, paths, stats, tokens, cue, save_state)
-    settings = replace(settings_from(text, options), resume=resume)
-    if is_part:
-        settings = replace(settings, part=Part(start, duration))
-    request = Request(input, outputs, settings)
+    request = _request(source, text, options)
+    raw, rate = options["raw"], options["rate"]
+    plain = "model_name", "offline", "overwrite", "compute", "live"
     config = run.Config(
-        model_name=model_name,
-        offline=offline,
-        overwrite=overwrite,
-        compute=options["compute"],
+        **{name: options[name] for name in plain},
         check=checks_from(options["checks"]),
-        raw=StreamFormat(raw, rate, channels=1) if raw and rate else None,
-        live=live,
+        raw=StreamFormat(raw, rate, channels=1) if raw else None,
     )
     stop = ctx.ensure_object(Stop)
-    if not offline:
-        foresee(model_name, quiet=verbosity < 0)
-    progress = Progress(verbosity, options["channel"] is not None, captions)
+    if not config.offline:
+        foresee(config.model_name, quiet=verbosity < 0)
+    progress = Progress(verbosity, options["channel"] is not None, options["captions"])
     with closing(progress):
-        progress.waiting(model_name)
+        progress.waiting(config.model_name)
         if takes is not None:
             every = respond_takes(request, takes, config, progress, stop)
         else:
             answer = respond_stream if is_stream else run.respond
             every = [answer(request, config, progress, stop)]
     if verbosity >= 0:
-        for done in every:
-            click.echo(_summary(done), err=True)
-            if save_state is not None:
-                click.echo(_saved_line(Path(done.outputs["state"])), err=True)
-        for line in progress.said_lines():
-            click.echo(line, err=True)
+        lines = [line for done in every for line in _summary(done)]
+        lines += progress.said_lines()
         if stop.signum is None:  # else it was cut off as it was asked to be
             from pplex.respond.ending import Ending, advice
 
-            for line in advice([Ending(done.words, done.cut_off) for done in every]):
-                click.echo(line, err=True)
+            lines += advice([Ending(done.words, done.cut_off) for done in every])
+        for line in lines:
+            click.echo(line, err=True)
     stop.check()
     if not progress.all_passed:
         ctx.exit(1)
 
 
-def _take_from_state(ctx: click.Context, path: Path, options: dict[str, Any]) -> None:
+def _request(source: Path, text: str | None, options: dict[str, Any]) -> Request:
+    """The recording, how it is answered with the role ``text``, and the outputs."""
+    from pplex.audio.files import Part
+    from pplex.respond.request import Outputs, Request
+
+    paths = transcript_paths(options["transcripts"], options["output"])
+    outputs = Outputs(
+        options["output"],
+        options["layout"],
+        paths,
+        options["stats"],
+        options["tokens"],
+        cue_from(
+            options["line_width"],
+            options["cue_lines"],
+            [path.suffix.lower().removeprefix(".") for path in paths],
+        ),
+        options["save_state"],
+    )
+    part = Part(options["start"], options["duration"]) if _is_part(options) else None
+    settings = settings_from(text, options)
+    settings = replace(settings, resume=options["resume"], part=part)
+    return Request(source, outputs, settings)
+
+
+def _is_part(options: dict[str, Any]) -> bool:
+    return options["start"] > 0.0 or options["duration"] is not None
+
+
+def _take_from_state(ctx: click.Context, options: dict[str, Any]) -> None:
     """Let a saved conversation decide what no option does."""
     from pplex.conversation.state import read_notes
 
@@ -278,7 +269,7 @@ def _take_from_state(ctx: click.Context, path: Path, options: dict[str, Any]) ->
             f"--{names[0].replace('_', '-')} and --resume exclude each other: the "
             "conversation has its voice and role"
         )
-    notes = read_notes(path)
+    notes = read_notes(options["resume"])
     sampling = "seed", "temp", "top_k", "text_temp", "text_top_k"
     for option, value in (
         ("model_name", notes.name),
@@ -286,14 +277,6 @@ def _take_from_state(ctx: click.Context, path: Path, options: dict[str, Any]) ->
     ):
         if ctx.get_parameter_source(option) == click.core.ParameterSource.DEFAULT:
             options[option] = value
-
-
-def _saved_line(path: Path) -> str:
-    """What was saved, and its size."""
-    from pplex.conversation.state import read_notes
-
-    seconds = read_notes(path).duration_s
-    return f"{path}: {seconds:.1f} s of conversation, {size(path.stat().st_size)}"
 
 
 def _one_of(inputs: Sequence[Path]) -> Path:
@@ -313,11 +296,10 @@ def _beside(source: Path) -> Path:
     return source.parent / f"{source.stem}.reply.wav"  # a folder may have no name
 
 
-def _check_usage(
-    given: dict[str, Any], is_stream: bool, is_part: bool, output: Path
-) -> None:
+def _check_usage(given: dict[str, Any], is_stream: bool) -> None:
     """Refuse options that do not go together."""
-    raw, checks = given["raw"], given["checks"]
+    raw, checks, output = given["raw"], given["checks"], given["output"]
+    is_part = _is_part(given)
     by_length = any(name == "length-of" for name, _ in checks)
     for is_wrong, why in (
         ((raw is None) != (given["rate"] is None), "--raw and --rate go together"),
@@ -356,24 +338,29 @@ def _check_usage(
             raise click.UsageError(why)
 
 
-def _summary(stats: Stats) -> str:
-    """What a run wrote and how long it took, in two lines."""
+def _summary(stats: Stats) -> list[str]:
+    """What a run wrote and how long it took, in a few lines."""
     step = stats.step_ms
-    live = ""
+    voice = f"voice {stats.voice}, " if stats.voice else ""
+    lines = [
+        f"{', '.join(stats.outputs.values())}: {stats.audio_s:.1f} s, "
+        f"{voice}seed {stats.seed}",
+        f"{stats.total_s:.1f} s in all, {stats.load_s:.1f} s of it loading; real-time "
+        f"factor {stats.real_time_factor:.2f} without that; step p50 {step.p50:.1f} "
+        f"ms, p95 {step.p95:.1f} ms; {size(1e9 * stats.peak_memory_gb)}",
+    ]
     latency, with_step = stats.latency_ms, stats.latency_with_step_ms
     if latency is not None and with_step is not None:
-        live = (
-            f"\nlatency from a frame's last sample to its reply p50 {latency.p50:.1f} "
+        lines.append(
+            f"latency from a frame's last sample to its reply p50 {latency.p50:.1f} "
             f"ms, p95 {latency.p95:.1f} ms, max {latency.max:.0f} ms, with the step "
             f"that is made before {with_step.p50:.1f}, {with_step.p95:.1f}, "
             f"{with_step.max:.0f}; {latency.late_frames} late frames, "
             f"{stats.start_up_frames} at start-up"
         )
-    voice = f"voice {stats.voice}, " if stats.voice else ""
-    return (
-        f"{', '.join(stats.outputs.values())}: {stats.audio_s:.1f} s, "
-        f"{voice}seed {stats.seed}\n"
-        f"{stats.total_s:.1f} s in all, {stats.load_s:.1f} s of it loading; real-time "
-        f"factor {stats.real_time_factor:.2f} without that; step p50 {step.p50:.1f} "
-        f"ms, p95 {step.p95:.1f} ms; {size(1e9 * stats.peak_memory_gb)}{live}"
-    )
+    if (state := stats.outputs.get("state")) is not None:
+        from pplex.conversation.state import read_notes
+
+        saved_s, saved = read_notes(Path(state)).duration_s, Path(state).stat().st_size
+        lines.append(f"{state}: {saved_s:.1f} s of conversation, {size(saved)}")
+    return lines
