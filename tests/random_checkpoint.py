@@ -20,11 +20,7 @@ import mlx.core as mx
 from pplex.checkpoint.codec_layout import published_shapes
 from pplex.checkpoint.config import load_config
 from pplex.checkpoint.folder import SPLIT_PARTS
-from pplex.checkpoint.layouts import (
-    Matrix,
-    published_matrices,
-    sliced_matrices,
-)
+from pplex.checkpoint.layouts import Matrix, published_matrices, sliced_matrices
 from pplex.model.config import LmConfig, MimiConfig, ModelConfig
 
 Arrays = dict[str, mx.array]

@@ -26,31 +26,18 @@ import mlx.core as mx
 import numpy as np
 
 from pplex.checkpoint.hub import LocalModel, resolve
-from pplex.checkpoint.layouts import (
-    Matrix,
-    Quantization,
-    published_matrices,
-)
+from pplex.checkpoint.layouts import Matrix, Quantization, published_matrices
 from pplex.checkpoint.source import Source
 from pplex.conversation.prompts import make_role
 from pplex.conversation.roles import DEFAULT_ROLE, ROLES
 from pplex.conversation.session import Model, load
 from pplex.model.sampling import GREEDY, SamplingConfig
 from pplex.quantization.compare import compare, keep_logits, mean_kl
-from pplex.quantization.compare_models import (
-    Settings,
-    make_scripts,
-    read_users,
-)
+from pplex.quantization.compare_models import Settings, make_scripts, read_users
 from pplex.quantization.convert import Conversion, convert
 from pplex.quantization.costs import mixed_recipe, read_costs
 from pplex.quantization.forced import write_script
-from pplex.quantization.recipe import (
-    Recipe,
-    fitting,
-    recipe_bytes,
-    uniform,
-)
+from pplex.quantization.recipe import Recipe, fitting, recipe_bytes, uniform
 
 HEAD = "| recipe | MB | mean KL | KL of text | same text | same codes | same words |"
 Make = Callable[[Source, list[Matrix]], Recipe]

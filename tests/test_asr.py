@@ -12,12 +12,7 @@ import pytest
 
 from pplex.audio.files import read_pcm, write_wav
 from pplex.errors import PplexError
-from pplex.evaluation.asr import (
-    Recogniser,
-    compare,
-    plain,
-    utterances,
-)
+from pplex.evaluation.asr import Recogniser, compare, plain, utterances
 from pplex.evaluation.recognisers import make_recogniser
 from pplex.files import plan_files
 from pplex.respond.transcript import Word, write_dialogue

@@ -19,13 +19,7 @@ from pplex.evaluation.find import find
 from pplex.evaluation.measure import Method
 from pplex.evaluation.report import make_entries
 from pplex.files import read_regular
-from pplex.respond.manifest import (
-    Manifest,
-    file_print,
-    flat,
-    manifest_name,
-    read_lines,
-)
+from pplex.respond.manifest import Manifest, file_print, flat, manifest_name, read_lines
 
 
 def line(recording: str = "a.wav", status: str = "done", **more: object) -> dict:

@@ -325,11 +325,7 @@ CHANGES = [
     ("8bit", say_four_bits, {"bits": "fault"}),
     ("4bit", reorder_layers, {"layer 1 of 2": "note"}),
     ("8bit", reorder_layers, {"layer 1 of 2": "note"}),
-    (
-        "bf16",
-        reorder_layers_of_one_file,
-        {"SHA-256": "fault", "layer 1 of 2": "note"},
-    ),
+    ("bf16", reorder_layers_of_one_file, {"SHA-256": "fault", "layer 1 of 2": "note"}),
     ("8bit", permute_the_text_head, {"first tokens": "warning"}),
     ("bf16", widen_a_tensor, {"tensors": "fault"}),
 ]

@@ -76,10 +76,7 @@ def test_a_script_is_csv_or_jsonl_in_any_order(tmp_path):
         ("1,", "line 2 has no say"),
         ('1,"  "', "line 2 has no say"),
         ("1,2,3", "line 2 has not as many columns"),
-        (
-            "1,Привет",
-            "line 2: 'Привет' has 'П', which the model's text has no",
-        ),
+        ("1,Привет", "line 2: 'Привет' has 'П', which the model's text has no"),
         ("1,One two three.\n1.5,Hello", "line 3 begins at 1.5 s, and .*s.csv line 2"),
         ("1,One\n1,Two", "line 3 begins at 1 s, and .*line 2 takes until"),
     ],

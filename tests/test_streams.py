@@ -20,13 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pplex.audio.files import frames_of, read_pcm, resampled_length
-from pplex.audio.streams import (
-    Feed,
-    StreamFormat,
-    UserStream,
-    open_stream,
-    wav_header,
-)
+from pplex.audio.streams import Feed, StreamFormat, UserStream, open_stream, wav_header
 from pplex.errors import PplexError
 
 SUBTYPES = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE")

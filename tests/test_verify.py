@@ -15,11 +15,7 @@ from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel, locate, resolve
 from pplex.checkpoint.layouts import Quantization
 from pplex.checkpoint.verify import first_vector, verify
-from pplex.checkpoint.voices import (
-    fits_first,
-    read_voice_file,
-    write_voice_file,
-)
+from pplex.checkpoint.voices import fits_first, read_voice_file, write_voice_file
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig
 

@@ -255,10 +255,7 @@ def write_wav(
             "do not fit in a WAV file (4 GB); split the recording"
         )
     step = max(1, _BLOCK_SAMPLES // num_channels)
-    with (
-        atomic_write(path, place=place) as temporary,
-        temporary.open("wb") as file,
-    ):
+    with atomic_write(path, place=place) as temporary, temporary.open("wb") as file:
         with wave.open(file, "wb") as out:
             out.setnchannels(num_channels)
             out.setsampwidth(2)

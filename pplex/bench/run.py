@@ -266,10 +266,7 @@ def _run(plan: Plan, model: Model, start: Start, size: int) -> Run:
 
 
 def _with_frames(
-    run: Run,
-    model: Model,
-    start: Start,
-    timings: Sequence[Timings],
+    run: Run, model: Model, start: Start, timings: Sequence[Timings]
 ) -> Run:
     """``run`` with what can be told where all rows step together from end to end."""
     rows, config = run.batch_size, model.config

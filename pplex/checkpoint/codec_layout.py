@@ -11,12 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from pplex.checkpoint.layouts import (
-    check_floating,
-    check_left,
-    missing,
-    wrong_shape,
-)
+from pplex.checkpoint.layouts import check_floating, check_left, missing, wrong_shape
 from pplex.errors import PplexError
 from pplex.model.config import MimiConfig
 

@@ -18,12 +18,7 @@ from pplex.files import reading
 _MAIN = "main"
 _BROKEN = "is not a cache of huggingface_hub; set HF_HUB_CACHE to another folder"
 # One of these is in every snapshot of a model, and tells where the snapshot is.
-_LANDMARKS = (
-    CONFIG_FILE,
-    *SPLIT_FILES[:1],
-    *SINGLE_FILES,
-    "tokenizer_spm_32k_3.model",
-)
+_LANDMARKS = (CONFIG_FILE, *SPLIT_FILES[:1], *SINGLE_FILES, "tokenizer_spm_32k_3.model")
 
 
 @dataclass(frozen=True)

@@ -142,11 +142,7 @@ def sliced_matrices(config: LmConfig, steps: int, kept: int) -> Iterator[Matrix]
             for norm in ("norm1", "norm2"):
                 yield Matrix(f"{layer}.{norm}.weight", (d,), stay(f"{mine}.{norm}"))
             yield from _gating(
-                f"{layer}.gating",
-                d,
-                c.depformer_hidden_dim,
-                f"{mine}.gating",
-                s < kept,
+                f"{layer}.gating", d, c.depformer_hidden_dim, f"{mine}.gating", s < kept
             )
 
 
@@ -216,10 +212,7 @@ def form_name(form: Quantization | None) -> str:
 
 
 def stored_form(
-    matrix: Matrix,
-    shapes: dict[str, tuple[int, ...]],
-    is_packed: bool,
-    path: Path,
+    matrix: Matrix, shapes: dict[str, tuple[int, ...]], is_packed: bool, path: Path
 ) -> Quantization | None:
     """How a matrix with parts of these shapes is stored; None if it is not quantized.
 

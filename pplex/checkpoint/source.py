@@ -263,9 +263,7 @@ def _stored(matrix: Matrix, path: Path, left: dict[str, TensorSpec]) -> Stored:
     return Stored(matrix, path, specs, form)
 
 
-def _places(
-    matrices: list[Stored],
-) -> Iterator[tuple[str, tuple[Stored, int, int]]]:
+def _places(matrices: list[Stored]) -> Iterator[tuple[str, tuple[Stored, int, int]]]:
     """For each module of ours: its matrix, which share of the rows, of how many."""
     for stored in matrices:
         norm = len(stored.matrix.shape) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -45,9 +46,7 @@ from pplex.cli.tables import echo_json
     help="At most P percent of the steps took over 80 ms.",
 )
 @click.option(
-    "--says",
-    metavar="REGEX",
-    help="The transcript matches; capitals do not matter.",
+    "--says", metavar="REGEX", help="The transcript matches; capitals do not matter."
 )
 @json_option
 @click.option(
@@ -60,32 +59,27 @@ from pplex.cli.tables import echo_json
 def check(
     outputs: tuple[Path, ...],
     stats: Path | None,
-    not_silent: bool,
-    no_clipping: bool,
-    max_rtf: float | None,
-    length_of: Path | None,
-    max_late_frames: float | None,
-    says: str | None,
     as_json: bool,
     junit: Path | None,
     overwrite: bool,
+    **asked: Any,
 ) -> None:
     """Check outputs, a line a check; exit with 0 if all pass and 1 if one fails.
 
     Stats and the transcript (JSON) are looked for beside OUT.wav.
     """
     try:
-        re.compile(says or "")
+        re.compile(asked["says"] or "")
     except re.error as e:
-        raise click.UsageError(f"--says {says!r} is no regular expression: {e}") from e
+        said = repr(asked["says"])
+        raise click.UsageError(f"--says {said} is no regular expression: {e}") from e
     if stats is not None and len(outputs) > 1:
         raise click.UsageError("--stats is of one output, and several are given")
     from dataclasses import asdict
 
     from pplex.evaluation.checks import Checks, passed, run_checks
 
-    checks = Checks(not_silent, no_clipping, max_rtf, max_late_frames, length_of, says)
-    checked = {output: run_checks(output, checks, stats) for output in outputs}
+    checked = {one: run_checks(one, Checks(**asked), stats) for one in outputs}
     if as_json:
         content = [
             {

@@ -364,9 +364,7 @@ conversation_options = together(
         ".safetensors or audio file.  [default: NATF2, or the model's first]",
     ),
     click.option(
-        "--prompt",
-        metavar="TEXT",
-        help="The agent's role in words; '' for none.",
+        "--prompt", metavar="TEXT", help="The agent's role in words; '' for none."
     ),
     click.option(
         "--prompt-file",

@@ -320,18 +320,12 @@ def _check_usage(given: dict[str, Any], is_stream: bool) -> None:
             checks and is_descriptor(output),
             "--check reads the output again: give -o a file",
         ),
-        (
-            is_stream and by_length,
-            "--check length-of needs a recording, not a stream",
-        ),
+        (is_stream and by_length, "--check length-of needs a recording, not a stream"),
         (
             is_stream and given["takes"] is not None,
             "--takes answers a recording, not a stream",
         ),
-        (
-            is_stream and is_part,
-            "--start and --duration are for a file, not a stream",
-        ),
+        (is_stream and is_part, "--start and --duration are for a file, not a stream"),
         (is_part and by_length, "--check length-of is about the whole of INPUT"),
     ):
         if is_wrong:

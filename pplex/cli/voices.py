@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pplex.cli.options import (
-    FILE,
-    Group,
-    complete_voice,
-    json_option,
-    model_options,
-)
-from pplex.cli.options import (
-    channel as channel_type,
-)
+from pplex.cli.options import FILE, Group, complete_voice, json_option, model_options
+from pplex.cli.options import channel as channel_type
 from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
 from pplex.files import check_named

@@ -109,8 +109,7 @@ def compare(said: Sequence[Word], heard: Sequence[Word]) -> RoundTrip:
     ours, theirs = plain(said), plain(heard)
     if ours:
         output = jiwer.process_words(
-            " ".join(word.text for word in ours),
-            " ".join(word.text for word in theirs),
+            " ".join(word.text for word in ours), " ".join(word.text for word in theirs)
         )
         chunks = output.alignments[0]
     else:  # jiwer refuses an empty reference

@@ -16,19 +16,8 @@ from pplex.evaluation.find import SAMPLE_RATE, Item
 from pplex.evaluation.full_duplex_bench import read_chunks
 from pplex.evaluation.judge import Judge, Question, Verdict
 from pplex.evaluation.sound_quality import SoundQuality
-from pplex.evaluation.speech_activity import (
-    VAD_RATE,
-    Detector,
-    Segment,
-    runs,
-    sound_of,
-)
-from pplex.evaluation.turns import (
-    Turns,
-    TurnSettings,
-    analyse,
-    matching_backchannels,
-)
+from pplex.evaluation.speech_activity import VAD_RATE, Detector, Segment, runs, sound_of
+from pplex.evaluation.turns import Turns, TurnSettings, analyse, matching_backchannels
 from pplex.model.config import MimiConfig
 from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.transcript import Word

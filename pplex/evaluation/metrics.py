@@ -352,15 +352,7 @@ METRICS: tuple[Metric, ...] = (
         )
         for name in ("overall", "signal", "background", "p808")
     ),
-    Metric(
-        "score",
-        "",
-        "judged 0-5",
-        "verdict",
-        total=mean,
-        digits=1,
-        better=1,
-    ),
+    Metric("score", "", "judged 0-5", "verdict", total=mean, digits=1, better=1),
     Metric("user_speech_s", "s", of="turns"),
     Metric("agent_speech_s", "s", of="turns"),
     Metric("judged_turns", of="turns"),

@@ -226,7 +226,4 @@ def _spread(words: list[str], length_s: float) -> list[tuple[str, float, float]]
     ]
 
 
-_FROM_FOLDERS: dict[str, Callable[[str], Recogniser]] = {
-    "onnx": _onnx,
-    "mlx": _mlx,
-}
+_FROM_FOLDERS: dict[str, Callable[[str], Recogniser]] = {"onnx": _onnx, "mlx": _mlx}

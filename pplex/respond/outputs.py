@@ -123,10 +123,7 @@ def write_tokens(
     path: Path, arrays: Mapping[str, np.ndarray], place: Place = put
 ) -> None:
     """Write token arrays as .npz, by their names."""
-    with (
-        atomic_write(path, place=place) as temporary,
-        temporary.open("wb") as file,
-    ):
+    with atomic_write(path, place=place) as temporary, temporary.open("wb") as file:
         kept: dict[str, Any] = {k: v.astype(np.int32) for k, v in arrays.items()}
         np.savez_compressed(file, **kept)
 
