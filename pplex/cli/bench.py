@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _MOST_FRAMES = 1_000_000
 _MOST_LATE_PERCENT = 1.0  # of frames, which a player's buffer hides
-_BESIDE = ("overwrite", "verbosity")  # what --submit allows
+_BESIDE = ("overwrite", "quiet", "verbose")  # what --submit allows
 _SAME = 0.05  # of a figure, by which runs differ without a reason
 
 
@@ -137,7 +137,7 @@ def bench(
     itself, and compares the bytes that a frame must move with what this machine can
     copy. Nothing is read but the model, and nothing else should run meanwhile.
     """
-    _check_usage(ctx, random, bits, options["lengths"], plot)
+    _check_usage(ctx)
     if submit is not None:
         _measure_all(submit, overwrite, verbosity)
         return
@@ -173,14 +173,9 @@ def bench(
             _report_changes(differences(before, content), changes(before, content))
 
 
-def _check_usage(
-    ctx: click.Context,
-    random: str | None,
-    bits: str | None,
-    lengths: tuple[int, int] | None,
-    plot: Path | None,
-) -> None:
+def _check_usage(ctx: click.Context) -> None:
     """Refuse options that do not go together."""
+    given = ctx.params
 
     def is_given(name: str) -> bool:
         source = ctx.get_parameter_source(name)
@@ -190,11 +185,12 @@ def _check_usage(
         is_given(name) for name in ctx.params if name not in ("submit", *_BESIDE)
     ):
         raise click.UsageError("--submit measures what it measures: no other options")
-    if random is None and bits is not None:
+    is_random = given["random"] is not None
+    if not is_random and given["bits"] is not None:
         raise click.UsageError("--bits is for --random: a model's bits are its own")
-    if random is not None and is_given("model_name"):
+    if is_random and is_given("model_name"):
         raise click.UsageError("--random and --model exclude each other")
-    if lengths is not None and (is_given("frames") or plot is not None):
+    if given["lengths"] and (is_given("frames") or given["plot"] is not None):
         raise click.UsageError(
             "--lengths excludes --frames and --plot: rows change hands meanwhile"
         )

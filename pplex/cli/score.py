@@ -131,22 +131,14 @@ _WORSE = "worse"
     help="Exit with 1 if so: reply_delay.median>1.2, or with --against, worse.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
-def score(
-    paths: tuple[Path, ...],
-    form: str,
-    transcripts: Path | None,
-    transcript_formats: tuple[str, ...],
-    against: tuple[Path, ...],
-    plot: Path | None,
-    fail_if: tuple[str, ...],
-    overwrite: bool,
-    **options: Any,
-) -> None:
+def score(paths: tuple[Path, ...], overwrite: bool, **options: Any) -> None:
     """Score how the agent takes turns in PATHS: a batch's folder, or WAV files.
 
     Recordings of Full-Duplex-Bench, known by their annotations, also get its figures.
     """
-    _check_usage(form, transcripts, against, plot, fail_if, options)
+    _check_usage(options)
+    form, plot, against = options["form"], options["plot"], options["against"]
+    fail_if = options["fail_if"]
     from pplex.evaluation.against import compare_sets, plot_differences, without_folder
     from pplex.evaluation.find import find
     from pplex.evaluation.limits import Limit
@@ -164,7 +156,7 @@ def score(
     found = [find(side) for side in (paths, against) if side]
     if asr:
         _say_without_words(found[0])
-    planned = _plan(found[0], transcripts, transcript_formats, overwrite)
+    planned = _plan(found[0], options, overwrite)
     count = sum(len(side.items) for side in found)
     with tqdm(total=count, disable=None, unit="file") as bar:
         results = [
@@ -213,27 +205,20 @@ def _say_without_words(found: Found) -> None:
         )
 
 
-def _check_usage(
-    form: str,
-    transcripts: Path | None,
-    against: tuple[Path, ...],
-    plot: Path | None,
-    fail_if: tuple[str, ...],
-    options: dict[str, Any],
-) -> None:
+def _check_usage(options: dict[str, Any]) -> None:
     """Refuse options that do not go together."""
-    for option, given, needed, there in (
-        ("--asr-sentences", options["asr_sentences"], "--asr", options["asr"]),
-        ("--transcripts", transcripts, "--asr", options["asr"]),
-        ("--words asr", options["words"] == "asr", "--asr", options["asr"]),
-        ("--plot", plot, "--against", against),
-        ("--fail-if worse", _WORSE in fail_if, "--against", against),
-        ("--judge-url", options["judge_url"], "--judge", options["judge"]),
+    for option, given, needed in (
+        ("--asr-sentences", options["asr_sentences"], "asr"),
+        ("--transcripts", options["transcripts"], "asr"),
+        ("--words asr", options["words"] == "asr", "asr"),
+        ("--plot", options["plot"], "against"),
+        ("--fail-if worse", _WORSE in options["fail_if"], "against"),
+        ("--judge-url", options["judge_url"], "judge"),
     ):
-        if given and not there:
-            raise click.UsageError(f"{option} needs {needed}")
+        if given and not options[needed]:
+            raise click.UsageError(f"{option} needs --{needed}")
     check_diarization_options(options["rttm"], options["speaker"])
-    if against and form == "csv":
+    if options["against"] and options["form"] == "csv":
         raise click.UsageError("--against has no CSV: give --format json")
 
 
@@ -257,13 +242,14 @@ def _method(options: dict[str, Any]) -> Method:
 
 
 def _plan(
-    found: Found, folder: Path | None, formats: tuple[str, ...], overwrite: bool
+    found: Found, options: dict[str, Any], overwrite: bool
 ) -> dict[str, list[Path]]:
     """Where the dialogue of each recording is written, a file a format."""
     from pplex.files import plan_files
 
+    folder, forms = options["transcripts"], options["transcript_formats"]
     if folder is None:
         return {}
     names = [item.name for item in found.items if item.agent is not None]
-    plans = [plan_files(folder, names, f".dialogue.{f}", overwrite) for f in formats]
+    plans = [plan_files(folder, names, f".dialogue.{f}", overwrite) for f in forms]
     return {name: [plan[name] for plan in plans] for name in names}
