@@ -45,9 +45,13 @@ def put(temporary: Path, path: Path) -> None:
 
 
 def check_new(path: Path, overwrite: bool) -> None:
-    """Refuse to replace a file unasked; devices and pipes are none."""
-    if path.exists() and not overwrite and not is_pipe(path):
+    """Refuse to replace a file unasked, or a place that is none; not of pipes."""
+    if is_pipe(path):
+        return
+    if path.exists() and not overwrite:
         raise _exists(path)
+    if not path.parent.is_dir():
+        raise _no_folder(path)
 
 
 def _exists(path: Path) -> PplexError:
@@ -360,6 +364,12 @@ def _remove(temporary: Path) -> None:
         pass
 
 
+def _no_folder(path: Path) -> PplexError:
+    return PplexError(
+        f"cannot write {path}: the folder {path.parent} does not exist; create it first"
+    )
+
+
 def _reason(path: Path, error: OSError) -> str:
     folder, name = path.parent, name_of(path)
     if error.errno in _DISK_FULL:
@@ -370,7 +380,5 @@ def _reason(path: Path, error: OSError) -> str:
             "choose another folder"
         )
     if error.errno in {errno.ENOENT, errno.ENOTDIR} and not folder.is_dir():
-        return (
-            f"cannot write {name}: the folder {folder} does not exist; create it first"
-        )
+        return str(_no_folder(path))
     return f"cannot write {name}: {error.strerror or error}"

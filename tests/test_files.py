@@ -6,8 +6,8 @@ import stat
 
 import pytest
 
-from pplex.errors import first_line
-from pplex.files import atomic_write, write_text
+from pplex.errors import PplexError, first_line
+from pplex.files import atomic_write, check_new, write_text
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
@@ -29,6 +29,11 @@ def test_a_failed_write_leaves_content_and_mode(tmp_path):
         raise KeyError
     assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("old", 0o640)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_missing_is_told_before_the_work(tmp_path):
+    with pytest.raises(PplexError, match="the folder .*gone does not exist"):
+        check_new(tmp_path / "gone" / "a.json", overwrite=True)
 
 
 def test_an_error_says_its_first_line_or_its_name():

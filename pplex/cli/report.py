@@ -89,8 +89,8 @@ def report(
 
     check_diarization_options(rttm, speaker)
     drawn = {suffix: d for suffix, d in ((".png", png), (".svg", svg)) if d is not None}
-    for suffix, folder in drawn.items():
-        check_plot(folder / f"NAME{suffix}")
+    for suffix in drawn:
+        check_plot(Path(f"NAME{suffix}"))
     if output is None:
         folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
         output = folder / "report.html"

@@ -265,11 +265,6 @@ def _check_name(path: Path) -> None:
 def _check_place(path: Path, overwrite: bool) -> None:
     if path.parent.exists() and not path.parent.is_dir():
         raise PplexError(f"cannot write {path}: {path.parent} is not a folder")
-    if not path.parent.is_dir():
-        raise PplexError(
-            f"cannot write {path}: the folder {path.parent} does not exist; "
-            "create it first"
-        )
     if path.is_dir():
         raise PplexError(f"cannot write {path}: it is a folder; give a file name")
     check_new(path, overwrite)
