@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -194,13 +194,13 @@ class MlxCodec:
                 into = result[start : start + array.shape[1]]
                 into[:] = array[row, : len(into)]
 
-        parts = (
-            (group, *part)
-            for group in groups
-            for part in self._chunks([recordings[idx] for idx in group], run)
-        )
-        # In a thread: what a GPU made comes to the host as it is read.
-        with ThreadPoolExecutor(1) as pool:
+        # Threads copy what comes and goes: what a GPU made is fetched as it is read.
+        with ThreadPoolExecutor(2) as pool:
+            parts = (
+                (group, *part)
+                for group in groups
+                for part in self._chunks([recordings[i] for i in group], run, pool)
+            )
             for taken in _late(pool.submit(take, *part) for part in parts):
                 taken.result()
         return [result for result in results if result is not None]
@@ -209,13 +209,22 @@ class MlxCodec:
         self,
         group: Sequence[np.ndarray],
         run: Run,
+        pool: Executor,
     ) -> Iterator[tuple[int, mx.array]]:
-        """Where each chunk of a group, in ascending length, begins; ``run`` over it."""
+        """Where each chunk of a group, in ascending length, begins; ``run`` over it.
+
+        A thread of ``pool`` lays the next one out.
+        """
         state, size = self._mimi.make_state(), self.chunk_frames
-        for start in range(0, len(group[-1]), size):
+        starts = range(0, len(group[-1]), size)
+
+        def lay_out(start: int) -> np.ndarray:
             parts = [frames[start : start + size] for frames in group]
-            chunk = _chunk(parts, GROUP_ROWS, size)
-            computed = run(chunk, state)
+            return _chunk(parts, GROUP_ROWS, size)
+
+        chunks = _late(pool.submit(lay_out, start) for start in starts)
+        for start, chunk in zip(starts, chunks, strict=True):
+            computed = run(chunk.result(), state)
             # After the last, nobody wants the state; and what is let go of while a GPU
             # still writes it may become somebody else's.
             is_last = start + size >= len(group[-1])
