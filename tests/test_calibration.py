@@ -13,12 +13,21 @@ from test_convert import to
 
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.layouts import Quantization
-from pplex.checkpoint.source import dequantize
+from pplex.checkpoint.source import Source, dequantize
 from pplex.checkpoint.weights import lm_tensors, make_lm
 from pplex.cli.main import cli
+from pplex.errors import PplexError
 from pplex.model.cache import KvCache
 from pplex.quantization.activations import Activations
 from pplex.quantization.calibration import read_calibration
+from pplex.quantization.distillation import (
+    check_memory,
+    logits,
+    make_batch,
+    put,
+    trainable_lm,
+)
+from pplex.quantization.products import product
 from pplex.quantization.quantize import quantize
 from pplex.quantization.rounding import round_by_inputs
 
@@ -109,6 +118,91 @@ def test_a_calibrated_conversion_says_so_and_differs(run, tiny, kept, tmp_path):
     }
     packed = [n for n, w in ours.items() if w.dtype == mx.uint32]
     assert packed and not any(mx.array_equal(ours[n], plain[n]) for n in packed)
+
+
+def _logits(folder, talks):
+    """Of the specification, whole conversations at once: text, then codebooks."""
+    local = resolve(str(folder), offline=True)
+    config = local.folder.read_config().lm
+    lm = make_lm(config, lm_tensors(local.folder, config), mx.float32)
+    for talk in talks:
+        x = lm.embed(mx.array(talk.columns[None, :, :-1]))
+        if len(talk.embeddings):
+            rest = x[:, len(talk.embeddings) :]
+            x = mx.concatenate([mx.array(talk.embeddings)[None], rest], axis=1)
+        x = lm.temporal(x, KvCache(config.num_layers, config.window))
+        hidden, text = lm.head(x[0, -talk.frames :])
+        given = talk.columns[: config.num_agent_streams, -talk.frames :].T
+        agent = lm.agent_logits(hidden, mx.array(given))
+        yield text, *agent.swapaxes(0, 1)
+
+
+def _divergence(ours, others):
+    """The mean over conversations, streams and frames."""
+    found = []
+    for one, other in zip(ours, others, strict=True):
+        for a, b in zip(one, other, strict=True):
+            a, b = (np.array(x - mx.logsumexp(x, -1, keepdims=True)) for x in (a, b))
+            found.append((np.exp(a) * (a - b)).sum(-1).mean())
+    return np.mean(found)
+
+
+def test_distilled_codes_choose_more_like_the_model(run, tiny, kept, tmp_path):
+    config = resolve(str(tiny), offline=True).folder.read_config().lm
+    talks = read_calibration(kept, config)
+    ours = list(_logits(tiny, talks))
+    batch = make_batch(talks, config)
+    local = resolve(str(tiny), offline=True)
+    source = Source(local.folder, config)
+    modules = source.modules(config.num_codebooks)
+    dense = {
+        t: source.dense(t).astype(mx.float32) for ts in modules.values() for t in ts
+    }
+    lm = trainable_lm(config)
+    put(lm, modules, dense)
+    text, agent = logits(lm, batch)
+    whole = [mx.concatenate(list(rows)) for rows in zip(*ours, strict=True)]
+    for found, expected in zip([text, *agent], whole, strict=True):
+        assert mx.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    words = ("models", "convert", tiny, tmp_path / "rounded", "--bits", "4", "-q")
+    assert run(*words, "--calibration", kept).exit_code == 0
+    words = ("models", "convert", tiny, tmp_path / "learned", "--bits", "4", "-q")
+    result = run(*words, "--calibration", kept, "--distill", "12")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "--distill 12" in (tmp_path / "learned" / "README.md").read_text()
+    rounded, learned = (
+        _divergence(ours, _logits(tmp_path / name, talks))
+        for name in ("rounded", "learned")
+    )
+    assert learned < 0.7 * rounded
+
+
+def test_gradients_of_products_are_those_of_mlx():
+    rng = np.random.default_rng(0)
+    for shape, other in (((2, 3, 5), (7, 5)), ((2, 3, 5), (2, 7, 5))):
+        x, y = (mx.array(rng.normal(size=s).astype(np.float32)) for s in (shape, other))
+
+        def ours(x, y):
+            return mx.sin(product(x, y)).sum()
+
+        def theirs(x, y):
+            return mx.sin(x @ y.swapaxes(-1, -2)).sum()
+
+        pairs = zip(*(mx.grad(f, (0, 1))(x, y) for f in (ours, theirs)), strict=True)
+        assert all(mx.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def test_gradients_that_fit_no_memory_are_refused(tiny):
+    config = resolve(str(tiny), offline=True).folder.read_config().lm
+    check_memory(config, 10**6)
+    with pytest.raises(PplexError, match="--distill takes about"):
+        check_memory(config, 10**13)
+
+
+def test_distilling_wants_a_calibration(run, tiny, tmp_path):
+    words = ("models", "convert", tiny, tmp_path / "m", "--bits", "4")
+    result = run(*words, "--distill", "1")
+    assert result.exit_code == 2 and "--calibration" in result.stderr
 
 
 def _longer(folder) -> None:

@@ -95,6 +95,15 @@ class SizeType(click.ParamType):
     help="Round by what matrices are multiplied with, as `pplex models calibrate` kept "
     "it: the smallest loss, a conversion of minutes (mini) to hours (7B).",
 )
+@click.option(
+    "--distill",
+    metavar="ROUNDS",
+    type=FiniteRange(min=0.0),
+    default=0.0,
+    show_default=True,
+    help="Then learn codes and scales together, so often over the calibration: needs "
+    "memory for the gradients of the whole model.",
+)
 @offline_option
 @quiet_option
 def convert(
@@ -132,9 +141,11 @@ def _conversion(options: dict[str, Any]) -> Conversion:
 
     recipe, max_size = options["recipe"], options["max_size"]
     costs_file, refine = options["sensitivity"], options["refine"]
-    calibration = options["calibration"]
+    calibration, distill = options["calibration"], options["distill"]
     if recipe != "mixed" and (max_size is not None or costs_file is not None):
         raise click.UsageError("--max-size and --sensitivity are for --recipe mixed")
+    if distill and calibration is None:
+        raise click.UsageError("--distill learns from a --calibration")
     bits, group_size = int(options["bits"]), int(options["group_size"])
     form = None if bits == 16 else Quantization(bits, group_size)
     words = ["pplex models convert SRC DST --bits", str(bits)]
@@ -145,6 +156,7 @@ def _conversion(options: dict[str, Any]) -> Conversion:
     words += ["--sensitivity", shlex.quote(str(costs_file))] if costs_file else []
     words += ["--refine"] if refine else []
     words += ["--calibration", shlex.quote(str(calibration))] if calibration else []
+    words += ["--distill", f"{distill:g}"] if distill else []
     costs = read_costs(costs_file)
 
     def make_recipe(source: Source, matrices: list[Matrix]) -> Recipe:
@@ -155,7 +167,8 @@ def _conversion(options: dict[str, Any]) -> Conversion:
         return from_file(Path(recipe), matrices, form)
 
     name = recipe if recipe in ("uniform", "mixed") else Path(recipe).name
-    return Conversion(make_recipe, name, " ".join(words), refine, calibration)
+    made_by = " ".join(words)
+    return Conversion(make_recipe, name, made_by, refine, calibration, distill)
 
 
 @click.command(epilog="Example: pplex models calibrate mini calls/*.wav -o kept")

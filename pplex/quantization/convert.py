@@ -7,10 +7,11 @@ decides how much memory is taken, not the model.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,9 +33,10 @@ from pplex.checkpoint.voices import find_voices, read_voice_file, write_voice_fi
 from pplex.errors import PplexError
 from pplex.files import new_folder
 from pplex.quantization.activations import Activations
-from pplex.quantization.calibration import read_calibration
+from pplex.quantization.calibration import Conversation, read_calibration
 from pplex.quantization.card import Card, card_text
-from pplex.quantization.quantize import BLOCK_VALUES, quantize_blocks
+from pplex.quantization.distillation import check_memory, distill
+from pplex.quantization.quantize import BLOCK_VALUES, Parts, quantize_blocks
 from pplex.quantization.recipe import Form, Recipe, recipe_bytes
 from pplex.quantization.rounding import round_by_inputs
 
@@ -42,13 +44,15 @@ FLOAT16_BOUND = 65520  # from here on, rounding to float16 gives infinity
 HALF = "F16"  # what the published folders hold where nothing is quantized
 CACHE_BYTES = 1 << 28
 _SPARE_BYTES = 1 << 26
+_DISTILLED = 10  # as much work as going through the model so often, by the bar
 
 
 @dataclass(frozen=True)
 class Conversion:
     """How a conversion was asked for; ``made_by`` and ``recipe_name`` in words.
 
-    With a folder ``calibration`` matrices are rounded by what they are multiplied with.
+    With a folder ``calibration`` matrices are rounded by what they are multiplied with,
+    and then learned together in so many rounds of ``distill`` over it.
     """
 
     make_recipe: Callable[[Source, list[Matrix]], Recipe]
@@ -56,6 +60,7 @@ class Conversion:
     made_by: str
     refine: bool = False
     calibration: Path | None = None
+    distill: float = 0
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,16 @@ def convert(
     num_bytes = recipe_bytes(matrices, recipe)
     others = _other_files(folder)
     _check_target(target, num_bytes + sum(f.stat().st_size for f in others.values()))
-    inputs = None
+    rounding = _Rounding(conversion.refine, None, {})
+    start(source.num_bytes * (_DISTILLED if conversion.distill else 1))
     if conversion.calibration is not None:
         talks = read_calibration(conversion.calibration, config.lm)
-        inputs = Activations(folder, config.lm, talks)
-    rounding = _Rounding(conversion.refine, inputs)
-    start(source.num_bytes)
+        rounding = replace(rounding, inputs=Activations(folder, config.lm, talks))
+        if conversion.distill:
+            learned = _distilled(
+                source, matrices, recipe, rounding, talks, conversion.distill, advance
+            )
+            rounding = replace(rounding, learned=learned)
     with new_folder(target) as new, _little_cache():
         sums = {}
         for file in SPLIT_PARTS:
@@ -116,6 +125,43 @@ def convert(
             sums[name] = hashes.sha256(new / name)
         hashes.write_sums(new / hashes.SUMS_FILE, sums)
     return Converted(target, num_bytes, source.num_bytes, recipe)
+
+
+def _distilled(
+    source: Source,
+    matrices: list[Matrix],
+    recipe: Recipe,
+    rounding: _Rounding,
+    conversations: list[Conversation],
+    rounds: float,
+    advance: Callable[[int], object],
+) -> dict[str, Parts]:
+    """All that is quantized, by target; learned where conversations run it."""
+    modules = source.modules(source.config.num_codebooks)
+    run = {target for targets in modules.values() for target in targets}
+    check_memory(source.config, sum(math.prod(m.shape) for m in matrices))
+    dense: dict[str, mx.array] = {}
+    parts: dict[str, Parts] = {}
+    forms: dict[str, Quantization] = {}
+    for matrix in sorted(matrices, key=lambda m: SPLIT_PARTS.index(m.split_file)):
+        form = recipe[matrix.name]
+        targets = [target for target in matrix.targets if target is not None]
+        for target in targets:
+            dense[target] = _join(list(_rows(source, matrix, target)))
+            if form is not None and not _same(source, matrix, form):
+                parts[target] = rounding.quantize(target, iter([dense[target]]), form)
+                forms[target] = form
+        advance(source.bytes_of(targets))
+    learned = distill(
+        source.config,
+        modules,
+        {target: dense[target] for target in run},
+        {target: (forms[target], parts[target]) for target in run & parts.keys()},
+        conversations,
+        rounds,
+        lambda share: advance(int(share * source.num_bytes * (_DISTILLED - 2))),
+    )
+    return parts | learned
 
 
 def _specs(source: Source, matrix: Matrix, form: Form) -> Iterator[TensorSpec]:
@@ -176,15 +222,21 @@ def _arrays_of(
 
 @dataclass(frozen=True)
 class _Rounding:
-    """How matrices are rounded: by their values, or by ``inputs`` where there are."""
+    """How matrices are rounded: by their values, or by ``inputs`` where there are.
+
+    Those that are ``learned`` were rounded before.
+    """
 
     refine: bool
     inputs: Activations | None
+    learned: Mapping[str, Parts]
 
     def quantize(
         self, target: str, rows: Iterator[mx.array], form: Quantization
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    ) -> Parts:
         """The rows of our module ``target`` as packed codes, scales and biases."""
+        if target in self.learned:
+            return self.learned[target]
         moment = None if self.inputs is None else self.inputs.moment(target)
         if moment is None:
             return quantize_blocks(rows, form, self.refine)

@@ -19,6 +19,8 @@ STORED = mx.float16  # of scales and biases, as the published folders have them
 ROUNDS = 4
 BLOCK_VALUES = 1 << 22
 
+Parts = tuple[mx.array, mx.array, mx.array]  # packed codes, scales, biases
+
 
 def quantize(
     weight: mx.array, form: Quantization, refine: bool
