@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import soundfile
 from test_convert import to
 
 from pplex.audio.files import read_pcm
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.layouts import Quantization
 from pplex.checkpoint.weights import codec_tensors, lm_tensors
+from pplex.cli.models_compare import _echo
 from pplex.conversation.prompts import make_role
 from pplex.conversation.session import load
 from pplex.engine.base import Logits
@@ -53,6 +55,31 @@ def made(tiny, tmp_path_factory):
     for bits in (4, 8):
         to(tiny, folder / f"{bits}", Quantization(bits, 32))
     return folder
+
+
+def test_the_card_says_what_a_conversion_costs_early_and_late(
+    run, tiny, tmp_path, capsys
+):
+    """By half minutes; together they are what is found of the whole."""
+    wav = tmp_path / "long.wav"
+    soundfile.write(wav, np.random.default_rng(0).normal(size=33 * 24000) / 20, 24000)
+    words = ("models", "convert", tiny, tmp_path / "m", "--bits", "4", "-q")
+    result = run(*words, "--measure", wav)
+    assert (result.exit_code, result.stderr) == (0, "")
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "agent, from 31 s on" in card
+    settings = replace(SETTINGS, seconds=33)
+    models = (resolve(str(folder), offline=True) for folder in (tiny, tmp_path / "m"))
+    found = compare_models(*models, [wav], settings)
+    assert f" {found.frames} frames" in card
+    first, last = found.depths
+    # The first column is given in part by the prompt.
+    assert (first.start_s, first.frames, last.start_s) == (0, 383, 30.72)
+    kls, weights = zip(*((d.mean_kl, d.frames) for d in found.depths), strict=True)
+    assert sum(weights) == found.frames and kls[0] != kls[1]
+    assert np.average(kls, weights=weights) == pytest.approx(found.mean_kl)
+    _echo(found)
+    assert re.search(r"^31 s +\d+ ", capsys.readouterr().out, re.MULTILINE)
 
 
 def heads(kept):

@@ -88,6 +88,9 @@ def compare(
     DRAWN APART   frames whose sampled token differs even with the same luck
     KL            divergence of B from A, nats a frame
     PERPLEXITY    of A's own tokens, under A and under B
+
+    Where recordings are longer than half a minute, first choices and KL follow for
+    each half minute of the conversations.
     """
     from pplex.checkpoint.hub import resolve
     from pplex.plots import check_plot
@@ -169,6 +172,8 @@ def _echo(found: Comparison) -> None:
         )
     echo_table(rows, right=(1, 2, 3, 4, 5))
     click.echo()
+    if len(found.depths) > 1:
+        _echo_depths(found)
     rows = [("", "BITS", "SIZE", "READ A FRAME", "TIME A FRAME", "MODEL")]
     for letter, model in (("A", found.a), ("B", found.b)):
         rows.append(
@@ -182,6 +187,18 @@ def _echo(found: Comparison) -> None:
             )
         )
     echo_table(rows, right=(2, 3, 4))
+
+
+def _echo_depths(found: Comparison) -> None:
+    """Whether the difference grows with a conversation."""
+    kl = Scale(depth.mean_kl for depth in found.depths)
+    rows = [("FROM", "FRAMES", "TEXT", "SOUND", kl.heading("KL", "nats"))]
+    for depth in found.depths:
+        choices = percent(depth.text.top1), percent(depth.agent.top1)
+        from_s, frames = f"{depth.start_s:.0f} s", str(depth.frames)
+        rows.append((from_s, frames, *choices, kl.text(depth.mean_kl)))
+    echo_table(rows, right=(0, 1, 2, 3, 4))
+    click.echo()
 
 
 @click.command(epilog="Example: pplex models sensitivity mini call.wav -o parts.json")

@@ -104,6 +104,14 @@ class SizeType(click.ParamType):
     help="Then learn codes and scales together, so often over the calibration: needs "
     "memory for the gradients of the whole model.",
 )
+@click.option(
+    "--measure",
+    metavar="FILE",
+    multiple=True,
+    type=FILE,
+    help="Answer this recording with SRC, force both through it, and put into the card "
+    "how far DST's choices are from SRC's; again for more.",
+)
 @offline_option
 @quiet_option
 def convert(
@@ -167,8 +175,11 @@ def _conversion(options: dict[str, Any]) -> Conversion:
         return from_file(Path(recipe), matrices, form)
 
     name = recipe if recipe in ("uniform", "mixed") else Path(recipe).name
+    measured = options["measure"]
     made_by = " ".join(words)
-    return Conversion(make_recipe, name, made_by, refine, calibration, distill)
+    return Conversion(
+        make_recipe, name, made_by, refine, calibration, distill, measured
+    )
 
 
 @click.command(epilog="Example: pplex models calibrate mini calls/*.wav -o kept")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.layouts import Matrix, form_name
+from pplex.quantization.compare_models import Comparison
 from pplex.quantization.recipe import Recipe, num_bytes, recipe_bytes
+from pplex.units import Scale, percent
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Card:
     layout: str
     recipe_name: str
     made_by: str
+    measured: Comparison | None = None
 
 
 def card_text(
@@ -61,7 +64,7 @@ source.
 {rows}
 
 Quantized matrices are in MLX's affine form: codes, and a scale and a bias a group.
-What the rounding costs is measured by `pplex models compare SOURCE THIS RECORDING.wav`.
+{_costs(card.measured)}
 `pplex models verify THIS` checks the files against `SHA256SUMS`.
 
 Voices: {", ".join(voices) or "none"}. A voice belongs to a person: use it with their
@@ -69,6 +72,38 @@ consent.
 
 The licence of the weights is that of the source; a conversion changes nothing about it.
 """
+
+
+def _costs(found: Comparison | None) -> str:
+    """What the rounding costs, or how to measure it."""
+    if found is None:
+        command = "pplex models compare SOURCE THIS RECORDING.wav"
+        return f"What the rounding costs is measured by `{command}`."
+    kl = Scale(figures.kl for figures in found.streams)
+    lines = [
+        "",
+        "## What the rounding costs",
+        "",
+        f"The source answered recordings, and both read the "
+        f"tokens of that, {found.frames} frames of 80 ms: "
+        f"{found.mean_kl:.2g} nats a frame lie between their choices on average "
+        f"(`pplex models compare`, seed {found.seed}, on a {found.device}). Perplexity "
+        "is that of the source's own tokens.",
+        "",
+        f"| | same first choice | {kl.heading('KL', 'nats')} | perplexity: source "
+        "| this |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    named = [(figures.stream, figures) for figures in found.streams]
+    for depth in found.depths if len(found.depths) > 1 else []:
+        for figures in (depth.text, depth.agent):
+            named.append((f"{figures.stream}, from {depth.start_s:.0f} s on", figures))
+    for name, figures in named:
+        lines.append(
+            f"| {name} | {percent(figures.top1)} | {kl.text(figures.kl)} | "
+            f"{figures.perplexity_a:.3f} | {figures.perplexity_b:.3f} |"
+        )
+    return "\n".join([*lines, ""])
 
 
 def _forms(

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from pplex.engine.base import Engine, Logits
+from pplex.engine.base import FORCED_FRAMES, Engine, Logits
 from pplex.errors import PplexError
 from pplex.model.sampling import SamplingConfig, largest
 from pplex.quantization.forced import Script, forced_logits
+
+DEPTH_FRAMES = 12 * FORCED_FRAMES  # half a minute of a conversation
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ class Tally:
         self._sums = self._sums + np.array(mx.stack(rows))
         self.num_frames += len(ours.text)
 
+    def __add__(self, other: Tally) -> Tally:
+        """The frames of both."""
+        both = Tally(self._sampling)
+        both._sums = self._sums + other._sums
+        both.num_frames = self.num_frames + other.num_frames
+        return both
+
     def figures(self) -> list[StreamFigures]:
         """The figures of each stream."""
         if not self.num_frames:
@@ -115,12 +124,26 @@ def compare(
     sampling: SamplingConfig,
 ) -> list[StreamFigures]:
     """B's figures against what was kept of A, over all ``scripts``."""
-    tally = Tally(sampling)
+    depths = compare_by_depth(kept, engine, scripts, sampling)
+    return sum(depths, Tally(sampling)).figures()
+
+
+def compare_by_depth(
+    kept: Sequence[Sequence[Logits]],
+    engine: Engine,
+    scripts: Iterable[Script],
+    sampling: SamplingConfig,
+) -> list[Tally]:
+    """The same for each ``DEPTH_FRAMES`` of the conversations, from their start on."""
+    depths: list[Tally] = []
     for ours, script in zip(kept, scripts, strict=True):
         stretches = zip(ours, forced_logits(engine, script), strict=True)
-        for logits, (other, targets) in stretches:
-            tally.add(logits, other, targets)
-    return tally.figures()
+        for number, (logits, (other, targets)) in enumerate(stretches):
+            depth = number * FORCED_FRAMES // DEPTH_FRAMES
+            if depth == len(depths):
+                depths.append(Tally(sampling))
+            depths[depth].add(logits, other, targets)
+    return depths
 
 
 def mean_kl(figures: Iterable[StreamFigures]) -> float:

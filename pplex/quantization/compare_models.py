@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
 from pplex.model.sampling import GREEDY, SamplingConfig
 from pplex.quantization.compare import (
+    DEPTH_FRAMES,
     StreamFigures,
-    compare,
+    Tally,
+    compare_by_depth,
     keep_logits,
     mean_kl,
 )
@@ -55,8 +58,22 @@ class ModelFigures:
 
 
 @dataclass(frozen=True)
+class DepthFigures:
+    """Conversations from ``start_s`` seconds on: text, then the mean of codebooks."""
+
+    start_s: float
+    frames: int
+    mean_kl: float
+    text: StreamFigures
+    agent: StreamFigures
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """The figures of ``pplex models compare``; ``streams`` are B's against A's."""
+    """The figures of ``pplex models compare``; ``streams`` are B's against A's.
+
+    ``depths`` are those of each half minute of the conversations.
+    """
 
     a: ModelFigures
     b: ModelFigures
@@ -66,6 +83,7 @@ class Comparison:
     device: str
     mean_kl: float
     streams: list[StreamFigures]
+    depths: list[DepthFigures]
 
 
 def compare_models(
@@ -87,7 +105,9 @@ def compare_models(
     mx.clear_cache()
     model = load(b)
     check_alike(config, model.config, b)
-    streams = compare(kept, model.engine, scripts, settings.sampling)
+    tallies = compare_by_depth(kept, model.engine, scripts, settings.sampling)
+    streams = sum(tallies, Tally(settings.sampling)).figures()
+    depth_s = DEPTH_FRAMES / config.frame_rate
     return Comparison(
         a=figures_a,
         b=_figures(model, b, users[0], settings),
@@ -97,7 +117,19 @@ def compare_models(
         device=device_name().partition(" ")[0],
         mean_kl=mean_kl(streams),
         streams=streams,
+        depths=[_depth(idx * depth_s, tally) for idx, tally in enumerate(tallies)],
     )
+
+
+def _depth(start_s: float, tally: Tally) -> DepthFigures:
+    streams = tally.figures()
+    agent = [
+        (s.kl, s.top1, s.differ, math.log(s.perplexity_a), math.log(s.perplexity_b))
+        for s in streams[1:]
+    ]
+    kl, top1, differ, nll_a, nll_b = (float(mean) for mean in np.mean(agent, axis=0))
+    mean = StreamFigures("agent", kl, top1, differ, math.exp(nll_a), math.exp(nll_b))
+    return DepthFigures(start_s, tally.num_frames, mean_kl(streams), streams[0], mean)
 
 
 def read_users(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import mlx.core as mx
 from pplex.checkpoint import hashes
 from pplex.checkpoint.config import split_config
 from pplex.checkpoint.folder import SPLIT_CODEC, SPLIT_PARTS, CheckpointFolder
-from pplex.checkpoint.hub import LocalModel
+from pplex.checkpoint.hub import LocalModel, resolve
 from pplex.checkpoint.layouts import (
     PARTS,
     Matrix,
@@ -30,11 +30,14 @@ from pplex.checkpoint.layouts import (
 from pplex.checkpoint.safetensors import TensorSpec, write_tensors
 from pplex.checkpoint.source import Source, is_finite
 from pplex.checkpoint.voices import find_voices, read_voice_file, write_voice_file
+from pplex.conversation.roles import DEFAULT_SEED
 from pplex.errors import PplexError
 from pplex.files import new_folder
+from pplex.model.sampling import SamplingConfig
 from pplex.quantization.activations import Activations
 from pplex.quantization.calibration import Conversation, read_calibration
 from pplex.quantization.card import Card, card_text
+from pplex.quantization.compare_models import Settings, compare_models, read_users
 from pplex.quantization.distillation import check_memory, distill
 from pplex.quantization.quantize import BLOCK_VALUES, Parts, quantize_blocks
 from pplex.quantization.recipe import Form, Recipe, recipe_bytes
@@ -44,6 +47,7 @@ FLOAT16_BOUND = 65520  # from here on, rounding to float16 gives infinity
 HALF = "F16"  # what the published folders hold where nothing is quantized
 CACHE_BYTES = 1 << 28
 _SPARE_BYTES = 1 << 26
+_SECONDS = 60.0  # of each recording that is measured
 _DISTILLED = 10  # as much work as going through the model so often, by the bar
 
 
@@ -52,7 +56,8 @@ class Conversion:
     """How a conversion was asked for; ``made_by`` and ``recipe_name`` in words.
 
     With a folder ``calibration`` matrices are rounded by what they are multiplied with,
-    and then learned together in so many rounds of ``distill`` over it.
+    and then learned together in so many rounds of ``distill`` over it. The card says
+    what the conversion costs on the recordings that are ``measured``.
     """
 
     make_recipe: Callable[[Source, list[Matrix]], Recipe]
@@ -61,6 +66,7 @@ class Conversion:
     refine: bool = False
     calibration: Path | None = None
     distill: float = 0
+    measured: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ def convert(
     num_bytes = recipe_bytes(matrices, recipe)
     others = _other_files(folder)
     _check_target(target, num_bytes + sum(f.stat().st_size for f in others.values()))
+    if conversion.measured:
+        read_users(conversion.measured, config, _SECONDS)  # what cannot be read is told
     rounding = _Rounding(conversion.refine, None, {})
     start(source.num_bytes * (_DISTILLED if conversion.distill else 1))
     if conversion.calibration is not None:
@@ -118,7 +126,13 @@ def convert(
         names = sorted(Path(name).stem for name in voices)
         raw = split_config(config, source.steps, _quantization(recipe), names)
         (new / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
-        card = Card(local, source.layout, conversion.recipe_name, conversion.made_by)
+        found = None
+        if conversion.measured:
+            settings = Settings(None, None, DEFAULT_SEED, _SECONDS, SamplingConfig())
+            made = resolve(str(new), offline=True)
+            found = compare_models(local, made, conversion.measured, settings)
+        name, made_by = conversion.recipe_name, conversion.made_by
+        card = Card(local, source.layout, name, made_by, found)
         text = card_text(card, matrices, recipe, source.num_bytes, names)
         (new / "README.md").write_text(text, encoding="utf-8")
         for name in ("config.json", "README.md"):
