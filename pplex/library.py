@@ -313,6 +313,7 @@ def load(
     *,
     offline: bool = False,
     compute: Compute = "auto",
+    kv_bits: int | None = None,
     many: bool = False,
 ) -> Model:
     """Load what ``--model`` names: a known name, ``auto``, a folder, file, owner/name.
@@ -325,7 +326,7 @@ def load(
     if name == AUTO_MODEL:
         name = best_model(offline=offline).name
     local = resolve(name, offline=offline)
-    return Model(session.load(local, compute=compute, many=many))
+    return Model(session.load(local, compute=compute, kv_bits=kv_bits, many=many))
 
 
 def _checked(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pplex.engine.mlx.ring import FastCache, rope
-from pplex.model.cache import GROWTH, KvCache
+from pplex.model.cache import GROWTH, KvCache, quantize_vectors, written_out
 from pplex.model.rotary import rotate
 from pplex.model.transformer import TemporalLayer, run_layers
 
@@ -108,6 +108,17 @@ def test_rotation_of_a_position_does_not_depend_on_how_many_come_with_it(
     for idx in range(6):
         apart = np.array(rotate(x[:, :, idx : idx + 1], 10000.0, offset + idx))
         np.testing.assert_allclose(apart[:, :, 0], together[:, :, idx], atol=1e-6)
+
+
+def test_at_8_bits_a_vector_is_rounded_to_the_nearest_of_255_numbers():
+    x = mx.random.normal((2, 3, 5, 32), key=mx.random.key(2))
+    x[0, 0, 0] = 0
+    words, scales = quantize_vectors(x)
+    assert words.nbytes + scales.nbytes == 30 * (32 + 4)
+    kept, found = np.array(x), np.array(written_out((words, scales), mx.float32))
+    largest = np.abs(kept).max(axis=-1, keepdims=True)
+    assert (np.abs(found - kept) <= largest / 127 * 0.501).all()
+    np.testing.assert_allclose(np.abs(found).max(axis=-1), largest[..., 0], rtol=1e-6)
 
 
 def test_rotation_far_from_the_start_is_the_references():

@@ -31,6 +31,9 @@ AVAILABLE = [name for name, kind in KINDS.items() if kind.is_available()]
 PUBLISHED = ModelConfig()
 
 
+AT_8 = ", keys and values at 8 bits"
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """A checkpoint with weights of 4 bits."""
@@ -254,24 +257,27 @@ def test_rows_on_a_gpu_are_as_many_as_memory_holds(monkeypatch, kind):
 
 def test_respond_says_what_it_chose(run, packed, data, tmp_path):
     call = data / "respond" / "user_c.wav"
-    for form in ("dense", "quantized"):
+    for form, kept in ("dense", ""), ("quantized", AT_8):
         out, stats = tmp_path / f"{form}.wav", tmp_path / f"{form}.json"
         result = run(
             *("respond", call, "-o", out, "--stats", stats, "--model", packed),
             *("--compute", form, "-v", "--prompt", "Hi."),
+            *(("--kv-bits", 8) if kept else ()),
         )
         assert result.exit_code == 0, result.stderr
         assert f"compute {form}: as asked for" in result.stderr
-        assert json.loads(stats.read_text())["compute"] == form
+        assert json.loads(stats.read_text())["compute"] == form + kept
 
 
 def test_batch_says_what_it_chose(run, packed, data, tmp_path):
     call = data / "respond" / "user_c.wav"
     result = run(
         *("batch", call, "-o", tmp_path / "out", "--stats", "--model", packed),
-        *("--compute", "dense", "-v", "--prompt", "Hi."),
+        *("--compute", "dense", "-v", "--prompt", "Hi.", "--kv-bits", 8),
     )
     assert result.exit_code == 0, result.stderr
     assert "compute dense: as asked for" in result.stderr
     stats = json.loads((tmp_path / "out" / "user_c.stats.json").read_text())
-    assert stats["compute"] == "dense" and stats["step_ms_series"] is None
+    assert stats["compute"] == "dense" + AT_8 and stats["step_ms_series"] is None
+    (line,) = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[-1:]
+    assert json.loads(line)["computed"]["compute"] == stats["compute"]

@@ -31,9 +31,11 @@ def sources() -> Iterator[tuple[str, str]]:
     """A name and the text of every kernel that is compiled at run time."""
     lm = LmConfig()  # the published 7B
     for head_dim in rows.WIDTHS:
-        for name in ("attend", "attend_prompts"):
-            text = rows.source(name, HEAD_DIM=head_dim, WINDOW=lm.window)
-            yield f"{name} {head_dim}", text
+        sizes = {"HEAD_DIM": head_dim, "WINDOW": lm.window}
+        yield f"attend_prompts {head_dim}", rows.source("attend_prompts", **sizes)
+        for bits in (8, 16):
+            text = rows.source("attend", **sizes, KV_BITS=bits)
+            yield f"attend {head_dim} {bits}", text
     for name in rows.THREADS:
         if not name.startswith("attend"):
             yield name, rows.source(name)
@@ -43,6 +45,7 @@ def sources() -> Iterator[tuple[str, str]]:
         forms = dict.fromkeys(frame.MATRICES, matrices)
         forms |= dict.fromkeys(TABLES, tables)
         yield f"frame {form}", frame.source(lm, forms, splits=4)[0]
+    yield "frame kv8", frame.source(lm, forms, splits=4, kv_bits=8)[0]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -130,8 +131,12 @@ def test_quantized_tensors_have_a_form_until_they_are_written_out(tmp_path):
 def test_a_config_says_what_keys_and_values_take_and_how_long_a_frame_lasts():
     config = ModelConfig()
     assert config.frame_s == 0.08
-    assert config.lm.kv_bytes(100, 2) == 100 * 2 * 32 * 4096 * 2
-    assert config.lm.kv_bytes(5000, 4) == 2999 * 2 * 32 * 4096 * 4
+    assert config.kv_bytes(2) == 2 * 32 * 4096 * 2
+    # At 8 bits also a scale of 4 bytes for each of 32 heads.
+    assert config.with_kv_bits(8).kv_bytes(2) == 2 * 32 * (4096 + 32 * 4)
+    narrow = replace(config, lm=replace(config.lm, num_heads=256))
+    with pytest.raises(PplexError, match="16 numbers wide.*--kv-bits"):
+        narrow.with_kv_bits(8)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["f16", "bf16"])

@@ -21,7 +21,7 @@ from pplex.engine.cuda.cache import SharedCache
 from pplex.engine.mlx.codec import MlxCodec
 from pplex.engine.mlx.ring import CacheEach
 from pplex.model.cache import GROWTH, KvCache, scaled_attention
-from pplex.model.config import LmConfig
+from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.mimi import Mimi
 from pplex.model.rotary import rotate
 from pplex.model.sampling import GREEDY, SamplingConfig
@@ -205,7 +205,7 @@ def test_a_batch_keeps_to_what_a_cache_holds_unless_weights_take_more():
         cost = Cost(
             step=weights, position=0, codec=0, codec_state=0, codec_work=0, held=0
         )
-        return KINDS["c"].max_rows(cost, lm.kv_bytes(frames, 4), 0.0)
+        return KINDS["c"].max_rows(cost, frames * ModelConfig(lm).kv_bytes(4), 0.0)
 
     small = replace(LmConfig(), num_layers=5, dim=256)
     assert rows(small, 100, 0) == 8

@@ -97,6 +97,20 @@ def test_the_model_is_the_conversations_own(answer, run, calls, tmp_path, monkey
     np.testing.assert_array_equal(soundfile.read(reply, dtype="int16")[0], b)
 
 
+def test_keys_and_values_at_8_bits_stay_so(answer, run, calls, tmp_path):
+    state, at_8 = tmp_path / "a.safetensors", ("-m", "mini", "--kv-bits", 8)
+    a = answer("a", *at_8, "--save-state", state)
+    size = state.stat().st_size
+    assert_joined(
+        [a, answer("b", "-m", "mini", "--resume", state)], answer("ab", *at_8)
+    )
+    answer("a", "-m", "mini", "--save-state", state)
+    assert size < 0.5 * state.stat().st_size
+    line = ("respond", calls / "b.wav", "-o", tmp_path / "no.wav", "--resume", state)
+    done = run(*line, *at_8)
+    assert done.exit_code == 1 and "--kv-bits as there" in done.stderr
+
+
 def test_streams_are_saved_and_go_on(answer, calls, tiny, tmp_path):
     def stream(name: str, *options: object) -> np.ndarray:
         line = ["respond", "-", "-o", tmp_path / f"{name}.wav", "-m", tiny, *options]

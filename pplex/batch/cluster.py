@@ -110,7 +110,7 @@ class Cluster:
             "offline": batch.offline,
             "pplex": importlib.metadata.version("pplex"),
             "sampling": asdict(batch.settings.sampling),
-            "compute": batch.compute,
+            "form": {"compute": batch.compute, "kv_bits": batch.kv_bits},
             "folder": os.getcwd(),
             "driver": (os.getpid(), socket.gethostname()),
         }
@@ -512,7 +512,7 @@ class Worker:
         if model_identity(local) != spec["identity"]:
             raise PplexError(f"its model {spec['model']} is another one than here")
         size = Size(**spec["size"])
-        model = load(local, compute=spec["compute"], many=True)
+        model = load(local, **spec["form"], many=True)
         sampling = SamplingConfig(**spec["sampling"])
         note = self._notes.append
         decoder = Decoder(model, sampling, size, note)

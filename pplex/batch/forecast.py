@@ -158,7 +158,7 @@ def _output_bytes(request: Request, seconds: float, model: Description) -> float
 
 
 def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
-    config, local = model.config, model.local
+    config, local = model.config.with_kv_bits(batch.kv_bits), model.local
     frames = min(config.lm.window, int(found.longest_s * config.frame_rate) + 1)
     total = int(found.audio_s * config.frame_rate)
     size = Size(batch.batch_size, frames, found.todo, total)

@@ -48,6 +48,7 @@ class Batch:
     shard: tuple[int, int] | None = None
     ray: str | None = None
     compute: Compute = "auto"
+    kv_bits: int | None = None
     check: Check | None = None
 
 

@@ -247,7 +247,8 @@ class _Run:
 
             return Cluster(self._batch, self._model, size, self._report.note)
         self._report.loading(self._model.local)
-        model = load(self._model.local, compute=self._batch.compute, many=True)
+        local, batch = self._model.local, self._batch
+        model = load(local, compute=batch.compute, kv_bits=batch.kv_bits, many=True)
         self._report.computing(str(model.form))
         if (others := num_gpus() - 1) > 0:
             self._report.note(

@@ -82,14 +82,19 @@ _ROLE_IDS = 60
 
 
 def random_model(
-    size: str, bits: int, compute: Compute = "auto", *, many: bool = False
+    size: str,
+    bits: int,
+    compute: Compute = "auto",
+    *,
+    kv_bits: int | None = None,
+    many: bool = False,
 ) -> Model:
     """A model of ``size`` (a key of ``SIZES``), stored with ``bits`` (4, 8 or 16).
 
     It has no tokenizer and no voices: see ``random_prompt``.
     """
     start = time.perf_counter()
-    config = SIZES[size]
+    config = SIZES[size].with_kv_bits(kv_bits)
     tensors = random_lm(config.lm, bits)
     form = choose_form(compute, config, tensors, many=many)
     if form.dense:

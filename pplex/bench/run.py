@@ -66,6 +66,7 @@ class Plan:
     lengths: tuple[int, int] | None = None
     offline: bool = False
     compute: Compute = "auto"
+    kv_bits: int | None = None
     live_s: int = 0
 
 
@@ -189,12 +190,13 @@ def bench(plan: Plan, note: Callable[[str], None]) -> Bench:
 
 
 def _load(plan: Plan, note: Callable[[str], None]) -> Model:
-    many = max(plan.batch_sizes) > 1
+    many, kv_bits = max(plan.batch_sizes) > 1, plan.kv_bits
     if plan.random is None:
         local = resolve(plan.model_name, offline=plan.offline)
-        model = load(local, compute=plan.compute, many=many)
+        model = load(local, compute=plan.compute, kv_bits=kv_bits, many=many)
     else:
-        model = random_model(plan.random, plan.bits, plan.compute, many=many)
+        size, bits, compute = plan.random, plan.bits, plan.compute
+        model = random_model(size, bits, compute, kv_bits=kv_bits, many=many)
     note(f"compute {model.form}")
     return model
 

@@ -156,7 +156,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     mimi = MimiConfig()
     if "mimi" in sizes and "seanet" in _object(sizes, "mimi"):
         mimi = _parse_mimi(_object(sizes, "mimi"))
-    constants = {
+    constants: dict[str, Any] = {
         key: _codes(raw[key], key)
         for key in ("silence_codes", "sine_codes")
         if key in raw

@@ -99,7 +99,7 @@ def describe(local: LocalModel) -> ModelInfo:
         codec_bytes=codec,
         bytes_per_frame=bytes_per_frame(source),
         codec_bytes_per_frame=codec_frame,
-        kv_bytes_per_frame=lm.kv_bytes(1, KV_ITEM_BYTES),
+        kv_bytes_per_frame=config.kv_bytes(KV_ITEM_BYTES),
         context=lm.context,
         frame_rate=config.frame_rate,
         parts=_parts(source),

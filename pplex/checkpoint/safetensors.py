@@ -56,6 +56,7 @@ _STORAGE: dict[str, tuple[str, np.dtype[Any]]] = {
     "F16": ("float16", np.dtype("<f2")),
     "F32": ("float32", np.dtype("<f4")),
     "I32": ("int32", np.dtype("<i4")),
+    "U32": ("uint32", np.dtype("<u4")),
     "I64": ("int64", np.dtype("<i8")),
 }
 # What ``write_tensors`` writes: names of array types; uint16 has bfloat16's bits.

@@ -23,7 +23,7 @@ from pplex.cli.options import (
     batch_size_option,
     check_option,
     checks_from,
-    compute_option,
+    compute_options,
     conversation_options,
     layout_option,
     model_options,
@@ -98,7 +98,7 @@ def _ray_address(value: str) -> str:
 @click.option("--tokens", is_flag=True, help="Write NAME.npz for each recording.")
 @model_options
 @conversation_options
-@compute_option
+@compute_options
 @batch_size_option("recordings are answered")
 @takes_option
 @check_option
@@ -194,7 +194,7 @@ def _batch_from(options: dict[str, Any]) -> Batch:
             **take("layout", "transcripts", "stats", "tokens"),
         ),
         **take("outdir", "model_name", "offline", "batch_size", "overwrite"),
-        **take("retry_failed", "fail_fast", "shard", "ray", "compute"),
+        **take("retry_failed", "fail_fast", "shard", "ray", "compute", "kv_bits"),
         settings=settings_from(text, options),
         check=checks_from(options["checks"]),
     )

@@ -13,7 +13,7 @@ from pplex.cli.options import (
     FILE,
     OneOf,
     WholeRange,
-    compute_option,
+    compute_options,
     model_options,
     overwrite_option,
     verbosity_options,
@@ -54,7 +54,7 @@ def _lengths(value: str) -> tuple[int, int]:
     epilog="Example: pplex bench --random medium --batch-size 1,8 --json before.json"
 )
 @model_options
-@compute_option
+@compute_options
 @click.option(
     "--random",
     type=OneOf(["tiny", "medium", "7b"]),

@@ -15,6 +15,7 @@ from pplex.cli.options import (
     complete_model,
     complete_voice,
     json_option,
+    kv_bits_option,
     offline_option,
     overwrite_option,
     together,
@@ -64,6 +65,7 @@ _conversation = together(
 @click.argument("b", shell_complete=complete_model)
 @click.argument("recordings", nargs=-1, type=FILE)
 @_conversation
+@kv_bits_option("Keep B's keys and values at 8 bits: A and B may be one model.")
 @click.option("--plot", metavar="FILE", type=FILE, help="Draw bars: .png, .svg, .pdf.")
 @overwrite_option
 @json_option
@@ -72,6 +74,7 @@ def compare(
     b: str,
     recordings: tuple[Path, ...],
     offline: bool,
+    kv_bits: int | None,
     plot: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -99,7 +102,7 @@ def compare(
 
     check_plot(plot, overwrite)
     first, second = (resolve(name, offline=offline) for name in (a, b))
-    found = compare_models(first, second, recordings, _settings(options))
+    found = compare_models(first, second, recordings, _settings(options), kv_bits)
     if plot is not None:
         plot_divergence(plot, found)
     if as_json:

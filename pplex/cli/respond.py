@@ -19,7 +19,7 @@ from pplex.cli.options import (
     WholeRange,
     check_option,
     checks_from,
-    compute_option,
+    compute_options,
     conversation_options,
     layout_option,
     model_options,
@@ -45,7 +45,7 @@ _SECTIONS = {
         *("output", "layout", "transcripts", "line_width", "cue_lines"),
         *("stats", "tokens", "save_state", "overwrite"),
     ),
-    "Model": ("model_name", "offline", "compute"),
+    "Model": ("model_name", "offline", "compute", "kv_bits"),
     "Conversation": (
         "start",
         "duration",
@@ -129,7 +129,7 @@ class _Sectioned(click.Command):
 )
 @model_options
 @conversation_options
-@compute_option
+@compute_options
 @click.option(
     "--transcript",
     "transcripts",
@@ -199,7 +199,7 @@ def respond(ctx: click.Context, verbosity: int, **options: Any) -> None:
 
     request = _request(source, text, options)
     raw, rate = options["raw"], options["rate"]
-    plain = "model_name", "offline", "overwrite", "compute", "live"
+    plain = "model_name", "offline", "overwrite", "compute", "kv_bits", "live"
     config = run.Config(
         **{name: options[name] for name in plain},
         check=checks_from(options["checks"]),

@@ -14,7 +14,7 @@ from pplex.cli.options import (
     FILE,
     FiniteRange,
     batch_size_option,
-    compute_option,
+    compute_options,
     model_options,
     overwrite_option,
     sampling_from,
@@ -76,7 +76,7 @@ _SIDE = "KEY=VALUE,..."
 @click.option("--tokens", is_flag=True, help="Write the token arrays beside OUT, .npz.")
 @model_options
 @sampling_options
-@compute_option
+@compute_options
 @batch_size_option("pairs talk")
 @overwrite_option
 @verbosity_options
@@ -114,6 +114,7 @@ def talk(
         offline=offline,
         overwrite=overwrite,
         compute=options["compute"],
+        kv_bits=options["kv_bits"],
         batch_size=options["batch_size"],
         folder=None if options["jobs"] is None else options["output"],
     )

@@ -44,18 +44,20 @@ def load(
     local: LocalModel,
     *,
     compute: Compute = "auto",
+    kv_bits: int | None = None,
     many: bool = False,
     live: bool = False,
 ) -> Model:
     """Load the model at ``local`` on the best engine here.
 
     ``compute`` is the form that it computes in: quantized weights as they are, or
-    written out, or what is best for one conversation alone; ``many`` whether several
-    recordings will be answered at a time, ``live`` whether a stream.
+    written out, or what is best for one conversation alone; ``kv_bits`` are those of
+    keys and values, 8 or as computed; ``many`` tells whether several recordings will be
+    answered at a time, ``live`` whether a stream.
     """
     start = time.perf_counter()
     folder = local.folder
-    config = folder.read_config()
+    config = folder.read_config().with_kv_bits(kv_bits)
     tokenizer = TextTokenizer.load(folder.tokenizer)
     if tokenizer.num_pieces != config.lm.text_card:
         raise PplexError(

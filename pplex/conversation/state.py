@@ -168,7 +168,7 @@ class State:
                 f"{self.name} was computed {notes.compute} in {notes.dtype} by the "
                 f"engine {notes.engine}, and this is {engine.compute} in "
                 f"{engine.dtype} by {engine.name}: go on on such a machine, with "
-                "--compute as there"
+                "--compute and --kv-bits as there"
             )
         try:
             start = start_from(engine, self.arrays)
@@ -244,7 +244,7 @@ def read_state(path: Path) -> State:
     return State(notes, arrays, str(path))
 
 
-_DTYPES = {"BF16", "F32", "I32", "I64"}
+_DTYPES = {"BF16", "F32", "I32", "I64", "U32"}
 _NOTES: dict[str, Any] = {
     **dict.fromkeys(("schema", "prompt_frames", "seed"), int),
     **dict.fromkeys(("top_k", "text_top_k"), int),

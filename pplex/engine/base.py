@@ -20,6 +20,7 @@ from pplex.model.prompt import Prompt
 from pplex.model.sampling import SamplingConfig
 from pplex.model.streams import NOT_FORCED
 
+KV_AT_8 = "keys and values at 8 bits"  # as forms are named
 FORCED_FRAMES = 32  # positions whose logits are computed at a time
 
 # What a conversation goes on from, by name: bfloat16 as its bits in uint16.
@@ -154,10 +155,10 @@ class Engine(Protocol):
     """Runs one loaded model on one device.
 
     ``dtype`` is what it computes in, ``compute`` whether any of its weights stay
-    ``quantized``, or all are ``dense``, and on a GPU whether one conversation is
-    computed ``alone``: by engines of one name and version on one kind of device, equal
-    forms give equal bits. With ``is_async`` a step goes on while the host does
-    something else.
+    ``quantized``, or all are ``dense``, on a GPU whether one conversation is computed
+    ``alone``, and whether keys and values are kept at 8 bits: by engines of one name
+    and version on one kind of device, equal forms give equal bits. With ``is_async`` a
+    step goes on while the host does something else.
     """
 
     name: str
@@ -257,9 +258,10 @@ def number(saved: Arrays, name: str) -> int:
     return count
 
 
-def form_name(dense: bool, alone: bool) -> str:
+def form_name(dense: bool, alone: bool, kv_bits: int | None = None) -> str:
     """A form that a model computes in; see ``Engine.compute``."""
-    return ("dense" if dense else "quantized") + ", alone" * alone
+    words = ["dense" if dense else "quantized", *["alone"] * alone]
+    return ", ".join(words if kv_bits is None else [*words, KV_AT_8])
 
 
 def codec_bytes(config: MimiConfig) -> tuple[int, int]:

@@ -4,6 +4,9 @@ The window follows NVIDIA's PersonaPlex (``modules/transformer.py``), whose ring
 ``context`` slots hides one slot once it is full: ``context - 1`` keys are visible,
 counted back from the last position written. When positions are written in blocks (the
 codec brings two latents a frame), the earlier ones of a block therefore see fewer.
+
+At 8 bits each vector is rounded once, when it is written, and all that attends to it
+reads what was kept.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -19,8 +22,13 @@ import numpy as np
 from pplex.model.rotary import rotate
 
 GROWTH = 256  # slots a cache grows by
+SMALLEST = 1e-30  # scale by which is divided
 
 Mask = mx.array | str | None
+
+# Keys, or values, of a layer: an array, or words uint32 of four numbers and the scales
+# float32 of vectors, both (..., numbers), at 8 bits.
+Kept = mx.array | tuple[mx.array, mx.array]
 
 
 class Cache(Protocol):
@@ -44,17 +52,22 @@ class KvCache:
     ``window`` is the number of positions kept, ``block`` how many positions arrive at
     a time in streaming use, ``end`` how many were written since the start, ``said`` of
     these, how many after a prompt. Arrays are ``(batch, heads, slots, head_dim)``;
-    position ``p`` lies in slot ``p % window``.
+    position ``p`` lies in slot ``p % window``. With ``bits`` 8 there are two arrays for
+    each, of all layers those of words first: see ``Kept``.
     """
 
-    def __init__(self, num_layers: int, window: int, block: int = 1) -> None:
+    def __init__(
+        self, num_layers: int, window: int, block: int = 1, bits: int | None = None
+    ) -> None:
         self.window = window
         self.block = block
+        self.bits = bits
         self.end = self.said = 0
         self.num_layers = num_layers
         self._expected = 0
-        self._keys: list[mx.array | None] = [None] * num_layers
-        self._values: list[mx.array | None] = [None] * num_layers
+        count = num_layers if bits is None else 2 * num_layers
+        self._keys: list[mx.array | None] = [None] * count
+        self._values: list[mx.array | None] = [None] * count
 
     def copy(self) -> KvCache:
         """A cache with the same contents that can go its own way."""
@@ -70,8 +83,8 @@ class KvCache:
 
     def put(self, arrays: Sequence[mx.array]) -> None:
         """Take over arrays, in the order of ``arrays()``."""
-        self._keys[:] = arrays[: self.num_layers]
-        self._values[:] = arrays[self.num_layers :]
+        half = len(arrays) // 2
+        self._keys[:], self._values[:] = arrays[:half], arrays[half:]
 
     def reserve(self, room: int) -> None:
         """Have room for ``room`` more positions from now on, or the window.
@@ -112,23 +125,35 @@ class KvCache:
         heads = qkv.shape[1] // 3
         rotated = self.rotate(qkv[:, : 2 * heads], max_period)
         keys, values = self.update(layer, rotated[:, heads:], qkv[:, 2 * heads :])
-        return scaled_attention(rotated[:, :heads], keys, values, mask)
+        return self.read(rotated[:, :heads], keys, values, mask)
+
+    def read(self, q: mx.array, keys: Kept, values: Kept, mask: Mask) -> mx.array:
+        """Attention of queries (batch, heads, t, head_dim) to all that is kept."""
+        keys, values = (written_out(kept, q.dtype) for kept in (keys, values))
+        return scaled_attention(q, keys, values, mask)
 
     def rotate(self, x: mx.array, max_period: float) -> mx.array:
         """``x`` (batch, heads, t, head_dim) turned by the next ``t`` positions."""
         return rotate(x, max_period, self.end)
 
-    def update(
-        self, layer: int, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[Kept, Kept]:
         """Add new positions ``(batch, heads, t, head_dim)``; all visible ones.
 
         ``advance`` must follow once every layer has been updated.
         """
-        t = keys.shape[2]
         return (
-            self._update(self._keys, layer, keys, t),
-            self._update(self._values, layer, values, t),
+            self._keep(self._keys, layer, keys),
+            self._keep(self._values, layer, values),
+        )
+
+    def _keep(self, store: list[mx.array | None], layer: int, new: mx.array) -> Kept:
+        t = new.shape[2]
+        if self.bits is None:
+            return self._update(store, layer, new, t)
+        words, scales = quantize_vectors(new)
+        return (
+            self._update(store, layer, words, t),
+            self._update(store, layer + self.num_layers, scales, t),
         )
 
     def advance(self, t: int) -> None:
@@ -207,6 +232,35 @@ def _visible_behind(end: int, t: int, window: int, block: int) -> mx.array:
     """
     keys = np.arange(end - min(end, window), end + t)
     return mx.array(_visible(np.arange(end, end + t), keys, window, block))
+
+
+def quantize_vectors(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Vectors (..., width) at 8 bits: words (..., width / 4), scales (..., 1).
+
+    A number is its byte less 128, times the scale.
+    """
+    x = x.astype(mx.float32)
+    scales = mx.abs(x).max(axis=-1, keepdims=True) / 127
+    whole = mx.round(x / mx.maximum(scales, SMALLEST)) + 128
+    return whole.astype(mx.uint8).view(mx.uint32), scales
+
+
+def written_out(kept: Kept, dtype: mx.Dtype) -> mx.array:
+    """Vectors (..., width) as numbers."""
+    if isinstance(kept, mx.array):
+        return kept
+    return mx.dequantize(kept[0], **as_mlx(kept)).astype(dtype)
+
+
+def as_mlx(kept: tuple[mx.array, mx.array]) -> dict[str, Any]:
+    """What MLX's functions are to know of words."""
+    words, scales = kept
+    return {
+        "scales": scales,
+        "biases": -128 * scales,
+        "group_size": 4 * words.shape[-1],
+        "bits": 8,
+    }
 
 
 def scaled_attention(

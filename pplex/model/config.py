@@ -8,10 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from pplex.errors import PplexError
+
 # Prompt constants of the published codec: eight codes of a silent agent frame and of a
 # user frame that holds a sine tone.
 SILENCE_CODES = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
 SINE_CODES = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
+
+KV_WIDTHS = 32, 64, 128  # of heads, of which MLX multiplies quantized keys
 
 TEXT_EPAD = 0
 TEXT_PAD = 3
@@ -91,14 +95,6 @@ class LmConfig:
         """
         return self.dep_q - 1 if self.dep_q > 1 and not self.is_moshi else -1
 
-    def kv_bytes(self, positions: int, item_bytes: int) -> int:
-        """Bytes of a row's keys and values once it has been given ``positions``.
-
-        ``item_bytes`` is the size of a number; what has left the window takes nothing.
-        """
-        values = 2 * self.num_layers * self.dim
-        return min(positions, self.window) * values * item_bytes
-
 
 @dataclass(frozen=True)
 class SeanetConfig:
@@ -169,12 +165,35 @@ class MimiConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything ``config.json`` decides."""
+    """Everything ``config.json`` decides, and in how many bits keys are kept.
+
+    ``kv_bits`` is of keys and values alike: 8, or None for as they are computed.
+    """
 
     lm: LmConfig = field(default_factory=LmConfig)
     mimi: MimiConfig = field(default_factory=MimiConfig)
     silence_codes: tuple[int, ...] = SILENCE_CODES
     sine_codes: tuple[int, ...] = SINE_CODES
+    kv_bits: int | None = None
+
+    def with_kv_bits(self, bits: int | None) -> ModelConfig:
+        """The same model with keys and values in ``bits``; PplexError if it cannot."""
+        width = self.lm.dim // self.lm.num_heads
+        if bits is not None and width not in KV_WIDTHS:
+            raise PplexError(
+                f"keys and values of this model are {width} numbers wide, and only "
+                f"those of {', '.join(map(str, KV_WIDTHS))} are kept at {bits} bits: "
+                "leave out --kv-bits"
+            )
+        return replace(self, kv_bits=bits)
+
+    def kv_bytes(self, item_bytes: int) -> int:
+        """Bytes of the keys and values of a position, computed in ``item_bytes``."""
+        lm, scale_bytes = self.lm, 4
+        key = lm.dim * item_bytes
+        if self.kv_bits is not None:
+            key = lm.dim * self.kv_bits // 8 + lm.num_heads * scale_bytes
+        return 2 * lm.num_layers * key
 
     def as_moshi(self) -> ModelConfig:
         """The same sizes of Kyutai's Moshi."""

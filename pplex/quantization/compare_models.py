@@ -87,12 +87,16 @@ class Comparison:
 
 
 def compare_models(
-    a: LocalModel, b: LocalModel, recordings: Sequence[Path], settings: Settings
+    a: LocalModel,
+    b: LocalModel,
+    recordings: Sequence[Path],
+    settings: Settings,
+    kv_bits: int | None = None,
 ) -> Comparison:
     """Let A answer the recordings, force both through what came of it.
 
     Without recordings the user is silent for ten seconds. Only one model is in memory
-    at a time.
+    at a time. B keeps keys and values in ``kv_bits``.
     """
     model = load(a)
     config = model.config
@@ -103,7 +107,7 @@ def compare_models(
     del model
     gc.collect()
     mx.clear_cache()
-    model = load(b)
+    model = load(b, kv_bits=kv_bits)
     check_alike(config, model.config, b)
     tallies = compare_by_depth(kept, model.engine, scripts, settings.sampling)
     streams = sum(tallies, Tally(settings.sampling)).figures()

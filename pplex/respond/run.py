@@ -20,7 +20,7 @@ from pplex.conversation.script import Script, last_cue, lay_out, too_late, unsai
 from pplex.conversation.session import Model, load, warm_up
 from pplex.conversation.state import Opening, Saving, read_notes, read_state, state_of
 from pplex.conversation.tracks import cut
-from pplex.engine.base import Start
+from pplex.engine.base import KV_AT_8, Start
 from pplex.engine.choose import Compute
 from pplex.errors import PplexError
 from pplex.files import Place, put, put_new
@@ -59,6 +59,7 @@ class Config:
     raw: StreamFormat | None = None
     live: bool = False
     compute: Compute = "auto"
+    kv_bits: int | None = None
     check: Check | None = None
 
 
@@ -321,11 +322,15 @@ def load_model(
         config.model_name, offline=config.offline, progress=report.shows_bars
     )
     report.loading(local)
-    compute = config.compute
-    if compute == "auto" and resume is not None:
+    compute, kv_bits = config.compute, config.kv_bits
+    if resume is not None:
         forms: dict[str, Compute] = {"dense": "dense", "quantized": "quantized"}
-        compute = forms.get(read_notes(resume).compute, "alone")
-    model = load(local, compute=compute, live=live, many=many)
+        form = read_notes(resume).compute
+        if kv_bits is None and form.endswith(KV_AT_8):
+            kv_bits = 8
+        if compute == "auto":
+            compute = forms.get(form.removesuffix(f", {KV_AT_8}"), "alone")
+    model = load(local, compute=compute, kv_bits=kv_bits, live=live, many=many)
     report.computing(str(model.form))
     return model
 

@@ -87,6 +87,7 @@ class Config:
     offline: bool
     overwrite: bool
     compute: Compute = "auto"
+    kv_bits: int | None = None
     batch_size: int | None = None
     folder: Path | None = None
 
@@ -403,7 +404,8 @@ def _load(config: Config, report: Report) -> tuple[Model, Model]:
     for local in found:
         if local.path not in loaded:
             report.loading(local)
-            model = load(local, compute=config.compute, many=True)
+            form = config.compute, config.kv_bits
+            model = load(local, compute=form[0], kv_bits=form[1], many=True)
             report.computing(str(model.form))
             loaded[local.path] = model
     return loaded[found[0].path], loaded[found[1].path]

@@ -186,6 +186,18 @@ def test_compare_prints_a_table_json_and_a_plot(run, tiny, four, tmp_path, data)
     assert json.loads(result.stdout)["mean_kl"] > 0
 
 
+def test_keys_and_values_at_8_bits_say_almost_the_same(run, data):
+    wav = data / "respond" / "user_c.wav"
+    found = []
+    line = "models", "compare", "mini", "mini", wav, "--seconds", 2
+    for options in (), ("--kv-bits", 8):
+        result = run(*line, "--json", *options)
+        found.append(json.loads(result.stdout))
+    same, kept = found
+    assert same["mean_kl"] == 0 < kept["mean_kl"] < 1e-4
+    assert min(stream["top1"] for stream in kept["streams"]) > 0.99
+
+
 def test_sensitivity_writes_what_mixed_reads(run, tiny, tmp_path):
     path = tmp_path / "parts.json"
     result = run("models", "sensitivity", tiny, "-o", path, "--seconds", "0.4")

@@ -27,6 +27,7 @@ from pplex.model.streams import NOT_FORCED
 class Form:
     """How the weights of a model lie in its files, and its depformer's steps there.
 
+    And how keys and values are kept, which is the engine's.
     ``temporal`` and ``depformer`` are bits and group size; 16 and 32 bits are floats.
     """
 
@@ -34,16 +35,19 @@ class Form:
     temporal: tuple[int, int]
     depformer: tuple[int, int]
     dep_q: int
+    kv_bits: int | None = None
 
     def __str__(self) -> str:
         """The name of a test's case."""
         forms = dict.fromkeys(f"{b}-{g}" for b, g in (self.temporal, self.depformer))
-        return f"{self.layout} {'+'.join(forms)} q{self.dep_q}"
+        kept = "" if self.kv_bits is None else f" kv{self.kv_bits}"
+        return f"{self.layout} {'+'.join(forms)} q{self.dep_q}{kept}"
 
     @property
     def config(self) -> ModelConfig:
         """The sizes of the model."""
-        return replace(TINY, lm=replace(TINY.lm, context=32, dep_q=self.dep_q))
+        config = replace(TINY, lm=replace(TINY.lm, context=32, dep_q=self.dep_q))
+        return config.with_kv_bits(self.kv_bits)
 
     def files(self) -> dict[str, Arrays]:
         """The language model's tensors by file."""
@@ -70,7 +74,7 @@ FORMS = [
     Form("pytorch", (16, 1), (16, 1), 16),
     Form("mlx", (8, 32), (8, 32), 16),
     Form("pytorch", (4, 64), (4, 64), 8),
-    Form("mlx-split", (4, 32), (8, 64), 16),
+    Form("mlx-split", (4, 32), (8, 64), 16, kv_bits=8),
 ]
 
 

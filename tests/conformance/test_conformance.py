@@ -31,6 +31,7 @@ from cases import (
 from engines import AS_IF, NAMES, Engine, Logits, Start, compute_on, make
 from small import SharedSteps, check_live, check_saved_conversations, check_saved_rows
 
+from pplex.model.cache import KvCache
 from pplex.model.lm import Lm
 from pplex.model.prompt import Prompt
 from pplex.model.sampling import (
@@ -50,7 +51,17 @@ RUNS = ["a_pt_voice_text", "b_wav_voice_no_text", "c_pt_voice_tagged_text"]
 # root mean square of these, by the type of the engine's activations. Found with the
 # forms here: 1.0e-5 at most by compiled code and 5.7e-6 by MLX, of the depformer and
 # weights of 8 bits; 0.36 by MLX with everything in bfloat16, of the same.
+# With keys and values at 8 bits the least difference rounds a number here and there to
+# its neighbour: 0.0011; that they are rounded at all makes 0.02.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 0.5}
+TOLERANCE_AT_8 = 4e-3
+
+
+def tolerance_of(engine: Engine) -> float:
+    """The largest relative difference of an engine's logits."""
+    tolerance = TOLERANCE[engine.dtype]
+    at_8 = engine.config.kv_bits is not None
+    return max(tolerance, TOLERANCE_AT_8) if at_8 else tolerance
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -108,7 +119,9 @@ def specified(checkpoint: Checkpoint, prompt: Prompt, columns: np.ndarray) -> Lo
     x = lm.embed(mx.array(grid[None, :, saved:-1]))
     if saved:
         x = mx.concatenate([mx.array(prompt.embeddings[None]), x], axis=1)
-    positions = lm.temporal(x, lm.make_cache())[0, prompt.columns.shape[1] - 1 :]
+    config, bits = lm.config, checkpoint.config.kv_bits
+    cache = KvCache(config.num_layers, config.window, bits=bits)
+    positions = lm.temporal(x, cache)[0, prompt.columns.shape[1] - 1 :]
     hidden, text = lm.head(positions)
     agent: list[mx.array] = []
     targets = mx.array(columns[: lm.config.num_agent_streams].T)
@@ -130,8 +143,8 @@ def forced(engine: Engine, prompt: Prompt, columns: np.ndarray) -> Logits:
 
 
 def assert_close(engine: Engine, found: Logits, expected: Logits) -> None:
-    assert relative(found.text, expected.text) < TOLERANCE[engine.dtype]
-    assert relative(found.agent, expected.agent) < TOLERANCE[engine.dtype]
+    assert relative(found.text, expected.text) < tolerance_of(engine)
+    assert relative(found.agent, expected.agent) < tolerance_of(engine)
 
 
 @functools.cache
@@ -274,7 +287,7 @@ def assert_specified(
             None if noise is None else noise[free],
             temp,
             top_k,
-            TOLERANCE[engine.dtype],
+            tolerance_of(engine),
         )
 
 
@@ -387,7 +400,7 @@ def test_inputs_are_the_specifications(engine, checkpoint):
     found = engine.embed(columns)
     assert found.dtype == np.float32
     expected = np.array(specification(checkpoint).embed(mx.array(columns[None]))[0])
-    assert relative(found, expected) < TOLERANCE[engine.dtype]
+    assert relative(found, expected) < tolerance_of(engine)
     assert not found[3].any()
 
 
@@ -402,7 +415,7 @@ def test_recorded_logits(recorded_engine):
         parts.append(forced(engine, prompt, run["forced"][end - 1, :, None]))
     text = np.concatenate([part.text for part in parts])
     agent = np.concatenate([part.agent for part in parts])
-    tolerance = 5 * TOLERANCE[engine.dtype]  # NVIDIA's own rounding is in it
+    tolerance = 5 * tolerance_of(engine)  # NVIDIA's own rounding is in it
     assert relative(text, run["text_logits"][1:]) < tolerance
     best = np.take_along_axis(agent, run["depformer_top4_ids"][1:], axis=-1)
     assert relative(best, run["depformer_top4_values"][1:]) < tolerance
@@ -445,7 +458,7 @@ def test_recorded_runs_side_by_side(recorded_engine, tiny_model):
         # Its last column is not known whole: the codes of a frame lie in two columns.
         grid = shift(run["output"], lm.delays[agent], columns[0])[:, 1:]
         grid = np.concatenate([grid, user[:, :-1]])
-        tolerance = 5 * TOLERANCE[engine.dtype]
+        tolerance = 5 * tolerance_of(engine)
         text = forced(engine, prompt, grid).text
         assert relative(text, run["text_logits"][:-1]) < tolerance
 

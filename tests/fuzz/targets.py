@@ -239,7 +239,7 @@ def _is_small(config: ModelConfig) -> bool:
     lm = published_matrices(config.lm, config.lm.dep_q, config.lm.dep_q)
     sizes = list(published_shapes(config.mimi).values())
     sizes += [matrix.shape for matrix in lm]
-    memory = config.lm.kv_bytes(config.lm.context, 4)
+    memory = config.lm.context * config.kv_bytes(4)
     return sum(map(math.prod, sizes)) < 5_000_000 and memory < 1 << 28
 
 

@@ -26,6 +26,7 @@ from pplex.engine.base import (
     Logits,
     Start,
     codec_bytes,
+    form_name,
     restored,
     save_place,
 )
@@ -76,8 +77,8 @@ class CEngine:
         ValueError where the libraries are missing.
         """
         self.config = config
-        self.compute = "quantized" if lm.forms else "dense"
-        self.lm = CompiledLm(config.lm, lm)
+        self.compute = form_name(not lm.forms, False, config.kv_bits)
+        self.lm = CompiledLm(config.lm, lm, config.kv_bits)
         self.codec: Codec = CCodec(config.mimi, codec, self.lm.threads)
 
     def prefill(self, prompt: Prompt) -> Start:
@@ -140,7 +141,7 @@ def _cost(config: ModelConfig, matrices: int, tables: int) -> Cost:
     codec, codec_state = codec_bytes(config.mimi)
     return Cost(
         step=matrices,
-        position=config.lm.kv_bytes(1, 4),
+        position=config.kv_bytes(4),
         codec=codec,
         codec_state=codec_state,
         codec_work=0,  # 14 MB a thread for the published codec
@@ -246,8 +247,13 @@ class CRows:
 class CompiledLm:
     """A language model's weights as the compiled code reads them."""
 
-    def __init__(self, config: LmConfig, tensors: LmTensors) -> None:
-        """Pack the matrices one after another, taking them out of ``tensors``."""
+    def __init__(
+        self, config: LmConfig, tensors: LmTensors, kv_bits: int | None = None
+    ) -> None:
+        """Pack the matrices one after another, taking them out of ``tensors``.
+
+        Keys and values are kept in float32, or at 8 bits.
+        """
         library = load_library("lm")
         if library is None:
             raise ValueError("the compiled language model is missing")
@@ -277,6 +283,7 @@ class CompiledLm:
             dep_layers=config.depformer_num_layers,
             dep_hidden=config.depformer_hidden_dim,
             threads=1,
+            kv_bits=kv_bits or 32,
             text_emb=self._table("text_emb"),
             audio_emb=self._table("audio_emb"),
             dep_text_emb=self._table("depformer.text_emb"),
@@ -309,7 +316,7 @@ class CompiledLm:
 
     def make_cache(self) -> RowCache:
         """An empty cache for the temporal transformer."""
-        return RowCache(self.config, self._pool)
+        return RowCache(self.config, self._pool, at_8=self._model.kv_bits == 8)
 
     def embed(self, columns: np.ndarray) -> np.ndarray:
         """Inputs float32 (t, dim) of columns (t, streams): the sums of their rows."""

@@ -47,6 +47,7 @@ typedef struct {
   int32_t hiding_step;  /* the depformer step that does not see the first; -1: none */
   int32_t dep_dim, dep_heads, dep_layers, dep_hidden;
   int32_t threads;  /* that make a step together, at most */
+  int32_t kv_bits;  /* 32 or 8, of keys and values that are kept */
   Table text_emb, audio_emb, dep_text_emb, dep_audio_emb;
   const Layer *temporal;  /* layers */
   const float *out_norm;
@@ -64,7 +65,10 @@ typedef struct {
 /* A row's keys (layers, heads, slots / LANES, head_dim, LANES) and values (layers,
    heads, slots, head_dim padded to LANES); how many positions it has; where else its
    first ones are, a multiple of LANES, and are read for several rows; the angles of the
-   next; the key of this frame's noise. */
+   next; the key of this frame's noise.
+
+   At 8 bits a vector is bytes after a scale, by which each is to be multiplied: a block
+   of LANES begins with their scales. So it takes `kept_width` floats of memory. */
 typedef struct {
   float *keys, *values;
   int64_t slots, end;
@@ -78,9 +82,15 @@ typedef struct {
 typedef struct {
   const float *keys, *values, *first_keys, *first_values;
   long num_first;
+  int bits;
 } Past;
 
 static long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
+
+static long kept_width(long n, int bits) { return bits == 8 ? 1 + n / 4 : n; }
+
+/* The bytes after the scales of a block at 8 bits. */
+static const int8_t *bytes_of(const float *block) { return (const int8_t *)(block + LANES); }
 
 static const float LEAST_UNIFORM = 0x1p-33f;  /* as in pplex/model/sampling.py */
 static const float MOST_GUMBEL = 17;  /* -log(-log(1 - 2^-24)) is 16.6 */

@@ -353,9 +353,30 @@ TARGET static void NAME(rotate)(long head_dim, float *x, const float *cosines,
   }
 }
 
+/* One of a head's vectors at 8 bits: its scale, and bytes that are `apart`. */
+TARGET static void NAME(remember_bytes)(long n, const float *x, float *scale, int8_t *to,
+                                        long apart) {
+  const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to whole numbers */
+  float most = 0;
+  for (long d = 0; d < n; d++) most = fabsf(x[d]) > most ? fabsf(x[d]) : most;
+  float times = most > 0 ? 127 / most : 0;
+  *scale = most / 127;
+  for (long d = 0; d < n; d++) to[d * apart] = (int8_t)(x[d] * times + round - round);
+}
+
 /* Keys and values of one head: `slot` from a position's own. */
 TARGET static void NAME(remember)(long head_dim, long slot, const float *key,
-                                  const float *value, float *keys, float *values) {
+                                  const float *value, float *keys, float *values,
+                                  int bits) {
+  if (bits == 8) {
+    long first = slot / LANES * LANES, lane = slot % LANES;
+    float *block = keys + first * kept_width(head_dim, 8);
+    NAME(remember_bytes)(head_dim, key, block + lane, (int8_t *)(block + LANES) + lane, LANES);
+    block = values + first * kept_width(head_dim, 8);
+    NAME(remember_bytes)(head_dim, value, block + lane,
+                         (int8_t *)(block + LANES) + lane * head_dim, 1);
+    return;
+  }
   float *place = keys + slot / LANES * head_dim * LANES + slot % LANES;
   for (long d = 0; d < head_dim; d++) place[d * LANES] = key[d];
   long width = padded(head_dim);
@@ -365,11 +386,25 @@ TARGET static void NAME(remember)(long head_dim, long slot, const float *key,
 
 /* Scores of the slots of whole blocks from `slot` to `end`. */
 INLINE void NAME(score)(long head_dim, long slot, long end, float scale, const float *q,
-                        const float *keys, float *weights) {
+                        const float *keys, int bits, float *weights) {
   for (; slot < end; slot += LANES) {
     vec even[PARTS] = {{0}}, odd[PARTS] = {{0}};
-    const float *block = keys + slot * head_dim;
+    const float *block = keys + slot * kept_width(head_dim, bits);
     long d = 0;
+    if (bits == 8) {
+      const int8_t *bytes = bytes_of(block);
+      for (; d < head_dim; d += 2) {
+        __builtin_prefetch(bytes + d * LANES + FAR);
+        for (int v = 0; v < PARTS; v++) {
+          even[v] += q[d] * NAME(load_bytes)(bytes + d * LANES + v * WIDTH);
+          odd[v] += q[d + 1] * NAME(load_bytes)(bytes + (d + 1) * LANES + v * WIDTH);
+        }
+      }
+      for (int v = 0; v < PARTS; v++) {
+        even[v] = (even[v] + odd[v]) * NAME(load)(block + v * WIDTH);
+        odd[v] = (vec){0};
+      }
+    }
     for (; d + 2 <= head_dim; d += 2) {
       __builtin_prefetch(block + d * LANES + FAR, 0, 2);
       __builtin_prefetch(block + (d + 1) * LANES + FAR, 0, 2);
@@ -385,14 +420,32 @@ INLINE void NAME(score)(long head_dim, long slot, long end, float scale, const f
   }
 }
 
-/* out += the values from `slot` to `end`, each times its weight; `count` vectors. */
-INLINE void NAME(mix)(long slot, long end, long width, int count, const float *weights,
-                      const float *values, vec *out) {
+/* out += the values from `slot` to `end`, each times its weight; `count` vectors, from
+   number `d` of each on. */
+INLINE void NAME(mix)(long slot, long end, long width, long d, int count,
+                      const float *weights, const float *values, int bits, vec *out) {
+  for (; bits == 8 && slot < end; slot++) {
+    const float *block = values + slot / LANES * LANES * kept_width(width, 8);
+    const int8_t *value = bytes_of(block) + slot % LANES * width + d;
+    for (int v = 0; v < count; v += 4 * PARTS) __builtin_prefetch(value + v * WIDTH + FAR);
+    for (int v = 0; v < count; v++)
+      out[v] += weights[slot] * NAME(load_bytes)(value + v * WIDTH);
+  }
   for (; slot < end; slot++) {
-    const float *value = values + slot * width;
+    const float *value = values + slot * width + d;
     for (int v = 0; v < count; v += PARTS) __builtin_prefetch(value + v * WIDTH + FAR, 0, 2);
     for (int v = 0; v < count; v++) out[v] += weights[slot] * NAME(load)(value + v * WIDTH);
   }
+}
+
+/* Weights of slots at 8 bits, from `slot` to `end`, times the scales of their values. */
+INLINE void NAME(rescale)(long slot, long end, long width, const float *values,
+                          float *weights) {
+  for (; slot < end; slot += LANES)
+    for (int v = 0; v < LANES; v += WIDTH) {
+      const float *scales = values + slot * kept_width(width, 8) + v;
+      NAME(store)(weights + slot + v, NAME(load)(weights + slot + v) * NAME(load)(scales));
+    }
 }
 
 /* Attention of one head over the slots from `first` (0 or 1) to `filled`; y may be q. */
@@ -400,8 +453,8 @@ TARGET static void NAME(attend)(long head_dim, long first, long filled, const fl
                                 Past past, float *weights, float *y) {
   float scale = 1 / sqrtf((float)head_dim);
   long apart = past.num_first;
-  NAME(score)(head_dim, 0, apart, scale, q, past.first_keys, weights);
-  NAME(score)(head_dim, apart, filled, scale, q, past.keys, weights);
+  NAME(score)(head_dim, 0, apart, scale, q, past.first_keys, past.bits, weights);
+  NAME(score)(head_dim, apart, filled, scale, q, past.keys, past.bits, weights);
   float most = NAME(highest)(weights + first, filled - first);
   for (long slot = 0; slot < filled; slot += WIDTH)
     NAME(store)(weights + slot, NAME(exp)(NAME(load)(weights + slot) - most));
@@ -412,19 +465,24 @@ TARGET static void NAME(attend)(long head_dim, long first, long filled, const fl
     for (int v = 0; v < PARTS; v++) sums[v] += NAME(load)(weights + slot + v * WIDTH);
   float share = 1 / NAME(total)(sums);
   long width = padded(head_dim);
+  if (past.bits == 8) {
+    NAME(rescale)(0, apart, width, past.first_values, weights);
+    NAME(rescale)(apart, filled, width, past.values, weights);
+  }
   enum { AT_ONCE = 4 };
   for (long d = 0; d < width; d += AT_ONCE * WIDTH) {
     vec out[AT_ONCE] = {{0}};
     long left = head_dim - d;
-    const float *own = past.values + d, *shared = apart ? past.first_values + d : own;
+    const float *own = past.values, *shared = past.first_values;
+    long after = max_of(first, apart);
     if (width - d >= AT_ONCE * WIDTH) {
-      NAME(mix)(first, apart, width, AT_ONCE, weights, shared, out);
-      NAME(mix)(max_of(first, apart), filled, width, AT_ONCE, weights, own, out);
+      NAME(mix)(first, apart, width, d, AT_ONCE, weights, shared, past.bits, out);
+      NAME(mix)(after, filled, width, d, AT_ONCE, weights, own, past.bits, out);
     } else {
       for (int v = 0; v * WIDTH < width - d; v++) {
-        NAME(mix)(first, apart, width, 1, weights, shared + v * WIDTH, out + v);
-        NAME(mix)(max_of(first, apart), filled, width, 1, weights, own + v * WIDTH,
-                  out + v);
+        long from = d + v * WIDTH;
+        NAME(mix)(first, apart, width, from, 1, weights, shared, past.bits, out + v);
+        NAME(mix)(after, filled, width, from, 1, weights, own, past.bits, out + v);
       }
     }
     for (int v = 0; v < AT_ONCE && left > 0; v++, left -= WIDTH) {
@@ -479,7 +537,10 @@ TARGET static void NAME(attend_all)(Crew *crew, const Model *m, long l, long num
                                     const Room *room) {
   Widths w = widths_of(m);
   const Layer *layer = m->temporal + l;
-  long head_dim = m->dim / m->heads, head_padded = padded(head_dim);
+  long head_dim = m->dim / m->heads;
+  int bits = m->kv_bits;
+  long key_width = kept_width(head_dim, bits);
+  long value_width = kept_width(padded(head_dim), bits);
   NAME(norm_all)(crew, layer->norm1, num_rows, m->dim, x, l > 0, y, w.dim);
   NAME(product)(crew, &layer->in_proj, num_rows, y, w.dim, qkv, w.qkv, room);
   meet(crew, MANY);
@@ -494,14 +555,14 @@ TARGET static void NAME(attend_all)(Crew *crew, const Model *m, long l, long num
       NAME(rotate)(head_dim, key, row->cosines, row->sines);
       long slot = row->end % m->window, head = l * m->heads + h;
       long filled = row->end < m->window ? row->end + 1 : m->window;
-      float *keys = row->keys + head * row->slots * head_dim;
-      float *values = row->values + head * row->slots * head_padded;
-      Past past = {keys, values, row->first_keys, row->first_values, row->num_first};
+      float *keys = row->keys + head * row->slots * key_width;
+      float *values = row->values + head * row->slots * value_width;
+      Past past = {keys, values, row->first_keys, row->first_values, row->num_first, bits};
       if (past.num_first) {
-        past.first_keys += head * row->first_slots * head_dim;
-        past.first_values += head * row->first_slots * head_padded;
+        past.first_keys += head * row->first_slots * key_width;
+        past.first_values += head * row->first_slots * value_width;
       }
-      NAME(remember)(head_dim, slot, key, value, keys, values);
+      NAME(remember)(head_dim, slot, key, value, keys, values, bits);
       NAME(attend)(head_dim, 0, filled, q, past, room->own, q);
     }
   }
@@ -715,8 +776,8 @@ TARGET static void NAME(step)(Crew *crew, void *what) {
         float *key = q + m->dep_dim, *value = key + m->dep_dim;
         float *keys = dep_keys + at * dep_keys_size + h * slots * dep_head;
         float *values = dep_values + at * dep_values_size + h * slots * dep_padded;
-        Past past = {.keys = keys, .values = values};
-        NAME(remember)(dep_head, s, key, value, keys, values);
+        Past past = {.keys = keys, .values = values, .bits = 32};
+        NAME(remember)(dep_head, s, key, value, keys, values, past.bits);
         NAME(attend)(dep_head, hide_first, s + 1, q, past, room.own, q);
       }
       meet(crew, MANY);

@@ -109,17 +109,19 @@ class RowCache:
     _keys: np.ndarray
     _values: np.ndarray
 
-    def __init__(self, config: LmConfig, pool: Pool) -> None:
-        """An empty cache for the temporal transformer.
+    def __init__(self, config: LmConfig, pool: Pool, *, at_8: bool = False) -> None:
+        """An empty cache for the temporal transformer, in float32 or at 8 bits.
 
-        Of ``pool`` is the memory of copies whose size is known: it may take longer to
-        get than a frame, and is faster to read.
+        Arrays of bytes are float32 as well, whatever that says. Of ``pool`` is the
+        memory of copies whose size is known: it may take longer to get than a frame,
+        and is faster to read.
         """
         self.window, self.end = config.window, 0
         self._pool, self._is_pooled = pool, False
         self._max_period = config.max_period
         self._layers, self._heads = config.num_layers, config.num_heads
         self._head_dim = config.dim // config.num_heads
+        self._at_8 = at_8
         self._slots = 0
         self._source: RowCache | None = None
         self._num_first = 0
@@ -215,8 +217,8 @@ class RowCache:
         keys: np.ndarray = memory[:num_keys].reshape(key_shape)
         values: np.ndarray = memory[num_keys:count].reshape(value_shape)
         if self.end:
-            held = min(self.end, self.window)
-            blocks = -(-held // LANES)
+            blocks = -(-min(self.end, self.window) // LANES)
+            held = blocks * LANES
             keys[:, :, :blocks] = self._keys[:, :, :blocks]
             values[:, :, :held] = self._values[:, :, :held]
         self._slots, self._memory = size, memory
@@ -224,9 +226,14 @@ class RowCache:
         self._places = keys.ctypes.data, values.ctypes.data
 
     def _shapes(self, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Those of keys and of values of ``size`` slots, a multiple of ``LANES``."""
+        """Those of keys and of values of ``size`` slots, a multiple of ``LANES``.
+
+        At 8 bits a scale and four numbers in place of one: see ``Row`` in lm.c.
+        """
         layers, heads, width = self._layers, self._heads, self._head_dim
         padded = -(-width // LANES) * LANES
+        if self._at_8:
+            width = padded = 1 + width // 4
         keys = layers, heads, size // LANES, width, LANES
         return keys, (layers, heads, size, padded)
 

@@ -13,6 +13,8 @@ typedef vec NAME(loose) __attribute__((aligned(4)));
 typedef uint16_t NAME(shorts)
     __attribute__((vector_size(VECTOR_BYTES / 2), may_alias, aligned(2)));
 typedef ints NAME(loose_ints) __attribute__((aligned(4)));
+typedef int8_t NAME(bytes)
+    __attribute__((vector_size(VECTOR_BYTES / 4), may_alias, aligned(1)));
 
 INLINE vec NAME(splat)(float x) { return x - (vec){0}; }
 
@@ -21,6 +23,17 @@ INLINE vec NAME(load)(const float *x) { return *(const NAME(loose) *)x; }
 INLINE ints NAME(load_ints)(const int32_t *x) { return *(const NAME(loose_ints) *)x; }
 
 INLINE void NAME(store)(float *to, vec x) { *(NAME(loose) *)to = x; }
+
+/* float32 of bytes: GCC 12 converts them one by one. */
+INLINE vec NAME(load_bytes)(const int8_t *x) {
+#if VECTOR_BYTES == 64
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+#elif VECTOR_BYTES == 32
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+#else
+  return __builtin_convertvector(*(const NAME(bytes) *)x, vec);
+#endif
+}
 
 /* float32 of bfloat16. */
 INLINE vec NAME(load_bfloat16)(const uint16_t *x) {

@@ -40,7 +40,7 @@ class Layer(ctypes.Structure):
 _SIZES = (
     *("dim", "heads", "layers", "hidden", "window", "text_card", "card", "streams"),
     *("steps", "hiding_step", "dep_dim", "dep_heads", "dep_layers", "dep_hidden"),
-    "threads",
+    *("threads", "kv_bits"),
 )
 
 

@@ -1,6 +1,8 @@
 // Attention of a batch of rows over the ring that all share.
 
-constexpr int LANES = HEAD_DIM / 8, TOGETHER = 32 / LANES;  // lanes for a position
+using Vectors = Kept<KV_BITS, HEAD_DIM>;
+constexpr int PER = Vectors::PER, LANES = Vectors::LANES;  // lanes for a position
+constexpr int TOGETHER = 32 / LANES;
 
 struct Attention : Scratch {
   float head[3 * HEAD_DIM];
@@ -8,20 +10,12 @@ struct Attention : Scratch {
   float scores[WINDOW];
 };
 
-__device__ inline void unpack(uint4 w, float (&v)[8]) {
-  unsigned u[4] = {w.x, w.y, w.z, w.w};
-  for (int i = 0; i < 4; i++) {
-    v[2 * i] = low(u[i]);
-    v[2 * i + 1] = high(u[i]);
-  }
-}
-
 // One new position of row blockIdx.y, head blockIdx.x. Its keys and values are written
 // to `slot` of the ring (rows, heads, capacity, head_dim); those said before lie in the
 // slots before it, newest first. What came before them is in `parts`, from
 // attend_prompts.cu. `rows`: see `attend_rows` in rows.py.
-extern "C" __global__ void attend(const bf16* qkv, bf16* keys, bf16* values,
-                                  const float* parts, const int* rows,
+extern "C" __global__ void attend(const bf16* qkv, void* keys, void* key_scales,
+                                  void* values, void* value_scales, const float* parts, const int* rows,
                                   const float* frequencies, bf16* y, int slot,
                                   int capacity) {
   extern __shared__ __align__(16) char memory[];
@@ -29,8 +23,8 @@ extern "C" __global__ void attend(const bf16* qkv, bf16* keys, bf16* values,
   int head = blockIdx.x, row = blockIdx.y, heads = gridDim.x, t = threadIdx.x;
   int position = rows[4 * row], said = position - rows[4 * row + 1];
   int visible = min(said + 1, WINDOW);
-  size_t in_ring = ((size_t)row * heads + head) * capacity * HEAD_DIM;
-  bf16 *k = keys + in_ring, *v = values + in_ring;
+  size_t in_ring = ((size_t)row * heads + head) * capacity;
+  Vectors k(keys, key_scales, in_ring), v(values, value_scales, in_ring);
   const bf16* base = qkv + ((size_t)row * 3 * heads + head) * HEAD_DIM;
   constexpr int PAIRS = HEAD_DIM / 2;
   for (int i = t; i < 2 * PAIRS; i += THREADS) {
@@ -39,34 +33,26 @@ extern "C" __global__ void attend(const bf16* qkv, bf16* keys, bf16* values,
     float re = to_float(p[0]), im = to_float(p[1]), sine, cosine;
     sincosf((float)position * frequencies[pair], &sine, &cosine);
     float a = re * cosine - im * sine, b = re * sine + im * cosine;
-    if (key) {
-      bf16 a16 = to_bf16(a), b16 = to_bf16(b);
-      k[(size_t)slot * HEAD_DIM + 2 * pair] = a16;
-      k[(size_t)slot * HEAD_DIM + 2 * pair + 1] = b16;
-      a = to_float(a16), b = to_float(b16);
-    } else {
-      float scale = rsqrtf((float)HEAD_DIM);
-      a *= scale, b *= scale;
-    }
-    sh.head[key * HEAD_DIM + 2 * pair] = a;
-    sh.head[key * HEAD_DIM + 2 * pair + 1] = b;
+    float scale = key ? 1 : rsqrtf((float)HEAD_DIM);
+    sh.head[key * HEAD_DIM + 2 * pair] = a * scale;
+    sh.head[key * HEAD_DIM + 2 * pair + 1] = b * scale;
   }
-  for (int d = t; d < HEAD_DIM; d += THREADS) {
-    bf16 value = base[(size_t)2 * heads * HEAD_DIM + d];
-    v[(size_t)slot * HEAD_DIM + d] = value;
-    sh.head[2 * HEAD_DIM + d] = to_float(value);
-  }
+  for (int d = t; d < HEAD_DIM; d += THREADS)
+    sh.head[2 * HEAD_DIM + d] = to_float(base[(size_t)2 * heads * HEAD_DIM + d]);
+  __syncthreads();
+  if (t / 32 == 0) k.put(slot, sh.head + HEAD_DIM, true);
+  if (t / 32 == 1) v.put(slot, sh.head + 2 * HEAD_DIM, true);
   __syncthreads();
   int lane = t % 32, part = lane % LANES, first = t / 32 * TOGETHER + lane / LANES;
   constexpr int STRIDE = WARPS * TOGETHER, U = 4;
-  auto load = [&](const bf16* from, int age) {
+  auto load = [&](const Vectors& from, int age) {
     int j = slot - age;
-    return __ldcg((const uint4*)(from + (j < 0 ? j + capacity : j) * HEAD_DIM + part * 8));
+    return from.load(j < 0 ? j + capacity : j, part);
   };
-  float q[8], most = LOWEST;
-  for (int i = 0; i < 8; i++) q[i] = sh.head[part * 8 + i];
+  float q[PER], most = LOWEST;
+  for (int i = 0; i < PER; i++) q[i] = sh.head[part * PER + i];
   for (int begin = 0; begin < visible; begin += U * STRIDE) {
-    uint4 w[U];
+    Vectors::Part w[U];
 #pragma unroll
     for (int u = 0; u < U; u++) {
       int age = begin + u * STRIDE + first;
@@ -75,12 +61,15 @@ extern "C" __global__ void attend(const bf16* qkv, bf16* keys, bf16* values,
 #pragma unroll
     for (int u = 0; u < U; u++) {
       int age = begin + u * STRIDE + first;
-      float x[8], dot = 0;
-      if (age == 0)
-        for (int i = 0; i < 8; i++) x[i] = sh.head[HEAD_DIM + part * 8 + i];
-      else
-        unpack(w[u], x);
-      for (int i = 0; i < 8; i++) dot += q[i] * x[i];
+      float x[PER], dot = 0;
+      if (age == 0) {
+        for (int i = 0; i < PER; i++) x[i] = sh.head[HEAD_DIM + part * PER + i];
+        w[u].scale = 1;
+      } else {
+        Vectors::unpack(w[u], x);
+      }
+      for (int i = 0; i < PER; i++) dot += q[i] * x[i];
+      dot *= w[u].scale;
       for (int i = 1; i < LANES; i *= 2) dot += __shfl_xor_sync(~0u, dot, i);
       if (age < visible) {
         if (part == 0) sh.scores[age] = dot;
@@ -89,9 +78,9 @@ extern "C" __global__ void attend(const bf16* qkv, bf16* keys, bf16* values,
     }
   }
   most = block_max(sh, most);
-  float acc[8] = {0}, sum = 0;
+  float acc[PER] = {0}, sum = 0;
   for (int begin = 0; begin < visible; begin += U * STRIDE) {
-    uint4 w[U];
+    Vectors::Part w[U];
 #pragma unroll
     for (int u = 0; u < U; u++) {
       int age = begin + u * STRIDE + first;
@@ -101,19 +90,22 @@ extern "C" __global__ void attend(const bf16* qkv, bf16* keys, bf16* values,
     for (int u = 0; u < U; u++) {
       int age = begin + u * STRIDE + first;
       if (age >= visible) continue;
-      float x[8], p = expf(sh.scores[age] - most);
+      float x[PER], p = expf(sh.scores[age] - most);
       sum += p;
-      if (age == 0)
-        for (int i = 0; i < 8; i++) x[i] = sh.head[2 * HEAD_DIM + part * 8 + i];
-      else
-        unpack(w[u], x);
-      for (int i = 0; i < 8; i++) acc[i] += p * x[i];
+      if (age == 0) {
+        for (int i = 0; i < PER; i++) x[i] = sh.head[2 * HEAD_DIM + part * PER + i];
+      } else {
+        Vectors::unpack(w[u], x);
+        p *= w[u].scale;
+      }
+      for (int i = 0; i < PER; i++) acc[i] += p * x[i];
     }
   }
-  for (int i = 0; i < 8; i++)
+  for (int i = 0; i < PER; i++)
     for (int o = LANES; o < 32; o *= 2) acc[i] += __shfl_xor_sync(~0u, acc[i], o);
   if (lane < LANES)
-    for (int i = 0; i < 8; i++) sh.partial[t / 32 * HEAD_DIM + part * 8 + i] = acc[i];
+    for (int i = 0; i < PER; i++)
+      sh.partial[t / 32 * HEAD_DIM + part * PER + i] = acc[i];
   sum = block_sum(sh, part == 0 ? sum : 0.0f);
   // The prompt's share, unless it has left the window.
   const float* before = parts + ((size_t)row * heads + head) * (HEAD_DIM + 2);

@@ -11,7 +11,7 @@ import numpy as np
 
 from pplex.engine.cuda.rows import TILE, WIDTHS, attend_rows
 from pplex.engine.mlx.ring import Ring
-from pplex.model.cache import KvCache, Mask
+from pplex.model.cache import KvCache, Mask, written_out
 
 KEPT_PROMPTS = 8
 
@@ -25,9 +25,11 @@ class SharedCache:
 
     def __init__(self, like: KvCache, num_rows: int) -> None:
         """Empty rows; layers, heads, type and window are those of ``like``."""
-        self._ring = Ring(like, num_rows)
+        self._ring, self._bits = Ring(like, num_rows), like.bits
         self._prompts: list[KvCache] = []
         self._prompt_stores: list[mx.array] = []  # (prompts, heads, slots, head_dim)
+        # Of each layer keys and values in bfloat16, which many rows read at once.
+        self._shown: list[tuple[mx.array, mx.array]] = []
         # Of each row: positions it has had, how many of them its prompt has, and the
         # first that is still kept, the prompt's number.
         self._rows = np.zeros((num_rows, 4), np.int32)
@@ -41,7 +43,8 @@ class SharedCache:
         They are a prompt's: without one there is nothing to share.
         """
         array = like.arrays()[0]
-        is_known = array.dtype == mx.bfloat16 and array.shape[3] in WIDTHS
+        width = array.shape[3] if like.bits is None else 4 * array.shape[3]
+        is_known = array.dtype != mx.float32 and width in WIDTHS
         return like.end > like.said and is_known
 
     def put(self, row: int, source: KvCache, room: int = 0) -> None:
@@ -66,7 +69,7 @@ class SharedCache:
         """A cache from which ``row`` can go on, once its arrays are copied."""
         end, before, first, number = self._rows[row].tolist()
         window = self._ring.window
-        cache = KvCache(len(self._ring.stores) // 2, window)
+        cache = KvCache(self._ring.num_layers, window, bits=self._bits)
         cache.end, cache.said = end, end - before
         filled, said = min(end, window), min(end - before, window)
         stretch = slice(end - filled - first, before - first)
@@ -113,7 +116,21 @@ class SharedCache:
         self._prompt_stores = [
             mx.concatenate(list(arrays)) for arrays in zip(*per_prompt, strict=True)
         ]
-        mx.eval(self._prompt_stores)
+        layers = self._ring.num_layers
+        self._shown = [
+            self._show(self._prompt_stores[layer::layers]) for layer in range(layers)
+        ]
+        mx.eval(self._prompt_stores, self._shown)
+
+    def _show(self, kept: list[mx.array]) -> tuple[mx.array, mx.array]:
+        """A layer's keys and values in bfloat16."""
+        if self._bits is None:
+            return kept[0], kept[1]
+        keys, scales, values, value_scales = kept
+        return (
+            written_out((keys, scales), mx.bfloat16),
+            written_out((values, value_scales), mx.bfloat16),
+        )
 
     def take(self, rows: list[int]) -> None:
         """Make the rows copies of these; a row may be there more than once."""
@@ -150,11 +167,10 @@ class SharedCache:
         ``qkv`` is (1, 3 heads, rows, head_dim), with rows of nobody behind.
         """
         assert self._tiles is not None  # `mask` comes first
-        half = len(self._prompt_stores) // 2
         y = attend_rows(
             qkv.transpose(2, 1, 0, 3),
-            self._ring.keys_values(layer),
-            (self._prompt_stores[layer], self._prompt_stores[layer + half]),
+            self._ring.of_layer(layer),
+            self._shown[layer],
             self._meta,
             self._tiles,
             self._ring.slot,

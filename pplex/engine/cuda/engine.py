@@ -108,7 +108,9 @@ class CudaEngine(mlx.MlxEngine):
 
     @functools.cached_property
     def _frame_kernel(self) -> frame.FrameKernel | None:
-        return frame.FrameKernel(self.lm) if frame.supports(self.lm) else None
+        if not frame.supports(self.lm):
+            return None
+        return frame.FrameKernel(self.lm, self.config.kv_bits)
 
     @functools.cached_property
     def _depformer_kernel(self) -> depformer.DepformerKernel | None:

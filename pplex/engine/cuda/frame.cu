@@ -4,7 +4,7 @@
 // pass from phase to phase through `Grid::sync`. A phase is a matrix-vector product (its
 // first weights are fetched before the wait) or an attention. Activations are float32
 // and cross between blocks through the L2 cache, so they are read with __ldcg. Sizes and
-// storage forms are constants that pplex/model/frame_kernel.py writes in front of this text.
+// storage forms are constants that frame.py writes in front of this text.
 constexpr int HEAD_DIM = DIM / HEADS, DEP_HEAD_DIM = DEP_DIM / DEP_HEADS;
 
 // How a matrix is stored: bits 4 or 8 (affine, with scales and biases) or 16 (bfloat16).
@@ -234,18 +234,25 @@ struct Place {
   int position, slot, visible, capacity;
 };
 
+// What is kept of every layer (layers, heads, capacity, head_dim); scales at 8 bits.
+struct Ring {
+  void *keys, *key_scales, *values, *value_scales;
+};
+using Vectors = Kept<KV_BITS, HEAD_DIM>;
+
 // Attention of one new position over a ring; its keys and values are written there.
 //
 // A head is shared by SPLITS blocks, the last of which puts their parts together.
-__device__ void attend(Shared& sh, const float* qkv, bf16* keys, bf16* values,
+__device__ void attend(Shared& sh, const float* qkv, const Ring& ring, int layer,
                        const float* frequencies, Place where, float* parts,
                        unsigned* arrived, float* y) {
   int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS, t = threadIdx.x;
   if (head >= HEADS) return;
   constexpr int PAIRS = HEAD_DIM / 2;
   int slot = where.slot, visible = where.visible;
-  bf16* k = keys + (size_t)head * where.capacity * HEAD_DIM;
-  bf16* v = values + (size_t)head * where.capacity * HEAD_DIM;
+  size_t in_ring = ((size_t)layer * HEADS + head) * where.capacity;
+  Vectors k(ring.keys, ring.key_scales, in_ring);
+  Vectors v(ring.values, ring.value_scales, in_ring);
   int from = (long long)visible * split / SPLITS;
   int to = (long long)visible * (split + 1) / SPLITS;
   bool mine = slot >= from && slot < to;
@@ -255,44 +262,35 @@ __device__ void attend(Shared& sh, const float* qkv, bf16* keys, bf16* values,
     float re = __ldcg(p), im = __ldcg(p + 1), sine, cosine;
     sincosf((float)where.position * frequencies[pair], &sine, &cosine);
     float a = re * cosine - im * sine, b = re * sine + im * cosine;
-    if (key) {
-      bf16 a16 = to_bf16(a), b16 = to_bf16(b);
-      a = to_float(a16), b = to_float(b16);
-      if (mine) {
-        k[(size_t)slot * HEAD_DIM + 2 * pair] = a16;
-        k[(size_t)slot * HEAD_DIM + 2 * pair + 1] = b16;
-      }
-    } else {
-      float scale = rsqrtf((float)HEAD_DIM);
-      a *= scale, b *= scale;
-    }
-    sh.head[key * HEAD_DIM + 2 * pair] = a;
-    sh.head[key * HEAD_DIM + 2 * pair + 1] = b;
+    float scale = key ? 1 : rsqrtf((float)HEAD_DIM);
+    sh.head[key * HEAD_DIM + 2 * pair] = a * scale;
+    sh.head[key * HEAD_DIM + 2 * pair + 1] = b * scale;
   } else if (t < 2 * PAIRS + HEAD_DIM) {
     int d = t - 2 * PAIRS;
-    bf16 value = to_bf16(__ldcg(qkv + 2 * DIM + head * HEAD_DIM + d));
-    sh.head[2 * HEAD_DIM + d] = to_float(value);
-    if (mine) v[(size_t)slot * HEAD_DIM + d] = value;
+    sh.head[2 * HEAD_DIM + d] = __ldcg(qkv + 2 * DIM + head * HEAD_DIM + d);
   }
   __syncthreads();
+  if (t / 32 == 0) k.put(slot, sh.head + HEAD_DIM, mine);
+  if (t / 32 == 1) v.put(slot, sh.head + 2 * HEAD_DIM, mine);
+  __syncthreads();
 
-  constexpr int LANES = HEAD_DIM / 8, ROWS = 32 / LANES;  // lanes for a position
+  constexpr int PER = Vectors::PER, LANES = Vectors::LANES;  // lanes for a position
+  constexpr int ROWS = 32 / LANES;
   int lane = t % 32, part = lane % LANES, row = t / 32 * ROWS + lane / LANES;
-  float q[8];
-  for (int i = 0; i < 8; i++) q[i] = sh.head[part * 8 + i];
+  float q[PER], x[PER];
+  for (int i = 0; i < PER; i++) q[i] = sh.head[part * PER + i];
   float most = LOWEST;
   for (int first = from; first < to; first += WARPS * ROWS) {
     int j = first + row;
     float dot = 0;
     if (j < to) {
       if (j == slot) {
-        for (int i = 0; i < 8; i++) dot += q[i] * sh.head[HEAD_DIM + part * 8 + i];
+        for (int i = 0; i < PER; i++) dot += q[i] * sh.head[HEAD_DIM + part * PER + i];
       } else {
-        uint4 w = *(const uint4*)(k + (size_t)j * HEAD_DIM + part * 8);
-        unsigned u[4] = {w.x, w.y, w.z, w.w};
-        for (int i = 0; i < 4; i++)
-          dot += q[2 * i] * __uint_as_float(u[i] << 16) +
-                 q[2 * i + 1] * __uint_as_float(u[i] & 0xFFFF0000u);
+        auto w = k.load(j, part);
+        Vectors::unpack(w, x);
+        for (int i = 0; i < PER; i++) dot += q[i] * x[i];
+        dot *= w.scale;
       }
     }
     for (int i = 1; i < LANES; i *= 2) dot += __shfl_xor_sync(~0u, dot, i);
@@ -302,25 +300,25 @@ __device__ void attend(Shared& sh, const float* qkv, bf16* keys, bf16* values,
     }
   }
   most = block_max(sh, most);
-  float acc[8] = {0}, sum = 0;
+  float acc[PER] = {0}, sum = 0;
   for (int j = from + row; j < to; j += WARPS * ROWS) {
     float p = expf(sh.scores[j - from] - most);
     sum += p;
     if (j == slot) {
-      for (int i = 0; i < 8; i++) acc[i] += p * sh.head[2 * HEAD_DIM + part * 8 + i];
+      for (int i = 0; i < PER; i++)
+        acc[i] += p * sh.head[2 * HEAD_DIM + part * PER + i];
     } else {
-      uint4 w = *(const uint4*)(v + (size_t)j * HEAD_DIM + part * 8);
-      unsigned u[4] = {w.x, w.y, w.z, w.w};
-      for (int i = 0; i < 4; i++) {
-        acc[2 * i] += p * __uint_as_float(u[i] << 16);
-        acc[2 * i + 1] += p * __uint_as_float(u[i] & 0xFFFF0000u);
-      }
+      auto w = v.load(j, part);
+      Vectors::unpack(w, x);
+      p *= w.scale;
+      for (int i = 0; i < PER; i++) acc[i] += p * x[i];
     }
   }
-  for (int i = 0; i < 8; i++)
+  for (int i = 0; i < PER; i++)
     for (int o = LANES; o < 32; o *= 2) acc[i] += __shfl_xor_sync(~0u, acc[i], o);
   if (lane < LANES)
-    for (int i = 0; i < 8; i++) sh.partial[t / 32 * HEAD_DIM + part * 8 + i] = acc[i];
+    for (int i = 0; i < PER; i++)
+      sh.partial[t / 32 * HEAD_DIM + part * PER + i] = acc[i];
   sum = block_sum(sh, part == 0 ? sum : 0.0f);
   float* own = parts + (size_t)(head * SPLITS + split) * (HEAD_DIM + 2);
   if (t < HEAD_DIM) {
@@ -436,8 +434,8 @@ struct Sampling {
 
 // `given` is text, then codes; `column` is that, then the user's codes as they came.
 __device__ void frame(const Weights& w, const int* tokens, const int* user,
-                      const int* given, Place where, Sampling sampling, bf16* keys,
-                      bf16* values, int* column, float* work) {
+                      const int* given, Place where, Sampling sampling,
+                      const Ring& ring, int* column, float* work) {
   extern __shared__ __align__(16) char memory[];
   Shared& sh = *(Shared*)memory;
   unsigned* counters = (unsigned*)work;
@@ -471,7 +469,6 @@ __device__ void frame(const Weights& w, const int* tokens, const int* user,
     x[d] = sum;
   }
 
-  size_t ring = (size_t)HEADS * where.capacity * HEAD_DIM;
 #pragma unroll 1
   for (int l = 0; l < LAYERS; l++) {
     auto pairs = [](int item, int r) { return 2 * item + r; };
@@ -484,8 +481,7 @@ __device__ void frame(const Weights& w, const int* tokens, const int* user,
       });
     }
     grid.sync();
-    attend(sh, qkv, keys + l * ring, values + l * ring, w.frequencies, where, parts,
-           arrived + l * HEADS, y);
+    attend(sh, qkv, ring, l, w.frequencies, where, parts, arrived + l * HEADS, y);
     {
       auto p = product<2>(w.out.part((size_t)l * DIM), DIM / 2, pairs);
       grid.sync();

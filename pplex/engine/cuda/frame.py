@@ -3,7 +3,7 @@
 MLX launches a kernel for each operation, over a thousand for a frame of the 7B, which
 takes longer than their work. ``frame.cu`` does the whole frame in one: its blocks stay
 on the GPU and wait for each other between phases. Activations are float32; keys and
-values are bfloat16.
+values are bfloat16, or at 8 bits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from pplex.engine.base import Start, save_place
 from pplex.engine.cuda.compiler import Kernel, read_source, with_constants
 from pplex.engine.cuda.driver import num_multiprocessors
+from pplex.engine.cuda.rows import with_scales
 from pplex.engine.cuda.weights import DENSE, form_of, stack
 from pplex.engine.mlx.engine import Waiting
 from pplex.engine.mlx.saved import save_cache, to_numpy
@@ -69,9 +70,9 @@ def _steps(lm: Lm) -> Iterator[DepformerLayer]:
 class FrameCache:
     """The ring of keys and values that the kernel writes into.
 
-    ``keys`` and ``values`` are (layers, heads, slots, head_dim) bfloat16; position
-    ``p`` lies in slot ``p % window``. MLX is not told that the kernel writes to them:
-    nothing else may hold these arrays.
+    ``arrays`` are keys and values (layers, heads, slots, head_dim) bfloat16, or words
+    and scales of each; position ``p`` lies in slot ``p % window``. MLX is not told that
+    the kernel writes to them: nothing else may hold these arrays.
     """
 
     def __init__(self, source: KvCache, room: int = 0) -> None:
@@ -79,43 +80,44 @@ class FrameCache:
 
         There is room for ``room`` more positions, or the window.
         """
-        self.window, self.end = source.window, source.end
-        arrays = [a.squeeze(0).astype(mx.bfloat16) for a in source.arrays()]
-        half = len(arrays) // 2
-        self.keys, self.values = mx.stack(arrays[:half]), mx.stack(arrays[half:])
-        mx.eval(self.keys, self.values)
+        self.window, self.end, self._bits = source.window, source.end, source.bits
+        arrays, layers = [a.squeeze(0) for a in source.arrays()], source.num_layers
+        if self._bits is None:
+            arrays = [a.astype(mx.bfloat16) for a in arrays]
+        firsts = range(0, len(arrays), layers)
+        self.arrays = [mx.stack(arrays[i : i + layers]) for i in firsts]
+        mx.eval(self.arrays)
         self._grow(self.end + room)
 
     def save(self) -> KvCache:
         """A cache from which to go on, once its arrays are copied."""
         mx.synchronize()
-        cache = KvCache(len(self.keys), self.window)
+        cache = KvCache(len(self.arrays[0]), self.window, bits=self._bits)
         cache.end = self.end
-        cache.put([layer[None] for both in (self.keys, self.values) for layer in both])
+        cache.put([layer[None] for array in self.arrays for layer in array])
         return cache
 
     def place(self) -> list[int]:
         """The next position, its slot, the positions then visible, the slots."""
         visible = min(self.end + 1, self.window)
-        if visible > self.keys.shape[2]:
+        if visible > self.arrays[0].shape[2]:
             self._grow((visible // GROWTH + 1) * GROWTH)
-        slots = self.keys.shape[2]
+        slots = self.arrays[0].shape[2]
         return [self.end, self.end % self.window, visible, slots]
 
     def _grow(self, size: int) -> None:
-        if (more := min(self.window, size) - self.keys.shape[2]) <= 0:
+        if (more := min(self.window, size) - self.arrays[0].shape[2]) <= 0:
             return
         room = [(0, 0), (0, 0), (0, more), (0, 0)]
         mx.synchronize()  # frames under way still write to the old arrays
-        self.keys = mx.pad(self.keys, room)
-        self.values = mx.pad(self.values, room)
-        mx.eval(self.keys, self.values)
+        self.arrays = [mx.pad(array, room) for array in self.arrays]
+        mx.eval(self.arrays)
 
 
 class FrameKernel:
     """The kernel for one model. Its matrices are stacked, the modules hold views."""
 
-    def __init__(self, lm: Lm) -> None:
+    def __init__(self, lm: Lm, kv_bits: int | None = None) -> None:
         self.config = lm.config
         self.nothing = mx.full(lm.config.num_agent_streams, NOT_FORCED, mx.int32)
         self._blocks = num_multiprocessors()
@@ -133,7 +135,7 @@ class FrameKernel:
         self._arrays.append(mx.array(angles))
         mx.eval(self._arrays)
         self.offsets, self._work = _workspace(_sizes(lm.config, self._splits))
-        text, floats = source(lm.config, forms, self._splits)
+        text, floats = source(lm.config, forms, self._splits, kv_bits)
         self._kernel = Kernel.of(NAME, text, THREADS, 4 * floats)
 
     def __call__(
@@ -167,7 +169,7 @@ class FrameKernel:
         place = cache.place()
         given = self.nothing if given is None else given
         column, work = self._kernel(
-            [*self._arrays, tokens, user, given, cache.keys, cache.values],
+            [*self._arrays, tokens, user, given, *with_scales(cache.arrays)],
             [((self.config.num_streams,), mx.int32), ((self._work,), mx.float32)],
             [*place, *np.array(key, np.uint32).view(np.int32).tolist()]
             + [float(config.text_temp), float(config.temp)]
@@ -198,7 +200,10 @@ def supports(lm: Lm) -> bool:
 
 
 def source(
-    config: LmConfig, forms: dict[str, tuple[int, int]], splits: int
+    config: LmConfig,
+    forms: dict[str, tuple[int, int]],
+    splits: int,
+    kv_bits: int | None = None,
 ) -> tuple[str, int]:
     """The kernel's text, and the floats of shared memory that it needs.
 
@@ -213,8 +218,9 @@ def source(
     floats = longest + longest // 8 + sizes["MAX_SCORES"] + OTHER_FLOATS
     sizes |= {"LONGEST": longest, "THREADS": THREADS, **_workspace(sizes)[0]}
     names = [f"#define {n.upper()} {b}, {group}" for n, (b, group) in forms.items()]
-    texts = [read_source("common.cu"), read_source("grid.cu")]
-    texts.append(read_source("frame.cu"))
+    sizes["KV_BITS"] = kv_bits or DENSE[0]
+    files = "common.cu", "kept.cu", "grid.cu", "frame.cu"
+    texts = [read_source(file) for file in files]
     return with_constants(sizes, *names, *texts, _entry(forms)), floats
 
 
@@ -279,7 +285,8 @@ def _entry(forms: dict[str, tuple[int, int]]) -> str:
         fields.append(name)
     parameters += [
         *("const int* tokens", "const int* user", "const int* given"),
-        *("bf16* keys", "bf16* values", "int* column", "float* work"),
+        *("void* keys", "void* key_scales", "void* values", "void* value_scales"),
+        *("int* column", "float* work"),
         *(f"int {name}" for name in ("position", "slot", "visible", "capacity")),
         *("unsigned key", "unsigned frame_number"),
         *("float text_temperature", "float temperature"),
@@ -291,10 +298,11 @@ def _entry(forms: dict[str, tuple[int, int]]) -> str:
         f"void {NAME}({', '.join(parameters)}) {{\n"
         f"  Weights weights{{{', '.join(fields)}}};\n"
         "  Place place{position, slot, visible, capacity};\n"
+        "  Ring ring{keys, key_scales, values, value_scales};\n"
         "  Sampling sampling{make_uint2(key, frame_number), text_temperature,\n"
         "    temperature, text_top_k, top_k, text_noise, noise_width};\n"
-        "  frame(weights, tokens, user, given, place, sampling, keys, values,\n"
-        "    column, work);\n}\n"
+        "  frame(weights, tokens, user, given, place, sampling, ring, column, work);\n"
+        "}\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -24,13 +25,11 @@ THREADS = {
     "add_rows": 256,
 }
 
-KeysValues = tuple[mx.array, mx.array]
-
 
 def attend_rows(
     qkv: mx.array,
-    ring: KeysValues,
-    prompts: KeysValues,
+    ring: Sequence[mx.array],
+    prompts: tuple[mx.array, mx.array],
     rows: mx.array,
     tiles: mx.array,
     slot: int,
@@ -41,15 +40,17 @@ def attend_rows(
 
     ``qkv`` (rows', 3 heads, 1, head_dim) is the new position's, and behind the rows
     that there are others, of which zeros come; ``ring`` (rows, heads, slots, head_dim)
-    holds what came after the prompts and ``prompts`` (prompts, heads, slots, head_dim)
-    those. ``rows`` int32 (rows, 4): positions so far, how many of them the prompt has,
-    the first of them that is kept, the prompt's number. ``tiles`` int32 (tiles, 1 +
-    ``TILE``): a prompt's number and rows that have it, -1 for none.
-    No more than ``window`` positions are seen. The new position is written **into**
-    ``slot`` of the ring, of which MLX knows nothing: what else touches those arrays
-    must be separated by ``mx.synchronize``.
+    holds what came after the prompts, keys and values or words and scales of each, and
+    ``prompts`` (prompts, heads, slots, head_dim) those. ``rows`` int32 (rows, 4):
+    positions so far, how many of them the prompt has, the first of them that is kept,
+    the prompt's number. ``tiles`` int32 (tiles, 1 + ``TILE``): a prompt's number and
+    rows that have it, -1 for none. No more than ``window`` positions are seen. The new
+    position is written **into** ``slot`` of the ring, of which MLX knows nothing: what
+    else touches those arrays must be separated by ``mx.synchronize``.
     """
-    num_rows, heads, _, head_dim = ring[0].shape
+    num_rows, heads, slots, _ = ring[0].shape
+    head_dim = qkv.shape[-1]
+    kv_bits = 8 if len(ring) > 2 else 16
     angles = _frequencies(head_dim, max_period)
     sizes = {"HEAD_DIM": head_dim, "WINDOW": window}
     (parts,) = _kernel("attend_prompts", **sizes)(
@@ -59,14 +60,19 @@ def attend_rows(
         blocks=(heads, len(tiles)),
     )
     floats = (3 + THREADS["attend"] // 32) * head_dim + window + 512
-    (y,) = _kernel("attend", 4 * floats, **sizes)(
-        [qkv, *ring, parts, rows, angles],
+    (y,) = _kernel("attend", 4 * floats, **sizes, KV_BITS=kv_bits)(
+        [qkv, *with_scales(ring), parts, rows, angles],
         [((len(qkv), heads, 1, head_dim), mx.bfloat16)],
-        [slot, ring[0].shape[2]],
+        [slot, slots],
         blocks=(heads, num_rows),
         init_value=0 if num_rows < len(qkv) else None,
     )
     return y
+
+
+def with_scales(kept: Sequence[mx.array]) -> list[mx.array]:
+    """Keys and values as kernels take them: with scales, whatever where are none."""
+    return [a for a in kept for _ in range(2)] if len(kept) == 2 else list(kept)
 
 
 @functools.cache
@@ -182,8 +188,12 @@ def add_rows(
 
 
 def source(name: str, **sizes: int) -> str:
-    """The text of a kernel; those that attend know ``HEAD_DIM`` and ``WINDOW``."""
-    texts = read_source("common.cu"), read_source(f"{name}.cu")
+    """The text of a kernel; those that attend know ``HEAD_DIM`` and ``WINDOW``.
+
+    And the one that reads what rows keep, of how many bits that is.
+    """
+    files = ["common.cu", *["kept.cu"] * ("KV_BITS" in sizes), f"{name}.cu"]
+    texts = map(read_source, files)
     return with_constants({"THREADS": THREADS[name], **sizes}, *texts)
 
 

@@ -117,7 +117,7 @@ class MlxEngine:
         dtype = _dtype(on_gpu)
         self.config = config
         self.dtype = str(dtype).removeprefix("mlx.core.")
-        self.compute = form_name(not lm.forms, alone)
+        self.compute = form_name(not lm.forms, alone, config.kv_bits)
         self.on_gpu, self.alone = on_gpu, alone
         self._dtype = dtype
         self._num_rows = self.gpu_rows if on_gpu and not alone else 1
@@ -166,7 +166,8 @@ class MlxEngine:
 
     def _make_cache(self) -> KvCache:
         kind = FastCache if self.on_gpu else KvCache
-        return kind(self.config.lm.num_layers, self.config.lm.window)
+        lm, bits = self.config.lm, self.config.kv_bits
+        return kind(lm.num_layers, lm.window, bits=bits)
 
     def rows(
         self, capacity: int, sampling: SamplingConfig, *, live: bool = False
@@ -373,7 +374,7 @@ def cost_of(config: ModelConfig, lm: LmTensors, *, on_gpu: bool) -> Cost:
     codec, codec_state = codec_bytes(config.mimi)
     return Cost(
         step=matrices,
-        position=config.lm.kv_bytes(1, float_bytes),
+        position=config.kv_bytes(float_bytes),
         codec=codec,
         codec_state=codec_state,
         codec_work=work_bytes(config.mimi, *chunk),

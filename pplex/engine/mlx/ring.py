@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from pplex.model.cache import GROWTH, KvCache, Mask
+from pplex.model.cache import GROWTH, Kept, KvCache, Mask, as_mlx
 
 
 class FastCache(KvCache):
@@ -15,6 +15,21 @@ class FastCache(KvCache):
     def rotate(self, x: mx.array, max_period: float) -> mx.array:
         """``x`` (batch, heads, t, head_dim) turned by the next ``t`` positions."""
         return rope(x, max_period, self.end)
+
+    def read(self, q: mx.array, keys: Kept, values: Kept, mask: Mask) -> mx.array:
+        """Attention to all that is kept; of one query to bytes as they are.
+
+        MLX 0.32.4 has no such product on CUDA.
+        """
+        if isinstance(keys, mx.array) or isinstance(values, mx.array):
+            return super().read(q, keys, values, mask)
+        if q.shape[2] > 1 or mx.cuda.is_available():
+            return super().read(q, keys, values, mask)
+        scores = mx.quantized_matmul(q, keys[0], **as_mlx(keys))
+        shares = mx.softmax(q.shape[-1] ** -0.5 * scores, axis=-1)
+        kind = as_mlx(values)
+        y = mx.quantized_matmul(shares, values[0], transpose=False, **kind)
+        return y.astype(q.dtype)
 
 
 def rope(x: mx.array, max_period: float, offset: int | mx.array) -> mx.array:
@@ -37,7 +52,7 @@ def take_rows(x: mx.array, rows: list[int]) -> mx.array:
 
 
 class Ring:
-    """Keys, then values, of every layer: arrays (rows, heads, slots, head_dim).
+    """The arrays of a ``KvCache``, of so many rows: (rows, heads, slots, ...).
 
     Every step writes one slot for all rows, and a row's earlier positions lie in the
     slots before it. The ring grows up to the window.
@@ -47,10 +62,11 @@ class Ring:
         """No slots yet; layers, heads, type and window are those of ``like``."""
         self.window = like.window
         self.slots = self._step = 0
-        arrays = like.arrays()
-        _, heads, _, head_dim = arrays[0].shape
-        empty = mx.zeros((num_rows, heads, 0, head_dim), arrays[0].dtype)
-        self.stores = [mx.array(empty) for _ in arrays]
+        self.num_layers = like.num_layers
+        self.stores = [
+            mx.zeros((num_rows, a.shape[1], 0, a.shape[3]), a.dtype)
+            for a in like.arrays()
+        ]
 
     @property
     def slot(self) -> int:
@@ -61,9 +77,9 @@ class Ring:
         """Count ``t`` slots as written."""
         self._step += t
 
-    def keys_values(self, layer: int) -> tuple[mx.array, mx.array]:
-        """The arrays of a layer."""
-        return self.stores[layer], self.stores[layer + len(self.stores) // 2]
+    def of_layer(self, layer: int) -> list[mx.array]:
+        """The arrays of a layer, of keys first."""
+        return self.stores[layer :: self.num_layers]
 
     def take(self, rows: list[int]) -> None:
         """Make the rows copies of these; a row may be there more than once."""
@@ -108,15 +124,16 @@ class Ring:
         have = self.slots
         self.slots = min(self.window, -(-need // GROWTH) * GROWTH)
         room = [(0, 0), (0, 0), (0, self.slots - have), (0, 0)]
-        rows, heads, _, head_dim = self.stores[0].shape
-        shape = rows, heads, self.slots, head_dim
         # Oldest slot first, so that the new ones come after the latest.
         turn = -(self._step % have) if have else 0
-        dtype = self.stores[0].dtype
         if have:
             self._replace(lambda store: mx.pad(mx.roll(store, turn, 2), room))
         else:
-            self._replace(lambda store: mx.zeros(shape, dtype))
+            self._replace(
+                lambda store: mx.zeros(
+                    (*store.shape[:2], self.slots, store.shape[3]), store.dtype
+                )
+            )
         self._step = have
 
     def _replace(self, change: Callable[[mx.array], mx.array]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import DTypeLike
 
 from pplex.engine.base import Arrays, checked, number
 from pplex.model.cache import KvCache
@@ -27,12 +28,18 @@ def save_cache(cache: KvCache, ahead: int = 0) -> dict[str, np.ndarray]:
     """The keys, then the values (2 layers, heads, slots, head_dim) of the first row.
 
     As far as they are filled; and the positions so far, how many after a prompt.
-    Without the last ``ahead``: in a full ring nothing sees what they wrote over.
+    Without the last ``ahead``: in a full ring nothing sees what they wrote over. At
+    8 bits they are words, and the ``scales`` are beside them.
     """
     end = cache.end - ahead
     filled = min(end, cache.window)
     arrays = [to_numpy(array[:1, :, :filled]) for array in cache.arrays()]
-    kept = {"cache": np.concatenate(arrays)} if filled else {}
+    kept = {}
+    if filled:
+        size, step = cache.num_layers, len(arrays) // 2
+        for first, name in zip(range(0, step, size), ("cache", "scales"), strict=False):
+            keys, values = (arrays[i : i + size] for i in (first, first + step))
+            kept[name] = np.concatenate([*keys, *values])
     ends = {"end": end, "said": max(0, cache.said - ahead)}
     return kept | {name: np.array([count], np.int64) for name, count in ends.items()}
 
@@ -43,12 +50,23 @@ def restore_cache(
     """Make an empty cache what was saved; ValueError if it does not fit."""
     cache.end = number(saved, "end")
     cache.said = min(number(saved, "said"), cache.end)
-    if cache.end == 0:  # there are arrays all the same
-        cache.put([mx.zeros((1, heads, 1, head_dim), dtype)] * 2 * cache.num_layers)
-        return
-    shape = 2 * cache.num_layers, heads, min(cache.end, cache.window), head_dim
-    kind = np.uint16 if dtype == mx.bfloat16 else np.float32
-    cache.put(list(mx.split(to_mlx(checked(saved, "cache", shape, kind)), shape[0])))
+    kinds: dict[str, tuple[int, DTypeLike]] = {
+        "cache": (head_dim, np.uint16 if dtype == mx.bfloat16 else np.float32)
+    }
+    if cache.bits is not None:
+        kinds = {"cache": (head_dim // 4, np.uint32), "scales": (1, np.float32)}
+    layers, filled = cache.num_layers, min(cache.end, cache.window)
+    keys: list[mx.array] = []
+    values: list[mx.array] = []
+    for name, (width, kind) in kinds.items():
+        if filled:
+            array = checked(saved, name, (2 * layers, heads, filled, width), kind)
+        else:  # there are arrays all the same
+            array = np.zeros((2 * layers, heads, 1, width), kind)
+        both = mx.split(to_mlx(array), 2 * layers)
+        keys += both[:layers]
+        values += both[layers:]
+    cache.put(keys + values)
 
 
 def save_codec(state: CodecState) -> dict[str, np.ndarray]:
