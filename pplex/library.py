@@ -324,7 +324,7 @@ def load(
     """
     name = os.fspath(model)
     if name == AUTO_MODEL:
-        name = best_model(offline=offline).name
+        name = best_model(offline=offline, kv_bits=kv_bits).name
     local = resolve(name, offline=offline)
     return Model(session.load(local, compute=compute, kv_bits=kv_bits, many=many))
 

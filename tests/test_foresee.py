@@ -120,7 +120,9 @@ def test_auto_is_the_best_that_fits_and_keeps_up(
 
 def test_what_auto_is_is_said_with_the_reasons(run, monkeypatch, call, tmp_path):
     on_a_mac(monkeypatch, 16, M4)
-    result = run("respond", call, "-o", tmp_path / "out.wav", "--model", "auto")
+    line = "respond", call, "-o", tmp_path / "out.wav", "--model", "auto"
+    assert "auto is 4bit: 7.1 GB" in run(*line, "--kv-bits", 8).stderr
+    result = run(*line)
     assert result.stderr.startswith(
         "--model auto is 4bit: 7.8 GB of memory, about 42 s for a minute of sound; "
         "bf16 is not on this machine; 8bit takes 11.5 GB of memory, of 10.7\n"

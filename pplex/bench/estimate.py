@@ -57,9 +57,12 @@ def need_gb(config: ModelConfig, tensors: LmTensors) -> float:
     return need_bytes(config, cost_of(config, tensors)) / 1e9
 
 
-def published_need_gb(name: str) -> float | None:
-    """``need_gb`` of a published 7B, on disk or not; None for other names."""
-    bits, config = PUBLISHED_BITS.get(name), ModelConfig()
+def published_need_gb(name: str, kv_bits: int | None = None) -> float | None:
+    """``need_gb`` of a published 7B, on disk or not; None for other names.
+
+    Its keys and values are kept in ``kv_bits``.
+    """
+    bits, config = PUBLISHED_BITS.get(name), ModelConfig().with_kv_bits(kv_bits)
     return None if bits is None else need_gb(config, random_lm(config.lm, bits))
 
 
@@ -83,7 +86,7 @@ class Choice:
     passed: tuple[str, ...]
 
 
-def best_model(*, offline: bool) -> Choice:
+def best_model(*, offline: bool, kv_bits: int | None = None) -> Choice:
     """What ``--model auto`` is: the best that fits and keeps up with the sound.
 
     Only models on disk where nothing may be downloaded; one whose licence must be
@@ -91,7 +94,7 @@ def best_model(*, offline: bool) -> Choice:
     """
     passed = []
     for name in _BEST_FIRST:
-        need_gb, known = published_need_gb(name), KNOWN_MODELS[name]
+        need_gb, known = published_need_gb(name, kv_bits), KNOWN_MODELS[name]
         assert known.repo is not None and need_gb is not None
         if (offline or known.is_gated) and not cached_snapshot(known.repo, None):
             passed.append(f"{name} is not on this machine")

@@ -142,7 +142,7 @@ def batch(dry_run: bool, as_json: bool, verbosity: int, **options: Any) -> None:
         raise click.UsageError("--json is about a run: leave --dry-run out")
     job = _batch_from(options)
     if not job.offline:
-        foresee(job.model_name, quiet=verbosity < 0)
+        foresee(job.model_name, job.kv_bits, quiet=verbosity < 0)
     with closing(BatchProgress(verbosity)) as progress:
         if dry_run:
             from pplex.batch.forecast import forecast

@@ -8,7 +8,7 @@ from pplex.checkpoint.known import AUTO_MODEL, KNOWN_MODELS
 from pplex.errors import PplexError
 
 
-def foresee(name: str, *, quiet: bool = False) -> None:
+def foresee(name: str, kv_bits: int | None = None, *, quiet: bool = False) -> None:
     """Say how fast a published model that is not on this machine will be.
 
     PplexError where the memory does not suffice for it.
@@ -25,7 +25,7 @@ def foresee(name: str, *, quiet: bool = False) -> None:
     )
     from pplex.engine.device import memory_gb
 
-    need_gb, room_gb = published_need_gb(name), machine_memory_gb()
+    need_gb, room_gb = published_need_gb(name, kv_bits), machine_memory_gb()
     if need_gb is not None and room_gb is not None and need_gb > room_gb:
         total_gb = memory_gb()[0] or room_gb
         takes = f"{name} takes {need_gb:.1f} GB of memory and this machine has"
@@ -61,7 +61,8 @@ def chosen_model(ctx: click.Context, param: click.Parameter, name: str) -> str:
         return name
     from pplex.bench.estimate import best_model
 
-    best = best_model(offline=ctx.params.get("offline", False))
+    known = ctx.params  # of options that are eager
+    best = best_model(offline=known.get("offline", False), kv_bits=known.get("kv_bits"))
     reasons = "".join(f"; {reason}" for reason in best.passed)
     click.echo(f"--model auto is {best.name}: {best.takes}{reasons}", err=True)
     return best.name

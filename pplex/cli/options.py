@@ -163,6 +163,7 @@ def kv_bits_option(text: str) -> Callable[[Command], Command]:
         "--kv-bits",
         type=OneOf(["8"]),
         callback=lambda ctx, param, value: value and int(value),
+        is_eager=True,
         help=text,
     )
 

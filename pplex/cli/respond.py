@@ -207,7 +207,7 @@ def respond(ctx: click.Context, verbosity: int, **options: Any) -> None:
     )
     stop = ctx.ensure_object(Stop)
     if not config.offline:
-        foresee(config.model_name, quiet=verbosity < 0)
+        foresee(config.model_name, config.kv_bits, quiet=verbosity < 0)
     progress = Progress(verbosity, options["channel"] is not None, options["captions"])
     with closing(progress):
         progress.waiting(config.model_name)

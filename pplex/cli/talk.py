@@ -107,7 +107,7 @@ def talk(
     models = [side.pop("model", model_name) for side in sides]
     if not offline:
         for name in dict.fromkeys(models):
-            foresee(name, quiet=verbosity < 0)
+            foresee(name, options["kv_bits"], quiet=verbosity < 0)
     talks = _talks(sides, options)
     config = talking.Config(
         model_names=(models[0], models[1]),
