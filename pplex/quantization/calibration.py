@@ -9,17 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
+from pplex.audio.files import Samples
 from pplex.checkpoint.hub import LocalModel
 from pplex.checkpoint.safetensors import TensorSpec, load_tensors, write_tensors
-from pplex.conversation.prompts import make_role
+from pplex.conversation import tracks
+from pplex.conversation.prompts import Role, make_role
 from pplex.conversation.roles import ROLES
+from pplex.conversation.scheduler import converse_many
 from pplex.conversation.session import load
+from pplex.engine.choose import batch_size
 from pplex.errors import PplexError
 from pplex.files import new_folder, reading
 from pplex.model.config import LmConfig
 from pplex.model.sampling import SamplingConfig
 from pplex.quantization.compare_models import read_users
-from pplex.quantization.forced import write_script
+from pplex.quantization.forced import script_of
 from pplex.values import fit, read_json
 
 TOKENS, RECORD = "tokens.safetensors", "calibration.json"
@@ -61,33 +65,51 @@ def calibrate(
     """Answer recordings and keep the tokens in the new folder ``target``.
 
     Yields how many more seconds there are. Voices, roles and seeds differ from answer
-    to answer.
+    to answer; as many are made at a time as is quick.
     """
     model = load(local)
-    users = read_users(recordings, model.config, settings.seconds)
+    config, engine = model.config, model.engine
+    users = read_users(recordings, config, settings.seconds)
+    for path, user in zip(recordings, users, strict=True):
+        if len(user) <= 2 * config.frame_size:
+            raise PplexError(f"{path} is under two frames long")
     voices: list[str | None] = [*settings.voices] or [*model.voices] or [None]
     texts: list[str | None] = [*settings.texts] or [*ROLES.values()]
-    if model.config.lm.is_moshi:
+    if config.lm.is_moshi:
         voices, texts = [None], [None]
     random = np.random.default_rng(settings.seed)
-    specs: list[TensorSpec] = []
-    arrays: list[np.ndarray] = []
-    lines: list[dict[str, object]] = []
-    left = 60 * settings.minutes
-    with new_folder(target) as new:
+    roles: list[Role] = []
+
+    def asked() -> Iterator[tracks.Conversation]:
+        left = 60 * settings.minutes
         while left > 0:
-            idx = len(lines)
-            number = idx % len(users)
+            idx, user = len(roles), users[len(roles) % len(users)]
             voice = voices[random.integers(len(voices))]
             role = make_role(model, voice, texts[random.integers(len(texts))])
-            seed = settings.seed + idx
-            script, _ = write_script(
-                model.engine, role.prompt, users[number], SamplingConfig(), seed
-            )
-            if script.num_frames < 1:
-                raise PplexError(f"{recordings[number]} is under two frames long")
+            roles.append(role)
+            start, seed = engine.prefill(role.prompt), settings.seed + idx
+            yield tracks.Conversation(str(idx), Samples(user), start, seed)
+            left -= len(user) / config.sample_rate
+
+    longest = -(-max(len(user) for user in users) // config.frame_size)
+    rows = batch_size(config, engine.cost(), longest, alone=model.form.alone)
+    answered: dict[int, tuple[np.ndarray, int]] = {}
+    with new_folder(target) as new:
+        for one, answer in converse_many(
+            engine, asked(), SamplingConfig(), batch_size=rows
+        ):
+            prompt = roles[int(one.key)].prompt
+            said = np.concatenate([answer.text[None], answer.agent])
+            columns = script_of(config.lm, prompt, said, answer.user).columns
+            grid = np.concatenate([prompt.columns, columns], axis=1)
+            answered[int(one.key)] = grid, columns.shape[1]
+            yield columns.shape[1] / config.frame_rate
+        specs: list[TensorSpec] = []
+        arrays: list[np.ndarray] = []
+        lines: list[dict[str, object]] = []
+        for idx, role in enumerate(roles):
+            grid, frames = answered[idx]
             embeddings = role.prompt.embeddings
-            grid = np.concatenate([role.prompt.columns, script.columns], axis=1)
             arrays += [
                 np.ascontiguousarray(grid, np.int32).view(np.uint32),
                 _NOTHING if embeddings is None else embeddings.astype(np.float32),
@@ -97,16 +119,13 @@ def calibrate(
                 specs.append(TensorSpec(f"{idx}.{part}", dtype, shape))
             lines.append(
                 {
-                    "recording": str(recordings[number]),
+                    "recording": str(recordings[idx % len(users)]),
                     "voice": role.voice,
                     "prompt": role.text,
-                    "seed": seed,
-                    "frames": script.columns.shape[1],
+                    "seed": settings.seed + idx,
+                    "frames": frames,
                 }
             )
-            seconds = script.columns.shape[1] / model.config.frame_rate
-            left -= seconds
-            yield seconds
         write_tensors(new / TOKENS, specs, arrays)
         record = {"model": local.name, "revision": local.revision, "answers": lines}
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
