@@ -17,7 +17,6 @@ from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.source import Source
 from pplex.checkpoint.verify import input_vectors
 from pplex.checkpoint.weights import LmTensors, fill, lm_tensors
-from pplex.engine.device import on_cpu
 from pplex.model.cache import KvCache
 from pplex.model.config import LmConfig
 from pplex.model.depformer import Depformer, DepformerLayer, StepCache
@@ -163,11 +162,11 @@ class _Tap(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = linear.weight
-        self.moment: np.ndarray | float = 0.0
+        self.moment = mx.zeros((linear.weight.shape[1],) * 2)
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows = x.reshape(-1, x.shape[-1])
-        self.moment = self.moment + _moment(rows)
+        self.moment = self.moment + _moment(x.reshape(-1, x.shape[-1]))
+        mx.eval(self.moment)  # and let go of what it was made of
         return product(x, self.weight)
 
 
@@ -187,19 +186,18 @@ def _tap(layer: nn.Module, prefix: str) -> dict[str, _Tap]:
 
 def _taken(taps: dict[str, _Tap]) -> Moments:
     mx.clear_cache()
-    return {name: np.asarray(tap.moment) for name, tap in taps.items()}
+    return {name: np.array(tap.moment) for name, tap in taps.items()}
 
 
 def _total(parts: Sequence[mx.array]) -> np.ndarray:
     """The moment of rows that come in parts."""
-    total: np.ndarray = np.sum([_moment(part) for part in parts], axis=0)
-    return total
+    total = mx.zeros((parts[0].shape[-1],) * 2)
+    for part in parts:
+        total = total + _moment(part)
+        mx.eval(total)
+    return np.array(total)
 
 
-def _moment(rows: mx.array) -> np.ndarray:
+def _moment(rows: mx.array) -> mx.array:
     """``rows.T @ rows``."""
-    if not on_cpu():
-        return np.array(rows.T @ rows)
-    values = np.array(rows)
-    moment: np.ndarray = values.T @ values
-    return moment
+    return product(rows.T, rows.T)
