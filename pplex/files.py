@@ -12,7 +12,7 @@ import tempfile
 import termios
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -358,10 +358,8 @@ def _check_target(path: Path, target: Path) -> None:
 
 def _remove(temporary: Path) -> None:
     """Remove the temporary file; one that is gone or out of reach is no new error."""
-    try:
+    with suppress(OSError):
         temporary.unlink()
-    except OSError:
-        pass
 
 
 def _no_folder(path: Path) -> PplexError:

@@ -53,21 +53,17 @@ def info(model: str, bandwidth: float | None, as_json: bool) -> None:
         return
     for line in _lines(found, bandwidth):
         click.echo(line)
-    rows = [("PART", "BITS", "TYPE", "MATRICES", "PARAMETERS", "SIZE", "SHARE")]
-    for part in sorted(found.parts, key=lambda part: -part.bytes):
-        rows.append(
-            (
-                part.part,
-                part.form,
-                part.dtype,
-                str(part.matrices),
-                count(part.parameters),
-                size(part.bytes),
-                percent(part.bytes / max(1, found.lm_bytes)),
-            )
+    titles = ("PART", "BITS", "TYPE", "MATRICES", "PARAMETERS", "SIZE", "SHARE")
+    rows = [
+        (
+            *(part.part, part.form, part.dtype, str(part.matrices)),
+            *(count(part.parameters), size(part.bytes)),
+            percent(part.bytes / max(1, found.lm_bytes)),
         )
+        for part in sorted(found.parts, key=lambda part: -part.bytes)
+    ]
     click.echo()
-    echo_table(rows, right=(3, 4, 5, 6))
+    echo_table([titles, *rows], right=(3, 4, 5, 6))
 
 
 def _lines(found: ModelInfo, bandwidth: float | None) -> list[str]:

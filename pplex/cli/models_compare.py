@@ -152,44 +152,30 @@ def _echo(found: Comparison) -> None:
         f"{found.mean_kl:.2g} nats\n"
     )
     kl = Scale(stream.kl for stream in found.streams)
+    shares = ("FIRST CHOICE", "DRAWN APART")
+    titles = ("STREAM", *shares, kl.heading("KL", "nats"), "PERPLEXITY A", "B")
     rows = [
         (
-            "STREAM",
-            "FIRST CHOICE",
-            "DRAWN APART",
-            kl.heading("KL", "nats"),
-            "PERPLEXITY A",
-            "B",
+            *(stream.stream, percent(stream.top1), percent(stream.differ)),
+            kl.text(stream.kl),
+            *(f"{stream.perplexity_a:.2f}", f"{stream.perplexity_b:.2f}"),
         )
+        for stream in found.streams
     ]
-    for stream in found.streams:
-        rows.append(
-            (
-                stream.stream,
-                percent(stream.top1),
-                percent(stream.differ),
-                kl.text(stream.kl),
-                f"{stream.perplexity_a:.2f}",
-                f"{stream.perplexity_b:.2f}",
-            )
-        )
-    echo_table(rows, right=(1, 2, 3, 4, 5))
+    echo_table([titles, *rows], right=(1, 2, 3, 4, 5))
     click.echo()
     if len(found.depths) > 1:
         _echo_depths(found)
-    rows = [("", "BITS", "SIZE", "READ A FRAME", "TIME A FRAME", "MODEL")]
-    for letter, model in (("A", found.a), ("B", found.b)):
-        rows.append(
-            (
-                letter,
-                ",".join(str(bits) for bits in model.bits),
-                size(model.lm_bytes),
-                size(model.bytes_per_frame),
-                f"{significant(model.ms_per_frame, 2)} ms",
-                model.name,
-            )
+    titles = ("", "BITS", "SIZE", "READ A FRAME", "TIME A FRAME", "MODEL")
+    rows = [
+        (
+            *(letter, ",".join(map(str, model.bits)), size(model.lm_bytes)),
+            size(model.bytes_per_frame),
+            *(f"{significant(model.ms_per_frame, 2)} ms", model.name),
         )
-    echo_table(rows, right=(2, 3, 4))
+        for letter, model in (("A", found.a), ("B", found.b))
+    ]
+    echo_table([titles, *rows], right=(2, 3, 4))
 
 
 def _echo_depths(found: Comparison) -> None:

@@ -101,13 +101,12 @@ def _verdicts(recordings: Sequence[dict[str, Any]]) -> str:
 
 
 def _disagreements(recordings: Sequence[dict[str, Any]]) -> str:
-    lines = []
-    for row in recordings:
-        for d in (row["round_trip"] or {}).get("disagreements", []):
-            lines.append(
-                f"  {row['name']} {d['start_s']:.2f} s: "
-                f'said "{d["said"]}", heard "{d["heard"]}"'
-            )
+    lines = [
+        f'  {row["name"]} {d["start_s"]:.2f} s: said "{d["said"]}", '
+        f'heard "{d["heard"]}"'
+        for row in recordings
+        for d in (row["round_trip"] or {}).get("disagreements", [])
+    ]
     return "Heard otherwise than said:\n" + "\n".join(lines) + "\n" if lines else ""
 
 
