@@ -289,7 +289,7 @@ def _parse_mimi(raw: dict[str, Any]) -> MimiConfig:
     _take_fixed(transformer_raw, _TRANSFORMER_FIXED, "mimi.transformer")
     transformer_raw.pop("layer_scale", None)  # the value to initialise with
     quantizer_raw = dict(_object(values, "quantizer"))
-    seanet = _build(SeanetConfig, seanet_raw | {}, "mimi.seanet")
+    seanet = _build(SeanetConfig, seanet_raw, "mimi.seanet")
     width = seanet.dimension
     for group, name, keys in (
         (transformer_raw, "mimi.transformer", ("input_dimension",)),

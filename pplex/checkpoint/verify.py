@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from pplex.checkpoint import hashes
 from pplex.checkpoint.describe import ignored
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.hub import LocalModel
-from pplex.checkpoint.safetensors import TensorSpec, read_specs
+from pplex.checkpoint.safetensors import read_specs
 from pplex.checkpoint.source import Source, is_finite
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.voices import (
@@ -126,26 +126,19 @@ def _tensors(source: Source, advance: Callable[[int], object]) -> Iterator[Findi
     for stored in source.matrices:
         target = stored.matrix.targets[0]
         assert target is not None
-        for path, name in _not_finite(source, stored.specs, target, stored.path):
-            bad += 1
-            yield Finding("fault", path.name, f"`{name}` has NaN or infinite values")
+        arrays = source.whole(target)
+        for part, spec in stored.specs.items():
+            if arrays[part].dtype != mx.uint32 and not is_finite(arrays[part]):
+                bad += 1
+                text = f"`{spec.name}` has NaN or infinite values"
+                yield Finding("fault", stored.path.name, text)
+        del arrays
         advance(stored.num_bytes)
         source.release(target)
         mx.clear_cache()
-    count = sum(len(stored.specs) for stored in source.matrices)
     if not bad:
-        text = f"{count} tensors, layout {source.layout}: names, shapes, types, values"
-        yield Finding("ok", "language model", text)
-
-
-def _not_finite(
-    source: Source, specs: dict[str, TensorSpec], target: str, path: Path
-) -> Iterator[tuple[Path, str]]:
-    arrays = source.whole(target)
-    for part, spec in specs.items():
-        array = arrays[part]
-        if array.dtype != mx.uint32 and not is_finite(array):
-            yield path, spec.name
+        (found,) = _headers(source)
+        yield replace(found, text=f"{found.text}, values")
 
 
 def _codec(folder: CheckpointFolder, config: ModelConfig) -> Iterator[Finding]:
