@@ -148,7 +148,9 @@ def atomic_write(path: Path, *, place: Place = put) -> Iterator[Path]:
     except OSError as e:
         raise PplexError(_reason(path, e)) from e
     finally:
-        _remove(temporary)
+        # One that is gone or out of reach is no new error.
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def hidden_beside(path: Path) -> Path:
@@ -354,12 +356,6 @@ def _check_target(path: Path, target: Path) -> None:
         raise PplexError(
             f"cannot write {path}: it is a device or pipe; give an ordinary file name"
         )
-
-
-def _remove(temporary: Path) -> None:
-    """Remove the temporary file; one that is gone or out of reach is no new error."""
-    with suppress(OSError):
-        temporary.unlink()
 
 
 def _no_folder(path: Path) -> PplexError:

@@ -208,8 +208,8 @@ def _words(
 
 
 def _earlier(segments: Sequence[Segment], lag_s: float) -> list[Segment]:
-    moved = [segment.moved(-lag_s) for segment in segments]
-    return [Segment(max(0.0, s.start_s), s.end_s) for s in moved if s.end_s > 0]
+    times = ((s.start_s - lag_s, s.end_s - lag_s) for s in segments)
+    return [Segment(max(0.0, start), end) for start, end in times if end > 0]
 
 
 def _words_earlier(words: Sequence[Word], lag_s: float) -> list[Word]:

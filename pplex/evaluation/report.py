@@ -219,7 +219,8 @@ def write_report(
     answered = _facts(entries)
     groups = together(entries)
     entries = [entry for group in groups for entry in group]
-    columns = _shown_columns(entries)
+    measured = [entry.measured for entry in entries if entry.measured]
+    columns = [one for one in COLUMNS if one.of_all(measured) is not None]
     folder = Path() if is_descriptor(path) else path.parent
     page = importlib.resources.files("pplex.evaluation") / "page"
     parts = {
@@ -251,12 +252,6 @@ def write_report(
         # Safe: no part holds a marker, as every name in it is escaped.
         text = text.replace(f"<!--{name}-->", part)
     write_text(path, text)
-
-
-def _shown_columns(entries: Sequence[Entry]) -> list[Metric]:
-    """Those that have a figure in any recording."""
-    measured = [entry.measured for entry in entries if entry.measured]
-    return [metric for metric in COLUMNS if metric.of_all(measured) is not None]
 
 
 def _table_head(entries: Sequence[Entry], columns: Sequence[Metric]) -> str:

@@ -20,7 +20,6 @@ from pplex.evaluation.find import Found, Item, Track
 from pplex.evaluation.measure import Measured, Method, measure
 from pplex.evaluation.metrics import (
     METRICS,
-    Figure,
     figure_of,
     figures,
     rounded,
@@ -71,7 +70,11 @@ def score(
             "scored": len(measured),
             "not_scored": len(rows) - len(measured),
             **rounded(total.pop("") | total.pop("turns")),
-            **{of: rounded(part) for of, part in total.items() if _known(part)},
+            **{
+                of: rounded(part)
+                for of, part in total.items()
+                if any(figure is not None for figure in part.values())
+            },
         },
     }
     tasks = bench.task_figures([row["bench"] for row in rows if row["bench"]])
@@ -121,10 +124,6 @@ def _score_item(
         elif part is not None:
             row[of] = found | ({} if isinstance(part, dict) else asdict(part))
     return rounded(row), measured
-
-
-def _known(found: dict[str, Figure]) -> bool:
-    return any(figure is not None for figure in found.values())
 
 
 def _bench(

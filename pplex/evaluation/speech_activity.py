@@ -45,10 +45,6 @@ class Segment:
         """How long both last at the same time."""
         return max(0.0, min(self.end_s, other.end_s) - max(self.start_s, other.start_s))
 
-    def moved(self, seconds: float) -> Segment:
-        """The same stretch, later by ``seconds``."""
-        return Segment(self.start_s + seconds, self.end_s + seconds)
-
 
 def merge(
     segments: Iterable[Segment], gap_s: float, tolerance_s: float = TOLERANCE_S
