@@ -163,7 +163,7 @@ def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", name)
 
     soundfile.write(tmp_path / "a.wav", noise(100), RATE)
-    monkeypatch.setattr(source, "_open_without_waiting", deny)
+    monkeypatch.setattr(source, "open_without_waiting", deny)
     assert "permission" in refusal(tmp_path / "a.wav")
 
 
