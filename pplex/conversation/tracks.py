@@ -211,15 +211,11 @@ class Track:
         """Frames that are known whole."""
         return len(self._said) - self._config.lag
 
-    def _frames(self, count: int | None = None) -> np.ndarray:
-        """The agent's text and codes (agent streams, frames) of what was said.
-
-        The first ``count`` frames, or all.
-        """
+    def _frames(self) -> np.ndarray:
+        """The agent's text and codes (agent streams, frames) of what was said."""
         delays, lag = self._config.delays, self._config.lag
-        said = self._said if count is None else self._said[: count + lag]
         agent = delays[: self._config.num_agent_streams]
-        return unshift(np.stack(said, axis=1), agent, lag)
+        return unshift(np.stack(self._said, axis=1), agent, lag)
 
 
 @dataclass(frozen=True)
@@ -398,8 +394,8 @@ class StreamedTrack(Track):
             self._decode()
         self._save_decoder()
         if self._quiet is not None and self._quiet.may_end(len(self.timings.steps)):
-            while not self._is_over and (count := self._num_said):
-                self._decode(1 << (count.bit_length() - 1))
+            if self._num_said:
+                self._decode()
             self._take_decoded()
         if self._saving is not None and self._wants_row:
             if self._is_over:
@@ -435,15 +431,12 @@ class StreamedTrack(Track):
             for part, arrays in self._user.saved.items():
                 self._saving.add(part, arrays)
 
-    def _decode(self, count: int | None = None) -> None:
-        """Begin to decode the frames that have come since, the first ``count`` or all.
-
-        Unless they are the last, these are a power of two.
-        """
+    def _decode(self) -> None:
+        """Begin to decode the frames that have come since."""
         self._take_decoded()
         if self._is_over:
             return
-        frames = self._frames(count)
+        frames = self._frames()
         self._said = self._said[frames.shape[1] :]
         text, agent = frames[0], frames[1:]
         pcm = partial(self._codec.decode, agent, self._decoder)
