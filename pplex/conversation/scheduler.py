@@ -36,6 +36,9 @@ from pplex.engine.base import Engine, Pending, Start
 from pplex.model.sampling import SamplingConfig
 from pplex.model.streams import NOT_FORCED
 
+# Steps that a recording which may have ended waits for others to be decoded with it.
+_MOST_WAITED = 8
+
 AnyTrack = TypeVar("AnyTrack", bound=Track)
 
 
@@ -298,19 +301,17 @@ def _converse_grouped(
 ) -> Iterator[tuple[Conversation, Answer]]:
     """``converse_many`` with the codec's work done in groups.
 
-    A group is encoded whole before its rows start, and decoded whole when they are
-    done; but not those whose end follows from their sound. A few results a step are
-    given away: what is done with them runs beside the step that the GPU makes
-    meanwhile, and none wait for the last one.
+    A group is encoded whole before its rows start, and decoded whole when they may be
+    done: where the end follows from the sound, some go on, and are decoded again. A few
+    results a step are given away: what is done with them runs beside the step that the
+    GPU makes meanwhile, and none wait for the last one.
     """
     group = engine.codec.group
     done: list[GroupedTrack] = []
     decoded: deque[tuple[Conversation, Answer]] = deque()
 
     def decode() -> None:
-        some = done[:group]
-        answers = decode_group(engine.codec, some)
-        decoded.extend((t.conversation, a) for t, a in zip(some, answers, strict=True))
+        decoded.extend(decode_group(engine.codec, done[:group]))
         del done[:group]
 
     def tracks() -> Iterator[GroupedTrack | RecordingTrack]:
@@ -319,18 +320,20 @@ def _converse_grouped(
             yield from encode_group(engine, [c for c in some if not c.is_streamed])
             yield from _tracks(engine, [c for c in some if c.is_streamed], None)
 
+    waited = 0
     for stepped in run(engine, tracks(), sampling, capacity=batch_size):
         for track in stepped:
-            if isinstance(track, RecordingTrack):
-                track.write()
-            if not track.is_complete:
+            if isinstance(track, GroupedTrack):
+                if track.wants_sound and track not in done:
+                    done.append(track)
                 continue
-            if isinstance(track, RecordingTrack):
+            track.write()
+            if track.is_complete:
                 decoded.append((track.conversation, track.answer()))
-            else:
-                done.append(track)
-        while len(done) >= group:
+        waited = 0 if all(track.is_complete for track in done) else waited + 1
+        while len(done) >= group or waited > _MOST_WAITED:
             decode()
+            waited = 0
         for _ in range(-(-len(decoded) // group)):
             yield decoded.popleft()
     if done:

@@ -61,8 +61,8 @@ class Conversation:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether it cannot be coded in a group: its end, or its start, is its own."""
-        return self.until_quiet or self.saves or self.start.encoder is not None
+        """Whether it cannot be coded in a group: states of its codec are wanted."""
+        return self.saves or self.start.encoder is not None
 
 
 _KEPT_FRAMES = 32  # decoded since the decoder was last kept, at most
@@ -723,7 +723,10 @@ class RecordingTrack(StreamedTrack):
 
 
 class GroupedTrack(Track):
-    """One recording of a group that was encoded whole: ``user`` (codebooks, frames)."""
+    """One recording of a group that was encoded whole: ``user`` (codebooks, frames).
+
+    ``quiet`` may end it before that.
+    """
 
     def __init__(
         self,
@@ -731,50 +734,103 @@ class GroupedTrack(Track):
         conversation: Conversation,
         user: np.ndarray,
         encode_s: float,
+        quiet: Quiet | None = None,
     ) -> None:
         start, seed, script = conversation.start, conversation.seed, conversation.script
         super().__init__(config, start, seed, user.shape[1], script)
-        self.conversation, self.user = conversation, user
+        self.conversation, self.user, self._quiet = conversation, user, quiet
+        self._num_judged = 0
         self.timings.encode_s = encode_s
         rows, pending = user_rows(config), start.prompt.pending
         columns = shift(user, config.delays[rows], pending[rows]).T
         self.columns = self._opened(iter(columns))
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the agent has been quiet for long enough."""
+        return self._quiet is not None and self._quiet.end is not None
+
+    @property
+    def wants_sound(self) -> bool:
+        """Whether it may be all, once its sound is known."""
+        if self.is_over:
+            return False
+        may_end = self._quiet is not None and self._quiet.may_end(self._num_pushed)
+        return may_end or self.is_complete
+
+    def push(self, column: np.ndarray, seconds: float) -> None:
+        """Add the agent's column of a frame, or one that comes before the first."""
+        if not self.is_over:  # else the step was under way by then
+            super().push(column, seconds)
+
     def said(self) -> np.ndarray:
         """The agent's text and codes (agent streams, frames)."""
         return self._frames()
+
+    def answer(self, said: np.ndarray, pcm: np.ndarray) -> Answer | None:
+        """The whole answer by what was ``said`` and its sound; None if it goes on."""
+        num_samples, count = self.conversation.sound.num_samples, said.shape[1]
+        if (quiet := self._quiet) is not None:
+            new, size = self._num_judged, len(pcm) // count
+            quiet.hear(said[TEXT_ROW, new:], pcm[new * size :])
+            self._num_judged = count
+            num_samples, count = quiet.length(num_samples), quiet.end or count
+        if self.is_over:
+            self.columns = iter(())
+            del self.timings.steps[count:]
+        elif not self.is_complete:
+            return None
+        text, agent, user = said[0, :count], said[1:, :count], self.user[:, :count]
+        return Answer(pcm[:num_samples], text, agent, user, self.timings)
 
 
 def encode_group(
     engine: Engine, conversations: Sequence[Conversation]
 ) -> list[GroupedTrack]:
-    """Encode recordings together; their tracks, ready to start."""
+    """Encode recordings together; their tracks, ready to start.
+
+    With silence behind those that wait for quiet, for as long as that may take.
+    """
     start = time.perf_counter()
-    size = engine.config.frame_size
-    sounds = {id(one.sound): one.sound for one in conversations}  # takes share theirs
-    frames = [frames_of(sound.pcm, size) for sound in sounds.values()]
-    codes = dict(zip(sounds, engine.codec.encode_many(frames), strict=True))
-    per_frame = _per_frame(start, sum(map(len, frames)))
-    users = [codes[id(one.sound)] for one in conversations]
+    config, size = engine.config, engine.config.frame_size
+    frames: dict[tuple[int, bool], np.ndarray] = {}
+    quiets: list[Quiet | None] = []
+    for one in conversations:
+        quiet, pcm, key = None, one.sound.pcm, _heard(one)
+        if one.until_quiet:
+            quiet = Quiet(config, last_cue(one.script))
+            quiet.begin(-(-len(pcm) // size))
+            pcm = np.pad(pcm, (0, quiet.length(len(pcm)) - len(pcm)))
+        quiets.append(quiet)
+        if key not in frames:  # takes share theirs
+            frames[key] = frames_of(pcm, size)
+    codes = dict(zip(frames, engine.codec.encode_many([*frames.values()]), strict=True))
+    per_frame = _per_frame(start, sum(map(len, frames.values())))
+    users = [codes[_heard(one)] for one in conversations]
     return [
-        GroupedTrack(engine.config.lm, one, user, per_frame * user.shape[1])
-        for one, user in zip(conversations, users, strict=True)
+        GroupedTrack(config.lm, one, user, per_frame * user.shape[1], quiet)
+        for one, user, quiet in zip(conversations, users, quiets, strict=True)
     ]
 
 
-def decode_group(codec: Codec, tracks: Sequence[GroupedTrack]) -> list[Answer]:
-    """Decode what was said in ``tracks`` together."""
+def _heard(one: Conversation) -> tuple[int, bool]:
+    """What is alike of conversations that hear the same."""
+    return id(one.sound), one.until_quiet
+
+
+def decode_group(
+    codec: Codec, tracks: Sequence[GroupedTrack]
+) -> list[tuple[Conversation, Answer]]:
+    """Decode what was said in ``tracks`` together; answers of those that are over."""
     start = time.perf_counter()
     said = [track.said() for track in tracks]
     sounds = codec.decode_many([frames[1:] for frames in said])
     per_frame = _per_frame(start, sum(frames.shape[1] for frames in said))
     answers = []
     for track, frames, pcm in zip(tracks, said, sounds, strict=True):
-        track.timings.decode_s = per_frame * frames.shape[1]
-        length = track.conversation.sound.num_samples
-        answers.append(
-            Answer(pcm[:length], frames[0], frames[1:], track.user, track.timings)
-        )
+        track.timings.decode_s += per_frame * frames.shape[1]
+        if (answer := track.answer(frames, pcm)) is not None:
+            answers.append((track.conversation, answer))
     return answers
 
 
