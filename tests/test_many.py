@@ -20,6 +20,7 @@ from pplex.engine.choose import KINDS, batch_size
 from pplex.engine.cuda.cache import SharedCache
 from pplex.engine.mlx.codec import MlxCodec
 from pplex.engine.mlx.ring import CacheEach
+from pplex.errors import PplexError
 from pplex.model.cache import GROWTH, KvCache, scaled_attention
 from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.mimi import Mimi
@@ -156,6 +157,27 @@ def test_recordings_are_asked_for_as_places_become_free(
         assert len(asked) - answered <= ahead
         answered += 1
     assert answered == len(many)
+
+
+def test_one_that_cannot_be_read_does_not_end_its_group(small_model, engines):
+    """It was too long to be kept, and its file is another by now."""
+
+    class Gone:
+        num_samples = 5000
+
+        @property
+        def pcm(self):
+            raise PplexError("it has changed")
+
+    engine = engines["groups"]
+    those = conversations(engine, small_model)[:4]
+    answers = converse_many(engine, those, GREEDY, batch_size=4)
+    whole = {one.key: answer for one, answer in answers}
+    given = [those[0], replace(those[1], sound=Gone()), *those[2:]]
+    for one, answer in converse_many(engine, given, GREEDY, batch_size=4):
+        assert answer.fault == ("it has changed" if one.key == "1" else "")
+        if one.key != "1":
+            np.testing.assert_array_equal(answer.pcm, whole[one.key].pcm)
 
 
 def test_no_group_but_the_last_is_decoded_with_idle_rows(

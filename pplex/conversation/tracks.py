@@ -725,8 +725,10 @@ class RecordingTrack(StreamedTrack):
 class GroupedTrack(Track):
     """One recording of a group that was encoded whole: ``user`` (codebooks, frames).
 
-    ``quiet`` may end it before that.
+    ``quiet`` may end it before that; ``fault``: why it could not be read.
     """
+
+    fault = ""
 
     def __init__(
         self,
@@ -781,7 +783,8 @@ class GroupedTrack(Track):
         elif not self.is_complete:
             return None
         text, agent, user = said[0, :count], said[1:, :count], self.user[:, :count]
-        return Answer(pcm[:num_samples], text, agent, user, self.timings)
+        pcm = pcm[:num_samples]
+        return Answer(pcm, text, agent, user, self.timings, fault=self.fault)
 
 
 def encode_group(
@@ -795,8 +798,13 @@ def encode_group(
     config, size = engine.config, engine.config.frame_size
     frames: dict[tuple[int, bool], np.ndarray] = {}
     quiets: list[Quiet | None] = []
+    faults: dict[tuple[int, bool], str] = {}
     for one in conversations:
-        quiet, pcm, key = None, one.sound.pcm, _heard(one)
+        quiet, key = None, _heard(one)
+        try:
+            pcm = one.sound.pcm
+        except PplexError as e:  # the others are not to end with it
+            pcm, faults[key] = np.zeros(one.sound.num_samples, np.float32), str(e)
         if one.until_quiet:
             quiet = Quiet(config, last_cue(one.script))
             quiet.begin(-(-len(pcm) // size))
@@ -806,11 +814,14 @@ def encode_group(
             frames[key] = frames_of(pcm, size)
     codes = dict(zip(frames, engine.codec.encode_many([*frames.values()]), strict=True))
     per_frame = _per_frame(start, sum(map(len, frames.values())))
-    users = [codes[_heard(one)] for one in conversations]
-    return [
-        GroupedTrack(config.lm, one, user, per_frame * user.shape[1], quiet)
-        for one, user, quiet in zip(conversations, users, quiets, strict=True)
-    ]
+    tracks = []
+    for one, quiet in zip(conversations, quiets, strict=True):
+        user = codes[_heard(one)]
+        encode_s = per_frame * user.shape[1]
+        track = GroupedTrack(config.lm, one, user, encode_s, quiet)
+        track.fault = faults.get(_heard(one), "")
+        tracks.append(track)
+    return tracks
 
 
 def _heard(one: Conversation) -> tuple[int, bool]:
