@@ -39,10 +39,9 @@ _Learned = dict[str, dict[str, mx.array]]
 # A step reads about so many positions. Of the rate, at first so many codes a step,
 # scales and biases take these parts: of the scale itself.
 _POSITIONS = 2048
-_RATE, _SCALES, _BIASES = 1e-2, 0.1, 0.4
+_RATE, _SCALES, _BIASES = 1e-3, 0.3, 1.2
 _BETAS, _WARM_STEPS = [0.9, 0.98], 30
-# How far from its code a value begins: further out, noise would move too many.
-_NEAR = 0.25
+_NEAR = 0.48  # of a code: how far from it a value begins at most
 # Of a value: its own and the model's, the rounded one's and its gradient, what it was
 # rounded from, with gradient, its mean and its square. Measured with what lies between.
 _VALUE_BYTES = 56
