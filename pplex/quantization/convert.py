@@ -153,7 +153,9 @@ def _distilled(
     """All that is quantized, by target; learned where conversations run it."""
     modules = source.modules(source.config.num_codebooks)
     run = {target for targets in modules.values() for target in targets}
-    check_memory(source.config, sum(math.prod(m.shape) for m in matrices))
+    longest = max(one.columns.shape[1] for one in conversations)
+    num_values = sum(math.prod(matrix.shape) for matrix in matrices)
+    check_memory(source.config, num_values, longest)
     dense: dict[str, mx.array] = {}
     parts: dict[str, Parts] = {}
     forms: dict[str, Quantization] = {}
