@@ -320,7 +320,8 @@ def load(
 
     Without ``offline`` a model that is not on disk is downloaded. ``many`` says that
     ``batch`` will be asked for: on some devices another form of the weights is faster
-    then. PplexError for a model that is not there or cannot be read.
+    then; ``compute`` and ``kv_bits`` are those of the command line. PplexError for a
+    model that is not there or cannot be read.
     """
     name = os.fspath(model)
     if name == AUTO_MODEL:
