@@ -168,6 +168,11 @@ def _distilled(
                 parts[target] = rounding.quantize(target, iter([dense[target]]), form)
                 forms[target] = form
         advance(source.bytes_of(targets))
+    if not run & parts.keys():
+        raise PplexError(
+            "--distill has nothing to learn: no matrix is rounded; the source has "
+            "these bits already, or 16 were asked for"
+        )
     learned = distill(
         source.config,
         modules,

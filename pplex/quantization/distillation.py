@@ -65,7 +65,7 @@ def check_memory(config: LmConfig, num_values: int, longest: int) -> None:
     if free is not None and needed > free * 1e9:
         raise PplexError(
             f"--distill takes about {needed / 1e9:.0f} GB of memory for a model of "
-            f"{num_values / 1e9:.1f} billion values, and {free:.0f} GB are free; leave "
+            f"{num_values / 1e6:.0f} million values, and {free:.0f} GB are free; leave "
             "it out: --calibration alone takes a layer at a time"
         )
 
