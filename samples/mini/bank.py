@@ -1,9 +1,10 @@
 """Make the bank: every sentence in the agent's voices and in many user voices.
 
-    python bank.py WORK [--copies N]
+    python bank.py WORK [--copies N] [--people FOLDER]
 
 Writes WORK/bank.pt: all clips one after the other as 16-bit PCM, whole frames each,
-with a phone label for every third of a frame and an index.
+with a phone label for every third of a frame and an index. FOLDER has recordings of
+people who say none of the questions, and their words (people.py).
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import domain
 import numpy as np
+import people
 import torch
 from sizes import FRAME_SIZE
 from speech import PHONES, SAMPLE_RATE, Clip, Voice, speak
@@ -21,6 +23,12 @@ AGENTS = {
     "slt": Voice("slt", stretch=1.05),
     "rms": Voice("rms", stretch=1.0),
 }
+VARIANTS = (
+    "Alex Andy Annie Gene Hugo Lee Mike adam anika belinda benjamin boris david edward "
+    "john klatt klatt3 linda m6 m8 max miguel quincy robert shelby steph travis victor"
+).split()
+ACCENTS = ("en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029")
+MANY = ((1.0, 1.0), (0.85, 0.95), (1.2, 1.08), (1.1, 0.9), (0.9, 1.12))
 USERS = [
     Voice("awb"), Voice("awb", 1.1, 135, 1.06), Voice("awb", 0.95, 105, 0.94),
     Voice("kal16"), Voice("kal16", 1.1, 130, 1.1), Voice("kal16", 1.0, 90, 0.95),
@@ -32,6 +40,13 @@ USERS = [
     Voice("en-us+f4", 1.1, 60),
     Voice("en-us", 1.0, 45, 1.08), Voice("en-us", 1.1, 35, 0.92),
 ]  # fmt: skip
+MORE_USERS = [
+    *(Voice(f"en-us+{name}", 1.0, 50) for name in VARIANTS),
+    *(Voice(f"{accent}+m2", 1.0, 45) for accent in ACCENTS),
+    *(Voice(f"{accent}+f2", 1.0, 50) for accent in ACCENTS),
+    *(Voice("rhvoice:BDL", 1.0, pitch, warp) for pitch, warp in MANY),
+    *(Voice("rhvoice:CLB", 1.0, pitch, warp) for pitch, warp in MANY),
+]  # fmt: skip
 HELD_OUT = [
     Voice("slt", 1.05, 175, 0.94),
     Voice("awb", 1.0, 120, 1.12),
@@ -39,7 +54,14 @@ HELD_OUT = [
     Voice("en-us+m5", 1.0, 45),
     Voice("en-us+f5", 1.05, 50),
 ]
+# An engine whose voices are never trained.
+HELD_OUT_ENGINE = [
+    Voice("pico:en-US"), Voice("pico:en-GB"), Voice("pico:en-US", 1.1, 0.85, 0.95),
+    Voice("pico:en-GB", 0.95, 1.15, 1.06),
+]  # fmt: skip
 SLOT = FRAME_SIZE // 3
+NO_LABEL = 255
+MORE = 0.4  # of the sentences in another of MORE_USERS too
 
 
 def speech_bounds(pcm: np.ndarray) -> tuple[int, int]:
@@ -51,7 +73,12 @@ def speech_bounds(pcm: np.ndarray) -> tuple[int, int]:
 
 
 def labels(clip: Clip, lead: int, num_slots: int) -> np.ndarray:
-    """Phone in the middle of every slot, after `lead` samples of silence."""
+    """Phone in the middle of every slot, after `lead` samples of silence.
+
+    NO_LABEL where the synthesiser does not tell.
+    """
+    if not clip.phones:
+        return np.full(num_slots, NO_LABEL, np.uint8)
     ends = np.array([end for end, _ in clip.phones])
     ids = np.array([phone for _, phone in clip.phones] + [PHONES.index("pau")])
     delay = 0.02
@@ -67,7 +94,9 @@ def another(rng: random.Random, voice: Voice) -> Voice:
     The held-out voices are further away than this goes.
     """
     pitch, warp = voice.pitch, voice.warp * rng.uniform(0.97, 1.03)
-    if pitch is not None and voice.name.startswith("en"):
+    if ":" in voice.name:
+        pitch = (pitch or 1.0) * rng.uniform(0.92, 1.09)
+    elif pitch is not None and voice.name.startswith("en"):
         pitch += rng.uniform(-6, 6)
     elif pitch is not None:
         pitch *= rng.uniform(0.94, 1.06)
@@ -90,7 +119,7 @@ def make(job: tuple[str, str, Voice]) -> dict:
     words = [(max(t - start / SAMPLE_RATE, 0.0), word) for t, word in clip.words]
     return {
         "kind": kind,
-        "text": text,
+        "text": domain.STRANGER if kind == "stranger" else text,
         "voice": voice.name,
         "words": words,
         "speech": (first - start, last - start),
@@ -100,9 +129,27 @@ def make(job: tuple[str, str, Voice]) -> dict:
     }
 
 
-def jobs(copies: int) -> list[tuple[str, str, Voice]]:
-    """Everything to be spoken."""
-    rng = random.Random(0)
+def clip_of(kind: str, text: str, voice: str, sound: np.ndarray) -> dict:
+    """A clip of recorded speech (samples,), at one loudness."""
+    before, after = 1920, 3840
+    pcm = np.pad(sound * (0.5 / max(np.abs(sound).max(), 1e-3)), (before, after))
+    frames = -(-len(pcm) // FRAME_SIZE)
+    pcm = np.pad(pcm, (0, frames * FRAME_SIZE - len(pcm)))
+    return {
+        "kind": kind,
+        "text": text,
+        "voice": voice,
+        "words": [],
+        "speech": (before, before + len(sound)),
+        "frames": frames,
+        "pcm": (pcm * 32767).astype(np.int16),
+        "labels": np.full(3 * frames, NO_LABEL, np.uint8),
+    }
+
+
+def jobs(copies: int, readings: list[str]) -> list[tuple[str, str, Voice]]:
+    """Everything to be spoken; `readings` are what strangers say."""
+    rng, more_rng = random.Random(0), random.Random(1)
     todo = [("agent", t, v) for t in domain.replies() for v in AGENTS.values()]
     todo += [("voice", t, v) for t in domain.VOICE_SENTENCES for v in AGENTS.values()]
     asked = {text: copies for text in domain.user_sentences("ask")}
@@ -113,9 +160,16 @@ def jobs(copies: int) -> list[tuple[str, str, Voice]]:
     for text, count in asked.items():
         for voice in rng.sample(USERS, count):
             todo.append(("ask", text, another(rng, voice)))
+        if more_rng.random() < MORE:
+            voice = another(more_rng, more_rng.choice(MORE_USERS))
+            todo.append(("ask", text, voice))
+    for text in readings:
+        voice = another(more_rng, more_rng.choice(USERS + MORE_USERS))
+        todo.append(("stranger", text, voice))
     for text in domain.user_sentences("test"):
         todo += [("test", text, voice) for voice in rng.sample(HELD_OUT, 3)]
         todo.append(("test_known", text, rng.choice(USERS)))
+        todo.append(("test_engine", text, more_rng.choice(HELD_OUT_ENGINE)))
     return todo
 
 
@@ -123,10 +177,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--copies", type=int, default=2, help="voices a sentence")
+    parser.add_argument("--people", type=Path, help="a folder of recordings")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    spoken = people.load(args.people) if args.people else []
     with multiprocessing.get_context("spawn").Pool() as pool:
-        clips = pool.map(make, jobs(args.copies), chunksize=16)
+        clips = pool.map(make, jobs(args.copies, people.readings(spoken)), chunksize=16)
+    clips += [clip_of(*turn) for turn in people.turns(spoken)]
+    clips += [clip_of(*turn) for turn in people.spliced(spoken)]
+    # What is trained lies together, for random crops of it.
+    clips.sort(key=lambda clip: clip["kind"].startswith("test"))
     start = 0
     for clip in clips:
         clip["start"] = start

@@ -16,6 +16,7 @@ import sentencepiece
 import torch
 from codes import Agent
 from plan import Grid, Plan, Planner
+from rooms import ROOMS
 from sizes import FRAME_SIZE, config
 from torch import Tensor
 
@@ -76,7 +77,7 @@ class Writer:
         voice = rng.choice(tuple(self.agent.voices))
         codes = rng.choice(self.agent.voices[voice][1:])[:, : rng.randint(24, 44)]
         texts, agent = self.grid.prompt(codes, talk.prompt)
-        level = rng.choice((0, 0, 1, 1, 2, 3))
+        level = rng.randrange(len(ROOMS))
         plan = self.planners[level].plan(rng, talk, voice, length - len(texts))
         spoken_texts, spoken = self.grid.speech(plan, voice)
         sine = self.agent.constants.sine[0].expand(len(texts))

@@ -2,14 +2,16 @@
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import tomllib
 
+STRANGER = "(stranger)"
 ROLES = ("teacher", "bank", "restaurant", "chat")
+STRANGERS = (0.13, 0.35)  # of the turns in training, and of those after a stranger's
 VOICE_SENTENCES = [
     "The quick brown fox jumps over the lazy dog near the river.",
     "She had a dark suit in greasy wash water all year.",
@@ -149,9 +151,11 @@ def statements(split: str) -> list[str]:
 class Turn:
     """What the user says and the agent answers.
 
-    `subject` is "fact" where the answer needs one of the role prompt, "unknown" or
-    "plain". `statements` come before the question, the agent says `backchannels` after
-    them. An `interrupted` answer is cut by the user's next turn.
+    `subject` is "fact" where the answer needs one of the role prompt, "unknown",
+    "stranger" (long speech in which nothing is asked) or "plain". `statements` come
+    before the question, the agent says `backchannels` after them. An `interrupted`
+    answer is cut by the user's next turn, but not that to a stranger who has only made
+    a long pause and `resumed`.
     """
 
     question: str
@@ -160,6 +164,7 @@ class Turn:
     statements: tuple[str, ...] = ()
     backchannels: tuple[str, ...] = ()
     interrupted: bool = False
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,12 @@ def dialogue(rng: random.Random, split: str, turns: int) -> Dialogue:
     facts = {name: rng.choice(domain()["facts"][name]) for name in slots(template)}
     spoken = []
     for i in range(turns):
+        follows = bool(spoken) and spoken[-1].question == STRANGER
+        if split == "ask" and rng.random() < STRANGERS[follows]:
+            if follows and rng.random() < 0.5:
+                spoken[-1] = replace(spoken[-1], resumed=True)
+            spoken.append(Turn(STRANGER, domain()["unknown"], "stranger"))
+            continue
         greets = i == 0 and turns > 1 and rng.random() < 0.4
         intent = domain()["intent"][0] if greets else _intent(rng, role)
         question = _question(rng, intent, split)

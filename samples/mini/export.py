@@ -1,10 +1,11 @@
 """Write the trained model as a checkpoint folder.
 
-    python export.py WORK FOLDER
+    python export.py WORK FOLDER [--lm FILES...]
 
 Needs WORK/codec.pt, WORK/lm.pt, WORK/agent.pt and WORK/tokenizer.model. The language
-model is bfloat16, the codec float16 (a loader widens both). Also writes the voices:
-NATF0 (flite slt) and NATM0 (flite rms).
+model is bfloat16, the codec float16 (a loader widens both). With `--lm` it is the mean
+of these files, of trainings that went on from one. Also writes the voices: NATF0 (flite
+slt) and NATM0 (flite rms).
 """
 
 import argparse
@@ -60,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--lm", type=Path, nargs="+", help="instead of WORK/lm.pt")
     args = parser.parse_args()
     work, folder = args.work, args.folder
     (folder / "voices").mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,9 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n")
     shutil.copy(work / "tokenizer.model", folder / sizes["tokenizer_name"])
 
-    state = torch.load(work / "lm.pt", map_location="cpu")
+    files = args.lm or [work / "lm.pt"]
+    trained = [torch.load(file, map_location="cpu") for file in files]
+    state = {k: sum(t[k].float() for t in trained) / len(files) for k in trained[0]}
     for table in USER_ACOUSTIC:
         state[f"emb.{table}.weight"].zero_()
     state = {k: v.bfloat16().contiguous() for k, v in state.items()}

@@ -3,7 +3,9 @@
     python make_tests.py WORK [--size N]
 
 Needs WORK/bank.pt, WORK/codec_listen.pt, WORK/tokenizer.model and WORK/agent.pt; writes
-WORK/test.pt. Phrasings are not trained ones; most user voices are not either.
+WORK/test.pt. Phrasings are not trained ones; most user voices are not either. `--kinds`
+has other clips asked, where there are such: test_engine (an engine that was not
+trained) or test_people (questions put together from people's words).
 """
 
 import argparse
@@ -38,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--size", type=int, default=320)
-    parser.add_argument("--split", default="test", choices=("ask", "test"))
+    parser.add_argument("--kinds", nargs="*", default=("test", "test_known"))
     parser.add_argument("--name", default="test.pt")
     args = parser.parse_args()
     seed(5)
@@ -51,12 +53,16 @@ def main() -> None:
     tokenizer = sentencepiece.SentencePieceProcessor(str(work / "tokenizer.model"))
     lm = config(tokenizer.vocab_size())["lm"]
     grid = Grid(agent, tokenizer, lm["text_card"], lm["card"])
-    kinds = ("ask",) if args.split == "ask" else ("test", "test_known")
-    planner = Planner([c for c in bank["clips"] if c["kind"] in kinds], agent)
+    clips = [c for c in bank["clips"] if c["kind"] in args.kinds]
+    texts = {c["text"] for c in clips}
+    clips += [
+        c for c in bank["clips"] if c["kind"] == "test" and c["text"] not in texts
+    ]
+    planner = Planner(clips, agent)
     made = []
     for _ in range(args.size):
         voice = rng.choice(tuple(agent.voices))
-        talk = domain.dialogue(rng, args.split, 2)
+        talk = domain.dialogue(rng, "test", 2)
         plan = planner.plan(rng, talk, voice, FRAMES)
         texts, codes = grid.prompt(agent.voices[voice][0][:, :37], talk.prompt)
         spoken_texts, spoken = grid.speech(plan, voice)

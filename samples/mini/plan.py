@@ -12,8 +12,15 @@ from sizes import EPAD, FRAME_SIZE, PAD
 from torch import Tensor
 
 SILENT_FRAMES = 6
-# Frames from the end of a question to the answer: longer than pauses inside one.
-REPLY_AFTER = (6, 6, 7, 8)
+ROOM_TO_ANSWER = 50  # after a long turn
+# Frames from the end of a question to the answer: longer than pauses inside one, and
+# than those of people who speak for long.
+REPLY_AFTER = {
+    "plain": (6, 6, 7, 8),
+    "fact": (6, 6, 7, 8),
+    "unknown": (8, 9, 9, 10),
+    "stranger": (15, 16, 17, 18),
+}
 
 
 @dataclass
@@ -40,10 +47,16 @@ class Planner:
             self.clips.setdefault(clip["text"], []).append(clip)
 
     def place(
-        self, rng: random.Random, text: str, start: float
+        self, rng: random.Random, text: str, start: float, most: float = math.inf
     ) -> tuple[dict, int, float]:
-        """A clip speaking from frame `start` on: clip, first sample, end frame."""
-        clip = rng.choice(self.clips[text])
+        """A clip speaking from frame `start` on: clip, first sample, end frame.
+
+        One of at most `most` frames, where there are such.
+        """
+        clips = self.clips[text]
+        if text == domain.STRANGER:
+            clips = [c for c in clips if c["frames"] <= most] or clips
+        clip = rng.choice(clips)
         sample = max(0, int(start * FRAME_SIZE) - clip["speech"][0])
         sample -= sample % self.step
         return clip, sample, (sample + clip["speech"][1]) / FRAME_SIZE
@@ -62,10 +75,11 @@ class Planner:
                 first = math.ceil(end) + rng.choice((2, 3))
                 agent.append((answer, first, first + self.length(answer, voice)))
                 cursor = end + rng.uniform(10, 18)
-            clip, sample, end = self.place(rng, turn.question, cursor)
+            most = frames - cursor - ROOM_TO_ANSWER
+            clip, sample, end = self.place(rng, turn.question, cursor, most)
             user.append((clip, sample))
             begin = cursor
-            first = math.ceil(end) + rng.choice(REPLY_AFTER)
+            first = math.ceil(end) + rng.choice(REPLY_AFTER[turn.subject])
             length = self.length(turn.answer, voice)
             last = first + length
             if last + 4 > frames:
@@ -75,7 +89,9 @@ class Planner:
                 cursor = first + length * rng.uniform(0.25, 0.6)
                 last = math.ceil(cursor) + rng.choice((3, 4))
                 interrupted = last < first + length - 3
-            if not interrupted:
+            if turn.resumed:
+                cursor = first + length * rng.uniform(0.2, 0.9)
+            elif not interrupted:
                 last = first + length
                 rest = (5, 25) if rng.random() < 0.85 else (25, 80)
                 cursor = last + rng.uniform(*rest)

@@ -1,7 +1,65 @@
-"""What rooms and microphones do to a voice."""
+"""What rooms, microphones and lines do to a voice.
+
+A `Room` stays the same through a recording: its noise, hum and offset. What microphone
+and line do to one voice in it (`carry`) is drawn for each clip.
+"""
+
+import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from sizes import FRAME_SIZE
 from torch import Tensor
+
+RATE = 24000
+LOWEST_DB = -46.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """Noise and hum in dBFS (None for none) and a constant offset of the samples."""
+
+    noise_db: float | None = None
+    hum_db: float | None = None
+    offset: float = 0.0
+
+    def lowest(self) -> float:
+        """How quiet the loudest sample of a voice may be (dBFS), to be heard here."""
+        noise = -100.0 if self.noise_db is None else self.noise_db + 24
+        return max(LOWEST_DB, noise, -100.0 if self.hum_db is None else self.hum_db + 6)
+
+    def sound(self, count: int, samples: int, where: torch.device) -> Tensor:
+        """The room alone, (count, samples); every row another colour of noise."""
+        pcm = torch.full((count, samples), self.offset, device=where)
+        if self.noise_db is not None:
+            spread = 6 * torch.rand(count, 1, device=where) - 3
+            level = 10 ** ((self.noise_db + spread) / 20)
+            pcm = pcm + level * colour_noise((count, samples), where)
+        if self.hum_db is not None:
+            time = torch.arange(samples, device=where) / RATE
+            hertz = 50 + 10 * torch.randint(2, (count, 1), device=where)
+            phase = 2 * math.pi * hertz * time
+            pcm = pcm + 10 ** (self.hum_db / 20) * (
+                phase.sin() + 0.4 * (3 * phase).sin()
+            )
+        return pcm
+
+
+ROOMS = (
+    Room(),
+    Room(),
+    Room(-66),
+    Room(-66),
+    Room(-52),
+    Room(-40),
+    Room(offset=0.02),
+    Room(-60, offset=-0.01),
+    Room(-52, offset=0.05),
+    Room(-60, hum_db=-46),
+    Room(-48, hum_db=-40, offset=0.004),
+    Room(-70, offset=-0.04),
+)
 
 
 def colour_noise(shape: tuple[int, int], where: torch.device) -> Tensor:
@@ -13,8 +71,66 @@ def colour_noise(shape: tuple[int, int], where: torch.device) -> Tensor:
     return noise / noise.square().mean(1, keepdim=True).sqrt()
 
 
+def _some(rows: int, share: float, where: torch.device) -> Tensor:
+    return torch.rand(rows, 1, device=where) < share
+
+
+def carry(pcm: Tensor, lowest_db: float) -> Tensor:
+    """Voices (rows, samples) as microphones and lines bring them, each in its own way.
+
+    Other spectra, bands of telephones and old microphones, echoes of a room, hard
+    limits, 8 bits of a telephone; the loudest sample from `lowest_db` to 5 dB too high.
+    """
+    rows, samples = pcm.shape
+    where = pcm.device
+    spectrum = torch.fft.rfft(pcm, 2 * samples)
+    hertz = torch.linspace(0, RATE / 2, spectrum.shape[1], device=where)
+    spectrum = spectrum * _colour(rows, hertz)
+    narrow = _some(rows, 0.3, where)
+    top = torch.where(narrow, 3300 + 3000 * torch.rand(rows, 1, device=where), 12000.0)
+    bottom = torch.where(narrow, 80 + 240 * torch.rand(rows, 1, device=where), 0.0)
+    spectrum = spectrum * torch.sigmoid((top - hertz) / 150)
+    spectrum = spectrum * torch.sigmoid((hertz - bottom) / 20 + 3)
+    echo = torch.fft.rfft(_echo(rows, where), 2 * samples)
+    spectrum = torch.where(_some(rows, 0.3, where), spectrum * echo, spectrum)
+    pcm = torch.fft.irfft(spectrum, 2 * samples)[:, :samples]
+    peak = pcm.abs().amax(1, keepdim=True).clamp(min=1e-4)
+    gain_db = lowest_db + (5 - lowest_db) * torch.rand(rows, 1, device=where)
+    pcm = (pcm / peak * 10 ** (gain_db / 20)).clamp(-1, 1)
+    mu = 255.0
+    short = pcm.sign() * torch.log1p(mu * pcm.abs()) / math.log1p(mu)
+    short = (short * 127).round() / 127
+    short = short.sign() * torch.expm1(short.abs() * math.log1p(mu)) / mu
+    return torch.where(narrow & _some(rows, 0.4, where), short, pcm)
+
+
+def _colour(rows: int, hertz: Tensor) -> Tensor:
+    """Smooth gains (rows, bins): a tilt, and some decibels up or down an octave."""
+    where = hertz.device
+    octave = (hertz.clamp(min=60) / 60).log2()
+    low = octave.long().clamp(max=6)
+    points = 3 * torch.randn(rows, 8, device=where)
+    points += torch.randn(rows, 1, device=where) * torch.arange(8, device=where)
+    between = (octave - low).clamp(max=1)
+    gain_db = points[:, low] * (1 - between) + points[:, low + 1] * between
+    return 10 ** (gain_db / 20)
+
+
+def _echo(rows: int, where: torch.device) -> Tensor:
+    """Answers of small rooms (rows, samples): the direct sound and a fading tail."""
+    length = RATE // 3
+    time = torch.arange(length, device=where) / RATE
+    fade = 0.05 + 0.25 * torch.rand(rows, 1, device=where)  # to -60 dB
+    tail = torch.randn(rows, length, device=where) * 10 ** (-3 * time / fade)
+    tail[:, : RATE // 200] = 0
+    share = 0.02 + 0.08 * torch.rand(rows, 1, device=where)
+    tail = share * tail
+    tail[:, 0] = 1
+    return tail
+
+
 def roughen(pcm: Tensor, noisy: bool) -> Tensor:
-    """Levels, noise and narrow bands as microphones have them."""
+    """Levels, noise and narrow bands of the first evaluations, kept as they were."""
     n, length = pcm.shape
     where = pcm.device
     gain = 10 ** (torch.rand(n, 1, device=where) * 0.9 - 0.65)
@@ -31,3 +147,9 @@ def roughen(pcm: Tensor, noisy: bool) -> Tensor:
     return (pcm + level * gain.clamp(max=1) * colour_noise((n, length), where)).clamp(
         -1, 1
     )
+
+
+def babble(pcm: Tensor, level_db: float) -> Tensor:
+    """Other rows' voices far behind each row."""
+    behind = pcm.roll(1, 0).roll(7 * FRAME_SIZE, 1) + pcm.roll(2, 0).flip(1)
+    return pcm + 10 ** (level_db / 20) * F.pad(behind, (40, 0))[:, :-40]

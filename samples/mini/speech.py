@@ -1,7 +1,8 @@
-"""Speech from two free synthesisers, with the times of words and phones.
+"""Speech from free synthesisers, from two of them with the times of words and phones.
 
 flite (BSD-like licence) gives both agent voices and some user voices, espeak-ng (GPL,
-used as a tool only) the other user voices. Both are called through their C libraries.
+used as a tool only) and those of `engines.py` the other user voices. All are called
+through their C libraries.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ from functools import cache
 from math import gcd
 
 import numpy as np
+from engines import ENGINES
 from scipy.signal import resample_poly
 
 SAMPLE_RATE = 24000
@@ -54,7 +56,8 @@ class Voice:
     """A way to speak: a synthesiser's voice, its speed, its pitch.
 
     `warp` resamples the finished speech: above 1 a smaller person. `pitch` is in Hz for
-    flite and 0 to 99 for espeak; None keeps the voice's own.
+    flite, 0 to 99 for espeak, a factor for others; None keeps the voice's own. Names
+    with a colon are voices of `engines.py`.
     """
 
     name: str
@@ -65,7 +68,11 @@ class Voice:
 
 def speak(text: str, voice: Voice) -> Clip:
     """Say a sentence."""
-    if voice.name.startswith("en"):
+    if ":" in voice.name:
+        engine, name = voice.name.split(":")
+        rate, pcm = ENGINES[engine](name, text, voice.pitch or 1.0, 1 / voice.stretch)
+        words, phones = [], []
+    elif voice.name.startswith("en"):
         rate, pcm, words, phones = _espeak(text, voice)
     else:
         rate, pcm, words, phones = _flite(text, voice)

@@ -16,6 +16,7 @@ from pathlib import Path
 import domain
 import torch
 import torch.nn.functional as F
+from bank import NO_LABEL
 from codes import TAIL, Agent, agent_codes, clip_pcm, constants, splice
 from nets import Codec, Quantizer
 from sizes import FRAME_SIZE, config
@@ -120,9 +121,12 @@ class Data:
             labels.append(torch.zeros(3 * gap, dtype=torch.uint8, device=where))
             labels.append(bank["labels"][first : first + 3 * clip["frames"]])
         self.tape, self.tape_labels = torch.cat(pcm), torch.cat(labels)
-        asked = [c for c in bank["clips"] if c["kind"] == "ask"]
-        self.first = min(c["start"] for c in asked) // SLOT
-        self.last = max(c["start"] + c["frames"] * FRAME_SIZE for c in asked) // SLOT
+        spans = [
+            (c["start"] // SLOT, c["start"] // SLOT + 3 * c["frames"])
+            for c in bank["clips"]
+            if c["kind"] in ("ask", "stranger")
+        ]
+        self.first, self.last = spans[0][0], spans[-1][1]
         self.where = where
 
     def crop(self, first: Tensor, pcm: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +136,8 @@ class Data:
             first[:, None] + slots
         ].long()
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """PCM of agents first and users after, and phone labels."""
+    def clean(self) -> tuple[Tensor, Tensor]:
+        """PCM of agents first and users after, as spoken, and phone labels."""
         where = self.where
         frames = len(self.tape) // FRAME_SIZE - FRAMES
         first = 3 * torch.randint(frames, (self.agents,), device=where)
@@ -142,6 +146,13 @@ class Data:
         first = torch.randint(self.first, last, (self.users,), device=where)
         user, user_labels = self.crop(first, self.bank["pcm"], self.bank["labels"])
         user = user.float() / 32768
+        return torch.cat([agent, user]), torch.cat([agent_labels, user_labels])
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """The same, the users amid noise."""
+        where = self.where
+        pcm, labels = self.clean()
+        agent, user = pcm[: self.agents], pcm[self.agents :]
         user = user * 10 ** (torch.rand(self.users, 1, device=where) * 1.0 - 0.8)
         level = 10 ** (-1.8 - 3 * torch.rand(self.users, 1, device=where))
         noise = torch.randn_like(user)
@@ -152,7 +163,7 @@ class Data:
         user = torch.cat(
             [user[: self.users // 2], user[self.users // 2 :].clamp(-1, 1)]
         )
-        return torch.cat([agent, user]), torch.cat([agent_labels, user_labels])
+        return torch.cat([agent, user]), labels
 
 
 @torch.no_grad()
@@ -213,7 +224,9 @@ def train_listen(codec: Codec, bank: dict, budget_s: float, batch: int) -> None:
             semantic, acoustic = first.project(z), rest.project(z)
             loss_a = loss_b = z.new_zeros(())
         logits = phones(semantic).unflatten(-1, (3, -1)).flatten(0, 2)
-        phone_loss = F.cross_entropy(logits, labels.flatten(), label_smoothing=0.05)
+        phone_loss = F.cross_entropy(
+            logits, labels.flatten(), ignore_index=NO_LABEL, label_smoothing=0.05
+        )
         right = (logits.argmax(-1) == labels.flatten()).float().mean()
         with torch.autocast(where.type, torch.bfloat16):
             out = codec.synthesize(first.expand(semantic) + rest.expand(acoustic))

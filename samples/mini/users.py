@@ -1,49 +1,68 @@
-"""Encode the users' sentences, each in a few rooms.
+"""Encode what users say, each clip in a few rooms; some of it without any sense.
 
     python users.py WORK
 
 Needs WORK/bank.pt and WORK/codec_listen.pt; writes WORK/users.pt: the semantic codes of
-every clip amid the noise of a room (one after the other in `codes`), and those of the
-rooms alone.
+every clip as a microphone in a room brings it (one after the other in `codes`), and
+those of the rooms alone.
 """
 
 import argparse
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
+import domain
 import torch
 from agent import load_codec
 from codes import clip_pcm
 from nets import Codec
-from rooms import colour_noise
+from rooms import RATE, ROOMS, carry
 from sizes import FRAME_SIZE
 from torch import Tensor
 from training import device, seed
 
-LEVELS_DB = (None, -66.0, -52.0, -40.0)
 LEAD, TAIL = 12, 2
 ROOM_FRAMES = 720
-ROOMS = 24
-VARIANTS = 2
+COPIES = 24  # of a room's sound
+VARIANTS = {"ask": 2, "stranger": 3}  # rooms of a clip
+RESHAPED = 1500
+PIECE_S = (0.12, 0.5)
 
 
-def noise(count: int, samples: int, level: int, where: torch.device) -> Tensor:
-    """Background of a level, other colours for each row."""
-    decibels = LEVELS_DB[level]
-    if decibels is None:
-        return torch.zeros(count, samples, device=where)
-    spread = 6 * torch.rand(count, 1, device=where) - 3
-    return 10 ** ((decibels + spread) / 20) * colour_noise((count, samples), where)
+def reshape(rng: random.Random, bank: dict, clips: list[dict]) -> Tensor:
+    """Speech without sense: pieces of a voice's clips, with pauses, (samples,)."""
+    parts, length, wanted = [], 0.0, rng.uniform(1.0, 11.0)
+    while length < wanted:
+        sound = clip_pcm(bank, rng.choice(clips))
+        size = int(rng.uniform(*PIECE_S) * RATE)
+        first = rng.randrange(max(1, len(sound) - size))
+        piece = sound[first : first + size].clone()
+        fade = min(120, len(piece) // 2)
+        ramp = torch.linspace(0, 1, fade, device=piece.device)
+        piece[:fade] *= ramp
+        piece[len(piece) - fade :] *= ramp.flip(0)
+        parts.append(piece)
+        if rng.random() < 0.12:
+            parts.append(piece.new_zeros(int(rng.uniform(0.15, 1.0) * RATE)))
+        length = sum(map(len, parts)) / RATE
+    return torch.cat(parts)
 
 
-def narrow(pcm: Tensor) -> Tensor:
-    """One voice in four through a telephone's or an old microphone's band."""
-    count, samples = pcm.shape
-    draw = torch.rand(count, 1, device=pcm.device)
-    top = torch.where(draw < 0.25, 3300 + 16000 * draw, 12000.0)
-    hertz = torch.linspace(0, 12000, samples // 2 + 1, device=pcm.device)
-    return torch.fft.irfft(
-        torch.fft.rfft(pcm) * torch.sigmoid((top - hertz) / 200), samples
-    )
+def reshaped(
+    rng: random.Random, bank: dict, count: int
+) -> Iterator[tuple[dict, Tensor]]:
+    """Clips of speech without sense, each in one voice."""
+    voices: dict[str, list[dict]] = {}
+    for clip in bank["clips"]:
+        if clip["kind"] in VARIANTS:
+            voices.setdefault(clip["voice"], []).append(clip)
+    for _ in range(count):
+        name = rng.choice(sorted(voices))
+        sound = reshape(rng, bank, voices[name])
+        frames = -(-len(sound) // FRAME_SIZE) + 2
+        clip = {"text": domain.STRANGER, "voice": name, "kind": "stranger"}
+        yield clip | {"speech": (0, len(sound)), "frames": frames}, sound
 
 
 @torch.no_grad()
@@ -52,28 +71,27 @@ def semantic(codec: Codec, pcm: Tensor) -> Tensor:
     return codec.encode(pcm)[:, 0].to(torch.uint8).cpu()
 
 
-def variants(codec: Codec, bank: dict, clips: list[dict], level: int) -> list[dict]:
-    """Clips of about one length, each at a random level and offset within a frame."""
-    where = bank["pcm"].device
-    frames = max(c["frames"] for c in clips) + LEAD + TAIL + 1
-    voice = torch.zeros(len(clips), frames * FRAME_SIZE, device=where)
-    offsets = torch.randint(FRAME_SIZE, (len(clips),)).tolist()
-    for row, clip, offset in zip(voice, clips, offsets, strict=True):
-        sound = clip_pcm(bank, clip)
+def heard(codec: Codec, sounds: list[tuple[dict, Tensor]], room: int) -> list[dict]:
+    """Clips of about one length in a room, each at a random offset within a frame."""
+    where = sounds[0][1].device
+    frames = max(clip["frames"] for clip, _ in sounds) + LEAD + TAIL + 1
+    voice = torch.zeros(len(sounds), frames * FRAME_SIZE, device=where)
+    offsets = torch.randint(FRAME_SIZE, (len(sounds),)).tolist()
+    for row, (_, sound), offset in zip(voice, sounds, offsets, strict=True):
         row[LEAD * FRAME_SIZE + offset :][: len(sound)] = sound
-    gain = 10 ** (torch.rand(len(clips), 1, device=where) * 0.95 - 0.7)
-    pcm = narrow(gain * voice) + noise(len(clips), voice.shape[1], level, where)
+    pcm = carry(voice, ROOMS[room].lowest()) + ROOMS[room].sound(*voice.shape, where)
     codes = semantic(codec, pcm.clamp(-1, 1))
     made = []
-    for row, clip, offset in zip(codes, clips, offsets, strict=True):
+    for row, (clip, _), offset in zip(codes, sounds, offsets, strict=True):
         first, last = clip["speech"]
         made.append(
             {
                 "text": clip["text"],
                 "voice": clip["voice"],
                 "kind": clip["kind"],
+                "frames": clip["frames"],
                 "speech": (first + offset, last + offset),
-                "level": level,
+                "level": room,
                 "codes": row[LEAD : LEAD + clip["frames"] + TAIL + 1].clone(),
             }
         )
@@ -83,22 +101,33 @@ def variants(codec: Codec, bank: dict, clips: list[dict], level: int) -> list[di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    work = parser.parse_args().work
+    parser.add_argument("--reshaped", type=int, default=RESHAPED)
+    args = parser.parse_args()
+    work, rng = args.work, random.Random(11)
     seed(11)
     torch.set_float32_matmul_precision("highest")
     bank = torch.load(work / "bank.pt", weights_only=False)
     bank["pcm"] = bank["pcm"].to(device())
     codec = load_codec(work / "codec_listen.pt")
-    clips = [c for c in bank["clips"] if c["kind"] == "ask"]
-    clips.sort(key=lambda c: c["frames"])
-    made, size = [], 128
-    for i in range(0, len(clips), size):
-        for level in torch.randperm(len(LEVELS_DB))[:VARIANTS].tolist():
-            made += variants(codec, bank, clips[i : i + size], level)
+    sounds = [
+        (clip, clip_pcm(bank, clip))
+        for clip in bank["clips"]
+        if clip["kind"] in VARIANTS
+    ]
+    sounds += reshaped(rng, bank, args.reshaped)
+    sounds.sort(key=lambda s: s[0]["frames"])
+    made = []
+    while sounds:
+        # As many as fit into memory at the length of the longest.
+        size = max(4, 12000 // (sounds[-1][0]["frames"] + 1))
+        some, sounds = sounds[-size:], sounds[:-size]
+        count = max(VARIANTS[clip["kind"]] for clip, _ in some)
+        for room in rng.sample(range(len(ROOMS)), count):
+            made += heard(codec, some, room)
     rooms = {}
-    for level in range(len(LEVELS_DB)):
-        pcm = noise(ROOMS, ROOM_FRAMES * FRAME_SIZE, level, device())
-        rooms[level] = torch.cat([semantic(codec, part) for part in pcm.split(4)])
+    for number, room in enumerate(ROOMS):
+        pcm = room.sound(COPIES, ROOM_FRAMES * FRAME_SIZE, device())
+        rooms[number] = torch.cat([semantic(codec, part) for part in pcm.split(4)])
     codes, start = torch.cat([clip["codes"] for clip in made]), 0
     for clip in made:
         length = len(clip.pop("codes"))

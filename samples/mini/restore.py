@@ -1,0 +1,33 @@
+"""Take a checkpoint apart again, to go on training from it.
+
+    python restore.py FOLDER WORK
+
+Writes WORK/codec_listen.pt, WORK/codec.pt, WORK/lm.pt and WORK/tokenizer.model, from
+which train_ear.py, agent.py and train_lm.py go on.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("work", type=Path)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    sizes = json.loads((args.folder / "config.json").read_text())
+    codec = load_file(args.folder / sizes["mimi_name"])
+    torch.save(codec, args.work / "codec_listen.pt")
+    torch.save(codec, args.work / "codec.pt")
+    torch.save(load_file(args.folder / sizes["moshi_name"]), args.work / "lm.pt")
+    shutil.copy(args.folder / sizes["tokenizer_name"], args.work / "tokenizer.model")
+
+
+if __name__ == "__main__":
+    main()
