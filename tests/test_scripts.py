@@ -13,14 +13,16 @@ from xml.etree import ElementTree
 import pytest
 from test_help import section
 
+SAMPLES = Path(__file__).parents[1] / "samples"
+
 
 @pytest.fixture
-def calls(data, tmp_path) -> Path:
+def calls(tmp_path) -> Path:
     """Two recordings, and a file that is none."""
     folder = tmp_path / "calls"
     folder.mkdir()
-    for name in "ab":
-        shutil.copy(data / f"respond/user_{name}.wav", folder / f"{name}.wav")
+    for name, sample in (("a", "unknown.wav"), ("b", "noisy.wav")):
+        shutil.copy(SAMPLES / sample, folder / f"{name}.wav")
     (folder / "bad.wav").write_text("no sound")
     return folder
 
