@@ -83,6 +83,40 @@ TARGET static void NAME(activate)(long activation, float *x, long count) {
             NAME(store)(sums + r * MAX_PANELS * PANEL + v * WIDTH, sum[r][v]);      \
   }
 
+#if WIDTH == 16
+/* The same of PANELS panels, none or one, and the first half of the next. */
+typedef float NAME(half) __attribute__((vector_size(32), aligned(4), may_alias));
+#define HALF_TILE(ROWS, PANELS)                                                      \
+  TARGET static void NAME(half_##ROWS##x##PANELS)(                                   \
+      long depth, const float *a, long lda, const float *b, long panel, int start,   \
+      float *sums) {                                                                 \
+    vec sum[ROWS] = {{0}};                                                           \
+    NAME(half) rest[ROWS] = {{0}};                                                   \
+    if (!start)                                                                      \
+      _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                      \
+        const float *from = sums + r * MAX_PANELS * PANEL;                           \
+        if (PANELS) sum[r] = NAME(load)(from);                                       \
+        rest[r] = *(const NAME(half) *)(from + PANELS * PANEL);                      \
+      }                                                                              \
+    for (long i = 0; i < depth; i++, b += PANEL) {                                   \
+      vec column = NAME(load)(b);                                                    \
+      NAME(half) last = *(const NAME(half) *)(b + PANELS * panel);                   \
+      _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                      \
+        if (PANELS) sum[r] += a[r * lda + i] * column;                               \
+        rest[r] += a[r * lda + i] * last;                                            \
+      }                                                                              \
+    }                                                                                \
+    _Pragma("GCC unroll 16") for (int r = 0; r < ROWS; r++) {                        \
+      float *to = sums + r * MAX_PANELS * PANEL;                                     \
+      if (PANELS) NAME(store)(to, sum[r]);                                           \
+      *(NAME(half) *)(to + PANELS * PANEL) = rest[r];                                \
+    }                                                                                \
+  }
+HALF_TILE(8, 0) HALF_TILE(4, 0) HALF_TILE(2, 0) HALF_TILE(1, 0)
+HALF_TILE(8, 1) HALF_TILE(4, 1) HALF_TILE(2, 1) HALF_TILE(1, 1)
+#undef HALF_TILE
+#endif
+
 typedef void (*NAME(tile))(long, const float *, long, const float *, long, int,
                            float *);
 
@@ -100,6 +134,10 @@ static const NAME(tile) NAME(tiles)[][4] = {
 };
 static const int NAME(heights)[][4] = {
     {8, 4, 2, 1}, {8, 4, 2, 1}, {8, 4, 2, 1}, {6, 4, 2, 1}};
+static const NAME(tile) NAME(halves)[][4] = {
+    {NAME(half_8x0), NAME(half_4x0), NAME(half_2x0), NAME(half_1x0)},
+    {NAME(half_8x1), NAME(half_4x1), NAME(half_2x1), NAME(half_1x1)},
+};
 #elif WIDTH == 8
 TILE(6, 1) TILE(4, 1) TILE(2, 1) TILE(1, 1)
 TILE(3, 2) TILE(2, 2) TILE(1, 2)
@@ -171,6 +209,9 @@ TARGET static void NAME(product)(Crew *crew, const matrix *m, long rows, const f
     const int *heights = NAME(heights)[wide - 1];
     long column = p * PANEL;
     long columns = m->n - column < wide * PANEL ? m->n - column : wide * PANEL;
+#if WIDTH == 16
+    if (wide <= 2 && columns <= wide * PANEL - PANEL / 2) tiles = NAME(halves)[wide - 1];
+#endif
     for (long k = 0; k < m->k; k += MAX_DEPTH) {
       long depth = m->k - k < MAX_DEPTH ? m->k - k : MAX_DEPTH;
       for (long r = 0, step = 0; r < high; r += heights[step]) {

@@ -364,8 +364,8 @@ def _convolution(
 ) -> _Convolution:
     """A convolution, transposed or not, as a product with a few inputs at a time.
 
-    One of a single channel makes so many ``moments`` at once: a panel has room for
-    them.
+    One of a single channel makes so many ``moments`` at once: half a panel has room
+    for them.
     """
     weight = _array(layer.weight)
     bias = _array(layer.bias) if "bias" in layer else None
@@ -404,7 +404,7 @@ def _convolutions(
     weights: _Weights, size: _StateSize, model: Iterable[nn.Module], frame_size: int
 ) -> list[_Convolution]:
     """The convolutions of a SEANet, each with what happens to its result."""
-    moments = math.gcd(frame_size, PANEL)
+    moments = math.gcd(frame_size, PANEL // 2)
     made: list[_Convolution] = []
     for layer in model:
         if isinstance(layer, Elu):
