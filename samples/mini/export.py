@@ -26,6 +26,9 @@ from train_lm import widen
 VOICES = {"NATF0": "slt", "NATM0": "rms"}
 VOICE_FRAMES = 37
 USER_ACOUSTIC = range(9, 16)
+# Training counts padding less than words, so text that is drawn begins too easily; with
+# sharper logits of the text, drawn answers are nearly as right as greedy ones.
+SHARPER = 1.5
 
 
 def voice(lm: LanguageModel, grid: Grid, agent: Agent, name: str) -> dict[str, Tensor]:
@@ -78,6 +81,7 @@ def main() -> None:
     state = {k: sum(t[k].float() for t in trained) / len(files) for k in trained[0]}
     for table in USER_ACOUSTIC:
         state[f"emb.{table}.weight"].zero_()
+    state["text_linear.weight"] *= SHARPER
     state = {k: v.bfloat16().contiguous() for k, v in state.items()}
     save_file(state, folder / sizes["moshi_name"])
     codec = torch.load(work / "codec.pt", map_location="cpu")
