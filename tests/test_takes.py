@@ -15,7 +15,7 @@ from pplex.audio.files import Samples
 from pplex.conversation.answer import Answer
 from pplex.conversation.prompts import open_role
 from pplex.conversation.scheduler import converse_many
-from pplex.conversation.tracks import Conversation
+from pplex.conversation.tracks import Beginning, Conversation
 from pplex.evaluation.find import find
 from pplex.evaluation.report import Entry, together
 from pplex.model.sampling import SamplingConfig
@@ -109,6 +109,38 @@ def test_a_batch_has_takes_of_every_recording(run, tiny, calls, tmp_path):
     assert beside.exit_code == 1 and "would be taken for recordings" in beside.stderr
 
 
+def test_what_takes_begin_alike_is_decoded_once(tiny_model, monkeypatch):
+    """Each goes on by itself from where it says something else, or for too long."""
+    codec, rng = tiny_model.engine.codec, np.random.default_rng(0)
+    monkeypatch.setattr(Beginning, "MOST", 3)
+    size = 8, 2  # codebooks, frames
+    first, other = (list(rng.integers(0, 16, (5, *size), np.int32)) for _ in range(2))
+    takes = first, first, first[:2] + other[2:], other
+    state = codec.make_state()
+    codec.decode(first[4], state)
+    beginning, decoded, decode = Beginning(codec, codec.save(state)), [], codec.decode
+
+    def counted(codes: np.ndarray, state: object) -> np.ndarray:
+        decoded.append(codes.shape[1])
+        return decode(codes, state)
+
+    for take in takes:
+        alone = codec.make_state(codec.save(state))
+        expected = [decode(codes, alone) for codes in take]
+        monkeypatch.setattr(codec, "decode", counted)
+        for idx, codes in enumerate(take):
+            pcm = beginning.decode(idx, codes)
+            if pcm is None:
+                own = beginning.state(idx)
+                rest = [codec.decode(codes, own) for codes in take[idx:]]
+                np.testing.assert_array_equal(rest, expected[idx:])
+                break
+            np.testing.assert_array_equal(pcm, expected[idx])
+        monkeypatch.setattr(codec, "decode", decode)
+    # Three stretches that are kept, then what each has for itself.
+    assert len(decoded) == 3 + 2 + 2 + 3 + 5
+
+
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_a_recording_is_heard_once_for_all_its_takes(
     tiny_model, monkeypatch, batch_size
@@ -137,6 +169,21 @@ def test_a_recording_is_heard_once_for_all_its_takes(
         np.testing.assert_array_equal(found.pcm, expected.pcm)
         np.testing.assert_array_equal(found.user, expected.user)
     assert sum(heard) == 40
+
+
+def test_takes_that_say_the_same_are_decoded_once(tiny_model, monkeypatch):
+    """In a batch, and in those after it."""
+    engine, sampling = tiny_model.engine, SamplingConfig(temp=0, text_temp=0)
+    start = open_role(tiny_model, "NATF0", "").start
+    sound, decoded, decode = Samples(speech(40).reshape(-1)), [], engine.codec.decode
+    monkeypatch.setattr(
+        engine.codec,
+        "decode",
+        lambda codes, state: decoded.append(codes.shape[1]) or decode(codes, state),
+    )
+    takes = [Conversation(str(s), sound, start, s, more_takes=s < 3) for s in range(4)]
+    said = list(converse_many(engine, takes, sampling, batch_size=2))
+    assert len(said) == 4 and sum(decoded) == 40
 
 
 def test_takes_from_python(tiny, calls):

@@ -8,12 +8,14 @@ like it.
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -284,6 +286,37 @@ class UserSide:
         self.saved = {"encoder": self._codec.save(self._encoder), "user": user}
 
 
+class Beginning:
+    """What takes of a recording say alike at first, decoded once for all of them.
+
+    The first to come decodes a stretch; others follow as long as their codes are equal.
+    """
+
+    MOST = 24  # stretches: after each, the decoder's state is kept
+
+    def __init__(self, codec: Codec, decoder: Arrays | None) -> None:
+        """``decoder`` is the state before it, if that is not a fresh one."""
+        self._codec, self._lock = codec, threading.Lock()
+        self._states, self._stretches = [decoder], list[tuple[np.ndarray, np.ndarray]]()
+
+    def decode(self, idx: int, codes: np.ndarray) -> np.ndarray | None:
+        """PCM (samples,) of codes (codebooks, frames), which are stretch ``idx``.
+
+        None where they are others than those of the first, or too late.
+        """
+        with self._lock:
+            if idx == len(self._stretches) < self.MOST:
+                state = self.state(idx)
+                self._stretches.append((codes, self._codec.decode(codes, state)))
+                self._states.append(self._codec.save(state))
+            known = self._stretches[idx : idx + 1]
+        return next((pcm for said, pcm in known if np.array_equal(said, codes)), None)
+
+    def state(self, idx: int) -> Any:
+        """A decoder that has decoded so many stretches."""
+        return self._codec.make_state(self._states[idx])
+
+
 class StreamedTrack(Track):
     """A conversation coded chunk by chunk while it goes on."""
 
@@ -301,11 +334,12 @@ class StreamedTrack(Track):
         script: Script = (),
         saving: Saving | None = None,
         more_takes: bool = False,
+        beginning: Beginning | None = None,
     ) -> None:
         """Pieces have ``decode_frames``.
 
         Of the ``user``'s sound ``num_samples`` count, or all, and those of the tail of
-        ``quiet``. With ``more_takes`` others will hear it.
+        ``quiet``. With ``more_takes`` others will hear it, who share ``beginning``.
 
         With a ``worker`` a piece is there only when the one after it begins to be
         decoded. ``quiet`` may end it before the sound does; what was answered by then
@@ -330,6 +364,7 @@ class StreamedTrack(Track):
         encoded = self._hearing(user.listen(more=more_takes))
         self._user_codes: list[np.ndarray] = []
         self._decoder = self._codec.make_state(start.decoder)
+        self._beginning, self._num_common = beginning, 0
         self._decoding: _Decoding | None = None
         self._pieces: list[Answer] = []
         columns = self._user_columns(encoded, self._user_codes.append)
@@ -439,7 +474,7 @@ class StreamedTrack(Track):
         frames = self._frames()
         self._said = self._said[frames.shape[1] :]
         text, agent = frames[0], frames[1:]
-        pcm = partial(self._codec.decode, agent, self._decoder)
+        pcm = partial(self._pcm, agent)
         user = self._take_user_codes(len(text))
         if self._worker is None:
             self._decoding = _Decoding(pcm, bool, text, agent, user)
@@ -447,6 +482,17 @@ class StreamedTrack(Track):
         else:
             call = self._worker.submit(pcm)
             self._decoding = _Decoding(call.result, call.done, text, agent, user)
+
+    def _pcm(self, codes: np.ndarray) -> np.ndarray:
+        """PCM of the agent's next codes."""
+        if self._beginning is not None:
+            pcm = self._beginning.decode(self._num_common, codes)
+            if pcm is not None:
+                self._num_common += 1
+                return pcm
+            self._decoder = self._beginning.state(self._num_common)
+            self._beginning = None
+        return self._codec.decode(codes, self._decoder)
 
     def _take_decoded(self) -> None:
         """Wait for what is under way."""
@@ -637,6 +683,7 @@ class RecordedSide(UserSide):
         size = engine.codec.chunk_frames, engine.config.frame_size
         readable = self._readable(chunks, num_frames, *size)
         super().__init__(engine, start, readable, worker=worker, saving=saving)
+        self.beginning = Beginning(engine.codec, start.decoder)
 
     def _readable(
         self, chunks: Iterator[np.ndarray], num_frames: int, size: int, frame_size: int
@@ -678,8 +725,9 @@ class RecordingTrack(StreamedTrack):
         chunks, num_frames = cut(sound, start, engine.config, size, quiet, saving)
         self._kept = Kept(engine.config.frame_size)
         worker = None if saving is not None and quiet is not None else worker
+        is_take = conversation.more_takes
         if before is not None and before.is_take_of(sound, start):
-            self.side = before.side
+            self.side, is_take = before.side, True
         else:
             self.side = RecordedSide(engine, start, chunks, num_frames, worker, saving)
         super().__init__(
@@ -695,6 +743,7 @@ class RecordingTrack(StreamedTrack):
             conversation.script,
             saving,
             conversation.more_takes,
+            self.side.beginning if is_take and saving is None else None,
         )
 
     def is_take_of(self, sound: Sound, start: Start) -> bool:
