@@ -1,13 +1,14 @@
 """Let mini answer recordings of people and count what it says to them.
 
-    python humans.py FOLDER RECORDINGS... [--roles ROLE ...]
+    python humans.py FOLDER RECORDINGS... [--roles ROLE ...] [--seeds N]
 
 FOLDER is the checkpoint. None of its questions should be asked in them: then all it may
 say is its honest sentence, once and whole, after the user's turn. Every recording is
-answered in every role. Needs pplex with its extra `score`.
+answered in every role, with seeds from 0 on. Needs pplex with its extra `score`.
 """
 
 import argparse
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -49,15 +50,16 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("recordings", type=Path, nargs="+")
     parser.add_argument("--roles", nargs="*", default=domain.ROLES)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
     model, detect = pplex.load(args.folder), make_detector("silero")
     kinds, over_s, user_s, length_s = Counter(), 0.0, 0.0, 0.0
-    for role in args.roles:
+    for role, seed in itertools.product(args.roles, range(args.seeds)):
         prompt = domain.domain()["roles"][role][-1]
         for recording, answer in zip(
             args.recordings,
-            model.batch(args.recordings, prompt=prompt, tail=TAIL_S),
+            model.batch(args.recordings, prompt=prompt, tail=TAIL_S, seed=seed),
             strict=True,
         ):
             said = parse([word.text for word in answer.words])
