@@ -327,6 +327,32 @@ compute_options = together(
         "memory, on a CPU a quarter, and goes almost the same way."
     ),
 )
+
+
+def _drawing(
+    prefix: str, tokens: str, *, temp: float, top_k: int
+) -> Callable[[Command], Command]:
+    """How ``tokens`` of a kind are drawn."""
+    return together(
+        click.option(
+            f"--{prefix}temp",
+            metavar="X",
+            type=FiniteRange(0.0, 100.0),
+            default=temp,
+            show_default=True,
+            help=f"Temperature of the {tokens} tokens; 0 is greedy.",
+        ),
+        click.option(
+            f"--{prefix}top-k",
+            metavar="K",
+            type=WholeRange(0),
+            default=top_k,
+            show_default=True,
+            help=f"Draw {tokens} tokens from the K likeliest; 0 keeps all.",
+        ),
+    )
+
+
 sampling_options = together(
     click.option(
         "--seed",
@@ -338,38 +364,8 @@ sampling_options = together(
         "draws one, and the summary says which.",
     ),
     click.option("--greedy", is_flag=True, help="Take the likeliest token every time."),
-    click.option(
-        "--temp",
-        metavar="X",
-        type=FiniteRange(0.0, 100.0),
-        default=0.8,
-        show_default=True,
-        help="Temperature of the audio tokens; 0 is greedy.",
-    ),
-    click.option(
-        "--top-k",
-        metavar="K",
-        type=WholeRange(0),
-        default=250,
-        show_default=True,
-        help="Draw audio tokens from the K likeliest; 0 keeps all.",
-    ),
-    click.option(
-        "--text-temp",
-        metavar="X",
-        type=FiniteRange(0.0, 100.0),
-        default=0.7,
-        show_default=True,
-        help="Temperature of the text tokens; 0 is greedy.",
-    ),
-    click.option(
-        "--text-top-k",
-        metavar="K",
-        type=WholeRange(0),
-        default=25,
-        show_default=True,
-        help="Draw text tokens from the K likeliest; 0 keeps all.",
-    ),
+    _drawing("", "audio", temp=0.8, top_k=250),
+    _drawing("text-", "text", temp=0.7, top_k=25),
 )
 # Everything that decides the answer, apart from the model and the recording.
 conversation_options = together(
