@@ -15,7 +15,7 @@ from pplex.audio.files import Samples
 from pplex.conversation.answer import Answer
 from pplex.conversation.prompts import open_role
 from pplex.conversation.scheduler import converse_many
-from pplex.conversation.tracks import Beginning, Conversation
+from pplex.conversation.tracks import Alike, Conversation, Decoder
 from pplex.evaluation.find import find
 from pplex.evaluation.report import Entry, together
 from pplex.model.sampling import SamplingConfig
@@ -109,36 +109,32 @@ def test_a_batch_has_takes_of_every_recording(run, tiny, calls, tmp_path):
     assert beside.exit_code == 1 and "would be taken for recordings" in beside.stderr
 
 
-def test_what_takes_begin_alike_is_decoded_once(tiny_model, monkeypatch):
-    """Each goes on by itself from where it says something else, or for too long."""
+def test_what_takes_say_alike_is_decoded_once(tiny_model, monkeypatch):
+    """Also after they said something else, when that is forgotten."""
     codec, rng = tiny_model.engine.codec, np.random.default_rng(0)
-    monkeypatch.setattr(Beginning, "MOST", 3)
-    size = 8, 2  # codebooks, frames
-    first, other = (list(rng.integers(0, 16, (5, *size), np.int32)) for _ in range(2))
-    takes = first, first, first[:2] + other[2:], other
-    state = codec.make_state()
-    codec.decode(first[4], state)
-    beginning, decoded, decode = Beginning(codec, codec.save(state)), [], codec.decode
-
-    def counted(codes: np.ndarray, state: object) -> np.ndarray:
-        decoded.append(codes.shape[1])
-        return decode(codes, state)
-
-    for take in takes:
-        alone = codec.make_state(codec.save(state))
-        expected = [decode(codes, alone) for codes in take]
-        monkeypatch.setattr(codec, "decode", counted)
-        for idx, codes in enumerate(take):
-            pcm = beginning.decode(idx, codes)
-            if pcm is None:
-                own = beginning.state(idx)
-                rest = [codec.decode(codes, own) for codes in take[idx:]]
-                np.testing.assert_array_equal(rest, expected[idx:])
-                break
-            np.testing.assert_array_equal(pcm, expected[idx])
-        monkeypatch.setattr(codec, "decode", decode)
-    # Three stretches that are kept, then what each has for itself.
-    assert len(decoded) == 3 + 2 + 2 + 3 + 5
+    takes = rng.integers(0, 16, (3, 20, 8, 4), np.int32)  # stretches of 4 frames
+    takes[:, :3] = takes[0, :3]
+    takes[:2, 5:] = takes[0, 5:]
+    alone = [codec.make_state() for _ in takes]
+    expected = [
+        [codec.decode(codes, state) for codes in take]
+        for take, state in zip(takes, alone, strict=True)
+    ]
+    decoded, decode = [], codec.decode
+    monkeypatch.setattr(
+        codec, "decode", lambda c, state: decoded.append(len(c)) or decode(c, state)
+    )
+    alike, counts = Alike(codec), []
+    decoders = [Decoder(codec.make_state()) for _ in takes]
+    for idx in range(20):
+        for k, take in enumerate(takes):
+            pcm, decoders[k] = alike.decode(take[idx], decoders[k], None).result()
+            np.testing.assert_array_equal(pcm, expected[k][idx])
+        counts.append(len(decoded))
+        decoded.clear()
+    # A state has 32 latents of each layer, which see 20 and the convolutions' few:
+    # what was said in the first 20 frames is forgotten 32 frames later, at most.
+    assert counts[:5] == [1, 1, 1, 3, 3] and counts[13:] == [2] * 7
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])
@@ -190,9 +186,12 @@ def test_takes_from_python(tiny, calls):
     model = pplex.load(tiny, offline=True)
     takes = model.takes(calls / "b.wav", 3, seed=7, saves=True)
     for take, seed in zip(takes, (7, 8, 9), strict=True):
-        alone = model.respond(calls / "b.wav", seed=seed)
+        alone = model.respond(calls / "b.wav", seed=seed, saves=True)
         np.testing.assert_array_equal(take.audio, alone.audio)
-        assert take.state is not None and take.state.notes.seed == seed
+        assert take.state is not None and alone.state is not None
+        assert take.state.notes.seed == seed
+        for name, array in alone.state.arrays.items():
+            np.testing.assert_array_equal(take.state.arrays[name], array)
 
 
 @pytest.mark.parametrize("option", [("-o", "-"), ("--transcript", "-")])

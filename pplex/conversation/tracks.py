@@ -7,14 +7,13 @@ like it.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from pplex.conversation.answer import Answer, Kept, Timings, join
 from pplex.conversation.quiet import Quiet
 from pplex.conversation.script import Script, Speaker, last_cue
 from pplex.conversation.state import Saving, one_by_one
-from pplex.conversation.worker import one_ahead
+from pplex.conversation.worker import begin, one_ahead
 from pplex.engine.base import Arrays, Codec, Engine, Start
 from pplex.errors import PplexError
 from pplex.model.config import LmConfig, ModelConfig
@@ -221,11 +220,21 @@ class Track:
 
 
 @dataclass(frozen=True)
-class _Decoding:
-    """A stretch whose PCM is under way: ``pcm`` waits for it, ``is_done`` does not."""
+class Decoder:
+    """A decoder's state; takes with the same ``name`` have the same, bit for bit."""
 
-    pcm: Callable[[], np.ndarray]
-    is_done: Callable[[], bool]
+    state: Any
+    name: bytes = b""
+
+
+_Decoded = tuple[np.ndarray, Decoder]  # PCM (samples,), the decoder after it
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """A stretch whose PCM is under way."""
+
+    call: Future[_Decoded]
     text: np.ndarray
     agent: np.ndarray
     user: np.ndarray
@@ -286,35 +295,39 @@ class UserSide:
         self.saved = {"encoder": self._codec.save(self._encoder), "user": user}
 
 
-class Beginning:
-    """What takes of a recording say alike at first, decoded once for all of them.
+class Alike:
+    """What takes of a recording say alike, decoded once for all of them.
 
-    The first to come decodes a stretch; others follow as long as their codes are equal.
+    Sound depends on its codes and on the decoder before them, which forgets: takes that
+    were silent for a while come to the same one again, whatever they said until then.
     """
 
-    MOST = 24  # stretches: after each, the decoder's state is kept
+    MOST = 24  # stretches, of which each has a decoder
 
-    def __init__(self, codec: Codec, decoder: Arrays | None) -> None:
-        """``decoder`` is the state before it, if that is not a fresh one."""
-        self._codec, self._lock = codec, threading.Lock()
-        self._states, self._stretches = [decoder], list[tuple[np.ndarray, np.ndarray]]()
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._calls: dict[tuple[bytes, bytes], Future[_Decoded]] = {}
 
-    def decode(self, idx: int, codes: np.ndarray) -> np.ndarray | None:
-        """PCM (samples,) of codes (codebooks, frames), which are stretch ``idx``.
+    def decode(
+        self, codes: np.ndarray, before: Decoder, worker: Executor | None
+    ) -> Future[_Decoded]:
+        """Decode codes (codebooks, frames), if they are not known; ``before`` stays."""
+        key = before.name, codes.tobytes()
+        call = self._calls.pop(key, None)
+        if call is None:
+            call = begin(worker, self._decode, codes, before)
+            if len(self._calls) == self.MOST:  # what nobody said for longest is dropped
+                del self._calls[next(iter(self._calls))]
+        self._calls[key] = call
+        return call
 
-        None where they are others than those of the first, or too late.
-        """
-        with self._lock:
-            if idx == len(self._stretches) < self.MOST:
-                state = self.state(idx)
-                self._stretches.append((codes, self._codec.decode(codes, state)))
-                self._states.append(self._codec.save(state))
-            known = self._stretches[idx : idx + 1]
-        return next((pcm for said, pcm in known if np.array_equal(said, codes)), None)
-
-    def state(self, idx: int) -> Any:
-        """A decoder that has decoded so many stretches."""
-        return self._codec.make_state(self._states[idx])
+    def _decode(self, codes: np.ndarray, before: Decoder) -> _Decoded:
+        state = self._codec.make_state(self._codec.save(before.state))
+        pcm = self._codec.decode(codes, state)
+        name = hashlib.sha256()
+        for array in self._codec.save(state).values():
+            name.update(array.tobytes())
+        return pcm, Decoder(state, name.digest())
 
 
 class StreamedTrack(Track):
@@ -334,12 +347,12 @@ class StreamedTrack(Track):
         script: Script = (),
         saving: Saving | None = None,
         more_takes: bool = False,
-        beginning: Beginning | None = None,
+        alike: Alike | None = None,
     ) -> None:
         """Pieces have ``decode_frames``.
 
         Of the ``user``'s sound ``num_samples`` count, or all, and those of the tail of
-        ``quiet``. With ``more_takes`` others will hear it, who share ``beginning``.
+        ``quiet``. With ``more_takes`` others will hear it, who share ``alike``.
 
         With a ``worker`` a piece is there only when the one after it begins to be
         decoded. ``quiet`` may end it before the sound does; what was answered by then
@@ -363,8 +376,8 @@ class StreamedTrack(Track):
         self._user = user
         encoded = self._hearing(user.listen(more=more_takes))
         self._user_codes: list[np.ndarray] = []
-        self._decoder = self._codec.make_state(start.decoder)
-        self._beginning, self._num_common = beginning, 0
+        self._decoder = Decoder(self._codec.make_state(start.decoder))
+        self._alike = alike
         self._decoding: _Decoding | None = None
         self._pieces: list[Answer] = []
         columns = self._user_columns(encoded, self._user_codes.append)
@@ -418,7 +431,7 @@ class StreamedTrack(Track):
             if self._num_said:
                 self._decode()
             self._take_decoded()
-            saving.add("decoder", self._codec.save(self._decoder))
+            saving.add("decoder", self._codec.save(self._decoder.state))
 
     def push(self, column: np.ndarray, seconds: float) -> None:
         """Add the agent's column of a frame; after enough of them, decode."""
@@ -445,7 +458,7 @@ class StreamedTrack(Track):
     @property
     def is_decoded(self) -> bool:
         """Whether nothing that has begun must be waited for."""
-        return self._decoding is None or self._decoding.is_done()
+        return self._decoding is None or self._decoding.call.done()
 
     def rest(self) -> Iterator[Answer]:
         """The stretches still to come, after the last column."""
@@ -474,25 +487,19 @@ class StreamedTrack(Track):
         frames = self._frames()
         self._said = self._said[frames.shape[1] :]
         text, agent = frames[0], frames[1:]
-        pcm = partial(self._pcm, agent)
-        user = self._take_user_codes(len(text))
-        if self._worker is None:
-            self._decoding = _Decoding(pcm, bool, text, agent, user)
-            self._take_decoded()
+        start = time.perf_counter()
+        if self._alike is None:
+            call = begin(self._worker, self._decode_alone, agent)
         else:
-            call = self._worker.submit(pcm)
-            self._decoding = _Decoding(call.result, call.done, text, agent, user)
+            call = self._alike.decode(agent, self._decoder, self._worker)
+        self.timings.decode_s += time.perf_counter() - start  # without a worker, all
+        user = self._take_user_codes(len(text))
+        self._decoding = _Decoding(call, text, agent, user)
+        if self._worker is None:
+            self._take_decoded()
 
-    def _pcm(self, codes: np.ndarray) -> np.ndarray:
-        """PCM of the agent's next codes."""
-        if self._beginning is not None:
-            pcm = self._beginning.decode(self._num_common, codes)
-            if pcm is not None:
-                self._num_common += 1
-                return pcm
-            self._decoder = self._beginning.state(self._num_common)
-            self._beginning = None
-        return self._codec.decode(codes, self._decoder)
+    def _decode_alone(self, codes: np.ndarray) -> _Decoded:
+        return self._codec.decode(codes, self._decoder.state), self._decoder
 
     def _take_decoded(self) -> None:
         """Wait for what is under way."""
@@ -500,7 +507,7 @@ class StreamedTrack(Track):
             return
         done, self._decoding = self._decoding, None
         start = time.perf_counter()
-        pcm = done.pcm()
+        pcm, self._decoder = done.call.result()
         self.timings.decode_s += time.perf_counter() - start
         count = len(done.text)
         if self._quiet is not None:
@@ -683,7 +690,7 @@ class RecordedSide(UserSide):
         size = engine.codec.chunk_frames, engine.config.frame_size
         readable = self._readable(chunks, num_frames, *size)
         super().__init__(engine, start, readable, worker=worker, saving=saving)
-        self.beginning = Beginning(engine.codec, start.decoder)
+        self.alike = Alike(engine.codec)
 
     def _readable(
         self, chunks: Iterator[np.ndarray], num_frames: int, size: int, frame_size: int
@@ -743,7 +750,7 @@ class RecordingTrack(StreamedTrack):
             conversation.script,
             saving,
             conversation.more_takes,
-            self.side.beginning if is_take and saving is None else None,
+            self.side.alike if is_take else None,
         )
 
     def is_take_of(self, sound: Sound, start: Start) -> bool:

@@ -81,6 +81,17 @@ class _Awaited(Future[Any]):
         return super().result(timeout)
 
 
+def begin(
+    worker: Executor | None, function: Callable[..., Result], *arguments: Any
+) -> Future[Result]:
+    """A call that a ``worker`` will make; without one it is made at once."""
+    if worker is not None:
+        return worker.submit(function, *arguments)
+    call: Future[Result] = Future()
+    call.set_result(function(*arguments))
+    return call
+
+
 def one_ahead(
     worker: Executor | None,
     function: Callable[[Item], Result],
