@@ -419,6 +419,28 @@ def test_a_codec_is_fused_where_the_kernel_knows_its_widths():
             assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
 
 
+def test_latents_attend_as_the_codec_specifies():
+    # Chunks of many frames, past the window, and one of a single frame among them.
+    transformer = replace(TINY.mimi.transformer, d_model=128, context=90)
+    config = replace(
+        TINY.mimi,
+        transformer=transformer,
+        seanet=replace(TINY.mimi.seanet, n_filters=8, dimension=128),
+    )
+    weights = random_codec(config)
+    mimi, fused = make_mimi(config, weights), make_mimi(config, weights)
+    fuse(fused)
+    states = mimi.make_state(), fused.make_state()
+    assert type(states[1].cache) is not type(states[0].cache)
+    for frames in (17, 32, 1, 40, 16):
+        pcm = mx.random.normal((3, frames * config.frame_size), key=mx.random.key(1))
+        expected, found = (
+            np.array(codec.encode_latent(0.1 * pcm, state))
+            for codec, state in zip((mimi, fused), states, strict=True)
+        )
+        assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
+
+
 def test_a_streams_replies_are_those_to_a_recording():
     engine = make_engine(random_lm(4), alone=True)
     voice = np.zeros((CONFIG.num_codebooks, 60), np.int32)

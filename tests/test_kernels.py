@@ -36,6 +36,8 @@ def sources() -> Iterator[tuple[str, str]]:
         for bits in (8, 16):
             text = rows.source("attend", **sizes, KV_BITS=bits)
             yield f"attend {head_dim} {bits}", text
+    latents = rows.source("attend_latents", HEAD_DIM=rows.LATENTS_WIDTH)
+    yield "attend_latents", latents
     for name in rows.THREADS:
         if not name.startswith("attend"):
             yield name, rows.source(name)

@@ -62,6 +62,7 @@ class Mimi(nn.Module):
     def __init__(self, config: MimiConfig) -> None:
         super().__init__()
         self._config = config
+        self.cache_kind = KvCache
         width = config.seanet.dimension
         self.encoder = make_encoder(config.seanet)
         self.encoder_transformer = CodecTransformer(config.transformer)
@@ -85,7 +86,8 @@ class Mimi(nn.Module):
         """A fresh state, for one direction of one stream."""
         transformer = self._config.transformer
         block = self._config.latents_per_frame
-        return CodecState(KvCache(transformer.num_layers, transformer.window, block))
+        layers, window = transformer.num_layers, transformer.window
+        return CodecState(self.cache_kind(layers, window, block))
 
     def encode_latent(self, pcm: mx.array, state: CodecState) -> mx.array:
         """PCM (batch, frames * frame_size) to latents (batch, frames, width)."""

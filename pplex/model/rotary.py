@@ -18,7 +18,7 @@ def rotate(x: mx.array, max_period: float, offset: int) -> mx.array:
     b, heads, t, width = x.shape
     if t == 1:  # one small product instead of MLX's dozen operations
         return x @ _matrix(offset, width, max_period)
-    cos, sin = _turns(offset, t, width, max_period)
+    cos, sin = turns(offset, t, width, max_period)
     pairs = x.reshape(b, heads, t, width // 2, 2)
     real, imaginary = pairs[..., 0], pairs[..., 1]
     turned = [real * cos - imaginary * sin, real * sin + imaginary * cos]
@@ -44,10 +44,10 @@ def angles(
 
 
 @functools.lru_cache(maxsize=64)  # every layer of a chunk asks for the same ones
-def _turns(
+def turns(
     start: int, t: int, width: int, max_period: float
 ) -> tuple[mx.array, mx.array]:
-    """``angles`` as MLX has them."""
+    """``angles`` from ``start`` on as MLX has them."""
     cos, sin = angles(start, t, width, max_period)
     return mx.array(cos), mx.array(sin)
 

@@ -6,7 +6,7 @@ Follows NVIDIA's PersonaPlex, ``modules/transformer.py`` and ``modules/gating.py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,14 +41,14 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self._num_heads = num_heads
+        self.num_heads = num_heads
         self.in_proj = nn.Linear(dim, 3 * dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def split(self, x: mx.array) -> mx.array:
         """Queries, keys and values (batch, 3 heads, t, head_dim) of ``x``."""
         b, t, _ = x.shape
-        qkv = self.in_proj(x).reshape(b, t, 3 * self._num_heads, -1)
+        qkv = self.in_proj(x).reshape(b, t, 3 * self.num_heads, -1)
         return qkv.transpose(0, 2, 1, 3)
 
     def join(self, y: mx.array) -> mx.array:
@@ -102,7 +102,6 @@ class CodecLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.linear1 = nn.Linear(dim, feed_forward, bias=False)
         self.linear2 = nn.Linear(feed_forward, dim, bias=False)
-        self.gelu: Callable[[mx.array], mx.array] = gelu
         self.layer_scale_2 = mx.ones((dim,))
 
     def split(self, x: mx.array) -> mx.array:
@@ -112,7 +111,7 @@ class CodecLayer(nn.Module):
     def finish(self, x: mx.array, y: mx.array) -> mx.array:
         """The layer's output from its input ``x`` and the attended values ``y``."""
         x = x + self.layer_scale_1 * self.self_attn.join(y)
-        y = self.linear2(self.gelu(self.linear1(self.norm2(x))))
+        y = self.linear2(gelu(self.linear1(self.norm2(x))))
         return x + self.layer_scale_2 * y
 
 

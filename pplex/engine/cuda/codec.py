@@ -14,10 +14,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from pplex.engine.cuda.convolutions import elu_behind
-from pplex.engine.cuda.rows import add_rows, gelu_rows
+from pplex.engine.cuda.rows import (
+    LATENTS_WIDTH,
+    add_rows,
+    add_scaled,
+    attend_latents,
+    gelu_rows,
+)
+from pplex.model.cache import KvCache, Mask
 from pplex.model.conv import StreamConv, StreamConvTranspose, tail
 from pplex.model.mimi import Mimi
 from pplex.model.quantizer import ResidualQuantizer
+from pplex.model.rotary import turns
+from pplex.model.transformer import CodecLayer
 
 _LEAST_OUTPUTS = 8  # of fewer, cuDNN turns whole arrays around
 
@@ -74,12 +83,48 @@ def fuse(mimi: Mimi) -> None:
         setattr(quantizer, name, _Quantizer(quantizer[name]))
     for transformer in (mimi.encoder_transformer, mimi.decoder_transformer):
         for layer in transformer.layers:
-            if layer.linear1.weight.shape[0] % 4 == 0:
-                layer.gelu = gelu_rows
+            if all(width % 4 == 0 for width in layer.linear1.weight.shape):
+                layer.__class__ = _Layer
+    (layer, *_) = mimi.encoder_transformer.layers
+    if layer.linear1.weight.shape[1] == layer.self_attn.num_heads * LATENTS_WIDTH:
+        mimi.cache_kind = _Cache
     for name in ("encoder", "decoder"):
         fused = FusedSeanet(mimi[name].model)
         if fused.is_served:
             setattr(mimi, name, fused)
+
+
+class _Cache(KvCache):
+    """Keys and values of a chunk's rows, to which one kernel a layer attends."""
+
+    def mask(self, t: int) -> Mask:
+        """None where the kernel attends: it knows."""
+        return super().mask(t) if t <= self.block else None
+
+    def attend(
+        self, layer: int, qkv: mx.array, max_period: float, mask: Mask
+    ) -> mx.array:
+        """Attention of new positions (batch, 3 heads, t, head_dim), which are added."""
+        _, _, t, width = qkv.shape
+        if t <= self.block:
+            return super().attend(layer, qkv, max_period, mask)
+        keys, values = self._keys[layer], self._values[layer]
+        kept = None if keys is None or values is None else (keys, values)
+        angles = turns(self.end, t, width, max_period)
+        y, self._keys[layer], self._values[layer] = attend_latents(
+            qkv.transpose(0, 2, 1, 3), kept, angles, self.end, self.window, self.block
+        )
+        return y.transpose(0, 2, 1, 3)
+
+
+class _Layer(CodecLayer):
+    """A ``CodecLayer`` whose products have kernels between them."""
+
+    def finish(self, x: mx.array, y: mx.array) -> mx.array:
+        """The layer's output from its input ``x`` and the attended values ``y``."""
+        x = add_scaled(x, self.self_attn.join(y), self.layer_scale_1)
+        y = self.linear2(gelu_rows(self.linear1(self.norm2(x))))
+        return add_scaled(x, y, self.layer_scale_2)
 
 
 class _Quantizer:

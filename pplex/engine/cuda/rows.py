@@ -1,4 +1,7 @@
-"""CUDA kernels for a batch of rows in bfloat16: what lies between matrix products."""
+"""CUDA kernels for a batch of rows: what lies between matrix products.
+
+The language model's take bfloat16, the codec's float32.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,18 @@ from pplex.model.rotary import frequencies
 MOST_DIM = 8192  # add_norm.cu
 TILE = 16  # rows that attend to their prompt together
 WIDTHS = 64, 128  # of heads, that attention knows
+LATENTS_TILE, LATENTS_WIDTH = 64, 64  # new positions together, and of heads
 # The kernels, each a file of its name, and the threads of its blocks.
 THREADS = {
     "attend": 128,
     "attend_prompts": 128,
+    "attend_latents": 256,
     "choose_text": 1024,
     "embed_column": 512,
     "add_norm": 512,
     "swiglu": 512,
     "gelu": 512,
+    "add_scaled": 512,
     "add_rows": 256,
 }
 
@@ -168,6 +174,47 @@ def gelu_rows(x: mx.array) -> mx.array:
         blocks=(-(-x.size // (4 * THREADS["gelu"])), 1),
     )
     return y
+
+
+def add_scaled(x: mx.array, y: mx.array, scale: mx.array) -> mx.array:
+    """``x + scale * y`` float32 (..., dim), of a multiple of four."""
+    quads = x.size // 4
+    (total,) = _kernel("add_scaled")(
+        [x, y, scale],
+        [(x.shape, mx.float32)],
+        [quads, len(scale) // 4],
+        blocks=(-(-quads // THREADS["add_scaled"]), 1),
+    )
+    return total
+
+
+def attend_latents(
+    qkv: mx.array,
+    kept: tuple[mx.array, mx.array] | None,
+    turns: tuple[mx.array, mx.array],
+    end: int,
+    window: int,
+    block: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Attention (rows, t, heads, head_dim) of new positions; all keys, all values.
+
+    Of ``qkv`` (rows, t, 3 heads, head_dim) queries and keys are turned by ``turns``
+    (t, head_dim / 2), cosines and sines. ``end`` positions came before them. Those in
+    the window are ``kept``, and will be, as ``KvCache`` keeps them. All is float32.
+    """
+    rows, t, heads, head_dim = qkv.shape
+    heads //= 3
+    slots = min(window, end + t)
+    tiles = -(-t // LATENTS_TILE)
+    kept = (qkv, qkv) if kept is None else kept
+    store = (rows, heads, slots, head_dim), mx.float32
+    y, keys, values = _kernel("attend_latents", HEAD_DIM=head_dim)(
+        [qkv, *kept, *turns],
+        [((rows, t, heads, head_dim), mx.float32), store, store],
+        [t, end, heads, kept[0].shape[2], slots, window, block],
+        blocks=(heads * tiles, rows),
+    )
+    return y, keys, values
 
 
 def add_rows(
