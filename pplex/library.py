@@ -171,6 +171,7 @@ class Model:
             sound.num_samples // self.frame_size + 1,
             prompt_frames=opening.prompt_frames,
             alone=model.form.alone,
+            takes=True,
         )
         answers, drawn = {}, settings.sampling
         for one, said in converse_many(

@@ -437,6 +437,46 @@ def test_a_live_conversation_has_its_memory_before_the_first_frame():
     assert all(map(operator.is_, cache.arrays(), arrays))
 
 
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_rows_are_computed_once_while_they_are_alike(monkeypatch, kv_bits):
+    """Each is what it is alone, past the window, and when the first one is gone."""
+    config, length, places = replace(TINY, kv_bits=kv_bits), 90, 6
+    engine = CEngine(config, random_lm(config.lm, 16), random_codec(config.mimi))
+    prefilled = engine.prefill(random_prompt(config))
+    drawn = SamplingConfig(temp=0.02, text_temp=0.02)
+    heard = np.zeros((length, places, config.lm.num_codebooks), np.int32)
+    heard[5:, 5] = 1
+    given = np.full((length, places), NOT_FORCED, np.int32)
+    given[4, 4] = 7
+
+    def answer(joined: range) -> np.ndarray:
+        rows = engine.rows(places, drawn)
+        # The place of each is its seed, with which it is alone, too.
+        for seed in range(joined.stop):
+            rows.join(prefilled, seed, length)
+        for seed in range(joined.start):
+            rows.leave(seed)
+        said = []
+        for idx in range(length):
+            if idx == 8 and len(joined) > 1:
+                rows.leave(0)
+            said.append(rows.step(heard[idx], given[idx]).tokens()[joined])
+        return np.stack(said, axis=1)
+
+    alone = [answer(range(seed, seed + 1))[0] for seed in range(places)]
+    made, step = [], engine.lm.step
+    monkeypatch.setattr(
+        engine.lm,
+        "step",
+        lambda rows, *rest: made.append(len(rows)) or step(rows, *rest),
+    )
+    for seed, said in enumerate(answer(range(places))):
+        until = length if seed else 8
+        np.testing.assert_array_equal(said[:until], alone[seed][:until])
+    # Text that is given is read at once, what is heard with the next frame.
+    assert made[:7] == [1, 1, 1, 1, 2, 2, 3] and made[-1] == 5
+
+
 @pytest.fixture
 def not_built(monkeypatch):
     """As where the compiled parts were not built."""

@@ -229,6 +229,8 @@ def test_rows_on_a_cpu_are_as_many_as_its_cache_has_room_for(monkeypatch):
     on(monkeypatch, "c")
     sizes = [batch_size(PUBLISHED, COST, n, 1e12) for n in (10, 250, 750, 3000)]
     assert sizes == [8, 6, 4, 4]  # 96 MB of keys and values, a vector's rows at least
+    takes = [batch_size(PUBLISHED, COST, n, 1e12, takes=True) for n in (10, 400, 3000)]
+    assert takes == [16, 10, 4]  # 256 MB
     # Where a step reads more weights than that, as many as those.
     heavy = replace(COST, step=12 * 750 << 16)
     assert batch_size(PUBLISHED, heavy, 750, 1e12) == 12

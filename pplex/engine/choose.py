@@ -41,6 +41,8 @@ MAX_ROWS_C = 16
 # `mini`: 0.25 ms a frame with 4 rows, 0.225 with 8 at 325 positions; 0.74 and 1.25 at
 # 1500. These are of the longest recordings at their end, twice what is read on average.
 CACHE_BYTES = 96 << 20
+# Of takes of a recording, which have most in common: what all say is computed once.
+_TAKES_BYTES = 256 << 20
 MAX_ROWS_GPU = 256
 
 
@@ -86,8 +88,9 @@ class Kind:
     and ``cost`` tells before what a model takes on it. ``one`` and
     ``many`` are the faster forms of weights for one recording at a time and for many;
     ``max_rows`` how many rows of so many bytes may step together, of a model's cost and
-    with so many bytes free. ``bytes_per_s`` measures how fast a step reads weights of
-    so many bits; None where a step takes more than reading.
+    with so many bytes free, and of takes of a recording, if that is more, those whose
+    keys and values have ``takes_bytes``. ``bytes_per_s`` measures how fast a step reads
+    weights of so many bits; None where a step takes more than reading.
     """
 
     is_available: Callable[[], bool]
@@ -96,6 +99,7 @@ class Kind:
     one: Form
     many: Form
     max_rows: Callable[[Cost, int, float], int]
+    takes_bytes: int = 0
     has_alone: bool = False
     shares_prompts: bool = False
     bytes_per_s: Callable[[int], float] | None = None
@@ -150,6 +154,7 @@ KINDS: dict[str, Kind] = {
         one=Form(False, "the compiled step reads fewer bytes so"),
         many=Form(False, "the compiled step reads fewer bytes so"),
         max_rows=_rows_in_cache,
+        takes_bytes=_TAKES_BYTES,
         bytes_per_s=pace.bytes_per_s,
     ),
     # MLX on a CPU. 4096 x 4096, one row: 0.83 ns a weight at 4 bits, 0.27 in float32.
@@ -282,11 +287,13 @@ def batch_size(
     *,
     prompt_frames: int = 0,
     alone: bool = False,
+    takes: bool = False,
 ) -> int:
     """How many recordings to answer at once, none with more than ``frames`` frames.
 
     They begin after prompts of ``prompt_frames``. Of the free memory, or of
-    ``free_bytes``; one if each is computed ``alone``.
+    ``free_bytes``; one if each is computed ``alone``. With ``takes``, how many takes of
+    one.
     """
     if alone:
         return 1
@@ -295,4 +302,5 @@ def batch_size(
     kind = KINDS[kind_here()]
     positions = frames if kind.shares_prompts else frames + prompt_frames
     row_bytes = cost.position * min(config.lm.window, positions)
-    return max(1, kind.max_rows(cost, row_bytes, free_bytes))
+    of_takes = min(kind.takes_bytes // row_bytes, MAX_ROWS_C) if takes else 0
+    return max(1, kind.max_rows(cost, row_bytes, free_bytes), of_takes)

@@ -86,6 +86,7 @@ def _answer(
         math.ceil(seconds * model.config.frame_rate),
         prompt_frames=opening.prompt_frames,
         alone=model.form.alone,
+        takes=True,
     )
 
     def write(idx: int, start: int, user: np.ndarray, agent: np.ndarray) -> None:

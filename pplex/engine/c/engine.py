@@ -171,77 +171,110 @@ class CRows:
         self._reads_user = live or config.is_moshi
         self._sampling = Sampling(**Sampler.of(config, sampling).layout())
         self._num_agent = config.num_agent_streams
-        self._caches: list[RowCache | None] = [None] * capacity
+        self._caches: dict[int, RowCache] = {}  # of each place that is taken
+        # What rows that made no step yet started from, and for how many frames.
+        self._new: dict[int, tuple[RowCache, int | None]] = {}
         self._keys = np.zeros((capacity, 2), np.uint32)
         self._columns = np.zeros((capacity, config.num_streams), np.int32)
         self._given = np.full((capacity, self._num_agent), NOT_FORCED, np.int32)
         self._is_given = False
-        self._taken: list[int] = []
 
     def join(self, start: Start, seed: int, frames: int | None = None) -> int:
         """Begin a conversation after a prompt, of ``frames`` if known; its place."""
-        place = self._caches.index(None)
-        cache = start.memory.copy(room=frames or 0)
+        place = next(p for p in range(len(self._keys)) if p not in self._caches)
+        new = start.memory, frames
+        like = next((p for p, other in self._new.items() if other == new), None)
+        if like is None:
+            cache = start.memory.copy(room=frames or 0)
+        else:
+            cache = self._caches[like]
         if self._live:
             cache.reserve()
-        self._caches[place] = cache
+        self._caches[place], self._new[place] = cache, new
         self._keys[place] = noise_key(seed, start.steps)
         self._columns[place] = start.prompt.columns[:, -1]
         self._given[place] = start.prompt.pending[: self._num_agent]
         self._is_given = True
-        self._taken = sorted([*self._taken, place])
         return place
 
     def save(self, row: int, ahead: int = 0) -> dict[str, np.ndarray]:
         """What a conversation goes on from after the steps that were asked for."""
-        cache, steps = self._caches[row], int(self._keys[row, 1]) - ahead
-        assert cache is not None
+        steps = int(self._keys[row, 1]) - ahead
         place = save_place(self._columns[row], self._given[row], steps)
-        return place | cache.save(ahead)
+        return place | self._caches[row].save(ahead)
 
     def leave(self, row: int) -> None:
         """End the conversation in a place; another may join there."""
-        cache = self._caches[row]
-        assert cache is not None
-        cache.release()
-        self._caches[row] = None
-        self._taken.remove(row)
+        cache = self._caches.pop(row)
+        self._new.pop(row, None)
+        if cache not in self._caches.values():
+            cache.release()
 
     def step(self, user: np.ndarray, text: np.ndarray | None = None) -> Done:
         """Make a step of all rows."""
-        places = self._taken
-        whole = len(places) == len(self._caches)
         if text is not None:
             forced = text != NOT_FORCED
             self._given[forced, TEXT_ROW] = text[forced]
             self._is_given |= bool(forced.any())
         if self._reads_user:
             self._columns[:, self._num_agent :] = user
-        columns = self._columns if whole else self._columns[places]
-        given = None
-        if self._is_given:
-            given = self._given if whole else self._given[places]
-        caches = [cache for cache in self._caches if cache is not None]
-        rows = (Row * len(caches))()
-        for place, row, cache in zip(places, rows, caches, strict=True):
-            cache.fill((row,))
-            row.key[:] = self._keys[place]
-        agent = self._lm.step(rows, columns, given, self._sampling)
-        for cache in caches:
+        agent = np.zeros((len(self._keys), self._num_agent), np.int32)
+        alike = self._alike()
+        while alike:
+            alike = self._step(alike, agent)
+        for cache in set(self._caches.values()):
             cache.end += 1
         self._keys[:, 1] += 1
         if self._is_given:
             self._given[:] = NOT_FORCED
             self._is_given = False
-        if whole:
-            self._columns[:, : self._num_agent] = agent
-            self._columns[:, self._num_agent :] = user
-            return Done(agent)
-        self._columns[places, : self._num_agent] = agent
-        self._columns[places, self._num_agent :] = user[places]
-        column = np.zeros((len(self._caches), self._num_agent), np.int32)
-        column[places] = agent
-        return Done(column)
+        self._columns[:, : self._num_agent] = agent
+        self._columns[:, self._num_agent :] = user
+        return Done(agent)
+
+    def _alike(self) -> list[list[int]]:
+        """Places whose rows read the same after the same, and have one cache.
+
+        Rows that start together are alike until they draw or hear something else.
+        """
+        self._new.clear()
+        alike: dict[tuple[RowCache, bytes, bytes], list[int]] = {}
+        for place, cache in self._caches.items():
+            read = self._columns[place].tobytes(), self._given[place].tobytes()
+            alike.setdefault((cache, *read), []).append(place)
+        used: set[RowCache] = set()
+        for (cache, *_), places in alike.items():
+            if cache in used:
+                self._part(places)
+            used.add(cache)
+        return list(alike.values())
+
+    def _part(self, places: list[int]) -> None:
+        """Give those in ``places`` a cache beside that which they had with others."""
+        self._caches |= dict.fromkeys(places, self._caches[places[0]].part())
+
+    def _step(self, alike: list[list[int]], agent: np.ndarray) -> list[list[int]]:
+        """Make a step of one row for all that are ``alike``; those it was not made for.
+
+        These draw something else than the first of them, whose tokens all are given.
+        """
+        firsts, rows = [places[0] for places in alike], (Row * len(alike))()
+        others = [np.zeros((len(places) - 1, 3), np.uint32) for places in alike]
+        for places, row, keys in zip(alike, rows, others, strict=True):
+            self._caches[places[0]].fill((row,))
+            row.key[:] = self._keys[places[0]]
+            if len(keys):
+                keys[:, :2] = self._keys[places[1:]]
+                row.others, row.num_others = keys.ctypes.data, len(keys)
+        given = self._given[firsts] if self._is_given else None
+        said = self._lm.step(rows, self._columns[firsts], given, self._sampling)
+        left = []
+        for places, column, keys in zip(alike, said, others, strict=True):
+            agent[places] = column
+            if len(keys) and keys[:, 2].any():
+                left.append([places[1 + idx] for idx in np.flatnonzero(keys[:, 2])])
+                self._part(left[-1])
+        return left
 
 
 class CompiledLm:

@@ -62,10 +62,17 @@ typedef struct {
   int32_t text_top_k, top_k, text_noise, noise_width;
 } Sampling;
 
+/* The key of a frame's noise; whether it draws another token than the row's. */
+typedef struct {
+  uint32_t key[2];
+  int32_t is_apart;
+} Other;
+
 /* A row's keys (layers, heads, slots / LANES, head_dim, LANES) and values (layers,
    heads, slots, head_dim padded to LANES); how many positions it has; where else its
    first ones are, a multiple of LANES, and are read for several rows; the angles of the
-   next; the key of this frame's noise.
+   next; the key of this frame's noise; others that differ from it in that alone, and
+   need no row of their own as long as they draw the same tokens.
 
    At 8 bits a vector is bytes after a scale, by which each is to be multiplied: a block
    of LANES begins with their scales. So it takes `kept_width` floats of memory. */
@@ -76,6 +83,8 @@ typedef struct {
   int64_t first_slots, num_first;
   const float *cosines, *sines;
   uint32_t key[2];
+  Other *others;
+  int64_t num_others;
 } Row;
 
 /* Keys and values of a head, some of whose slots, the first, lie elsewhere. */

@@ -657,9 +657,10 @@ TARGET static float NAME(least_of)(const float *x, long n, long k, long *last) {
 }
 
 /* The largest of logit / temp - log(noise) among the top_k, of ties for the last place
-   the lowest ids; the noise of an id is value `first + id` of the row's. */
+   the lowest ids; the noise of an id is value `first + id` of the key's. */
 TARGET static int32_t NAME(choose)(const float *logits, long card, float temp, long top_k,
-                                   const Row *row, uint32_t first, uint32_t width) {
+                                   const uint32_t key[2], uint32_t first,
+                                   uint32_t width) {
   int32_t best = NAME(largest)(logits, card);
   if (!(temp > 0)) return best;
   long last = card;
@@ -672,7 +673,7 @@ TARGET static int32_t NAME(choose)(const float *logits, long card, float temp, l
     vec values = NAME(load)(logits + start), scaled = values / temp;
     ints reach = (values >= least) & (scaled + MOST_GUMBEL >= score);
     if (!NAME(any)(reach)) continue;
-    uints noise = NAME(random_bits)(row->key, first + (uint32_t)start, width);
+    uints noise = NAME(random_bits)(key, first + (uint32_t)start, width);
     /* -log(-log(u)) is at most -log(1 - u), which is tried first, with room for what
        is rounded. */
     float beaten = score - 0.01f - 1e-6f * fabsf(score);
@@ -705,10 +706,17 @@ TARGET static void NAME(choose_all)(Crew *crew, const Step *step, long at, long 
   for (long r; (r = take_piece(crew, step->num_rows)) >= 0;) {
     const float *row = logits + r * padded(card);
     long idx = r * num_agent + at;
-    int32_t id = NAME(choose)(row, card, temp, top_k, step->rows + r, (uint32_t)noise,
-                              (uint32_t)step->sampling->noise_width);
+    uint32_t first = (uint32_t)noise, width = (uint32_t)step->sampling->noise_width;
     int32_t given = step->given ? step->given[idx] : NOT_FORCED;
+    const Row *one = step->rows + r;
+    int32_t id = NAME(choose)(row, card, temp, top_k, one->key, first, width);
     step->agent[idx] = given > NOT_FORCED ? given : instead_of(id, given);
+    for (long i = 0; i < one->num_others && given <= NOT_FORCED; i++) {
+      Other *other = one->others + i;
+      if (other->is_apart) continue;
+      id = NAME(choose)(row, card, temp, top_k, other->key, first, width);
+      other->is_apart = instead_of(id, given) != step->agent[idx];
+    }
     if (step->logits)
       memcpy(step->logits + r * num_logits + place, row, (size_t)card * sizeof *row);
   }

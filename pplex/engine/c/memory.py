@@ -138,6 +138,12 @@ class RowCache:
         other._make_room(self.end + room if room else self._slots)
         return other
 
+    def part(self) -> RowCache:
+        """Another with the same contents, and the same source; this one may end."""
+        other = copy.copy(self)
+        other._make_room(self._slots)
+        return other
+
     def save(self, ahead: int = 0) -> dict[str, np.ndarray]:
         """Copies of the arrays as far as they are filled, and the positions so far.
 

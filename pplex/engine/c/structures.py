@@ -84,4 +84,6 @@ class Row(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("first_slots", "num_first")),
         *((name, _pointer) for name in ("cosines", "sines")),
         ("key", ctypes.c_uint32 * 2),
+        ("others", _pointer),
+        ("num_others", ctypes.c_int64),
     ]
