@@ -159,3 +159,27 @@ def check_saved_conversations(
                 parts[0] = expected[..., : -parts[1].shape[-1]]
             found = np.concatenate(parts, axis=-1)
             np.testing.assert_array_equal(found, expected, f"{name} {cut}")
+
+
+def encode_many(codec, recordings) -> list[np.ndarray]:
+    """Codes (codebooks, frames) of PCM (frames, frame_size), by groups."""
+    return _by_groups(codec, codec.encode_next, recordings, 0, 1)
+
+
+def decode_many(codec, recordings) -> list[np.ndarray]:
+    """PCM (samples,) of codes (codebooks, frames), by groups."""
+    return _by_groups(codec, codec.decode_next, recordings, 1, 0)
+
+
+def _by_groups(codec, code_next, recordings, axis: int, made: int):
+    found = []
+    for first in range(0, len(recordings), codec.group):
+        group = recordings[first : first + codec.group]
+        state, size = codec.make_state(), codec.chunk_frames
+        longest = max(one.shape[axis] for one in group)
+        chunks = []
+        for start in range(0, longest, size):
+            stretch = (slice(None),) * axis + (slice(start, start + size),)
+            chunks.append(code_next([one[stretch] for one in group], state))
+        found += [np.concatenate(row, axis=made) for row in zip(*chunks, strict=True)]
+    return found

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from random_checkpoint import Arrays, mimi_arrays
-from small import SMALL, speech
+from small import SMALL, decode_many, encode_many, speech
 
 from pplex.checkpoint.codec_layout import sanitize_codec
 from pplex.engine.c import codec as c
@@ -288,12 +288,12 @@ def test_a_recordings_bits_do_not_depend_on_what_is_coded_beside_it():
     """The way of GPUs, here on the CPU."""
     codec = MlxCodec(random_mimi(SMALL.mimi), on_gpu=True, frames=CHUNK_FRAMES)
     recordings = [speech(frames, seed=frames) for frames in (CHUNK_FRAMES + 2, 7, 33)]
-    codes = codec.encode_many(recordings)
-    pcm = codec.decode_many(codes)
+    codes = encode_many(codec, recordings)
+    pcm = decode_many(codec, codes)
     for idx, frames in enumerate(recordings):
-        (found,) = codec.encode_many([frames])
+        (found,) = encode_many(codec, [frames])
         np.testing.assert_array_equal(found, codes[idx])
-        beside = codec.decode_many([*codes[idx:][::-1], codes[0]])
+        beside = decode_many(codec, [*codes[idx:][::-1], codes[0]])
         np.testing.assert_array_equal(beside[len(codes) - idx - 1], pcm[idx])
         # And as a stream, in pieces of any length.
         encoder, decoder = codec.make_state(), codec.make_state()
@@ -314,11 +314,11 @@ def test_recordings_coded_in_groups_are_as_alone():
         for alone in (False, True)
     )
     recordings = [speech(frames, seed=frames) for frames in LENGTHS]
-    codes = codec.encode_many(recordings)
+    codes = encode_many(codec, recordings)
     for found, frames in zip(codes, recordings, strict=True):
         alone = one.encode(frames, one.make_state())
         np.testing.assert_array_equal(found, alone)
-    pcm = codec.decode_many(codes)
+    pcm = decode_many(codec, codes)
     for found, columns in zip(pcm, codes, strict=True):
         alone = one.decode(columns, one.make_state())
         np.testing.assert_allclose(found, alone, atol=1e-5)
@@ -386,11 +386,11 @@ def test_on_gpus_what_follows_a_ragged_chunk_goes_on_from_it(alone):
 def test_recordings_coded_after_each_other_are_the_same_bits_as_alone(pair):
     _, codec = pair
     recordings = [speech(frames, seed=frames) for frames in (7, 1, 30)]
-    codes = codec.encode_many(recordings)
+    codes = encode_many(codec, recordings)
     for found, frames in zip(codes, recordings, strict=True):
         alone = codec.encode(frames, codec.make_state())
         np.testing.assert_array_equal(found, alone)
-    for found, one in zip(codec.decode_many(codes), codes, strict=True):
+    for found, one in zip(decode_many(codec, codes), codes, strict=True):
         alone = codec.decode(one, codec.make_state())
         np.testing.assert_array_equal(found, alone)
 

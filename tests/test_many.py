@@ -185,17 +185,17 @@ def test_no_group_but_the_last_is_decoded_with_idle_rows(
 ):
     """Though all end in one step."""
     engine, sizes = engines["groups"], []
-    decode_many = engine.codec.decode_many
+    decode_next = engine.codec.decode_next
 
-    def noted(given):
+    def noted(given, state):
         sizes.append(len(given))
-        return decode_many(given)
+        return decode_next(given, state)
 
-    monkeypatch.setattr(engine.codec, "decode_many", noted)
+    monkeypatch.setattr(engine.codec, "decode_next", noted)
     one = conversations(engine, small_model)[0]
     those = [replace(one, key=str(idx)) for idx in range(10)]
     assert len(list(converse_many(engine, those, GREEDY, batch_size=10))) == 10
-    assert sizes == [4, 4, 2]
+    assert sizes == 2 * [4, 4, 2]  # two chunks of each
 
 
 @pytest.mark.parametrize("name", ["best", "groups"])

@@ -11,7 +11,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from small import SMALL, SharedSteps, live_frames, speech
+from small import SMALL, SharedSteps, encode_many, live_frames, speech
 
 from pplex.audio.files import Samples
 from pplex.batch.decoding import Decoder, Job, Size
@@ -39,7 +39,7 @@ def test_a_chunk_takes_no_more_memory_than_is_counted_for_it():
     recordings = [speech(2, seed) for seed in range(16)]
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    codec.encode_many(recordings)
+    encode_many(codec, recordings)
     peak = mx.get_peak_memory() - before
     assert 0.6 < peak / work_bytes(PUBLISHED.mimi, 1) < 1.0
 
@@ -82,8 +82,8 @@ def test_a_group_whose_memory_does_not_suffice_is_coded_in_shorter_chunks(monkey
 
     monkeypatch.setattr(type(mimi), "encode", lambda _, *given: scarce(*given))
     recordings = [speech(frames, frames) for frames in (19, 3)]
-    expected = small.encode_many(recordings)
-    for found, codes in zip(codec.encode_many(recordings), expected, strict=True):
+    expected = encode_many(small, recordings)
+    for found, codes in zip(encode_many(codec, recordings), expected, strict=True):
         np.testing.assert_array_equal(found, codes)
     assert codec.chunk_frames == 4
     assert (codec.form, small.form) == (", codec by 4 frames", "")

@@ -50,13 +50,14 @@ def measure_parts(engine: Engine, rows: int) -> Parts:
     frames = rng.uniform(-0.1, 0.1, (count, engine.config.frame_size))
     pcm = frames.astype(np.float32)
     group = min(rows, codec.group)
+    encoder, decoder = codec.make_state(), codec.make_state()
     if group > 1:
-        codes = codec.encode_many([pcm] * group)
-        codec.decode_many(codes)
-        encode = _median_ms(lambda: codec.encode_many([pcm] * group))
-        decode = _median_ms(lambda: codec.decode_many(codes))
+        together = [pcm] * group
+        codes = codec.encode_next(together, encoder)
+        codec.decode_next(codes, decoder)
+        encode = _median_ms(lambda: codec.encode_next(together, encoder))
+        decode = _median_ms(lambda: codec.decode_next(codes, decoder))
     else:
-        encoder, decoder = codec.make_state(), codec.make_state()
         one = codec.encode(pcm, encoder)
         codec.decode(one, decoder)
         encode = _median_ms(lambda: codec.encode(pcm, encoder))

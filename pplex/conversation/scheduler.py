@@ -22,6 +22,7 @@ from pplex.conversation.script import Script
 from pplex.conversation.state import Saving
 from pplex.conversation.tracks import (
     Conversation,
+    Decoding,
     GroupedTrack,
     LiveTrack,
     RecordingTrack,
@@ -40,6 +41,7 @@ from pplex.model.streams import NOT_FORCED
 _MOST_WAITED = 8
 
 AnyTrack = TypeVar("AnyTrack", bound=Track)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -272,14 +274,7 @@ def _prepared(
 ) -> Iterator[RecordingTrack]:
     """Tracks of recordings; with a ``worker`` the next begins to be encoded early."""
     coming = _tracks(engine, conversations, worker)
-    if worker is None:
-        yield from coming
-        return
-    ready = next(coming, None)
-    while ready is not None:
-        following = next(coming, None)
-        yield ready
-        ready = following
+    return coming if worker is None else _one_later(coming)
 
 
 def _tracks(
@@ -301,27 +296,53 @@ def _converse_grouped(
 ) -> Iterator[tuple[Conversation, Answer]]:
     """``converse_many`` with the codec's work done in groups.
 
-    A group is encoded whole before its rows start, and decoded whole when they may be
-    done: where the end follows from the sound, some go on, and are decoded again. A few
-    results a step are given away: what is done with them runs beside the step that the
-    GPU makes meanwhile, and none wait for the last one.
+    Chunks of a group are encoded before they are needed, and those that began together
+    are decoded as they go on. Where the end follows from the sound they are decoded
+    whole when they may be done: some go on, and are decoded again. A few results a step
+    are given away: what is done with them runs beside the step that the GPU makes
+    meanwhile, and none wait for the last one.
     """
-    group = engine.codec.group
+    with codec_worker(engine.codec, beside=batch_size, groups=True) as worker:
+        yield from _grouped(engine, conversations, sampling, batch_size, worker)
+
+
+def _grouped(
+    engine: Engine,
+    conversations: Iterable[Conversation],
+    sampling: SamplingConfig,
+    batch_size: int,
+    worker: Executor | None,
+) -> Iterator[tuple[Conversation, Answer]]:
+    codec, group = engine.codec, engine.codec.group
     done: list[GroupedTrack] = []
+    decodings: list[Decoding] = []
     decoded: deque[tuple[Conversation, Answer]] = deque()
 
     def decode() -> None:
-        decoded.extend(decode_group(engine.codec, done[:group]))
+        decoded.extend(decode_group(codec, done[:group], worker))
         del done[:group]
 
-    def tracks() -> Iterator[GroupedTrack | RecordingTrack]:
+    def groups() -> Iterator[list[GroupedTrack | RecordingTrack]]:
         coming = iter(conversations)
         while some := list(itertools.islice(coming, group)):
-            yield from encode_group(engine, [c for c in some if not c.is_streamed])
-            yield from _tracks(engine, [c for c in some if c.is_streamed], None)
+            together = [one for one in some if not one.is_streamed]
+            apart = _tracks(engine, [one for one in some if one.is_streamed], None)
+            yield [*encode_group(engine, together, worker), *apart]
+
+    def tracks() -> Iterator[GroupedTrack | RecordingTrack]:
+        for some in groups() if worker is None else _one_later(groups()):
+            for track in some:
+                if isinstance(track, GroupedTrack) and track.quiet is None:
+                    if not decodings or not decodings[-1].add(track):
+                        decodings.append(Decoding(codec, worker))
+                        decodings[-1].add(track)
+                yield track
 
     waited = 0
     for stepped in run(engine, tracks(), sampling, capacity=batch_size):
+        for decoding in decodings:
+            decoded.extend(decoding.go_on())
+        decodings[:] = [one for one in decodings if not one.is_done]
         for track in stepped:
             if isinstance(track, GroupedTrack):
                 if track.wants_sound and track not in done:
@@ -338,4 +359,20 @@ def _converse_grouped(
             yield decoded.popleft()
     if done:
         decode()
+    while decodings:
+        for decoding in decodings:
+            decoded.extend(decoding.go_on(wait=decoding is decodings[0]))
+        decodings[:] = [one for one in decodings if not one.is_done]
+        yield from decoded
+        decoded.clear()
     yield from decoded
+
+
+def _one_later(items: Iterable[Item]) -> Iterator[Item]:
+    """Each when the next is there, too."""
+    coming = iter(items)
+    ready = next(coming, None)
+    while ready is not None:
+        following = next(coming, None)
+        yield ready
+        ready = following

@@ -66,6 +66,7 @@ class Conversation:
         return self.saves or self.start.encoder is not None
 
 
+_UNTIL_NEXT = 8  # frames of a chunk that a group has read when the next begins
 _KEPT_FRAMES = 32  # decoded since the decoder was last kept, at most
 
 
@@ -212,11 +213,12 @@ class Track:
         """Frames that are known whole."""
         return len(self._said) - self._config.lag
 
-    def _frames(self) -> np.ndarray:
+    def _frames(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """The agent's text and codes (agent streams, frames) of what was said."""
         delays, lag = self._config.delays, self._config.lag
         agent = delays[: self._config.num_agent_streams]
-        return unshift(np.stack(self._said, axis=1), agent, lag)
+        said = self._said[first : None if last is None else last + lag]
+        return unshift(np.stack(said, axis=1), agent, lag)
 
 
 @dataclass(frozen=True)
@@ -778,57 +780,112 @@ class RecordingTrack(StreamedTrack):
         return replace(answer, fault=self.side.fault, saved=saved)
 
 
-class GroupedTrack(Track):
-    """One recording of a group that was encoded whole: ``user`` (codebooks, frames).
+class _Encoding:
+    """The users' sides of a group, encoded chunk by chunk, each before it is needed."""
 
-    ``quiet`` may end it before that; ``fault``: why it could not be read.
+    def __init__(
+        self, codec: Codec, recordings: Sequence[np.ndarray], worker: Executor | None
+    ) -> None:
+        """Each of ``recordings`` is (frames, frame_size)."""
+        self._codec, self._worker, self._recordings = codec, worker, recordings
+        self._state, self._size = codec.make_state(), codec.chunk_frames
+        self._lengths = [len(frames) for frames in recordings]
+        self._chunks: list[Future[list[np.ndarray]]] = []
+        self._waited_s = 0.0
+        self._begin(0)
+
+    def _begin(self, idx: int) -> None:
+        """Begin the chunk, unless somebody did."""
+        first, last = idx * self._size, (idx + 1) * self._size
+        if idx < len(self._chunks) or first >= max(self._lengths):
+            return
+        parts = [frames[first:last] for frames in self._recordings]
+        if last >= max(self._lengths):
+            self._recordings = []
+        call = begin(self._worker, self._codec.encode_next, parts, self._state)
+        self._chunks.append(call)
+
+    def codes(self, row: int) -> Iterator[np.ndarray]:
+        """Codes (codebooks, frames) of one of them, in pieces."""
+        for idx in range(-(-self._lengths[row] // self._size)):
+            start = time.perf_counter()
+            codes = self._chunks[idx].result()[row]
+            self._waited_s += time.perf_counter() - start
+            # Chunks that others need sooner have begun by then.
+            yield codes[:, :_UNTIL_NEXT]
+            self._begin(idx + 1)
+            if codes.shape[1] > _UNTIL_NEXT:
+                yield codes[:, _UNTIL_NEXT:]
+
+    def share_s(self, row: int) -> float:
+        """Its share of the time that was waited for."""
+        return self._waited_s * self._lengths[row] / sum(self._lengths)
+
+
+class GroupedTrack(Track):
+    """One recording of a group that is encoded together.
+
+    ``quiet`` may end it before its last frame; ``fault``: why it could not be read.
     """
 
     fault = ""
 
     def __init__(
         self,
-        config: LmConfig,
+        config: ModelConfig,
         conversation: Conversation,
-        user: np.ndarray,
-        encode_s: float,
-        quiet: Quiet | None = None,
+        num_frames: int,
+        quiet: Quiet | None,
+        encoding: _Encoding,
+        row: int,
     ) -> None:
+        """Its codes are a ``row`` of ``encoding``."""
         start, seed, script = conversation.start, conversation.seed, conversation.script
-        super().__init__(config, start, seed, user.shape[1], script)
-        self.conversation, self.user, self._quiet = conversation, user, quiet
+        super().__init__(config.lm, start, seed, num_frames, script)
+        self.conversation, self.quiet = conversation, quiet
+        self._encoding, self._row = encoding, row
+        self._user_codes: list[np.ndarray] = []
         self._num_judged = 0
-        self.timings.encode_s = encode_s
-        rows, pending = user_rows(config), start.prompt.pending
-        columns = shift(user, config.delays[rows], pending[rows]).T
-        self.columns = self._opened(iter(columns))
+        self._frame_size = config.frame_size
+        columns = self._user_columns(encoding.codes(row), self._user_codes.append)
+        self.columns = self._opened(columns)
+
+    def make_room(self) -> np.ndarray:
+        """Room for the sound (samples,) of all its frames."""
+        assert self.num_frames is not None
+        return np.empty(self.num_frames * self._frame_size, np.float32)
+
+    @property
+    def num_ready(self) -> int:
+        """Frames that can be decoded."""
+        return self._num_said
 
     @property
     def is_over(self) -> bool:
         """Whether the agent has been quiet for long enough."""
-        return self._quiet is not None and self._quiet.end is not None
+        return self.quiet is not None and self.quiet.end is not None
 
     @property
     def wants_sound(self) -> bool:
         """Whether it may be all, once its sound is known."""
-        if self.is_over:
+        if self.is_over or self.quiet is None:
             return False
-        may_end = self._quiet is not None and self._quiet.may_end(self._num_pushed)
-        return may_end or self.is_complete
+        return self.quiet.may_end(self._num_pushed) or self.is_complete
 
     def push(self, column: np.ndarray, seconds: float) -> None:
         """Add the agent's column of a frame, or one that comes before the first."""
         if not self.is_over:  # else the step was under way by then
             super().push(column, seconds)
 
-    def said(self) -> np.ndarray:
+    def said(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """The agent's text and codes (agent streams, frames)."""
-        return self._frames()
+        last = self.num_ready if last is None else min(last, self.num_ready)
+        return self._frames(min(first, last), last)
 
     def answer(self, said: np.ndarray, pcm: np.ndarray) -> Answer | None:
         """The whole answer by what was ``said`` and its sound; None if it goes on."""
         num_samples, count = self.conversation.sound.num_samples, said.shape[1]
-        if (quiet := self._quiet) is not None:
+        if (quiet := self.quiet) is not None:
             new, size = self._num_judged, len(pcm) // count
             quiet.hear(said[TEXT_ROW, new:], pcm[new * size :])
             self._num_judged = count
@@ -838,19 +895,20 @@ class GroupedTrack(Track):
             del self.timings.steps[count:]
         elif not self.is_complete:
             return None
-        text, agent, user = said[0, :count], said[1:, :count], self.user[:, :count]
+        self.timings.encode_s = self._encoding.share_s(self._row)
+        user = np.concatenate(self._user_codes, axis=1)[:, :count]
+        text, agent = said[0, :count], said[1:, :count]
         pcm = pcm[:num_samples]
         return Answer(pcm, text, agent, user, self.timings, fault=self.fault)
 
 
 def encode_group(
-    engine: Engine, conversations: Sequence[Conversation]
+    engine: Engine, conversations: Sequence[Conversation], worker: Executor | None
 ) -> list[GroupedTrack]:
-    """Encode recordings together; their tracks, ready to start.
+    """Begin to encode recordings together; their tracks, ready to start.
 
     With silence behind those that wait for quiet, for as long as that may take.
     """
-    start = time.perf_counter()
     config, size = engine.config, engine.config.frame_size
     frames: dict[tuple[int, bool], np.ndarray] = {}
     quiets: list[Quiet | None] = []
@@ -868,14 +926,15 @@ def encode_group(
         quiets.append(quiet)
         if key not in frames:  # takes share theirs
             frames[key] = frames_of(pcm, size)
-    codes = dict(zip(frames, engine.codec.encode_many([*frames.values()]), strict=True))
-    per_frame = _per_frame(start, sum(map(len, frames.values())))
-    tracks = []
+    if not conversations:
+        return []
+    encoding = _Encoding(engine.codec, [*frames.values()], worker)
+    places, tracks = {key: row for row, key in enumerate(frames)}, []
     for one, quiet in zip(conversations, quiets, strict=True):
-        user = codes[_heard(one)]
-        encode_s = per_frame * user.shape[1]
-        track = GroupedTrack(config.lm, one, user, encode_s, quiet)
-        track.fault = faults.get(_heard(one), "")
+        key = _heard(one)
+        count = len(frames[key])
+        track = GroupedTrack(config, one, count, quiet, encoding, places[key])
+        track.fault = faults.get(key, "")
         tracks.append(track)
     return tracks
 
@@ -885,14 +944,85 @@ def _heard(one: Conversation) -> tuple[int, bool]:
     return id(one.sound), one.until_quiet
 
 
+class Decoding:
+    """What is said in conversations that began together, decoded as they go on.
+
+    A chunk is decoded when all have come so far, or to their ends.
+    """
+
+    def __init__(self, codec: Codec, worker: Executor | None) -> None:
+        self._codec, self._worker = codec, worker
+        self._state, self._size = codec.make_state(), codec.chunk_frames
+        self._tracks: list[GroupedTrack] = []
+        self._left: dict[int, np.ndarray] = {}  # sound of those still to be answered
+        self._num_begun = 0
+        self._call: Future[None] | None = None
+
+    def add(self, track: GroupedTrack) -> bool:
+        """Take one more that begins now, unless it is too late."""
+        is_open = len(self._tracks) < self._codec.group and not any(
+            each.num_ready >= self._size or each.is_complete for each in self._tracks
+        )
+        if is_open:
+            self._left[len(self._tracks)] = track.make_room()
+            self._tracks.append(track)
+        return is_open
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all are answered."""
+        return not self._left
+
+    def go_on(self, *, wait: bool = False) -> Iterator[tuple[Conversation, Answer]]:
+        """Begin the next chunk if there is one; answers whose sound is there.
+
+        With ``wait`` what is under way is waited for.
+        """
+        if self._call is not None and (wait or self._call.done()):
+            start = time.perf_counter()
+            self._call.result()
+            self._call = None
+            share = (time.perf_counter() - start) / len(self._left)
+            for row in list(self._left):
+                track = self._tracks[row]
+                track.timings.decode_s += share
+                if track.is_complete and track.num_ready <= self._num_begun:
+                    answer = track.answer(track.said(), self._left.pop(row))
+                    assert answer is not None
+                    yield track.conversation, answer
+        until = self._num_begun + self._size
+        if self._call is None and all(
+            each.num_ready >= until or each.is_complete for each in self._tracks
+        ):
+            self._begin(until)
+
+    def _begin(self, until: int) -> None:
+        if self.is_done:
+            return
+        first, self._num_begun = self._num_begun, until
+        parts = [each.said(first, until)[1:] for each in self._tracks]
+        rooms = dict(self._left)
+        self._call = begin(self._worker, self._decode, parts, rooms, first)
+
+    def _decode(
+        self, parts: list[np.ndarray], rooms: dict[int, np.ndarray], first: int
+    ) -> None:
+        made = self._codec.decode_next(parts, self._state)
+        for row, room in rooms.items():
+            if count := parts[row].shape[1]:
+                start = first * (len(made[row]) // count)
+                room[start : start + len(made[row])] = made[row]
+
+
 def decode_group(
-    codec: Codec, tracks: Sequence[GroupedTrack]
+    codec: Codec, tracks: Sequence[GroupedTrack], worker: Executor | None
 ) -> list[tuple[Conversation, Answer]]:
     """Decode what was said in ``tracks`` together; answers of those that are over."""
     start = time.perf_counter()
     said = [track.said() for track in tracks]
-    sounds = codec.decode_many([frames[1:] for frames in said])
-    per_frame = _per_frame(start, sum(frames.shape[1] for frames in said))
+    codes = [frames[1:] for frames in said]
+    sounds = begin(worker, _decode_whole, codec, codes).result()
+    per_frame = (time.perf_counter() - start) / sum(frames.shape[1] for frames in said)
     answers = []
     for track, frames, pcm in zip(tracks, said, sounds, strict=True):
         track.timings.decode_s += per_frame * frames.shape[1]
@@ -901,5 +1031,12 @@ def decode_group(
     return answers
 
 
-def _per_frame(start: float, num_frames: int) -> float:
-    return (time.perf_counter() - start) / max(1, num_frames)
+def _decode_whole(codec: Codec, said: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """PCM (samples,) of the codes (codebooks, frames) of a group."""
+    state, size = codec.make_state(), codec.chunk_frames
+    starts = range(0, max(codes.shape[1] for codes in said), size)
+    parts = [
+        codec.decode_next([codes[:, i : i + size] for codes in said], state)
+        for i in starts
+    ]
+    return [np.concatenate(row) for row in zip(*parts, strict=True)]

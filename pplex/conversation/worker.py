@@ -17,25 +17,28 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def codec_worker(codec: Codec, *, beside: int) -> Iterator[Executor | None]:
+def codec_worker(
+    codec: Codec, *, beside: int, groups: bool = False
+) -> Iterator[Executor | None]:
     """Threads for the codec's work on ``beside`` conversations beside their steps.
 
     None for 0, and where the codec must wait its turn.
 
-    One conversation has one thread. Of many, the codec's work is more than that of the
-    steps: theirs take part in it where they would wait for it, so that with a thread
-    for each of the other cores all have work, and none is fought for.
+    One conversation has one thread, and so have ``groups`` that are coded together. Of
+    many, the codec's work is more than that of the steps: theirs take part in it where
+    they would wait for it, so that with a thread for each of the other cores all have
+    work, and none is fought for.
 
     When the block is left, for whatever reason, what has not begun is dropped, what
     has is waited for, and the threads end.
     """
-    if not (beside and codec.concurrent):
+    if not (beside and (codec.groups_beside if groups else codec.concurrent)):
         yield None
         return
-    threads = max(1, min(beside, num_cores() - 1))
+    threads = 1 if groups else max(1, min(beside, num_cores() - 1))
     worker = ThreadPoolExecutor(threads, thread_name_prefix="codec")
     try:
-        yield worker if beside == 1 else _Shared(worker)
+        yield worker if beside == 1 or groups else _Shared(worker)
     finally:
         worker.shutdown(wait=True, cancel_futures=True)
 

@@ -33,8 +33,9 @@ class Codec(Protocol):
     A chunk has any number of frames, and the bits do not depend on how a stream was
     cut. ``concurrent``: calls may run in a thread beside the steps. ``chunk_frames``
     are best taken at a time where nobody waits for them; ``group`` recordings are best
-    coded together, 1 for one by one. ``form`` is added to ``Engine.compute`` where it
-    computes otherwise than it usually does in that.
+    coded together, 1 for one by one, and ``groups_beside`` whether in a thread beside
+    the steps. ``form`` is added to ``Engine.compute`` where it computes otherwise than
+    it usually does in that.
     """
 
     @property
@@ -45,6 +46,9 @@ class Codec(Protocol):
 
     @property
     def group(self) -> int: ...
+
+    @property
+    def groups_beside(self) -> bool: ...
 
     @property
     def form(self) -> str: ...
@@ -64,11 +68,14 @@ class Codec(Protocol):
     def decode(self, codes: np.ndarray, state: Any) -> np.ndarray:
         """Codes (codebooks, frames) to PCM (frames * frame_size,)."""
 
-    def encode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """``encode`` of recordings (frames, frame_size), each from its start."""
+    def encode_next(self, parts: Sequence[np.ndarray], state: Any) -> list[np.ndarray]:
+        """``encode`` of the next frames of each recording of a group, or none of some.
 
-    def decode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """``decode`` of codes (codebooks, frames), each from its start."""
+        All but its last are ``chunk_frames``, as those were when ``state`` was made.
+        """
+
+    def decode_next(self, parts: Sequence[np.ndarray], state: Any) -> list[np.ndarray]:
+        """``decode`` of the next codes of each recording of a group, as these."""
 
 
 @dataclass(frozen=True)

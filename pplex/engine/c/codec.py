@@ -133,6 +133,7 @@ class CCodec:
 
     chunk_frames = 32
     group = 1
+    groups_beside = False
     form = ""
 
     def __init__(
@@ -251,13 +252,17 @@ class CCodec:
         state.end += count * config.latents_per_frame
         return pcm
 
-    def encode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """``encode`` of recordings (frames, frame_size), each from its start."""
-        return [self.encode(frames, self.make_state()) for frames in recordings]
+    def encode_next(
+        self, parts: Sequence[np.ndarray], state: CodecState
+    ) -> list[np.ndarray]:
+        """``encode`` of the next frames of a group, which is one recording."""
+        return [self.encode(part, state) for part in parts]
 
-    def decode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """``decode`` of codes (codebooks, frames), each from its start."""
-        return [self.decode(codes, self.make_state()) for codes in recordings]
+    def decode_next(
+        self, parts: Sequence[np.ndarray], state: CodecState
+    ) -> list[np.ndarray]:
+        """``decode`` of the next codes of a group, which is one recording."""
+        return [self.decode(part, state) for part in parts]
 
     def _quantizer_room(self, frames: int) -> int:
         config = self._config.quantizer

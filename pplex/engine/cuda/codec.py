@@ -52,10 +52,11 @@ class _Convolution:
 
     def __call__(self, x: mx.array) -> mx.array:
         """``x`` (batch, overlap + t, in) to (batch, t', channels), without the bias."""
-        if self._is_place_free(x.shape):
-            y = self._product(x)
-        else:
-            y = mx.concatenate([self._product(x[i : i + 1]) for i in range(len(x))])
+        count = len(x)
+        while not self._is_place_free((count, *x.shape[1:])):
+            count = 1 if count % 2 else count // 2
+        parts = [self._product(x[i : i + count]) for i in range(0, len(x), count)]
+        y = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         if self.upsamples:
             return y.reshape(len(y), -1, self.channels)
         return y[..., : self.channels]

@@ -32,7 +32,6 @@ from pplex.engine.cuda.weights import DENSE, WrittenOut, form_of
 from pplex.engine.device import memory_gb
 from pplex.engine.mlx import engine as mlx
 from pplex.engine.mlx.codec import (
-    CHUNK_FRAMES,
     MlxCodec,
     frames_within,
     work_bytes,
@@ -48,14 +47,17 @@ from pplex.model.transformer import Gating, RmsNorm, TemporalLayer
 # of a kind, so that a recording's bits are.
 _CODEC_ARRAYS = 11
 _CODEC_SHARE = 1 / 6
+# Of 128 the first and the last take twice as long, beside which there are no steps.
+_GROUP_FRAMES = 64
 
 
 def _codec_frames(config: MimiConfig) -> int:
     """Frames of a chunk of a group."""
     total_gb, _ = memory_gb()
     if total_gb is None:
-        return CHUNK_FRAMES
-    return frames_within(config, _CODEC_SHARE * 1e9 * total_gb, _CODEC_ARRAYS)
+        return _GROUP_FRAMES
+    room = _CODEC_SHARE * 1e9 * total_gb
+    return min(_GROUP_FRAMES, frames_within(config, room, _CODEC_ARRAYS))
 
 
 def cost_of(config: ModelConfig, lm: LmTensors) -> Cost:
@@ -200,8 +202,10 @@ class CudaEngine(mlx.MlxEngine):
             on_gpu=True,
             alone=self.alone,
             frames=self.alone_frames if self.alone else _codec_frames(self.config.mimi),
+            groups_beside=True,
         )
         if codec.group > 1:  # kernels are compiled and convolutions planned
             frame = np.zeros((1, self.config.frame_size), np.float32)
-            codec.decode_many(codec.encode_many([frame]))
+            codes = codec.encode_next([frame], codec.make_state())
+            codec.decode_next(codes, codec.make_state())
         return codec

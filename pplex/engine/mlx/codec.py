@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -68,8 +67,10 @@ class MlxCodec:
         on_gpu: bool,
         alone: bool = False,
         frames: int = CHUNK_FRAMES,
+        groups_beside: bool = False,
     ) -> None:
         self._mimi = mimi
+        self.groups_beside = groups_beside
         self.group = GROUP_ROWS if on_gpu and not alone else 1
         self._alone_frames = frames if on_gpu else 1
         best_alone = CHUNK_FRAMES if on_gpu else CPU_FRAMES
@@ -139,15 +140,19 @@ class MlxCodec:
 
         return np.concatenate([np.array(made)[0, new] for made, new in _late(chunks())])
 
-    def encode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """``encode`` of recordings (frames, frame_size), each from its start."""
-        codes = self._in_groups(recordings, self._encode_group)
-        return [columns.T for columns in codes]
+    def encode_next(
+        self, parts: Sequence[np.ndarray], state: StreamState
+    ) -> list[np.ndarray]:
+        """Codes (codebooks, frames) of the next PCM (frames, frame_size) of a group."""
+        return [codes.T for codes in self._next(parts, state, self._encode_group)]
 
-    def decode_many(self, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """``decode`` of codes (codebooks, frames), each from its start."""
-        columns = [codes.T for codes in recordings]
-        return [pcm.reshape(-1) for pcm in self._in_groups(columns, self._decode_group)]
+    def decode_next(
+        self, parts: Sequence[np.ndarray], state: StreamState
+    ) -> list[np.ndarray]:
+        """PCM (samples,) of the next codes (codebooks, frames) of a group."""
+        columns = [codes.T for codes in parts]
+        made = self._next(columns, state, self._decode_group)
+        return [pcm.reshape(-1) for pcm in made]
 
     def _encode_group(self, chunk: np.ndarray, state: CodecState) -> mx.array:
         """PCM (rows, frames, frame_size) to codes (rows, frames, codebooks)."""
@@ -159,77 +164,32 @@ class MlxCodec:
         pcm = self._mimi.decode(mx.array(chunk).swapaxes(1, 2), state)
         return pcm.reshape(*chunk.shape[:2], -1)
 
-    def _in_groups(
-        self, recordings: Sequence[np.ndarray], run: Run
+    def _next(
+        self, parts: Sequence[np.ndarray], state: StreamState, run: Run
     ) -> list[np.ndarray]:
-        """``run`` over recordings (frames, width), in chunks that memory holds."""
-        while True:
+        """``run`` over the next frames (frames, width) of rows, in chunks that fit."""
+        made: list[np.ndarray] = []
+        first, most = 0, max(map(len, parts))
+        while first < most:
+            size, before = self.chunk_frames, state.codec
+            after = before.copy()
             try:
-                return self._in_chunks(recordings, run)
+                some = [frames[first : first + size] for frames in parts]
+                computed = run(_chunk(some, self.group, size), after)
+                mx.async_eval(computed, after.arrays())
+                made.append(np.array(computed))
             except (RuntimeError, MemoryError) as e:
-                if self.chunk_frames == 1 or not is_out_of_memory(e):
+                if size == 1 or not is_out_of_memory(e):
                     raise
-            # Only here has the exception let go of the arrays.
-            mx.clear_cache()
-            self.chunk_frames //= 2
-
-    def _in_chunks(
-        self, recordings: Sequence[np.ndarray], run: Run
-    ) -> list[np.ndarray]:
-        """``run`` over recordings (frames, width), the longest beside each other."""
-        order = sorted(range(len(recordings)), key=lambda idx: len(recordings[idx]))
-        groups = [
-            order[first : first + GROUP_ROWS]
-            for first in range(0, len(order), GROUP_ROWS)
-        ]
-        results: list[np.ndarray | None] = [None] * len(recordings)
-
-        def take(group: list[int], start: int, part: mx.array) -> None:
-            array = np.asarray(part)
-            for row, idx in enumerate(group):
-                result, length = results[idx], len(recordings[idx])
-                if result is None:
-                    result = np.empty((length, *array.shape[2:]), array.dtype)
-                    results[idx] = result
-                into = result[start : start + array.shape[1]]
-                into[:] = array[row, : len(into)]
-
-        # Threads copy what comes and goes: what a GPU made is fetched as it is read.
-        with ThreadPoolExecutor(2) as pool:
-            parts = (
-                (group, *part)
-                for group in groups
-                for part in self._chunks([recordings[i] for i in group], run, pool)
-            )
-            for taken in _late(pool.submit(take, *part) for part in parts):
-                taken.result()
-        return [result for result in results if result is not None]
-
-    def _chunks(
-        self,
-        group: Sequence[np.ndarray],
-        run: Run,
-        pool: Executor,
-    ) -> Iterator[tuple[int, mx.array]]:
-        """Where each chunk of a group, in ascending length, begins; ``run`` over it.
-
-        A thread of ``pool`` lays the next one out.
-        """
-        state, size = self._mimi.make_state(), self.chunk_frames
-        starts = range(0, len(group[-1]), size)
-
-        def lay_out(start: int) -> np.ndarray:
-            parts = [frames[start : start + size] for frames in group]
-            return _chunk(parts, GROUP_ROWS, size)
-
-        chunks = _late(pool.submit(lay_out, start) for start in starts)
-        for start, chunk in zip(starts, chunks, strict=True):
-            computed = run(chunk.result(), state)
-            # After the last, nobody wants the state; and what is let go of while a GPU
-            # still writes it may become somebody else's.
-            is_last = start + size >= len(group[-1])
-            mx.async_eval(computed, [] if is_last else state.arrays())
-            yield start, computed
+                self.chunk_frames //= 2
+            else:
+                state.codec, first = after, first + size
+            if self.chunk_frames < size:
+                # Only here has the exception let go of the arrays.
+                after = before
+                mx.clear_cache()
+        whole = np.concatenate(made, axis=1)
+        return [row[: len(part)] for row, part in zip(whole, parts, strict=False)]
 
 
 def _late(chunks: Iterable[Chunk]) -> Iterator[Chunk]:

@@ -418,6 +418,8 @@ class MlxRows:
         self._given: mx.array | None = None
         self._seeds: list[int] = []
         self._frames: list[int] = []
+        # By row: the column before the next step's, and what is given of that.
+        self._joined: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def join(self, start: Start, seed: int, frames: int | None = None) -> int:
         """Begin a conversation after a prompt; its place."""
@@ -433,18 +435,30 @@ class MlxRows:
             self._cache.put(row, start.memory, room)
         self._places[row] = place
         self._seeds[row], self._frames[row] = seed, start.steps
-        column, given = mx.array(self._column), self._given
-        column[row] = mx.array(start.prompt.columns[:, -1])
-        if given is None:
-            given = mx.full((len(column), self._num_agent), NOT_FORCED, mx.int32)
-        given = mx.array(given)
-        given[row] = mx.array(start.prompt.pending[: self._num_agent])
-        self._column, self._given = column, given
-        mx.async_eval(column, given)  # another thread may make the step
+        prompt = start.prompt
+        self._joined[row] = prompt.columns[:, -1], prompt.pending[: self._num_agent]
         return place
+
+    def _seat(self) -> None:
+        """Let the rows that joined begin, all at once: each change is a launch."""
+        if not self._joined:
+            return
+        rows, width = self._column.shape
+        is_new = np.zeros((rows, 1), bool)
+        column = np.zeros((rows, width), np.int32)
+        given = np.full((rows, self._num_agent), NOT_FORCED, np.int32)
+        for row, (before, pending) in self._joined.items():
+            is_new[row], column[row], given[row] = True, before, pending
+        new, kept = mx.array(is_new), self._given
+        self._column = mx.where(new, mx.array(column), self._column)
+        self._given = mx.array(given)
+        if kept is not None:
+            self._given = mx.where(new, self._given, kept)
+        self._joined.clear()
 
     def save(self, row: int, ahead: int = 0) -> dict[str, np.ndarray]:
         """What a conversation goes on from after the steps that were asked for."""
+        self._seat()
         idx = self._places.index(row)
         given = np.full(self._num_agent, NOT_FORCED, np.int32)
         if self._given is not None:
@@ -462,6 +476,7 @@ class MlxRows:
 
     def step(self, user: np.ndarray, text: np.ndarray | None = None) -> Waiting:
         """Make a step of all rows."""
+        self._seat()
         taken = [i for i, place in enumerate(self._places) if place is not None]
         if 2 * len(taken) <= len(self._places):
             self._take(taken)
@@ -509,9 +524,8 @@ class MlxRows:
             return self._places.index(None)
         if count == 0:
             self._places = [None] * self._capacity
-            self._column = mx.repeat(
-                mx.array(start.prompt.columns[None, :, -1]), self._capacity, axis=0
-            )
+            width = start.prompt.columns.shape[0]
+            self._column = mx.array(np.zeros((self._capacity, width), np.int32))
             self._seeds, self._frames = [0] * self._capacity, [0] * self._capacity
             if self._num_rows > 1:
                 self._cache = self._engine.make_ring(start.memory, self._capacity)
@@ -525,6 +539,7 @@ class MlxRows:
 
     def _take(self, rows: list[int]) -> None:
         """Make the rows copies of these."""
+        self._seat()
         if self._num_rows > 1:
             self._cache.take(rows)
         self._places = [self._places[i] for i in rows]
