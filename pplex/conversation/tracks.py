@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pplex.audio.files import Sound, chunked, frames_of
+from pplex.audio.files import Sound, chunked
 from pplex.conversation.answer import Answer, Kept, Timings, join
 from pplex.conversation.quiet import Quiet
 from pplex.conversation.script import Script, Speaker, last_cue
@@ -784,26 +784,38 @@ class _Encoding:
     """The users' sides of a group, encoded chunk by chunk, each before it is needed."""
 
     def __init__(
-        self, codec: Codec, recordings: Sequence[np.ndarray], worker: Executor | None
+        self,
+        codec: Codec,
+        recordings: Sequence[tuple[np.ndarray, int]],
+        frame_size: int,
+        worker: Executor | None,
     ) -> None:
-        """Each of ``recordings`` is (frames, frame_size)."""
-        self._codec, self._worker, self._recordings = codec, worker, recordings
+        """``recordings`` are PCM (samples,) and how many frames, silence behind it."""
+        self._codec, self._worker, self._frame_size = codec, worker, frame_size
         self._state, self._size = codec.make_state(), codec.chunk_frames
-        self._lengths = [len(frames) for frames in recordings]
+        self._sounds = [pcm for pcm, _ in recordings]
+        self._lengths = [num_frames for _, num_frames in recordings]
         self._chunks: list[Future[list[np.ndarray]]] = []
         self._waited_s = 0.0
         self._begin(0)
 
     def _begin(self, idx: int) -> None:
         """Begin the chunk, unless somebody did."""
-        first, last = idx * self._size, (idx + 1) * self._size
+        first = idx * self._size
         if idx < len(self._chunks) or first >= max(self._lengths):
             return
-        parts = [frames[first:last] for frames in self._recordings]
-        if last >= max(self._lengths):
-            self._recordings = []
+        parts = [self._part(row, first) for row in range(len(self._lengths))]
         call = begin(self._worker, self._codec.encode_next, parts, self._state)
         self._chunks.append(call)
+
+    def _part(self, row: int, first: int) -> np.ndarray:
+        """The next frames (frames, frame_size) of one of them."""
+        size = self._frame_size
+        num_frames = min(self._size, max(0, self._lengths[row] - first))
+        pcm = self._sounds[row][first * size : (first + num_frames) * size]
+        if missing := num_frames * size - len(pcm):
+            pcm = np.pad(pcm, (0, missing))
+        return pcm.reshape(num_frames, size)
 
     def codes(self, row: int) -> Iterator[np.ndarray]:
         """Codes (codebooks, frames) of one of them, in pieces."""
@@ -910,7 +922,7 @@ def encode_group(
     With silence behind those that wait for quiet, for as long as that may take.
     """
     config, size = engine.config, engine.config.frame_size
-    frames: dict[tuple[int, bool], np.ndarray] = {}
+    heard: dict[tuple[int, bool], tuple[np.ndarray, int]] = {}
     quiets: list[Quiet | None] = []
     faults: dict[tuple[int, bool], str] = {}
     for one in conversations:
@@ -919,21 +931,21 @@ def encode_group(
             pcm = one.sound.pcm
         except PplexError as e:  # the others are not to end with it
             pcm, faults[key] = np.zeros(one.sound.num_samples, np.float32), str(e)
+        num_samples = len(pcm)
         if one.until_quiet:
             quiet = Quiet(config, last_cue(one.script))
-            quiet.begin(-(-len(pcm) // size))
-            pcm = np.pad(pcm, (0, quiet.length(len(pcm)) - len(pcm)))
+            quiet.begin(-(-num_samples // size))
+            num_samples = quiet.length(num_samples)
         quiets.append(quiet)
-        if key not in frames:  # takes share theirs
-            frames[key] = frames_of(pcm, size)
+        heard[key] = pcm, -(-num_samples // size)  # takes share theirs
     if not conversations:
         return []
-    encoding = _Encoding(engine.codec, [*frames.values()], worker)
-    places, tracks = {key: row for row, key in enumerate(frames)}, []
+    encoding = _Encoding(engine.codec, [*heard.values()], size, worker)
+    places, tracks = {key: row for row, key in enumerate(heard)}, []
     for one, quiet in zip(conversations, quiets, strict=True):
         key = _heard(one)
-        count = len(frames[key])
-        track = GroupedTrack(config, one, count, quiet, encoding, places[key])
+        row, num_frames = places[key], heard[key][1]
+        track = GroupedTrack(config, one, num_frames, quiet, encoding, row)
         track.fault = faults.get(key, "")
         tracks.append(track)
     return tracks
