@@ -12,14 +12,14 @@ import pytest
 import soundfile
 from reference_driver import ENGINES
 
-from pplex.audio.files import Samples
 from pplex.checkpoint.folder import CheckpointFolder
 from pplex.checkpoint.weights import codec_tensors, lm_tensors
 from pplex.conversation.prompts import make_role
 from pplex.conversation.scheduler import run as run_tracks
 from pplex.conversation.script import Line, lay_out
 from pplex.conversation.talk import Dialogue, Side, converse_together
-from pplex.conversation.tracks import Conversation, GroupedTrack
+from pplex.conversation.tracks import Track
+from pplex.engine.base import Engine
 from pplex.engine.choose import KINDS
 from pplex.evaluation.find import find
 from pplex.model.prompt import no_prompt
@@ -72,19 +72,27 @@ def _nowhere(start: int, left: np.ndarray, right: np.ndarray) -> None:
     """Nobody listens."""
 
 
+class Hearing(Track):
+    """A conversation with a user of these codes (codebooks, frames)."""
+
+    def __init__(self, engine: Engine, side: Side, codes: np.ndarray) -> None:
+        lm, length = engine.config.lm, codes.shape[1]
+        super().__init__(lm, side.start, side.seed, length, side.script)
+        columns = self._user_columns(iter([codes]), lambda codes: None)
+        self.columns = self._opened(columns)
+
+
 def assert_heard(engines, dialogue, answers) -> None:
     """That each said what it says to a user of the other's codes."""
     for engine, side, answer, other in zip(
         engines, dialogue.sides, answers, answers[::-1], strict=True
     ):
         assert np.array_equal(answer.user, other.agent)
-        sound = Samples(np.zeros(dialogue.num_frames * FRAME, np.float32))
-        one = Conversation("", sound, side.start, side.seed, script=side.script)
-        track = GroupedTrack(engine.config.lm, one, other.agent, 0.0)
+        track = Hearing(engine, side, other.agent)
         for _ in run_tracks(engine, [track], SAMPLING, capacity=1):
             pass
         said = np.concatenate([answer.text[None], answer.agent])
-        assert np.array_equal(track.said(), said)
+        assert np.array_equal(track._frames(), said)
 
 
 def test_each_hears_what_the_other_says_whoever_talks_beside_them(
@@ -198,6 +206,26 @@ def test_a_talk_is_a_stereo_file_with_what_both_said(run, tmp_path):
     assert again.exit_code == 0 and "2 done before\n" in again.stderr
     assert (tmp_path / "many/c.wav").is_file()
     assert (tmp_path / "many/b.wav").stat() == sound
+    # Also what a run that was killed had no time to note: of c the transcript is there.
+    manifest = tmp_path / "many/manifest.jsonl"
+    lines = manifest.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["status"] for line in lines[-3:]] == ["stopped"] * 2 + [
+        "done"
+    ]
+    manifest.write_text("".join(lines[:-1]))
+    words = (tmp_path / "many/c.transcript.json").read_bytes()
+    again = run(*names, "--transcript", "json")
+    assert again.exit_code == 0 and "2 done before\n" in again.stderr
+    assert (tmp_path / "many/c.transcript.json").read_bytes() == words
+    assert manifest.read_text().count('"done"') == 4
+    # But not what somebody has changed since.
+    manifest.write_text("".join(lines[:-1]))
+    (tmp_path / "many/c.transcript.json").write_text("Mine.")
+    again = run(*names, "--transcript", "json")
+    assert again.exit_code == 1 and "exists" in again.stderr
+    assert (tmp_path / "many/c.transcript.json").read_text() == "Mine."
+    (tmp_path / "many/c.transcript.json").write_bytes(words)
+    manifest.write_text("".join(lines))
     other = run(*names, "--transcript", "json", "--top-k", 9)
     assert other.exit_code == 1 and "exists" in other.stderr
     # The right one is the agent of a report.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import time
 from contextlib import AbstractContextManager
@@ -25,11 +24,11 @@ from pplex.respond.manifest import (
     DONE,
     FAILED,
     SCHEMA,
-    STOPPED,
     FilePrint,
     Line,
     Manifest,
     file_print,
+    now,
 )
 from pplex.respond.outputs import (
     SoundWriter,
@@ -318,22 +317,8 @@ def check_again(manifest: Manifest, request: Request, check: Check) -> list[Outc
         spent_s = sum(line["timings"].values())
         figures["real_time_factor"] = spent_s / line["audio_s"]
     outcomes = check(request.source, request.outputs.files(), figures, None)
-    manifest.append(line | {"checks": _checks(check, outcomes), "time": _now()})
+    manifest.append(line | {"checks": _checks(check, outcomes), "time": now()})
     return outcomes
-
-
-def stopped_line(output: Line) -> Line:
-    """The manifest's line of an output whose run was killed, as the lock has it."""
-    return {
-        "schema": SCHEMA,
-        "recording": output["recording"],
-        "status": STOPPED,
-        "error": "a run was killed while it wrote this",
-        "input": None,
-        "settings": output["settings"],
-        "outputs": {"audio": output},
-        "time": _now(),
-    }
 
 
 def failed_line(
@@ -373,10 +358,6 @@ def _line(model: Description, task: Task, status: str, known: Any) -> Line:
         "revision": model.local.revision,
         "weights": model.identity,
         "pplex": installed("pplex"),
-        "time": _now(),
+        "time": now(),
         "extra": request.extra,
     }
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat()

@@ -35,14 +35,13 @@ from pplex.batch.records import (
     check_again,
     failed_line,
     finish,
-    stopped_line,
 )
 from pplex.checkpoint.hub import LocalModel
 from pplex.conversation.session import load
 from pplex.engine.device import num_gpus
 from pplex.errors import PplexError
 from pplex.respond.ending import Ending
-from pplex.respond.manifest import FAILED, Line, Manifest
+from pplex.respond.manifest import FAILED, Line, Manifest, stopped_line
 from pplex.respond.request import Request
 from pplex.respond.stats import Outcome
 

@@ -11,6 +11,7 @@ The number rises when a key goes or means something else, not when one is added.
 
 from __future__ import annotations
 
+import datetime
 import errno
 import hashlib
 import json
@@ -162,6 +163,28 @@ def latest_lines(
             f"{outdir} {why} {manifest_name()}; give the output folder of pplex batch"
         )
     return [line for _, line in sorted(Manifest(outdir, note=note).last.items())]
+
+
+def now() -> str:
+    """The time as lines have it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat()
+
+
+def stopped_line(output: Line) -> Line:
+    """The line of an output that is about to get its name, or was when a run ended.
+
+    It has the ``recording`` and the ``settings``, too.
+    """
+    return {
+        "schema": SCHEMA,
+        "recording": output["recording"],
+        "status": STOPPED,
+        "error": "a run was killed while it wrote this",
+        "input": None,
+        "settings": output["settings"],
+        "outputs": {"audio": output},
+        "time": now(),
+    }
 
 
 def passes(line: Line) -> bool | None:

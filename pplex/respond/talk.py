@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import importlib.metadata
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -40,7 +40,16 @@ from pplex.engine.choose import Compute, batch_size
 from pplex.errors import PplexError, did_you_mean
 from pplex.files import PIPE, Place, folded, put, put_new
 from pplex.model.sampling import SamplingConfig
-from pplex.respond.manifest import DONE, SCHEMA, Line, Manifest, file_print
+from pplex.respond.manifest import (
+    DONE,
+    SCHEMA,
+    STOPPED,
+    Line,
+    Manifest,
+    file_print,
+    now,
+    stopped_line,
+)
 from pplex.respond.outputs import (
     SoundWriter,
     Write,
@@ -238,16 +247,19 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
     if known is not None and not config.overwrite:
         ready = [one for one in ready if not _is_done(known, one, digests)]
         for one in ready:
-            _check_outputs(one, config.overwrite)
+            _check_outputs(one, _may_replace(one, config, known))
     if not ready:
         return
     frames = [math.ceil(one.seconds * frame_rate) for one in ready]
     scripts = [
         _scripts(one, models, count) for one, count in zip(ready, frames, strict=True)
     ]
-    place = put if config.overwrite else put_new
+    places = [partial(_place, one, config, known, digests) for one in ready]
     rate = models[0].config.sample_rate
-    writers = [SoundWriter(partial(_open, one.outputs, rate, place)) for one in ready]
+    writers = [
+        SoundWriter(partial(_open, one.outputs, rate, place))
+        for one, place in zip(ready, places, strict=True)
+    ]
 
     @functools.lru_cache(_KEPT_ROLES)
     def start(key: _Key) -> Start:
@@ -275,10 +287,11 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
             ready[0].sides[0].sampling,
             batch_size=min(pairs, len(ready)),
         ):
-            one, writer = ready[int(dialogue.key)], writers[int(dialogue.key)]
-            _check_outputs(one, config.overwrite)
-            writer.finish()
-            talked = _write(one, models, answers, place, report)
+            idx = int(dialogue.key)
+            one = ready[idx]
+            _check_outputs(one, _may_replace(one, config, known))
+            writers[idx].finish()
+            talked = _write(one, models, answers, places[idx], report)
             if known is not None:
                 known.append(_line(known, talked, models, digests))
             yield talked
@@ -335,6 +348,37 @@ def _is_done(known: Manifest, one: Talk, digests: Mapping[Path, str]) -> bool:
     return known.is_done(known.relative(audio), digests[audio], None, files)
 
 
+def _may_replace(one: Talk, config: Config, known: Manifest | None) -> bool:
+    """Whether outputs that are there may go: as asked, or as left by a killed run."""
+    if config.overwrite or known is None:
+        return config.overwrite
+    line = known.line_of(known.relative(one.outputs.audio))
+    return (line is not None and line["status"] == STOPPED) and all(
+        known.origin_of(path, surely=True)
+        for path in one.outputs.files().values()
+        if os.path.lexists(path)
+    )
+
+
+def _place(
+    one: Talk,
+    config: Config,
+    known: Manifest | None,
+    digests: Mapping[Path, str],
+    hidden: Path,
+    path: Path,
+) -> None:
+    """Give a file its name; the manifest has been told by then."""
+    place = put if _may_replace(one, config, known) else put_new
+    if known is not None:
+        audio = one.outputs.audio
+        told = {"recording": known.relative(audio), "settings": digests[audio]}
+        output = known.describe(path, file_print(hidden)) | told
+        known.know(output)
+        known.append(stopped_line(output))
+    place(hidden, path)
+
+
 def _digests(talks: Sequence[Talk], models: tuple[Model, Model]) -> dict[Path, str]:
     """Of each talk, by its sound, a hash of all that decides its files."""
     weights = [model_identity(model.local) for model in models]
@@ -384,7 +428,7 @@ def _line(
         "words": len(words),
         "text": words_of(words),
         "pplex": importlib.metadata.version("pplex"),
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "time": now(),
     }
 
 
