@@ -35,8 +35,8 @@ _LEAST_OUTPUTS = 8  # of fewer, cuDNN turns whole arrays around
 class _Convolution:
     """A product of ``kernel`` inputs; ``place`` is where its state is kept.
 
-    With ``keeps``, what goes into its activation is added to what comes out of the
-    next one, which ``adds`` it.
+    With ``keeps``, what goes into its activation, which a convolution made, is added to
+    what comes out of the next one, which ``adds`` it.
     """
 
     place: int
@@ -188,10 +188,11 @@ class FusedSeanet:
         x, bias, skip, kept = first(x), first.bias, None, None
         for conv in rest:
             before = _before(conv, x, state) if conv.overlap else None
-            x, total = elu_behind(x, bias, skip, before, keep=conv.keeps)
+            if conv.keeps:  # to add these again costs less than to write their sum
+                kept = x, bias
+            x = elu_behind(x, bias, skip, before)
             if conv.overlap:
                 after[conv.place] = tail(x, conv.overlap)
-            kept = total if conv.keeps else kept
             x, bias, skip = conv(x), conv.bias, kept if conv.adds else None
         return x + bias, after
 

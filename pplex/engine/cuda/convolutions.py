@@ -15,30 +15,25 @@ _EACH = 4  # values of four channels that a thread makes
 def elu_behind(
     x: mx.array,
     bias: mx.array,
-    skip: mx.array | None,
+    skip: tuple[mx.array, mx.array] | None,
     state: mx.array | None,
-    *,
-    keep: bool = False,
-) -> tuple[mx.array, mx.array | None]:
-    """``elu(x + bias + skip)`` behind ``state``, and with ``keep`` that sum.
+) -> mx.array:
+    """``elu(x + bias + skip)`` behind ``state`` (batch, room + t, channels).
 
-    All are float32: ``x`` and ``skip`` (batch, t, channels), ``bias`` (channels,) and
-    ``state`` (batch, room, channels), None for no room; channels are a multiple of 4.
-    The first result is (batch, room + t, channels).
+    All are float32: ``x`` (batch, t, channels) and ``bias`` (channels,), which ``skip``
+    has two of as well, to be added; ``state`` is (batch, room, channels), None for no
+    room. Channels are a multiple of 4.
     """
     batch, rows, channels = x.shape
     room = 0 if state is None else state.shape[1]
     values = (room + rows) * channels // 4
-    y, total = _kernel()(
-        [x, bias, x if skip is None else skip, bias if state is None else state],
-        [
-            ((batch, room + rows, channels), mx.float32),
-            (x.shape if keep else (4,), mx.float32),
-        ],
-        [rows, room, channels // 4, int(skip is not None), int(keep)],
+    (y,) = _kernel()(
+        [x, bias, *(skip or (x, bias)), bias if state is None else state],
+        [((batch, room + rows, channels), mx.float32)],
+        [rows, room, channels // 4, int(skip is not None)],
         blocks=(-(-values // (_EACH * _THREADS)), batch),
     )
-    return y, total if keep else None
+    return y
 
 
 def source() -> str:
