@@ -35,7 +35,7 @@ class InGroups(SharedSteps):
 
     def _make_codec(self, mimi: Mimi) -> Codec:
         codec = MlxCodec(mimi, on_gpu=False)
-        codec.group = 4
+        codec.group, codec.chunk_frames = 4, 12
         return codec
 
 
@@ -195,7 +195,7 @@ def test_no_group_but_the_last_is_decoded_with_idle_rows(
     one = conversations(engine, small_model)[0]
     those = [replace(one, key=str(idx)) for idx in range(10)]
     assert len(list(converse_many(engine, those, GREEDY, batch_size=10))) == 10
-    assert sizes == 2 * [4, 4, 2]  # two chunks of each
+    assert sizes == -(-LENGTHS[0] // 12) * [4, 4, 2]
 
 
 @pytest.mark.parametrize("name", ["best", "groups"])
