@@ -336,6 +336,8 @@ def _grouped(
                     if not decodings or not decodings[-1].add(track):
                         decodings.append(Decoding(codec, worker))
                         decodings[-1].add(track)
+                if track is some[-1] and len(some) < group and decodings:
+                    decodings[-1].close()  # nobody else will come
                 yield track
 
     waited = 0

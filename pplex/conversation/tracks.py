@@ -66,6 +66,7 @@ class Conversation:
         return self.saves or self.start.encoder is not None
 
 
+_MOST_APART = 512  # frames by which one may be ahead of others it is decoded with
 _UNTIL_NEXT = 8  # frames of a chunk that a group has read when the next begins
 _KEPT_FRAMES = 32  # decoded since the decoder was last kept, at most
 
@@ -959,7 +960,8 @@ def _heard(one: Conversation) -> tuple[int, bool]:
 class Decoding:
     """What is said in conversations that began together, decoded as they go on.
 
-    A chunk is decoded when all have come so far, or to their ends.
+    A chunk is decoded when all have come so far, or to their ends. It takes as long
+    with few of them: so more may join until one is at its end, or far ahead.
     """
 
     def __init__(self, codec: Codec, worker: Executor | None) -> None:
@@ -969,16 +971,27 @@ class Decoding:
         self._left: dict[int, np.ndarray] = {}  # sound of those still to be answered
         self._num_begun = 0
         self._call: Future[None] | None = None
+        self._is_open = True
 
     def add(self, track: GroupedTrack) -> bool:
         """Take one more that begins now, unless it is too late."""
-        is_open = len(self._tracks) < self._codec.group and not any(
-            each.num_ready >= self._size or each.is_complete for each in self._tracks
-        )
-        if is_open:
-            self._left[len(self._tracks)] = track.make_room()
-            self._tracks.append(track)
-        return is_open
+        if not self._may_join():
+            return False
+        self._left[len(self._tracks)] = track.make_room()
+        self._tracks.append(track)
+        return True
+
+    def _may_join(self) -> bool:
+        if self._is_open and (
+            len(self._tracks) == self._codec.group
+            or any(t.num_ready >= _MOST_APART or t.is_complete for t in self._tracks)
+        ):
+            self.close()
+        return self._is_open
+
+    def close(self) -> None:
+        """Take no more."""
+        self._is_open = False
 
     @property
     def is_done(self) -> bool:
@@ -1002,15 +1015,13 @@ class Decoding:
                     answer = track.answer(track.said(), self._left.pop(row))
                     assert answer is not None
                     yield track.conversation, answer
+        if self._call is not None or self.is_done or self._may_join():
+            return
         until = self._num_begun + self._size
-        if self._call is None and all(
-            each.num_ready >= until or each.is_complete for each in self._tracks
-        ):
+        if all(each.num_ready >= until or each.is_complete for each in self._tracks):
             self._begin(until)
 
     def _begin(self, until: int) -> None:
-        if self.is_done:
-            return
         first, self._num_begun = self._num_begun, until
         parts = [each.said(first, until)[1:] for each in self._tracks]
         rooms = dict(self._left)
