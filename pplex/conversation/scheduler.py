@@ -17,20 +17,22 @@ import numpy as np
 
 from pplex.audio.streams import LiveFrame
 from pplex.conversation.answer import Answer
+from pplex.conversation.groups import (
+    Decoding,
+    GroupedTrack,
+    decode_group,
+    encode_group,
+)
 from pplex.conversation.quiet import Quiet
 from pplex.conversation.script import Script
 from pplex.conversation.state import Saving
 from pplex.conversation.tracks import (
     Conversation,
-    Decoding,
-    GroupedTrack,
     LiveTrack,
     RecordingTrack,
     StreamedTrack,
     Track,
     UserSide,
-    decode_group,
-    encode_group,
 )
 from pplex.conversation.worker import codec_worker
 from pplex.engine.base import Engine, Pending, Start
