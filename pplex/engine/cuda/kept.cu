@@ -29,9 +29,11 @@ struct Kept {
       if constexpr (BITS == 16) {
         to[2 * i] = low(words[i]), to[2 * i + 1] = high(words[i]);
       } else {
-        unsigned bytes = words[i] ^ 0x80808080u;
+        // The last byte of 2^23 + n: converting integers is what a GPU does slowest.
 #pragma unroll
-        for (int j = 0; j < 4; j++) to[4 * i + j] = (float)(signed char)(bytes >> 8 * j);
+        for (int j = 0; j < 4; j++)
+          to[4 * i + j] = __uint_as_float(__byte_perm(words[i], 0x4B000000u, 0x7440 + j)) -
+                          (0x1p23f + 128);
       }
     }
   }
