@@ -119,26 +119,37 @@ __device__ inline unsigned long long key_of(float x, int i) {
 
 // The least key that the k largest of `get(0)` to `get(n - 1)` have and no other, by a
 // block: its digits of eight bits, first to last, until they tell them apart.
+// Keys below `floor` are none of them.
+[[maybe_unused]] constexpr int HELD = 8;  // numbers that a thread reads at a time
+
 template <class Get>
-__device__ unsigned long long least_key(Scratch& sh, Get get, int n, int k) {
+__device__ unsigned long long least_key(Scratch& sh, Get get, int n, int k,
+                                        unsigned long long floor = 0) {
   int t = threadIdx.x, lane = t % 32, left = k;
   unsigned long long found = 0;
+  float x[HELD] = {};
   for (int shift = 56; shift >= 0 && left; shift -= 8) {
     if (shift == 24)  // of places, the digits that all share
       for (; shift && n <= 1 << shift; shift -= 8) found |= 0xFFull << shift;
     for (int i = t; i < 256; i += THREADS) sh.histogram[i] = 0;
     __syncthreads();
     unsigned long long above = shift == 56 ? 0 : ~0ull << (shift + 8);
-    for (int begin = 0; begin < n; begin += THREADS) {
-      int i = begin + t;
-      unsigned bin = 256;
-      if (i < n) {
-        unsigned long long key = key_of(get(i), i);
-        if ((key & above) == found) bin = (key >> shift) & 255;
+    for (int begin = t; begin - t < n; begin += HELD * THREADS) {
+      if (shift == 56 || n > HELD * THREADS)
+#pragma unroll
+        for (int u = 0; u < HELD; u++)
+          if (begin + u * THREADS < n) x[u] = get(begin + u * THREADS);
+#pragma unroll
+      for (int u = 0; u < HELD; u++) {
+        int i = begin + u * THREADS;
+        unsigned long long key = key_of(x[u], i);
+        bool counts = i < n && key >= floor && (key & above) == found;
+        if (!__any_sync(~0u, counts)) continue;
+        unsigned bin = counts ? (key >> shift) & 255 : 256;
+        unsigned same = __match_any_sync(~0u, bin);
+        if (counts && lane == __ffs(same) - 1)
+          atomicAdd(&sh.histogram[bin], (unsigned)__popc(same));
       }
-      unsigned same = __match_any_sync(~0u, bin);
-      if (bin < 256 && lane == __ffs(same) - 1)
-        atomicAdd(&sh.histogram[bin], (unsigned)__popc(same));
     }
     __syncthreads();
     if (t < 32) {  // a lane has eight bins, the first lane the highest
@@ -174,8 +185,16 @@ __device__ int choose(Scratch& sh, Get get, int n, Noise noise, float temperatur
                       int k) {
   int t = threadIdx.x;
   bool draw = temperature > 0;
-  unsigned long long least = draw && k < n ? least_key(sh, get, n, k) : 0;
-  unsigned long long best = 0;
+  unsigned long long least = 0, best = 0;
+  if (draw && k < n) {
+    if (n > HELD * THREADS && k <= THREADS) {  // no less than k threads' largest
+      float most = LOWEST;
+#pragma unroll 8
+      for (int i = t; i < n; i += THREADS) most = fmaxf(most, get(i));
+      least = least_key(sh, [=](int) { return most; }, THREADS, k) >> 32 << 32;
+    }
+    least = least_key(sh, get, n, k, least);
+  }
   for (int i = t; i < n; i += THREADS) {
     float x = get(i);
     if (key_of(x, i) < least) continue;

@@ -211,17 +211,24 @@ def source(
     blocks attend for a head.
     """
     sizes = _sizes(config, splits)
-    longest = max(
-        -(-sizes[width] // (4096 // bits)) * (4096 // bits)
+    staged = max(
+        _staged(sizes[width], bits)
         for (_, width), (bits, _) in zip(MATRICES.values(), forms.values(), strict=True)
     )
-    floats = longest + longest // 8 + sizes["MAX_SCORES"] + OTHER_FLOATS
-    sizes |= {"LONGEST": longest, "THREADS": THREADS, **_workspace(sizes)[0]}
+    floats = staged + staged // 16 + sizes["MAX_SCORES"] + OTHER_FLOATS
+    sizes |= {"STAGED": staged, "THREADS": THREADS, **_workspace(sizes)[0]}
     names = [f"#define {n.upper()} {b}, {group}" for n, (b, group) in forms.items()]
     sizes["KV_BITS"] = kv_bits or DENSE[0]
     files = "common.cu", "kept.cu", "grid.cu", "frame.cu"
     texts = [read_source(file) for file in files]
     return with_constants(sizes, *names, *texts, _entry(forms)), floats
+
+
+def _staged(width: int, bits: int) -> int:
+    """Words that all warps together stage of a vector: see `Product` in frame.cu."""
+    chunks, warps = -(-width * bits // 512), THREADS // 32
+    share = 1 << (min(warps, chunks).bit_length() - 1)
+    return warps * -(-chunks // share) * 512 // bits
 
 
 def _sizes(config: LmConfig, splits: int) -> dict[str, int]:
@@ -251,7 +258,6 @@ def _workspace(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
     vectors = {
         "X": s["DIM"],
         "QKV": 3 * s["DIM"],
-        "Y": s["DIM"],
         "HIDDEN": s["HIDDEN"],
         "LOGITS": s["TEXT_CARD"],
         "PARTS": s["HEADS"] * s["SPLITS"] * (s["DIM"] // s["HEADS"] + 2),
@@ -261,7 +267,7 @@ def _workspace(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
         "DEP_HIDDEN": s["DEP_HIDDEN"],
         "DEP_LOGITS": steps * s["CARD"],
     }
-    offsets, end = {}, 32 + s["LAYERS"] * s["HEADS"]  # counters first
+    offsets, end = {}, 32  # counters first
     for name, size in vectors.items():
         end = -(-end // 32) * 32
         offsets[f"WORK_{name}"] = end
