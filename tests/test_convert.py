@@ -341,6 +341,13 @@ def test_a_recipe_file_that_means_nothing_is_refused(tmp_path, content, says):
     assert "recipe.json" in str(caught.value)
 
 
+def test_tables_that_are_one_when_run_must_have_one_form(sources, tmp_path):
+    recipe = uniform(MATRICES, None) | {"emb.3.weight": Quantization(4, 64)}
+    with pytest.raises(PplexError, match=r"`emb\.0\.weight` and `emb\.3\.weight`"):
+        to(sources / "pytorch", tmp_path / "out", None, recipe=lambda s, m: recipe)
+    assert not (tmp_path / "out").exists()
+
+
 def parts_of(costs):
     return make_parts(MATRICES, 2, 8, lambda part: costs.get(part, 0.0))
 

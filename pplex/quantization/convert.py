@@ -96,6 +96,7 @@ def convert(
     source = Source(local.folder, config.lm)
     matrices = list(published_matrices(config.lm, source.steps, source.steps))
     recipe = conversion.make_recipe(source, matrices)
+    _check_recipe(source, matrices, recipe)
     num_bytes = recipe_bytes(matrices, recipe)
     others = _other_files(folder)
     _check_target(target, num_bytes + sum(f.stat().st_size for f in others.values()))
@@ -139,6 +140,20 @@ def convert(
             sums[name] = hashes.sha256(new / name)
         hashes.write_sums(new / hashes.SUMS_FILE, sums)
     return Converted(target, num_bytes, source.num_bytes, recipe)
+
+
+def _check_recipe(source: Source, matrices: list[Matrix], recipe: Recipe) -> None:
+    """Refuse different forms of matrices that are one when they are loaded."""
+    named = {target: m.name for m in matrices for target in m.targets}
+    for module, targets in source.modules(source.config.num_codebooks).items():
+        for target in targets[1:]:
+            one, other = named[targets[0]], named[target]
+            if recipe[one] != recipe[other]:
+                raise PplexError(
+                    f"the recipe stores `{one}` and `{other}` differently; both are in "
+                    f"one matrix, `{module}`, when they are run: give them the same "
+                    "bits and group size"
+                )
 
 
 def _distilled(
