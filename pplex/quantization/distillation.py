@@ -46,9 +46,12 @@ _NEAR = 0.48  # of a code: how far from it a value begins at most
 _VALUE_BYTES = 56
 
 
-def _positions() -> int:
-    """About so many are read a step: more on a GPU, whose step is many launches."""
-    return 2048 if on_cpu() else 8192
+def _step_size() -> tuple[int, int]:
+    """About how many positions a step reads, and bytes of a value with its gradient.
+
+    More on a GPU, whose step is many launches; NumPy's products keep more of a value.
+    """
+    return (2048, 8) if on_cpu() else (8192, 4)
 
 
 def check_memory(config: LmConfig, num_values: int, longest: int) -> None:
@@ -63,9 +66,9 @@ def check_memory(config: LmConfig, num_values: int, longest: int) -> None:
     values = c.num_layers * layers + 2 * c.n_q * c.dim
     values += c.num_codebooks * c.depformer_num_layers * steps
     values += 6 * (c.text_card + c.num_codebooks * c.card)
-    positions = max(_positions(), longest)
-    value_bytes = 8 if on_cpu() else 4  # with gradients; NumPy's products keep more
-    needed = num_values * _VALUE_BYTES + positions * values * value_bytes
+    positions, value_bytes = _step_size()
+    read = max(positions, longest) * values
+    needed = num_values * _VALUE_BYTES + read * value_bytes
     free = available_gb()
     if free is not None and needed > free * 1e9:
         raise PplexError(
@@ -93,7 +96,8 @@ def distill(
     teacher = trainable_lm(config)
     put(teacher, modules, dense)
     student = Student(config, modules, dense, rounded)
-    size = max(1, _positions() // max(c.columns.shape[1] for c in conversations))
+    positions, _ = _step_size()
+    size = max(1, positions // max(c.columns.shape[1] for c in conversations))
     size = min(size, len(conversations))
     steps = max(1, round(rounds * len(conversations) / size))
     optimizer = Adam(_falling(steps), betas=_BETAS, eps=1e-12, bias_correction=True)

@@ -117,11 +117,11 @@ __device__ inline unsigned long long key_of(float x, int i) {
   return ((unsigned long long)ordered(x) << 32) | (0xFFFFFFFFu - i);
 }
 
+[[maybe_unused]] constexpr int HELD = 8;  // numbers that a thread reads at a time
+
 // The least key that the k largest of `get(0)` to `get(n - 1)` have and no other, by a
 // block: its digits of eight bits, first to last, until they tell them apart.
 // Keys below `floor` are none of them.
-[[maybe_unused]] constexpr int HELD = 8;  // numbers that a thread reads at a time
-
 template <class Get>
 __device__ unsigned long long least_key(Scratch& sh, Get get, int n, int k,
                                         unsigned long long floor = 0) {
