@@ -119,13 +119,13 @@ def test_auto_is_the_best_that_fits_and_keeps_up(
 
 
 def test_what_auto_is_is_said_with_the_reasons(run, monkeypatch, call, tmp_path):
-    on_a_mac(monkeypatch, 16, M4)
+    on_a_mac(monkeypatch, 14, M4)
     line = "respond", call, "-o", tmp_path / "out.wav", "--model", "auto"
-    assert "auto is 4bit: 7.1 GB" in run(*line, "--kv-bits", 8).stderr
+    assert "auto is 4bit: 6.2 GB" in run(*line, "--kv-bits", 8).stderr
     result = run(*line)
     assert result.stderr.startswith(
-        "--model auto is 4bit: 7.8 GB of memory, about 42 s for a minute of sound; "
-        "bf16 is not on this machine; 8bit takes 11.5 GB of memory, of 10.7\n"
+        "--model auto is 4bit: 7.0 GB of memory, about 42 s for a minute of sound; "
+        "bf16 is not on this machine; 8bit takes 10.6 GB of memory, of 9.3\n"
     )
     assert "the network was asked" in result.stderr
     on_a_mac(monkeypatch, 16, dict.fromkeys(M4, 240))
@@ -138,13 +138,13 @@ def test_what_auto_is_is_said_with_the_reasons(run, monkeypatch, call, tmp_path)
 def test_what_would_be_swapped_is_said_before_its_download(
     run, monkeypatch, call, tmp_path
 ):
-    on_a_mac(monkeypatch, 16, M4)
+    on_a_mac(monkeypatch, 14, M4)
     result = run("respond", call, "-o", tmp_path / "out.wav", "--model", "8bit")
     assert (
-        "warning: 8bit takes 11.5 GB of memory and this machine has 10.7 GB of 16.0"
+        "warning: 8bit takes 10.6 GB of memory and this machine has 9.3 GB of 14.0"
         in result.stderr
     )
-    assert "--model 4bit fits and takes 7.8 GB of memory, about 42 s" in result.stderr
+    assert "--model 4bit fits and takes 7.0 GB of memory, about 42 s" in result.stderr
     assert "the network was asked" in result.stderr
 
 

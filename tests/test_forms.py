@@ -11,6 +11,7 @@ from small import SMALL
 from pplex.bench.random_model import random_lm
 from pplex.engine import choose as job
 from pplex.engine.choose import KINDS, batch_size, choose_form, version_of
+from pplex.model.config import ModelConfig
 
 
 @pytest.fixture(params=["cuda", "gpu"])
@@ -41,6 +42,13 @@ def test_on_a_gpu_what_is_computed_alone_is_so_one_by_one(gpu):
     cost = job.cost_of(SMALL, random_lm(SMALL.lm, 16))
     assert batch_size(SMALL, cost, 100, 1e12, alone=True) == 1
     assert batch_size(SMALL, cost, 100, 1e12) > 1
+
+
+def test_one_conversation_on_a_gpu_has_no_groups_codec(gpu):
+    tensors = random_lm(ModelConfig().lm, 4)
+    group, alone = (job.cost_of(ModelConfig(), tensors, alone=a) for a in (False, True))
+    assert alone == replace(group, codec_work=alone.codec_work)
+    assert 0 < alone.codec_work < group.codec_work / 10
 
 
 def test_rows_that_share_their_prompts_need_no_memory_for_them(gpu):

@@ -240,6 +240,14 @@ def test_a_batch_keeps_to_what_a_cache_holds_unless_weights_take_more():
     assert rows(LmConfig(), 1000, 32_000_000_000) == 16
 
 
+def test_takes_are_as_many_at_a_time_in_a_batch_as_of_one_recording(monkeypatch):
+    monkeypatch.setattr("pplex.engine.choose.kind_here", lambda: "c")
+    cost = Cost(step=0, position=1024, codec=0, codec_state=0, codec_work=0, held=0)
+    size = Size(None, 100, 40, 4000)
+    for given, rows in ((size, 8), (replace(size, takes=True), 16)):
+        assert given.fitting(ModelConfig(), cost, alone=False) == rows
+
+
 def attend_as_the_kernel(qkv, ring, prompts, rows, tiles, slot, window, max_period):
     """What ``attend_rows`` is said to do, a position at a time."""
     heads = qkv.shape[1] // 3

@@ -22,6 +22,7 @@ from pplex.conversation.script import Script
 from pplex.conversation.session import Model
 from pplex.conversation.state import Opening, State, read_state, state_of
 from pplex.conversation.tracks import Conversation, WriteSound
+from pplex.engine.base import Cost
 from pplex.engine.choose import batch_size
 from pplex.engine.device import is_out_of_memory
 from pplex.errors import PplexError, first_line
@@ -88,24 +89,30 @@ class Size:
     """How large a batch is wanted: ``rows`` or, for None, what fits.
 
     ``max_frames`` is the longest recording's, ``count`` how many there are, and
-    ``total_frames`` what they have together.
+    ``total_frames`` what they have together. ``takes``: several are of one recording.
     """
 
     rows: int | None
     max_frames: int
     count: int
     total_frames: int
+    takes: bool = False
 
     @classmethod
     def of(
-        cls, rows: int | None, seconds: Sequence[float | None], config: ModelConfig
+        cls,
+        rows: int | None,
+        seconds: Sequence[float | None],
+        config: ModelConfig,
+        *,
+        takes: bool = False,
     ) -> Size:
         """The size for recordings of so many seconds; None is one of unknown length."""
         frames = [
             config.lm.window if s is None else int(s * config.frame_rate) + 1
             for s in seconds
         ]
-        return cls(rows, max(frames), len(frames), sum(frames))
+        return cls(rows, max(frames), len(frames), sum(frames), takes)
 
     def shared_by(self, workers: int) -> Size:
         """What is one's share of as many workers."""
@@ -117,6 +124,26 @@ class Size:
     def busy_rows(self) -> int:
         """The most rows that are of use: more would be done before the longest is."""
         return max(1, min(self.count, -(-self.total_frames // self.max_frames)))
+
+    def fitting(
+        self,
+        config: ModelConfig,
+        cost: Cost,
+        *,
+        alone: bool,
+        free_bytes: float | None = None,
+    ) -> int:
+        """As many of these as ``choose.batch_size`` says and are of use."""
+        rows = batch_size(
+            config,
+            cost,
+            self.max_frames,
+            free_bytes,
+            prompt_frames=PROMPT_FRAMES,
+            alone=alone,
+            takes=self.takes,
+        )
+        return min(rows, self.busy_rows)
 
 
 class Decoder:
@@ -159,14 +186,8 @@ class Decoder:
         """How many recordings are answered at a time; chosen once, from memory."""
         if self.batch_size is None:
             model = self._model
-            rows = batch_size(
-                model.config,
-                model.engine.cost(),
-                self._size.max_frames,
-                prompt_frames=PROMPT_FRAMES,
-                alone=model.form.alone,
-            )
-            self.batch_size = min(rows, self._size.busy_rows)
+            cost, alone = model.engine.cost(), model.form.alone
+            self.batch_size = self._size.fitting(model.config, cost, alone=alone)
             self._note(f"batch size {self.batch_size}")
         return self.batch_size
 

@@ -23,7 +23,7 @@ from pplex.batch.prepare import (
 from pplex.batch.records import read_request
 from pplex.checkpoint.weights import lm_tensors
 from pplex.conversation.quiet import MAX_TAIL_S
-from pplex.engine.choose import batch_size, choose_form, cost_of, need_bytes
+from pplex.engine.choose import choose_form, cost_of, need_bytes
 from pplex.engine.device import available_gb, host_memory_gb, on_cpu
 from pplex.errors import PplexError
 from pplex.respond.manifest import DONE, Manifest
@@ -161,22 +161,23 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     config, local = model.config.with_kv_bits(batch.kv_bits), model.local
     frames = min(config.lm.window, int(found.longest_s * config.frame_rate) + 1)
     total = int(found.audio_s * config.frame_rate)
-    size = Size(batch.batch_size, frames, found.todo, total)
+    takes = batch.outputs.takes > 1
+    size = Size(batch.batch_size, frames, found.todo, total, takes)
     tensors = lm_tensors(local.folder, config.lm)
     form = choose_form(batch.compute, config, tensors, many=True)
     if form.dense:
         tensors = tensors.write_out()
-    cost = cost_of(config, tensors)
+    cost = cost_of(config, tensors, alone=form.alone)
     found.weights_gb, found.codec_gb = cost.held / 1e9, cost.codec_work / 1e9
     positions = frames + PROMPT_FRAMES
     alone_gb = need_bytes(config, cost, positions) / 1e9
     found.row_gb = alone_gb - found.weights_gb - found.codec_gb
     found.memory_gb = available_gb() or 0.0
     free = 1e9 * found.memory_gb - cost.held
-    rows = batch.batch_size or batch_size(
-        config, cost, frames, free, prompt_frames=PROMPT_FRAMES, alone=form.alone
-    )
-    found.batch_size = min(rows, found.todo if batch.batch_size else size.busy_rows)
+    if batch.batch_size is None:
+        found.batch_size = size.fitting(config, cost, alone=form.alone, free_bytes=free)
+    else:
+        found.batch_size = min(batch.batch_size, found.todo)
     found.sound_gb = _sound_bytes(found, config.sample_rate) / 1e9
 
 

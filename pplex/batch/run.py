@@ -217,7 +217,12 @@ class _Run:
         if not good:
             return
         lengths = [s for s in known.values() if not isinstance(s, PplexError)]
-        size = Size.of(self._batch.batch_size, lengths, self._model.config)
+        size = Size.of(
+            self._batch.batch_size,
+            lengths,
+            self._model.config,
+            takes=self._batch.outputs.takes > 1,
+        )
         start = time.perf_counter()
         workers = self._workers(size)
         self._summary.load_s = time.perf_counter() - start

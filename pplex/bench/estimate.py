@@ -52,9 +52,10 @@ _CACHE_BYTES = 1 << 29
 
 def need_gb(config: ModelConfig, tensors: LmTensors) -> float:
     """What a conversation with a full memory takes, weights and all, in GB."""
-    if choose_form("auto", config, tensors, many=False).dense:
+    form = choose_form("auto", config, tensors, many=False)
+    if form.dense:
         tensors = tensors.write_out()
-    return need_bytes(config, cost_of(config, tensors)) / 1e9
+    return need_bytes(config, cost_of(config, tensors, alone=form.alone)) / 1e9
 
 
 def published_need_gb(name: str, kv_bits: int | None = None) -> float | None:

@@ -18,6 +18,7 @@ from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
 from pplex.cli.foresee import chosen_model
 from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
 from pplex.errors import PplexError, did_you_mean
+from pplex.model.config import TEMP, TEXT_TEMP, TEXT_TOP_K, TOP_K
 
 if TYPE_CHECKING:
     from pplex.evaluation.checks import Checks
@@ -364,8 +365,8 @@ sampling_options = together(
         "draws one, and the summary says which.",
     ),
     click.option("--greedy", is_flag=True, help="Take the likeliest token every time."),
-    _drawing("", "audio", temp=0.8, top_k=250),
-    _drawing("text-", "text", temp=0.7, top_k=25),
+    _drawing("", "audio", temp=TEMP, top_k=TOP_K),
+    _drawing("text-", "text", temp=TEXT_TEMP, top_k=TEXT_TOP_K),
 )
 # Everything that decides the answer, apart from the model and the recording.
 conversation_options = together(

@@ -81,8 +81,9 @@ class Make(Protocol):
 class Kind:
     """An engine where it is the best, and what is best for it.
 
-    What ``has_alone`` computes one conversation by itself in a form of its own; with
-    ``shares_prompts`` rows hold what is said after a prompt only.
+    What has ``cost_alone`` computes one conversation by itself in a form of its own,
+    which takes so much; with ``shares_prompts`` rows hold what is said after a prompt
+    only.
 
     ``is_available`` tells whether MLX's default device is one for it; ``make`` makes it
     and ``cost`` tells before what a model takes on it. ``one`` and
@@ -100,7 +101,7 @@ class Kind:
     many: Form
     max_rows: Callable[[Cost, int, float], int]
     takes_bytes: int = 0
-    has_alone: bool = False
+    cost_alone: Callable[[ModelConfig, LmTensors], Cost] | None = None
     shares_prompts: bool = False
     bytes_per_s: Callable[[int], float] | None = None
 
@@ -175,7 +176,7 @@ KINDS: dict[str, Kind] = {
         one=Form(False, "one kernel makes a frame, and reads fewer bytes so"),
         many=Form(True, "CUDA's products of many rows are faster so"),
         max_rows=_rows_in_memory,
-        has_alone=True,
+        cost_alone=functools.partial(cuda.cost_of, alone=True),
         shares_prompts=True,
     ),
     # Metal, and GPUs that our kernels do not know; nothing here was measured on a Mac.
@@ -186,7 +187,7 @@ KINDS: dict[str, Kind] = {
         one=Form(False, _FEWER_BYTES),
         many=Form(False, _FEWER_BYTES),
         max_rows=_rows_in_memory,
-        has_alone=True,
+        cost_alone=functools.partial(mlx.cost_of, on_gpu=True, alone=True),
     ),
 }
 
@@ -207,7 +208,7 @@ def choose_form(
     """How a model is to compute: for ``many`` recordings, or one, which may be live."""
     kind = KINDS[kind_here()]
     alone = wanted == "alone" or live or (wanted == "auto" and not many)
-    alone = alone and kind.has_alone
+    alone = alone and kind.cost_alone is not None
     if not lm.forms:
         return Form(True, "no weights are stored quantized", alone)
     if wanted in ("dense", "quantized"):
@@ -265,9 +266,11 @@ def make_engine(
     return KINDS[kind_here()].make(config, lm, codec, alone=alone)
 
 
-def cost_of(config: ModelConfig, lm: LmTensors) -> Cost:
+def cost_of(config: ModelConfig, lm: LmTensors, *, alone: bool = False) -> Cost:
     """What a model takes on the best engine here; no tensor is read."""
-    return KINDS[kind_here()].cost(config, lm)
+    kind = KINDS[kind_here()]
+    cost = kind.cost_alone if alone and kind.cost_alone else kind.cost
+    return cost(config, lm)
 
 
 def need_bytes(

@@ -17,6 +17,10 @@ SINE_CODES = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
 
 KV_WIDTHS = 32, 64, 128  # of heads, of which MLX multiplies quantized keys
 
+# How NVIDIA's code draws audio and text tokens unless it is told.
+TEMP, TOP_K = 0.8, 250
+TEXT_TEMP, TEXT_TOP_K = 0.7, 25
+
 TEXT_EPAD = 0
 TEXT_PAD = 3
 

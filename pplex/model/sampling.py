@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from pplex.model.config import LmConfig
+from pplex.model.config import TEMP, TEXT_TEMP, TEXT_TOP_K, TOP_K, LmConfig
 
 # Below it noise is lost in the rounding of logits of 0.5 and more, and further down the
 # division leaves float32: such a temperature is greedy.
@@ -24,10 +24,10 @@ class SamplingConfig:
     A temperature below ``LEAST_TEMP`` becomes 0.
     """
 
-    temp: float = 0.8
-    top_k: int = 250
-    text_temp: float = 0.7
-    text_top_k: int = 25
+    temp: float = TEMP
+    top_k: int = TOP_K
+    text_temp: float = TEXT_TEMP
+    text_top_k: int = TEXT_TOP_K
 
     def __post_init__(self) -> None:
         """Make what is greedy 0."""

@@ -31,11 +31,7 @@ from pplex.engine.cuda.rows import (
 from pplex.engine.cuda.weights import DENSE, WrittenOut, form_of
 from pplex.engine.device import memory_gb
 from pplex.engine.mlx import engine as mlx
-from pplex.engine.mlx.codec import (
-    MlxCodec,
-    frames_within,
-    work_bytes,
-)
+from pplex.engine.mlx.codec import GROUP_ROWS, MlxCodec, frames_within, work_bytes
 from pplex.engine.mlx.engine import Frame, RowsCache
 from pplex.model.cache import KvCache
 from pplex.model.config import MimiConfig, ModelConfig
@@ -60,14 +56,17 @@ def _codec_frames(config: MimiConfig) -> int:
     return min(_GROUP_FRAMES, frames_within(config, room, _CODEC_ARRAYS))
 
 
-def cost_of(config: ModelConfig, lm: LmTensors) -> Cost:
+def cost_of(config: ModelConfig, lm: LmTensors, *, alone: bool = False) -> Cost:
     """What a model takes; of ``lm`` only shapes are read."""
-    return _with_work(config.mimi, mlx.cost_of(config, lm, on_gpu=True))
+    cost = mlx.cost_of(config, lm, on_gpu=True, alone=alone)
+    return _with_work(config.mimi, cost, alone)
 
 
-def _with_work(config: MimiConfig, cost: Cost) -> Cost:
-    work = work_bytes(config, _codec_frames(config), arrays=_CODEC_ARRAYS)
-    return replace(cost, codec_work=work)
+def _with_work(config: MimiConfig, cost: Cost, alone: bool) -> Cost:
+    chunk = _codec_frames(config), GROUP_ROWS
+    if alone:
+        chunk = CudaEngine.alone_frames, 1
+    return replace(cost, codec_work=work_bytes(config, *chunk, _CODEC_ARRAYS))
 
 
 class CudaEngine(mlx.MlxEngine):
@@ -121,7 +120,7 @@ class CudaEngine(mlx.MlxEngine):
 
     def cost(self) -> Cost:
         """What the model takes."""
-        return _with_work(self.config.mimi, super().cost())
+        return _with_work(self.config.mimi, super().cost(), self.alone)
 
     def inputs(self, tokens: mx.array) -> mx.array:
         """Summed rows (batch, t, dim) of tokens (batch, streams, t)."""

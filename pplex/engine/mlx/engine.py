@@ -124,7 +124,7 @@ class MlxEngine:
         # MLX 0.32.4, H100: NaN of 4-bit weights of one group of 64, from 2 rows on.
         if on_gpu and (narrow := [n for n in lm.forms if _has_one_group(lm, n)]):
             lm = lm.write_out(narrow)
-        self._cost = cost_of(config, lm, on_gpu=on_gpu)
+        self._cost = cost_of(config, lm, on_gpu=on_gpu, alone=alone)
         bound_memory(self._cost.codec_work)
         self.lm = make_lm(config.lm, lm, dtype)
         if on_gpu and self.short_norms:
@@ -357,10 +357,14 @@ def codec_frames(config: MimiConfig) -> int:
     return frames_within(config, _CODEC_BYTES)
 
 
-def cost_of(config: ModelConfig, lm: LmTensors, *, on_gpu: bool) -> Cost:
+def cost_of(
+    config: ModelConfig, lm: LmTensors, *, on_gpu: bool, alone: bool = False
+) -> Cost:
     """What a model takes; of ``lm`` only shapes are read."""
     float_bytes = _dtype(on_gpu).size
-    chunk = (codec_frames(config.mimi), GROUP_ROWS) if on_gpu else (CPU_FRAMES, 1)
+    chunk = (codec_frames(config.mimi), GROUP_ROWS)
+    if alone or not on_gpu:
+        chunk = (MlxEngine.alone_frames if on_gpu else CPU_FRAMES, 1)
     matrices = tables = 0
     for name, weight in lm.weights.items():
         module, _, part = name.rpartition(".")
