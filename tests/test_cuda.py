@@ -231,18 +231,19 @@ def test_frame_kernel_computes_what_float32_does(bits, group, kv_bits):
     ("card", "temp", "top_k"), [(2048, 0.8, 250), (32000, 0.7, 25)]
 )
 def test_choice_of_the_kernel_is_that_of_mlx(card, temp, top_k):
-    keys = noise_keys([3, 1 << 40, 7], [0, 1, 2])
-    logits = mx.random.normal((3, card)).astype(mx.bfloat16)
+    rows = 64
+    keys = noise_keys([(row << 35) + 3 for row in range(rows)], list(range(rows)))
+    logits = mx.random.normal((rows, card)).astype(mx.bfloat16)
     sampler = Sampler(SamplingConfig(text_temp=temp, text_top_k=top_k), card, 64, 2)
     expected = sampler.text(logits, sampler.noise(keys)).tolist()
-    user = mx.array([[5, 1], [6, 1], [7, 1]])
+    user = mx.array([[5 + row, 1] for row in range(rows)])
     how = {"width": sampler.noise_width, "temp": temp, "top_k": top_k}
     column = choose_text(logits, user, keys, None, **how)
     assert column.tolist() == [
         [id, 0, 0, 5 + row, 1] for row, id in enumerate(expected)
     ]
     given = mx.array([[NOT_FORCED, 0, 0], [-1, 0, 0], [8, 0, 0]])
-    column = choose_text(logits, user, keys, given, **how)
+    column = choose_text(logits[:3], user[:3], keys[:3], given, **how)
     assert column[:, 0].tolist() == [expected[0], -1, 8]
     column = choose_text(logits, user, None, None, **how)
     assert column[:, 0].tolist() == mx.argmax(logits, axis=1).tolist()

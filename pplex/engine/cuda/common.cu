@@ -175,7 +175,7 @@ __device__ unsigned long long least_key(Scratch& sh, Get get, int n, int k,
     found |= (unsigned long long)sh.digit << shift;
     left = sh.left;
   }
-  return found;
+  return found > floor ? found : floor;  // it may end before the floor's last digits
 }
 
 // An id from the logits `get(id)`, by one block: the largest, or by noise among the k
