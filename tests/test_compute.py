@@ -283,3 +283,14 @@ def test_batch_says_what_it_chose(run, packed, data, tmp_path):
     assert stats["compute"] == "dense" + AT_8 and stats["step_ms_series"] is None
     (line,) = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[-1:]
     assert json.loads(line)["computed"]["compute"] == stats["compute"]
+
+
+@pytest.mark.parametrize(("free_gb", "said"), [(1e-4, True), (1000.0, False)])
+def test_a_batch_says_that_the_usual_form_does_not_fit(
+    run, packed, data, tmp_path, monkeypatch, free_gb, said
+):
+    on(monkeypatch, "cpu", free_gb)
+    call = data / "respond" / "user_c.wav"
+    result = run("batch", call, "-o", tmp_path, "--model", packed, "--prompt", "Hi.")
+    assert result.exit_code == 0, result.stderr
+    assert ("computed quantized: written out they take" in result.stderr) == said

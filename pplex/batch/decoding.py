@@ -186,9 +186,10 @@ class Decoder:
         """How many recordings are answered at a time; chosen once, from memory."""
         if self.batch_size is None:
             model = self._model
-            cost, alone = model.engine.cost(), model.form.alone
-            self.batch_size = self._size.fitting(model.config, cost, alone=alone)
-            self._note(f"batch size {self.batch_size}")
+            cost, form = model.engine.cost(), model.form
+            self.batch_size = self._size.fitting(model.config, cost, alone=form.alone)
+            instead = f"; computed {form}; dense has other bytes" * form.lacks_memory
+            self._note(f"batch size {self.batch_size}{instead}")
         return self.batch_size
 
     def _converse(self, stream: _Stream) -> Iterator[Answered | Failure]:

@@ -51,12 +51,14 @@ class Form:
     """Whether quantized weights are written out, and why, in a clause.
 
     ``alone`` is what a GPU does for one conversation by itself: other bits come of it
-    than where rows share a step.
+    than where rows share a step. ``lacks_memory``: the form that is faster, with other
+    bits, does not fit.
     """
 
     dense: bool
     reason: str
     alone: bool = False
+    lacks_memory: bool = False
 
     def __str__(self) -> str:
         """In words, for messages."""
@@ -221,7 +223,7 @@ def choose_form(
     if free is None or need > _WEIGHTS_SHARE * free:
         room = "unknown" if free is None else f"{free:.1f} GB"
         reason = f"written out they take {need:.1f} GB, and {room} is free"
-        return Form(False, reason, alone)
+        return Form(False, reason, alone, lacks_memory=True)
     return best
 
 
