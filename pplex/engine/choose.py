@@ -169,7 +169,7 @@ KINDS: dict[str, Kind] = {
         many=Form(True, "MLX's CPU products are 3 times as fast so"),
         max_rows=_one_row,
     ),
-    # H200, 7B: 4.9 ms a frame at 4 bits; in bfloat16 it reads 4 times as many bytes.
+    # H200, 7B: 3.4 ms a frame at 4 bits; in bfloat16 it reads 4 times as many bytes.
     # MLX's CUDA kernels for quantized weights take the rows one by one.
     "cuda": Kind(
         is_available=lambda: not on_cpu() and compiler.is_usable(),
