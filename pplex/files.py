@@ -54,6 +54,14 @@ def check_new(path: Path, overwrite: bool) -> None:
         raise _no_folder(path)
 
 
+def check_new_folder(path: Path) -> None:
+    """Refuse a folder's name that is taken, or a place that is none."""
+    if os.path.lexists(path):
+        raise PplexError(f"{path} exists already; give the name of a new folder")
+    if not path.absolute().parent.is_dir():
+        raise _no_folder(path)
+
+
 def _exists(path: Path) -> PplexError:
     return PplexError(f"{path} exists already; choose another name or give --overwrite")
 

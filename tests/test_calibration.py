@@ -41,6 +41,8 @@ def kept(tiny, data, tmp_path_factory):
     words += ("--minutes", "0.03", "--seconds", "1", "--prompt", "hello there")
     result = CliRunner().invoke(cli, [str(word) for word in words])
     assert (result.exit_code, result.output) == (0, f"{folder}\n")
+    again = CliRunner().invoke(cli, [str(word) for word in words])
+    assert (again.exit_code, "exists already" in again.output) == (1, True)
     return folder
 
 

@@ -270,6 +270,8 @@ def test_what_is_said_of_endings():
     assert advice([fine, fine]) == []
     (one,) = advice([Ending(0, cut_off=False)])
     assert "said nothing:" in one and "--tail" in one
+    (begun,) = advice([Ending(0, cut_off=True)])
+    assert "was cut off" in begun
     nothing, cut_off = advice([Ending(0, False), Ending(0, False), Ending(4, True)])
     assert "said nothing in 2 of 3 recordings" in nothing and "--tail" in nothing
     assert "cut off at the end of 1 of 3" in cut_off and "--tail auto" in cut_off

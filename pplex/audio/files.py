@@ -175,7 +175,7 @@ def read_pcm(
         seconds = source.num_frames / source.rate
         raise PplexError(
             f"{path} is {seconds:.2f} s long: nothing of it lies in the part that "
-            f"begins at {part.start_s:g} s; choose another --start"
+            f"begins at {part.start_s:g} s; choose another --start or --duration"
         )
     is_kept = most_kept is None or num_samples <= most_kept
     parts.append(np.zeros(tail, np.float32))

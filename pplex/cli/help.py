@@ -9,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from pplex.cli.tables import echo_table
+from pplex.errors import did_you_mean
 
 
 class _Topic(click.ParamType):
@@ -24,7 +25,7 @@ class _Topic(click.ParamType):
         if value not in topics:
             self.fail(
                 f"{value!r} is no topic; there are {', '.join(topics)} (the options of "
-                "a command: pplex COMMAND --help)"
+                f"a command: pplex COMMAND --help){did_you_mean(value, topics)}"
             )
         return str(value)
 

@@ -99,6 +99,8 @@ class _File(click.Path):
         """Turn the option's text into its value."""
         if value == "":
             self.fail("the name of a file or folder is empty", param, ctx)
+        if re.match(r"https?://", str(value)):
+            self.fail(f"{value} is on the network: download it first", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -142,9 +144,10 @@ class WholeRange(click.IntRange):
 
 def _in_words(what: str, bounds: click.IntRange | click.FloatRange) -> str:
     low, high = f"{bounds.min or 0:g}", bounds.max
+    above = f"{what} above {low}" if bounds.min_open else f"{what} from {low}"
     if high is None:
-        return f"{what} above {low}" if bounds.min_open else f"{what} from {low} on"
-    return f"{what} from {low} to {int(high) if high == int(high) else high}"
+        return above if bounds.min_open else f"{above} on"
+    return f"{above} to {int(high) if high == int(high) else high}"
 
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

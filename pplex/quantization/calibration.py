@@ -19,7 +19,7 @@ from pplex.conversation.scheduler import converse_many
 from pplex.conversation.session import load
 from pplex.engine.choose import batch_size
 from pplex.errors import PplexError
-from pplex.files import new_folder, reading
+from pplex.files import check_new_folder, new_folder, reading
 from pplex.model.config import LmConfig
 from pplex.model.sampling import SamplingConfig
 from pplex.quantization.compare_models import read_users
@@ -67,6 +67,7 @@ def calibrate(
     Yields how many more seconds there are. Voices, roles and seeds differ from answer
     to answer; as many are made at a time as is quick.
     """
+    check_new_folder(target)
     model = load(local)
     config, engine = model.config, model.engine
     users = read_users(recordings, config, settings.seconds)

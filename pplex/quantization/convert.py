@@ -32,7 +32,7 @@ from pplex.checkpoint.source import Source, is_finite
 from pplex.checkpoint.voices import find_voices, read_voice_file, write_voice_file
 from pplex.conversation.roles import DEFAULT_SEED
 from pplex.errors import PplexError
-from pplex.files import new_folder
+from pplex.files import check_new_folder, new_folder
 from pplex.model.sampling import SamplingConfig
 from pplex.quantization.activations import Activations
 from pplex.quantization.calibration import Conversation, read_calibration
@@ -370,11 +370,8 @@ def _copy_voices(found: dict[str, Path], folder: Path) -> dict[str, str]:
 
 
 def _check_target(target: Path, num_bytes: int) -> None:
-    if target.exists() or target.is_symlink():
-        raise PplexError(f"{target} exists already; give the name of a new folder")
+    check_new_folder(target)
     parent = target.absolute().parent
-    if not parent.is_dir():
-        raise PplexError(f"{target}: the folder {parent} does not exist; create it")
     free = shutil.disk_usage(parent).free
     if num_bytes + _SPARE_BYTES > free:
         raise PplexError(

@@ -29,7 +29,7 @@ def is_cut_off(pcm: np.ndarray, text_tokens: np.ndarray, frame_size: int) -> boo
 
 def advice(endings: Sequence[Ending]) -> list[str]:
     """What there is to say of some answers, and what helps; a line each."""
-    silent = sum(not ending.words for ending in endings)
+    silent = sum(not ending.words and not ending.cut_off for ending in endings)
     cut_off = sum(ending.cut_off for ending in endings)
     count = len(endings)
     lines = []

@@ -203,7 +203,7 @@ def respond_stream(
         stats = _stats(model, request, opening, record, user, clock)
         if outputs.stats is not None:
             stats.write(outputs.stats, place)
-        for warning in user.warnings():
+        for warning in user.warnings() if closed is None else ():  # else unheard
             report.warn(warning)
         if late := unsaid(script, record.text()):
             report.warn(late)

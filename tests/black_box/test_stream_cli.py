@@ -161,7 +161,7 @@ def test_stats_go_to_a_descriptor(call, model, tmp_path):
 
 
 def test_a_reader_that_leaves_ends_the_program_quietly(call, model):
-    with start("respond", "-", "-o", "-", *model, "-q") as process:
+    with start("respond", "-", "-o", "-", *model) as process:
         process.stdin.write(wav_header(None, 1, RATE))
         process.stdin.write(bytes(2 * FRAME))
         read_exactly(process.stdout, 100)
