@@ -22,7 +22,7 @@ from pplex.errors import PplexError
 from pplex.files import open_regular, read_regular, reading
 
 # What JSON holds takes up to 20 times as much memory.
-MAX_JSON_BYTES = 32 << 20
+_MAX_JSON_BYTES = 32 << 20
 _MAX_TABLE_BYTES = 1 << 28
 
 _INT_LIMIT = 1 << 63
@@ -37,7 +37,7 @@ _NAMES: dict[Any, str] = {
 }
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, limit: int = _MAX_JSON_BYTES) -> Any:
     """The content of a JSON file; OSError, ValueError or PplexError if it is none."""
     return parse_json(read_regular(path, limit))
 

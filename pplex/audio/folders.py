@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 # Of all that libsndfile reads. Not .raw, which says nothing of itself, and not .mat,
 # which is seldom sound.
-SUFFIXES = frozenset(
+_SUFFIXES = frozenset(
     ".wav .wave .bwf .w64 .rf64 .bw64 .flac .ogg .oga .opus .mp3 .mp2 .mp1 .mpga .aif "
     ".aiff .aifc .au .snd .caf .sph .nist .voc .sf .ircam .paf .svx .8svx .16sv .iff "
     ".avr .pvf .htk .sds .sd2 .wve .xi .mat4 .mat5".split()
@@ -19,7 +19,7 @@ SUFFIXES = frozenset(
 
 def is_recording(name: str) -> bool:
     """Whether a file is a recording, by its name."""
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    return PurePosixPath(name).suffix.lower() in _SUFFIXES
 
 
 @dataclass

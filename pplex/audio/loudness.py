@@ -10,8 +10,8 @@ import numpy as np
 
 from pplex.errors import PplexError
 
-TRIM_MARGIN = 5  # windows of 20 ms that stay before and after the sound
-MIN_DURATION_S = 0.4  # one block of the measurement
+_TRIM_MARGIN = 5  # windows of 20 ms that stay before and after the sound
+_MIN_DURATION_S = 0.4  # one block of the measurement
 
 
 def normalize_loudness(
@@ -28,10 +28,10 @@ def integrated_loudness(pcm: np.ndarray, sample_rate: int) -> float:
     """Measure PCM (samples,) in LUFS; refuse what is too short or silent."""
     import pyloudnorm  # brings in scipy: slow, and only voice prompts need it
 
-    if len(pcm) < MIN_DURATION_S * sample_rate:
+    if len(pcm) < _MIN_DURATION_S * sample_rate:
         raise PplexError(
             f"the voice recording is too short: {len(pcm) / sample_rate:.2f} s; "
-            f"at least {MIN_DURATION_S} s are needed to measure its loudness"
+            f"at least {_MIN_DURATION_S} s are needed to measure its loudness"
         )
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
@@ -57,5 +57,5 @@ def trim_silence(pcm: np.ndarray, sample_rate: int) -> np.ndarray:
     loud = np.flatnonzero(power > 1e-4 * power.max())
     if not len(loud):
         return pcm
-    start = max(0, loud[0] - TRIM_MARGIN) * window
-    return pcm[start : (loud[-1] + 1 + TRIM_MARGIN) * window]
+    start = max(0, loud[0] - _TRIM_MARGIN) * window
+    return pcm[start : (loud[-1] + 1 + _TRIM_MARGIN) * window]

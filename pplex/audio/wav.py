@@ -13,9 +13,9 @@ from pplex.errors import PplexError
 
 Encoding = Literal["u8", "s16le", "s24le", "s32le", "f32le", "f64le", "mulaw", "alaw"]
 
-MIN_SOURCE_RATE = 1_000
-MAX_SOURCE_RATE = 768_000
-MAX_CHANNELS = 64
+_MIN_SOURCE_RATE = 1_000
+_MAX_SOURCE_RATE = 768_000
+_MAX_CHANNELS = 64
 MAX_HEADER_BYTES = 1 << 28  # what may come before the samples: tags, cover pictures
 
 WAV_MAGIC = (b"RIFF", b"RF64", b"BW64")
@@ -164,14 +164,14 @@ def second_recording(name: str) -> PplexError:
 
 def check_format(name: str, rate: int, channels: int) -> None:
     """Refuse rates and numbers of channels that cannot be read."""
-    if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
+    if not _MIN_SOURCE_RATE <= rate <= _MAX_SOURCE_RATE:
         raise PplexError(
             f"{name} says its sample rate is {rate} Hz; "
-            f"{MIN_SOURCE_RATE} to {MAX_SOURCE_RATE} Hz can be read"
+            f"{_MIN_SOURCE_RATE} to {_MAX_SOURCE_RATE} Hz can be read"
         )
-    if not 1 <= channels <= MAX_CHANNELS:
+    if not 1 <= channels <= _MAX_CHANNELS:
         raise PplexError(
-            f"{name} says it has {channels} channels; 1 to {MAX_CHANNELS} can be read"
+            f"{name} says it has {channels} channels; 1 to {_MAX_CHANNELS} can be read"
         )
 
 

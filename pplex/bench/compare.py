@@ -10,7 +10,7 @@ from pplex.errors import PplexError
 from pplex.files import reading
 from pplex.values import fit, read_json
 
-Json = dict[str, Any]
+_Json = dict[str, Any]
 
 # What is compared of a run: its name for people, where it lies, and its unit.
 _FIGURES = (
@@ -44,11 +44,11 @@ class Change:
         return self.now / self.before if self.before else float("nan")
 
 
-def read_bench(path: Path, schema: int) -> Json:
+def read_bench(path: Path, schema: int) -> _Json:
     """An earlier run's JSON."""
     with reading(f"--compare {path}", "is not a file of `pplex bench --json`"):
         form = {"schema": int, "runs": [{"batch_size": int}]}
-        found: Json = fit(read_json(path), form)
+        found: _Json = fit(read_json(path), form)
         known = found["schema"]
         runs = {run["batch_size"]: run for run in found["runs"]}
     if known != schema:
@@ -59,7 +59,7 @@ def read_bench(path: Path, schema: int) -> Json:
     return {**found, "runs": runs}
 
 
-def differences(before: Json, now: Json) -> list[str]:
+def differences(before: _Json, now: _Json) -> list[str]:
     """Conditions that were others then, in words."""
     return [
         f"{name}: {before.get(name)} then, {now.get(name)} now"
@@ -68,7 +68,7 @@ def differences(before: Json, now: Json) -> list[str]:
     ]
 
 
-def changes(before: Json, now: Json) -> list[Change]:
+def changes(before: _Json, now: _Json) -> list[Change]:
     """Every figure that both have, by batch size; ``before`` is from ``read_bench``."""
     found = []
     for run in now["runs"]:

@@ -39,7 +39,7 @@ from pplex.engine.device import (
 from pplex.errors import PplexError, first_line
 from pplex.model.config import ModelConfig
 
-TEST_MODEL = "mini"
+_TEST_MODEL = "mini"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def diagnose(
     ``network`` asks online, None for not at all; ``looking`` is told what comes next.
     """
     machine = look_at_machine()
-    looking(TEST_MODEL)
+    looking(_TEST_MODEL)
     factor, test_run = _try_model()
     entries = [_entry_of(name) for name in names] if names else list_models()
     models = []
@@ -146,7 +146,7 @@ def look_at_machine() -> Machine:
 def _try_model() -> tuple[float | None, str]:
     """Answer noise with the built-in model; the real-time factor, and how it went."""
     try:
-        model = load(resolve(TEST_MODEL, offline=True))
+        model = load(resolve(_TEST_MODEL, offline=True))
         start = model.engine.prefill(make_role(model, None, "").prompt)
         frame_s = loop_frame_s(model.engine, start)
     except (PplexError, RuntimeError) as e:
@@ -206,7 +206,7 @@ def look_at_model(
     fits = None
     if needed_gb and machine.free_memory_gb is not None:
         fits = needed_gb <= machine.free_memory_gb
-    measured = entry.name == TEST_MODEL and factor is not None
+    measured = entry.name == _TEST_MODEL and factor is not None
     if not measured:
         factor = None
         if tensors is not None and bits and not faults and fits is not False:

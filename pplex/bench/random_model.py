@@ -74,8 +74,8 @@ MEDIUM = ModelConfig(
 )
 SIZES = {"tiny": TINY, "medium": MEDIUM, "7b": ModelConfig()}
 
-GROUP_SIZE = 64
-DENSE_BITS = 16
+_GROUP_SIZE = 64
+_DENSE_BITS = 16
 # About what a published voice and role take, in frames and in text ids.
 _VOICE_FRAMES = 50
 _ROLE_IDS = 60
@@ -123,14 +123,14 @@ def random_lm(config: LmConfig, bits: int) -> LmTensors:
     float16 there, and everything in bfloat16 where nothing is quantized.
     """
     lm = Lm(config, config.num_codebooks)
-    if bits < DENSE_BITS:
-        nn.quantize(lm, GROUP_SIZE, bits, class_predicate=_is_quantized)
-    dtype = mx.bfloat16 if bits == DENSE_BITS else mx.float16
+    if bits < _DENSE_BITS:
+        nn.quantize(lm, _GROUP_SIZE, bits, class_predicate=_is_quantized)
+    dtype = mx.bfloat16 if bits == _DENSE_BITS else mx.float16
     keys = _Keys()
     weights, forms = {}, {}
     for path, module in lm.named_modules():
         if isinstance(module, nn.QuantizedLinear):
-            forms[path] = Quantization(bits, GROUP_SIZE)
+            forms[path] = Quantization(bits, _GROUP_SIZE)
             for part, array in _quantized(module, keys.next()).items():
                 weights[f"{path}.{part}"] = array
         elif isinstance(module, nn.Linear | nn.Embedding):

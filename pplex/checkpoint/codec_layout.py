@@ -18,7 +18,7 @@ from pplex.model.config import MimiConfig
 Arrays = dict[str, mx.array]
 
 # A code's table row is its sum over how often it was used, at least this often.
-USAGE_FLOOR = 1e-5
+_USAGE_FLOOR = 1e-5
 
 _OLD_NAMES = {
     "cluster_size": "cluster_usage",
@@ -117,7 +117,7 @@ def sanitize_codec(arrays: Arrays, config: MimiConfig, path: Path) -> Arrays:
         tables = []
         for idx in range(count):
             stem = f"quantizer.{part}.vq.layers.{idx}._codebook"
-            usage = mx.maximum(published[f"{stem}.cluster_usage"], USAGE_FLOOR)
+            usage = mx.maximum(published[f"{stem}.cluster_usage"], _USAGE_FLOOR)
             tables.append(published[f"{stem}.embedding_sum"] / usage[:, None])
         weights[f"quantizer.{ours}.codebooks"] = mx.stack(tables)
     return weights

@@ -27,10 +27,10 @@ from pplex.model.config import (
 )
 from pplex.values import read_json, shown
 
-BASE_MODEL = "nvidia/personaplex-7b-v1"
+_BASE_MODEL = "nvidia/personaplex-7b-v1"
 PERSONAPLEX = "personaplex"  # `model_type`
-MOSHI_MODEL = "kyutai/moshiko-pytorch-bf16"
-MAX_CONFIG_BYTES = 1 << 20
+_MOSHI_MODEL = "kyutai/moshiko-pytorch-bf16"
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 def load_config(path: Path) -> ModelConfig:
@@ -68,7 +68,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     with reading(f"{path}:", "not readable as JSON"):
-        raw = read_json(path, MAX_CONFIG_BYTES)
+        raw = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(raw, dict):
         raise PplexError(f"{path}: expected a JSON object at the top")
     return raw
@@ -102,7 +102,7 @@ def split_config(
     return {
         "model_type": "moshi" if lm.is_moshi else PERSONAPLEX,
         "version": "pplex",
-        "base_model": MOSHI_MODEL if lm.is_moshi else BASE_MODEL,
+        "base_model": _MOSHI_MODEL if lm.is_moshi else _BASE_MODEL,
         "temporal": {
             "dim": lm.dim,
             "num_layers": lm.num_layers,
@@ -382,10 +382,10 @@ _RANGES = {
     "mimi.frame_rate": (1.0, 1000.0),
 }
 
-Section = TypeVar("Section")
+_Section = TypeVar("_Section")
 
 
-def _build(cls: type[Section], values: dict[str, Any], where: str) -> Section:
+def _build(cls: type[_Section], values: dict[str, Any], where: str) -> _Section:
     """Make a config section of checked numbers; see ``unknown_keys`` for others."""
     defaults = cls()
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
 from pplex.units import some
 
-KV_ITEM_BYTES = 2  # keys and values in 16 bits, as on a GPU
+_KV_ITEM_BYTES = 2  # keys and values in 16 bits, as on a GPU
 
 _TABLES = r"text_emb|audio_emb|depformer\.(text|audio)_emb"
 
@@ -99,7 +99,7 @@ def describe(local: LocalModel) -> ModelInfo:
         codec_bytes=codec,
         bytes_per_frame=bytes_per_frame(source),
         codec_bytes_per_frame=codec_frame,
-        kv_bytes_per_frame=config.kv_bytes(KV_ITEM_BYTES),
+        kv_bytes_per_frame=config.kv_bytes(_KV_ITEM_BYTES),
         context=lm.context,
         frame_rate=config.frame_rate,
         parts=_parts(source),

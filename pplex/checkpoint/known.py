@@ -6,9 +6,9 @@ DEFAULT_MODEL = "8bit"
 AUTO_MODEL = "auto"  # what is best here
 
 NVIDIA = "NVIDIA Open Model License"
-KYUTAI = "CC-BY 4.0"
+_KYUTAI = "CC-BY 4.0"
 # What the conversions' pages say; the base that they were made of is NVIDIA's.
-CONVERTED = f"CC BY-NC 4.0, the base {NVIDIA}"
+_CONVERTED = f"CC BY-NC 4.0, the base {NVIDIA}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class KnownModel:
     @property
     def terms(self) -> str:
         """What to know of the licence before a download, in a clause or two."""
-        if self.licence != CONVERTED:
+        if self.licence != _CONVERTED:
             return self.licence
         return (
             f"{self.licence}; for commercial use pull bf16, accept its licence, and "
@@ -51,14 +51,14 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "PersonaPlex 7B in 8 bits: close to the original (default)",
         9.8,
         12.0,
-        CONVERTED,
+        _CONVERTED,
     ),
     "4bit": KnownModel(
         "aufklarer/PersonaPlex-7B-MLX-4bit",
         "PersonaPlex 7B in 4 bits: smallest and fastest, less faithful",
         5.8,
         8.0,
-        CONVERTED,
+        _CONVERTED,
     ),
     "bf16": KnownModel(
         "nvidia/personaplex-7b-v1",
@@ -80,7 +80,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
             f"Kyutai's Moshi, {voice} voice, in {bits} bits; no roles, no login",
             download_gb,
             memory_gb,
-            KYUTAI,
+            _KYUTAI,
         )
         for name, voice in (("moshika", "a woman's"), ("moshiko", "a man's"))
         for form, published, bits, download_gb, memory_gb in (

@@ -40,11 +40,11 @@ from pplex.checkpoint.voices import (
 from pplex.errors import PplexError
 from pplex.model.prompt import initial_column
 
-INPUT_TOLERANCE = 0.02  # of a vector's length; about 0.004 was measured
-ENTRY_TOLERANCE = 0.001
-NORM_TOLERANCE = 0.005
-SCALE_BITS = 6  # of the 7 that a scale in bfloat16 has behind its point
-ZERO_SCALES = 0.01  # of a matrix
+_INPUT_TOLERANCE = 0.02  # of a vector's length; about 0.004 was measured
+_ENTRY_TOLERANCE = 0.001
+_NORM_TOLERANCE = 0.005
+_SCALE_BITS = 6  # of the 7 that a scale in bfloat16 has behind its point
+_ZERO_SCALES = 0.01  # of a matrix
 
 _FEW = 1 / 3  # of the unconfirmed values; by chance some may not agree
 _MANTISSA = {2: (mx.uint16, {"BF16": 7, "F16": 10}), 4: (mx.uint32, {"F32": 23})}
@@ -165,13 +165,13 @@ def _scales(source: Source) -> Iterator[Finding]:
         used = int(np.bitwise_or.reduce(words)) & ((1 << mantissa) - 1)
         fine = mantissa - ((used & -used).bit_length() - 1) if used else 0
         zeros = float(np.mean((words << 1) & (2 ** (8 * kind.size) - 1) == 0))
-        if fine < SCALE_BITS or zeros > ZERO_SCALES:
+        if fine < _SCALE_BITS or zeros > _ZERO_SCALES:
             coarse.append(stored.matrix.name)
     more = f" and {len(coarse) - 1} more" if len(coarse) > 1 else ""
     text = f"those of {len(names)} matrices are fine"
     if coarse:
         text = (
-            f"those of `{coarse[0]}`{more} are zero, or rounded to under {SCALE_BITS} "
+            f"those of `{coarse[0]}`{more} are zero, or rounded to under {_SCALE_BITS} "
             "bits: the weights are coarser than they were"
         )
     yield check("scales", not coarse, text, "warning")
@@ -307,8 +307,8 @@ def _first_input(found: np.ndarray, first: FirstStep) -> Finding:
     """The sum of the rows of all initial ids."""
     norm = float(np.linalg.norm(found))
     entries = np.abs(found[: len(first.entries)] - first.entries).max()
-    passed = entries <= ENTRY_TOLERANCE
-    passed &= abs(norm / first.norm - 1) <= NORM_TOLERANCE
+    passed = entries <= _ENTRY_TOLERANCE
+    passed &= abs(norm / first.norm - 1) <= _NORM_TOLERANCE
     text = (
         f"length {norm:.4f}, published is {first.norm}; the first "
         f"{len(first.entries)} entries differ by {entries:.2g}"
@@ -322,7 +322,7 @@ def _fitting(
     """Whether vectors of voices are sums of the tables' rows."""
     if not apart:
         return
-    other = [name for name, distance in apart.items() if distance > INPUT_TOLERANCE]
+    other = [name for name, distance in apart.items() if distance > _INPUT_TOLERANCE]
     text = f"{len(apart) - len(other)} of {len(apart)} are the sums of rows of {of}"
     if other:
         text += f", not {other[0]}: {apart[other[0]]:.2g} of its length apart"

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 MAX_HEADER_BYTES = 1 << 25
-MAX_SMALL_HEADER_BYTES = 1 << 20
-MAX_ARRAY_BYTES = 1 << 28  # 65 536 voice frames of width 1024; voices take under 1 MB
-MAX_DIMS = 8
-MAX_WAITING = 4  # arrays that are done and not written yet
+_MAX_SMALL_HEADER_BYTES = 1 << 20
+_MAX_ARRAY_BYTES = 1 << 28  # 65 536 voice frames of width 1024; voices take under 1 MB
+_MAX_DIMS = 8
+_MAX_WAITING = 4  # arrays that are done and not written yet
 
 _PIECE_BYTES = 1 << 22
 _ITEM_BYTES = {
@@ -107,7 +107,7 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The words that a small file's header holds besides its tensors."""
-    return _read_header(path, MAX_SMALL_HEADER_BYTES)[1]
+    return _read_header(path, _MAX_SMALL_HEADER_BYTES)[1]
 
 
 def read_arrays(
@@ -117,7 +117,7 @@ def read_arrays(
 
     As (dtype name, array); bfloat16 comes back as float32.
     """
-    specs, _ = _read_header(path, MAX_SMALL_HEADER_BYTES)
+    specs, _ = _read_header(path, _MAX_SMALL_HEADER_BYTES)
     return {name: _read_array(path, specs[name]) for name in names if name in specs}
 
 
@@ -206,7 +206,7 @@ def write_tensors(
                     f"{spec} was announced, {array.dtype} {array.shape} came"
                 )
             waiting.append(thread.submit(add, _bytes_of(array)))
-            if len(waiting) > MAX_WAITING:
+            if len(waiting) > _MAX_WAITING:
                 waiting.popleft().result()
         for last in waiting:
             last.result()
@@ -265,7 +265,7 @@ def _spec(path: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, in
         begin, end = entry["data_offsets"]
         spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]), start + begin)
         sizes = (begin, end, *spec.shape)
-        are_sizes = len(spec.shape) <= MAX_DIMS and all(
+        are_sizes = len(spec.shape) <= _MAX_DIMS and all(
             type(n) is int and 0 <= n < 1 << 48 for n in sizes
         )
         fits = are_sizes and end - begin == spec.num_bytes
@@ -279,7 +279,7 @@ def _spec(path: Path, name: str, entry: Any, start: int) -> tuple[TensorSpec, in
 def _read_array(path: Path, spec: TensorSpec) -> tuple[str, np.ndarray]:
     if spec.dtype not in _STORAGE:
         raise BrokenError(path, f"dtype {spec.dtype} is not one a voice has")
-    if not 0 < spec.num_bytes <= MAX_ARRAY_BYTES:
+    if not 0 < spec.num_bytes <= _MAX_ARRAY_BYTES:
         raise BrokenError(
             path, f"a tensor of {spec.num_bytes} bytes is none of a voice"
         )

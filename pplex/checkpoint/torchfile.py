@@ -18,7 +18,7 @@ from pplex.errors import PplexError, first_line
 from pplex.files import open_regular, reading
 
 MAX_PICKLE_BYTES = 1 << 16
-MAX_STORAGE_BYTES = 1 << 28
+_MAX_STORAGE_BYTES = 1 << 28
 _MAX_ENTRIES = 1_000
 
 _STORAGES: dict[str, tuple[str, np.dtype[Any]]] = {
@@ -265,7 +265,7 @@ def _materialise(
     name, dtype = _STORAGES[tensor.storage.kind]
     num_bytes = tensor.storage.numel * dtype.itemsize
     num_values = math.prod(tensor.size)
-    if max(num_bytes, num_values * dtype.itemsize) > MAX_STORAGE_BYTES:
+    if max(num_bytes, num_values * dtype.itemsize) > _MAX_STORAGE_BYTES:
         raise _broken(path, f"a tensor of {num_bytes} bytes is too large for a voice")
     raw = _read(path, archive, entries, f"{root}data/{tensor.storage.key}", num_bytes)
     if len(raw) != num_bytes:

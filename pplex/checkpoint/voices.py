@@ -22,13 +22,13 @@ from pplex.checkpoint.safetensors import TensorSpec
 from pplex.checkpoint.unpack import unpack_voices
 from pplex.errors import PplexError, did_you_mean
 
-NUM_STREAM_ROWS = 17
+_NUM_STREAM_ROWS = 17
 RING_LENGTH = 4
 MADE_FOR = "pplex_model"
 
 # How far a voice's first vector may lie from the model's, relative to its length:
 # tables may be quantized, voices rounded.
-FIRST_VECTOR_TOLERANCE = 0.1
+_FIRST_VECTOR_TOLERANCE = 0.1
 
 _FLOATS = ("bfloat16", "float16", "float32")
 
@@ -81,7 +81,7 @@ def fits_first(voice: VoicePrompt, first: np.ndarray) -> bool:
     ``first`` is float32 (dim,), the sum of the rows of all initial ids.
     """
     apart = np.linalg.norm(voice.embeddings[0] - first)
-    return bool(apart <= FIRST_VECTOR_TOLERANCE * np.linalg.norm(first))
+    return bool(apart <= _FIRST_VECTOR_TOLERANCE * np.linalg.norm(first))
 
 
 def check_made_for(voice: VoicePrompt, first: np.ndarray) -> None:
@@ -111,7 +111,7 @@ def check_voice(
             f"voice {voice.name!r} was made for a model of width {width}, this model "
             f"has width {dim}; choose another voice"
         )
-    limits = [(0, 1, text_card, "text"), (1, NUM_STREAM_ROWS, card, "audio")]
+    limits = [(0, 1, text_card, "text"), (1, _NUM_STREAM_ROWS, card, "audio")]
     for start, stop, limit, stream in limits:
         rows = voice.cache[start:stop]
         if limit is not None and (rows.min() < -2 or rows.max() > limit):
@@ -163,7 +163,7 @@ def write_voice_file(
     kind = "F32"
     if dtype == "bfloat16":
         kind, stored = "BF16", safetensors.narrow_bfloat16(stored)
-    ring = np.asarray(cache, "<f4").reshape(1, NUM_STREAM_ROWS, RING_LENGTH)
+    ring = np.asarray(cache, "<f4").reshape(1, _NUM_STREAM_ROWS, RING_LENGTH)
     specs = [
         TensorSpec("cache", "F32", ring.shape),
         TensorSpec("embeddings", kind, stored.shape),
@@ -198,10 +198,10 @@ def _check_embeddings(path: Path, dtype: str, embeddings: np.ndarray) -> np.ndar
 
 
 def _check_cache(path: Path, cache: np.ndarray) -> np.ndarray:
-    if cache.shape != (1, NUM_STREAM_ROWS, RING_LENGTH):
+    if cache.shape != (1, _NUM_STREAM_ROWS, RING_LENGTH):
         raise PplexError(
             f"{path} is not a voice file: its cache has shape {list(cache.shape)}, "
-            f"where {[1, NUM_STREAM_ROWS, RING_LENGTH]} is expected"
+            f"where {[1, _NUM_STREAM_ROWS, RING_LENGTH]} is expected"
         )
     values = cache[0].astype(np.float64)
     if not (np.abs(values) < 1 << 31).all() or (values != np.rint(values)).any():

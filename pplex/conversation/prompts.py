@@ -27,11 +27,11 @@ from pplex.errors import PplexError
 from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.prompt import Prompt, initial_column, make_prompt, no_prompt
 
-DEFAULT_VOICE = "NATF2"
+_DEFAULT_VOICE = "NATF2"
 _MIN_FRAMES = 2
 
 # Told what is odd about a voice recording, in a sentence.
-Warn = Callable[[str], None]
+_Warn = Callable[[str], None]
 
 
 def _ignore(warning: str) -> None:
@@ -79,7 +79,9 @@ def choose_voice(model: HasVoices, voice: str | None) -> str:
             f"{model.local.path}: the checkpoint has no voices; give one with "
             "--voice FILE.wav"
         )
-    return DEFAULT_VOICE if DEFAULT_VOICE in model.voices else next(iter(model.voices))
+    return (
+        _DEFAULT_VOICE if _DEFAULT_VOICE in model.voices else next(iter(model.voices))
+    )
 
 
 def choose_text(model: HasVoices, text: str | None) -> str:
@@ -98,7 +100,7 @@ def choose_text(model: HasVoices, text: str | None) -> str:
 
 
 def make_role(
-    model: Model, voice: str | None, text: str | None, warn: Warn = _ignore
+    model: Model, voice: str | None, text: str | None, warn: _Warn = _ignore
 ) -> Role:
     """Lay out the prompt of ``voice`` (a name or a file) and the role ``text``.
 
@@ -124,7 +126,7 @@ def make_role(
 
 
 def open_role(
-    model: Model, voice: str | None, text: str | None, warn: Warn = _ignore
+    model: Model, voice: str | None, text: str | None, warn: _Warn = _ignore
 ) -> Opening:
     """Where conversations with ``voice`` and the role ``text`` begin; see there."""
     role = make_role(model, voice, text, warn)
@@ -144,7 +146,7 @@ def encode_voice(
     *,
     channel: Channel = 1,
     trim: bool = False,
-    warn: Warn = _ignore,
+    warn: _Warn = _ignore,
 ) -> np.ndarray:
     """Codes (codebooks, frames) of a voice recording, normalised to -24 LUFS.
 
@@ -201,13 +203,13 @@ class OwnVoice:
     duration_s: float
 
 
-def make_voice(
+def _make_voice(
     model: Model,
     recording: Path,
     *,
     channel: Channel = 1,
     trim: bool = False,
-    warn: Warn = _ignore,
+    warn: _Warn = _ignore,
 ) -> OwnVoice:
     """Run a voice recording through the model's codec and tables.
 
@@ -238,7 +240,7 @@ def write_voice(
     *,
     channel: Channel = 1,
     trim: bool = False,
-    warn: Warn = _ignore,
+    warn: _Warn = _ignore,
 ) -> OwnVoice:
     """Make a voice and write it to ``output``, with a note of the model it is for."""
     local = model.local
@@ -246,7 +248,7 @@ def write_voice(
         raise PplexError(
             f"{local.name} is a Moshi, which takes no voice: make one for a PersonaPlex"
         )
-    made = make_voice(model, recording, channel=channel, trim=trim, warn=warn)
+    made = _make_voice(model, recording, channel=channel, trim=trim, warn=warn)
     notes = {
         MADE_FOR: f"{local.repo}@{local.revision}" if local.repo else local.name,
         "pplex_source": recording.name,

@@ -12,18 +12,18 @@ from pplex.model.config import TEXT_PAD, ModelConfig
 # Seconds of silence after the user, or as many as the agent needs.
 Tail = float | Literal["auto"]
 
-QUIET_DB = -45.0
-QUIET_S = 1.5
+_QUIET_DB = -45.0
+_QUIET_S = 1.5
 MAX_TAIL_S = 30.0
 
 
 def is_quiet(pcm: np.ndarray, text_id: int | None) -> bool:
     """Whether the agent is quiet in a frame: says no text, and makes no sound.
 
-    That is a level (RMS) of ``pcm`` (samples,) below ``QUIET_DB``, full scale being 0.
+    That is a level (RMS) of ``pcm`` (samples,) below ``_QUIET_DB``, full scale being 0.
     """
     power = float((pcm.astype(np.float64) ** 2).mean())
-    return power < 10 ** (QUIET_DB / 10) and (text_id is None or text_id <= TEXT_PAD)
+    return power < 10 ** (_QUIET_DB / 10) and (text_id is None or text_id <= TEXT_PAD)
 
 
 def longest(tail: Tail) -> float:
@@ -32,14 +32,14 @@ def longest(tail: Tail) -> float:
 
 
 class Quiet:
-    """Waits for the agent to have been quiet for ``QUIET_S`` after the user's end.
+    """Waits for the agent to have been quiet for ``_QUIET_S`` after the user's end.
 
     ``end`` is the number of frames of the conversation, once that is known.
     """
 
     def __init__(self, config: ModelConfig, not_before: int = 0) -> None:
         self._frame_size, self._sample_rate = config.frame_size, config.sample_rate
-        self._wanted = math.ceil(QUIET_S * config.frame_rate)
+        self._wanted = math.ceil(_QUIET_S * config.frame_rate)
         self._first: int | None = None
         self._not_before = not_before
         self._heard = self._quiet = 0

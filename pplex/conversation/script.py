@@ -21,7 +21,7 @@ from pplex.model.streams import NOT_FORCED, instead
 from pplex.values import read_rows, seconds_of, text_of
 
 COLUMNS = ("at", "say")
-MAX_AT_S = 1e6
+_MAX_AT_S = 1e6
 
 # About how many frames a word takes, and the pauses behind it: fitted to 920 words that
 # mini said of its own accord (2.6 and 3.1 frames a word in its two voices).
@@ -55,7 +55,7 @@ def read_script(path: Path) -> tuple[Line, ...]:
                     f"{where} has no {name}: at, in seconds, and say, the words, are "
                     f"expected; it has {found}"
                 )
-        at_s = seconds_of(fields["at"], where, "at", MAX_AT_S)
+        at_s = seconds_of(fields["at"], where, "at", _MAX_AT_S)
         lines.append(_line(at_s, text_of(fields["say"], where, "say"), where))
     if not lines:
         raise PplexError(f"the script {path} has no lines")

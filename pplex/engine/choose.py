@@ -34,16 +34,16 @@ Compute = Literal["auto", "quantized", "dense", "alone"]
 _WEIGHTS_SHARE = 0.5
 _ROWS_SHARE = 0.9
 
-MIN_ROWS_C = 4  # so many are computed with each vector of weights that is read
-FULL_ROWS_C = 8  # more than these share in no vector of weights (lm.h)
-MAX_ROWS_C = 16
+_MIN_ROWS_C = 4  # so many are computed with each vector of weights that is read
+_FULL_ROWS_C = 8  # more than these share in no vector of weights (lm.h)
+_MAX_ROWS_C = 16
 # Keys and values are read by every step: twice as fast from a cache as from memory.
 # `mini`: 0.25 ms a frame with 4 rows, 0.225 with 8 at 325 positions; 0.74 and 1.25 at
 # 1500. These are of the longest recordings at their end, twice what is read on average.
 CACHE_BYTES = 96 << 20
 # Of takes of a recording, which have most in common: what all say is computed once.
 _TAKES_BYTES = 256 << 20
-MAX_ROWS_GPU = 256
+_MAX_ROWS_GPU = 256
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ def _rows_in_cache(cost: Cost, row_bytes: int, free: float) -> int:
     Or, where weights take more, as weights take, for each row's share in reading these
     is less the more rows there are.
     """
-    rows = max(min(CACHE_BYTES // row_bytes, FULL_ROWS_C), cost.step // row_bytes)
-    return min(max(rows, MIN_ROWS_C), MAX_ROWS_C)
+    rows = max(min(CACHE_BYTES // row_bytes, _FULL_ROWS_C), cost.step // row_bytes)
+    return min(max(rows, _MIN_ROWS_C), _MAX_ROWS_C)
 
 
 def _rows_in_memory(cost: Cost, row_bytes: int, free: float) -> int:
     """As many as memory holds beside the codec's work."""
     room = _ROWS_SHARE * free - cost.codec_work
-    return min(int(room / row_bytes), MAX_ROWS_GPU)
+    return min(int(room / row_bytes), _MAX_ROWS_GPU)
 
 
 def _one_row(cost: Cost, row_bytes: int, free: float) -> int:
@@ -307,5 +307,5 @@ def batch_size(
     kind = KINDS[kind_here()]
     positions = frames if kind.shares_prompts else frames + prompt_frames
     row_bytes = cost.position * min(config.lm.window, positions)
-    of_takes = min(kind.takes_bytes // row_bytes, MAX_ROWS_C) if takes else 0
+    of_takes = min(kind.takes_bytes // row_bytes, _MAX_ROWS_C) if takes else 0
     return max(1, kind.max_rows(cost, row_bytes, free_bytes), of_takes)

@@ -23,9 +23,9 @@ from pplex.evaluation.measure import Measured
 from pplex.evaluation.metrics import METRICS, Figure, Metric, ratio, spread
 from pplex.plots import BLUE, GREY, ORANGE, plot, shortened
 
-CONFIDENCE = 0.95
-RESAMPLES = 2000
-PERMUTATIONS = 4999
+_CONFIDENCE = 0.95
+_RESAMPLES = 2000
+_PERMUTATIONS = 4999
 _LEAST = 3  # recordings; fewer have no interval
 _SEED = 0
 _BATCH = 250  # draws at a time, which bounds the memory
@@ -86,10 +86,10 @@ class Against:
 
 
 METHOD = (
-    f"A minus B; sums are means per recording. Intervals of {100 * CONFIDENCE:.0f} %: "
-    f"BCa bootstrap over recordings, {RESAMPLES} resamples. Verdicts: permutation test "
-    f"over recordings, {PERMUTATIONS} permutations, p by Holm over all figures, below "
-    f"{1 - CONFIDENCE:.2f}."
+    f"A minus B; sums are means per recording. Intervals of {100 * _CONFIDENCE:.0f} %: "
+    f"BCa bootstrap over recordings, {_RESAMPLES} resamples. Verdicts: permutation "
+    f"test over recordings, {_PERMUTATIONS} permutations, p by Holm over all figures, "
+    f"below {1 - _CONFIDENCE:.2f}."
 )
 
 
@@ -226,21 +226,21 @@ def _interval_and_p(
         found = stats.bootstrap(
             (a,) if paired else (a, b),
             of_pairs if paired else shift,
-            n_resamples=RESAMPLES,
+            n_resamples=_RESAMPLES,
             batch=_BATCH,
-            confidence_level=CONFIDENCE,
+            confidence_level=_CONFIDENCE,
             vectorized=True,
             rng=np.random.default_rng(_SEED),
         )
     low, high = (float(edge) for edge in found.confidence_interval)
     if np.isnan(low) or np.isnan(high):
-        edges = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
+        edges = (1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2
         low, high = map(float, np.quantile(found.bootstrap_distribution, edges))
     test = stats.permutation_test(
         (a, b),
         shift,
         permutation_type="samples" if paired else "independent",
-        n_resamples=PERMUTATIONS,
+        n_resamples=_PERMUTATIONS,
         batch=_BATCH,
         vectorized=True,
         rng=np.random.default_rng(_SEED),
@@ -263,7 +263,7 @@ def _judged(found: Sequence[Difference]) -> list[Difference]:
 
 
 def _verdict(one: Difference, p: float) -> Verdict:
-    if p >= 1 - CONFIDENCE or not one.difference:
+    if p >= 1 - _CONFIDENCE or not one.difference:
         return "no difference shown"
     if not one.better:
         return "higher" if one.difference > 0 else "lower"
@@ -281,7 +281,7 @@ def plot_differences(path: Path, found: Against, names: tuple[str, str]) -> None
         pairs = "pairs" if found.paired else "recordings"
         figure.suptitle(
             f"{a} minus {b}\n{min(found.recordings)} {pairs}, "
-            f"{100 * CONFIDENCE:.0f} % intervals"
+            f"{100 * _CONFIDENCE:.0f} % intervals"
             + ("" if rows else "\nNo figure differs in any of them."),
             x=0.02,
             ha="left",

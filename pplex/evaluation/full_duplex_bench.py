@@ -28,7 +28,7 @@ ANNOTATIONS = {
 BACKCHANNEL = "backchannel"
 HUMAN_TIMING = "icc_gt_distribution.json"
 # Version 1.5: each sample is an overlap, and the same without it.
-OVERLAP_TASKS = tuple(
+_OVERLAP_TASKS = tuple(
     f"v1.5_{name}"
     for name in (
         "user_interruption",
@@ -37,7 +37,7 @@ OVERLAP_TASKS = tuple(
         "background_speech",
     )
 )
-METADATA = "metadata.json"
+_METADATA = "metadata.json"
 _TEXTS = "context", "current_turn"
 CLEAN_INPUT, CLEAN_OUTPUT = "clean_input.wav", "clean_output.wav"
 
@@ -77,10 +77,10 @@ FIGURES = (
     ("clean_response_s", "clean_response_s", "clean response s"),
 )
 
-TURN_S = 1.0
-TURN_WORDS = 3
+_TURN_S = 1.0
+_TURN_WORDS = 3
 LONG_S = 3.0
-WINDOW_S = 0.2
+_WINDOW_S = 0.2
 USER_GAP_S, AGENT_GAP_S = 0.6, 0.5
 
 
@@ -104,8 +104,8 @@ def read_sample(folder: Path) -> Sample | None:
         if path.is_file():
             return Sample(task, _reference_s(path, task))
     parent = real_path(folder).parent
-    if (folder / METADATA).is_file() and (folder / "input.wav").is_file():
-        return _read_overlap(folder / METADATA, parent.name)
+    if (folder / _METADATA).is_file() and (folder / "input.wav").is_file():
+        return _read_overlap(folder / _METADATA, parent.name)
     if BACKCHANNEL in parent.name and (folder / "input.wav").is_file():
         return Sample(BACKCHANNEL)
     return None
@@ -167,7 +167,7 @@ def takeover(words: Sequence[Word]) -> int:
     if not words:
         return 0
     duration_s = words[-1].end_s - words[0].start_s
-    return 0 if duration_s < TURN_S and len(words) <= TURN_WORDS else 1
+    return 0 if duration_s < _TURN_S and len(words) <= _TURN_WORDS else 1
 
 
 def latency_s(words: Sequence[Word], reference_s: float) -> float:
@@ -220,9 +220,9 @@ def timing_distance(
         return 1.0
     from scipy.spatial import distance
 
-    counts = np.zeros(int(duration_s / WINDOW_S) + 1)
+    counts = np.zeros(int(duration_s / _WINDOW_S) + 1)
     for segment in predicted:
-        first, last = int(segment.start_s / WINDOW_S), int(segment.end_s / WINDOW_S)
+        first, last = int(segment.start_s / _WINDOW_S), int(segment.end_s / _WINDOW_S)
         counts[first : last + 1] += 1
     ours = counts + 1e-10
     ends = np.linspace(0, 1, len(human))
@@ -308,7 +308,7 @@ def _read_overlap(path: Path, parent: str) -> Sample | None:
         found = fit(found, {"timestamps": [float], **texts})
         start, end = found["timestamps"]
         context, said = (found[key] or "" for key in texts)
-    task = f"v1.5_{parent}" if f"v1.5_{parent}" in OVERLAP_TASKS else "v1.5_overlap"
+    task = f"v1.5_{parent}" if f"v1.5_{parent}" in _OVERLAP_TASKS else "v1.5_overlap"
     return Sample(task, overlap=Segment(start, end), text=(context, said))
 
 

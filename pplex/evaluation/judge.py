@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 from pplex.errors import PplexError, first_line
 
-DEFAULT_URL = "http://localhost:8080/v1"  # where mlx_lm.server listens
+_DEFAULT_URL = "http://localhost:8080/v1"  # where mlx_lm.server listens
 LOWEST, HIGHEST = 0, 5
 SEED = 0
-INSTRUCTION = (
+_INSTRUCTION = (
     "You grade one reply of a voice agent on the telephone. You are given the agent's "
     "instructions, what the caller said, and the agent's words. If it is given, what a "
     "good reply does counts most. 5: right, complete, keeps to the instructions, kind "
@@ -55,7 +55,7 @@ class Judge:
     """A model behind a server of OpenAI's chat protocol."""
 
     model: str
-    url: str = DEFAULT_URL
+    url: str = _DEFAULT_URL
 
     def __call__(self, role: str, question: Question, said: str) -> Verdict:
         """Grade what was ``said`` in a ``role``; PplexError if nobody answers."""
@@ -69,7 +69,7 @@ class Judge:
             "seed": SEED,
             "max_tokens": _MAX_TOKENS,
             "messages": [
-                {"role": "system", "content": INSTRUCTION},
+                {"role": "system", "content": _INSTRUCTION},
                 {"role": "user", "content": "\n".join(lines)},
             ],
         }
@@ -110,7 +110,7 @@ class Judge:
         """Everything that decides a verdict, for the output."""
         return {
             **asdict(self),
-            "instruction": INSTRUCTION,
+            "instruction": _INSTRUCTION,
             "temperature": 0,
             "seed": SEED,
             "scale": [LOWEST, HIGHEST],
@@ -119,11 +119,11 @@ class Judge:
 
 def make_judge(model: str, url: str | None) -> Judge:
     """A judge on this machine, or on the host that ``url`` names."""
-    url = url or DEFAULT_URL
+    url = url or _DEFAULT_URL
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise PplexError(
-            f"--judge-url {url}: give the address of a server, such as {DEFAULT_URL}"
+            f"--judge-url {url}: give the address of a server, such as {_DEFAULT_URL}"
         )
     return Judge(model, url)
 

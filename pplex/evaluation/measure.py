@@ -23,7 +23,7 @@ from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.transcript import Word
 
 # Samples in a row at full scale that make a clip; single ones are peaks.
-CLIP_RUN = 3
+_CLIP_RUN = 3
 SILENT_DB = -60.0
 _FULL = 32766 / 32768
 _QUIETEST = 1e-6
@@ -54,7 +54,7 @@ class Levels:
     """Peak and speech level in dB relative to full scale; clipped stretches.
 
     ``speech_db`` is the RMS of what was given as speech, None without any;
-    ``clips`` counts runs of ``CLIP_RUN`` samples or more at full scale and
+    ``clips`` counts runs of ``_CLIP_RUN`` samples or more at full scale and
     ``first_clip_s`` says where the first one is.
     """
 
@@ -181,7 +181,7 @@ def measure_levels(
     spoken = sound_of(pcm, sample_rate, speech)
     rms = float(np.sqrt((spoken.astype(np.float64) ** 2).mean())) if len(spoken) else 0
     starts, ends = runs(np.abs(pcm) >= _FULL).T
-    clips = starts[ends - starts >= CLIP_RUN]
+    clips = starts[ends - starts >= _CLIP_RUN]
     return Levels(
         peak_db=decibels(peak),
         speech_db=decibels(rms) if len(spoken) else None,

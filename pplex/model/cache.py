@@ -22,7 +22,7 @@ import numpy as np
 from pplex.model.rotary import rotate
 
 GROWTH = 256  # slots a cache grows by
-SMALLEST = 1e-30  # scale by which is divided
+_SMALLEST = 1e-30  # scale by which is divided
 
 Mask = mx.array | str | None
 
@@ -241,7 +241,7 @@ def quantize_vectors(x: mx.array) -> tuple[mx.array, mx.array]:
     """
     x = x.astype(mx.float32)
     scales = mx.abs(x).max(axis=-1, keepdims=True) / 127
-    whole = mx.round(x / mx.maximum(scales, SMALLEST)) + 128
+    whole = mx.round(x / mx.maximum(scales, _SMALLEST)) + 128
     return whole.astype(mx.uint8).view(mx.uint32), scales
 
 

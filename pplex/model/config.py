@@ -12,10 +12,10 @@ from pplex.errors import PplexError
 
 # Prompt constants of the published codec: eight codes of a silent agent frame and of a
 # user frame that holds a sine tone.
-SILENCE_CODES = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
-SINE_CODES = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
+_SILENCE_CODES = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
+_SINE_CODES = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
 
-KV_WIDTHS = 32, 64, 128  # of heads, of which MLX multiplies quantized keys
+_KV_WIDTHS = 32, 64, 128  # of heads, of which MLX multiplies quantized keys
 
 # How NVIDIA's code draws audio and text tokens unless it is told.
 TEMP, TOP_K = 0.8, 250
@@ -176,17 +176,17 @@ class ModelConfig:
 
     lm: LmConfig = field(default_factory=LmConfig)
     mimi: MimiConfig = field(default_factory=MimiConfig)
-    silence_codes: tuple[int, ...] = SILENCE_CODES
-    sine_codes: tuple[int, ...] = SINE_CODES
+    silence_codes: tuple[int, ...] = _SILENCE_CODES
+    sine_codes: tuple[int, ...] = _SINE_CODES
     kv_bits: int | None = None
 
     def with_kv_bits(self, bits: int | None) -> ModelConfig:
         """The same model with keys and values in ``bits``; PplexError if it cannot."""
         width = self.lm.dim // self.lm.num_heads
-        if bits is not None and width not in KV_WIDTHS:
+        if bits is not None and width not in _KV_WIDTHS:
             raise PplexError(
                 f"keys and values of this model are {width} numbers wide, and only "
-                f"those of {', '.join(map(str, KV_WIDTHS))} are kept at {bits} bits: "
+                f"those of {', '.join(map(str, _KV_WIDTHS))} are kept at {bits} bits: "
                 "leave out --kv-bits"
             )
         return replace(self, kv_bits=bits)

@@ -74,7 +74,7 @@ class StreamConvTranspose(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """Upsample ``x`` (batch, t, in) to (batch, t * stride, out)."""
         b, t, _ = x.shape
-        y = with_previous(x, state) @ self.weight
+        y = _with_previous(x, state) @ self.weight
         return y.reshape(b, t * self.stride, -1) + self.bias, tail(x, 1)
 
 
@@ -90,7 +90,7 @@ class DepthwiseUpsample(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """Upsample ``x`` (batch, t, channels) to (batch, 2 t, channels)."""
         b, t, c = x.shape
-        x2 = with_previous(x, state).reshape(b, t, 2, c)
+        x2 = _with_previous(x, state).reshape(b, t, 2, c)
         w = mx.split(self.weight, 4)
         even = x2[:, :, 0] * w[0] + x2[:, :, 1] * w[2]
         odd = x2[:, :, 0] * w[1] + x2[:, :, 1] * w[3]
@@ -102,7 +102,7 @@ def tail(x: mx.array, length: int) -> mx.array:
     return mx.contiguous(x[:, -length:])
 
 
-def with_previous(x: mx.array, state: mx.array | None) -> mx.array:
+def _with_previous(x: mx.array, state: mx.array | None) -> mx.array:
     """Each input of ``x`` (batch, t, c) beside the one before it: (batch, t, 2 c).
 
     ``state`` (batch, 1, c) is the input before the chunk, None for zeros.

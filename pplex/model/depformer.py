@@ -68,7 +68,7 @@ class StepCache:
         return y.reshape(b, width // 3)
 
 
-class DepformerStep(nn.Module):
+class _DepformerStep(nn.Module):
     """The weights of one codebook."""
 
     def __init__(self, config: LmConfig) -> None:
@@ -91,7 +91,7 @@ class Depformer(nn.Module):
         self.input = nn.Linear(config.dim, num_steps * dim, bias=False)
         self.text_emb = nn.Embedding(config.text_card + 1, dim)
         self.audio_emb = nn.Embedding((num_steps - 1) * (config.card + 1), dim)
-        self.steps = [DepformerStep(config) for _ in range(num_steps)]
+        self.steps = [_DepformerStep(config) for _ in range(num_steps)]
 
     def __call__(
         self,

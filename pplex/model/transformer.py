@@ -14,7 +14,7 @@ import mlx.nn as nn
 from pplex.model.cache import Cache
 
 RMS_NORM_EPS = 1e-8
-LAYER_NORM_EPS = 1e-5
+_LAYER_NORM_EPS = 1e-5
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -96,10 +96,10 @@ class CodecLayer(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, feed_forward: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=_LAYER_NORM_EPS)
         self.self_attn = Attention(dim, num_heads)
         self.layer_scale_1 = mx.ones((dim,))
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=_LAYER_NORM_EPS)
         self.linear1 = nn.Linear(dim, feed_forward, bias=False)
         self.linear2 = nn.Linear(feed_forward, dim, bias=False)
         self.layer_scale_2 = mx.ones((dim,))

@@ -19,8 +19,8 @@ from pplex.files import Place, put, write_text
 FORMATS = ("json", "srt", "vtt", "tsv", "txt")
 SUBTITLES = ("srt", "vtt")  # formats whose lines have a width
 
-MAX_CUE_S = 7.0
-MAX_GAP_S = 1.0
+_MAX_CUE_S = 7.0
+_MAX_GAP_S = 1.0
 
 _NUM_SPECIAL = 4  # ids 0 to 3: end of padding, start, end, padding; nothing is said
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -284,7 +284,7 @@ class Captions:
             return ""
         text = self._spoken.add(idx)
         gap = None if self._last is None else (frame - self._last) / self._frame_rate
-        if gap is not None and gap <= MAX_GAP_S:
+        if gap is not None and gap <= _MAX_GAP_S:
             self._last = frame
             return text
         if not text.strip():
@@ -301,8 +301,8 @@ class Captions:
 def _belongs(cue: Word, word: Word, shape: CueShape) -> bool:
     return (
         not _SENTENCE_END.search(cue.text)
-        and word.start_s - cue.end_s <= MAX_GAP_S
-        and word.end_s - cue.start_s <= MAX_CUE_S
+        and word.start_s - cue.end_s <= _MAX_GAP_S
+        and word.end_s - cue.start_s <= _MAX_CUE_S
         and word.scripted == cue.scripted
         and len(shape.wrap(f"{cue.text} {word.text}")) <= shape.lines
     )

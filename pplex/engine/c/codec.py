@@ -36,7 +36,7 @@ KEEP, ADD, EDGE = 1, 2, 4
 
 # Layers with at least so many rows a frame run frame by frame: their arrays fit in a
 # core's cache. The others have few rows and large matrices, which are read for all.
-FINE_ROWS = 64
+_FINE_ROWS = 64
 
 
 class _Matrix(ctypes.Structure):
@@ -441,7 +441,7 @@ def _direction(
     for idx, conv in enumerate(made, 1):
         rows = floats[-1] // conv.channels // conv.stride
         floats.append(rows * conv.matrix.n)
-        if conv.flags & ADD and rows >= FINE_ROWS:
+        if conv.flags & ADD and rows >= _FINE_ROWS:
             ends.append(idx)
     if encodes:
         cut = max(ends, default=0)

@@ -99,9 +99,9 @@ class CEngine:
 
     def rows(
         self, capacity: int, sampling: SamplingConfig, *, live: bool = False
-    ) -> CRows:
+    ) -> _CRows:
         """Places for ``capacity`` conversations."""
-        return CRows(self.lm, capacity, sampling, live)
+        return _CRows(self.lm, capacity, sampling, live)
 
     def forced(self, start: Start, columns: np.ndarray) -> Iterator[Logits]:
         """The logits of each of ``columns`` (streams, frames), given all before it."""
@@ -160,7 +160,7 @@ def _packed_bytes(weight: mx.array, form: Quantization | None, scale: int) -> in
     return padded * (columns * bits // 8 + 2 * scale * columns // form.group_size)
 
 
-class CRows:
+class _CRows:
     """Conversations side by side, each with its own keys and values."""
 
     def __init__(

@@ -61,7 +61,7 @@ Joint = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 # keys and what is given (only where there is any) to the next column (rows, streams).
 Frame = Callable[[mx.array, dict[str, mx.array]], mx.array]
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class RowsCache(Cache, Protocol):
@@ -130,7 +130,7 @@ class MlxEngine:
         if on_gpu and self.short_norms:
             for module in self.lm.modules():
                 if isinstance(module, RmsNorm):
-                    module.__class__ = ShortNorm
+                    module.__class__ = _ShortNorm
                     module.weight = module.weight.astype(dtype)
             mx.eval(self.lm.parameters())  # what is compiled would cast them each time
         pairs = zip(self.lm.layers[:-1], self.lm.layers[1:], strict=True)
@@ -180,7 +180,7 @@ class MlxEngine:
         if len(sizes) == 1:
             return make_block(capacity)
         blocks = [(make_block(size), size) for size in sizes]
-        return RowsApart(blocks, self.config.lm.num_agent_streams)
+        return _RowsApart(blocks, self.config.lm.num_agent_streams)
 
     def _block_maker(
         self, sampling: SamplingConfig, live: bool
@@ -190,7 +190,7 @@ class MlxEngine:
         if sampling not in self._frames:
             self._frames[sampling] = self.make_frame(sampler)
         frame = self._frames[sampling]
-        return lambda size: MlxRows(self, size, self._num_rows, sampler, frame, live)
+        return lambda size: _MlxRows(self, size, self._num_rows, sampler, frame, live)
 
     def forced(self, start: Start, columns: np.ndarray) -> Iterator[Logits]:
         """The logits of each of ``columns`` (streams, frames), given all before it."""
@@ -249,7 +249,7 @@ class MlxEngine:
             mimi,
             on_gpu=self.on_gpu,
             alone=self.alone,
-            frames=self.alone_frames if self.alone else codec_frames(self.config.mimi),
+            frames=self.alone_frames if self.alone else _codec_frames(self.config.mimi),
         )
 
     def _joint(self, before: TemporalLayer, after: TemporalLayer) -> Joint:
@@ -326,7 +326,7 @@ def _column(agent: Sequence[mx.array], user: mx.array) -> mx.array:
     return column
 
 
-class ShortNorm(RmsNorm):
+class _ShortNorm(RmsNorm):
     """RMS normalisation of bfloat16 by one operation, which sums in float32."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -343,7 +343,7 @@ def _dtype(on_gpu: bool) -> mx.Dtype:
     return mx.bfloat16 if on_gpu else mx.float32
 
 
-def _as_it_is(function: Function) -> Function:
+def _as_it_is(function: _Function) -> _Function:
     return function
 
 
@@ -352,7 +352,7 @@ def _padded(x: mx.array, rows: int) -> mx.array:
     return mx.pad(x, [(0, rows - len(x)), (0, 0)]) if rows > len(x) else x
 
 
-def codec_frames(config: MimiConfig) -> int:
+def _codec_frames(config: MimiConfig) -> int:
     """Frames of a chunk of a group, where memory is shared with all else."""
     return frames_within(config, _CODEC_BYTES)
 
@@ -362,7 +362,7 @@ def cost_of(
 ) -> Cost:
     """What a model takes; of ``lm`` only shapes are read."""
     float_bytes = _dtype(on_gpu).size
-    chunk = (codec_frames(config.mimi), GROUP_ROWS)
+    chunk = (_codec_frames(config.mimi), GROUP_ROWS)
     if alone or not on_gpu:
         chunk = (MlxEngine.alone_frames if on_gpu else CPU_FRAMES, 1)
     matrices = tables = 0
@@ -370,7 +370,7 @@ def cost_of(
         module, _, part = name.rpartition(".")
         if part != "weight" or weight.ndim != 2:
             continue
-        size = stored_bytes(weight, lm.forms.get(module), float_bytes)
+        size = _stored_bytes(weight, lm.forms.get(module), float_bytes)
         if module.endswith("_emb"):
             tables += size
         else:
@@ -386,7 +386,7 @@ def cost_of(
     )
 
 
-def stored_bytes(weight: mx.array, form: Quantization | None, float_bytes: int) -> int:
+def _stored_bytes(weight: mx.array, form: Quantization | None, float_bytes: int) -> int:
     """Bytes of a matrix, its scales and biases included."""
     if form is None:
         return weight.size * float_bytes
@@ -394,7 +394,7 @@ def stored_bytes(weight: mx.array, form: Quantization | None, float_bytes: int) 
     return weight.nbytes + 2 * float_bytes * values // form.group_size
 
 
-class MlxRows:
+class _MlxRows:
     """Rows that make each step together; one by itself has keys and values as a prompt.
 
     Products have ``num_rows`` rows, however many there are. A row that nobody takes
@@ -573,7 +573,7 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class WaitingApart:
+class _WaitingApart:
     """Steps under way of blocks of places, in order, None for one that nobody has."""
 
     steps: Sequence[Pending | None]
@@ -589,7 +589,7 @@ class WaitingApart:
         return np.concatenate(columns)
 
 
-class RowsApart:
+class _RowsApart:
     """Blocks of rows that step one after the other."""
 
     def __init__(
@@ -620,11 +620,11 @@ class RowsApart:
         self._taken[idx] -= 1
         self._blocks[idx].leave(row - self._first[idx])
 
-    def step(self, user: np.ndarray, text: np.ndarray | None = None) -> WaitingApart:
+    def step(self, user: np.ndarray, text: np.ndarray | None = None) -> _WaitingApart:
         """Make a step of every row."""
         steps: list[Pending | None] = []
         for idx, rows in enumerate(self._blocks):
             own = slice(self._first[idx], self._first[idx + 1])
             said = None if text is None else text[own]
             steps.append(rows.step(user[own], said) if self._taken[idx] else None)
-        return WaitingApart(steps, self._sizes, self._width)
+        return _WaitingApart(steps, self._sizes, self._width)

@@ -18,7 +18,7 @@ def to_numpy(x: mx.array) -> np.ndarray:
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 
-def to_mlx(x: np.ndarray) -> mx.array:
+def _to_mlx(x: np.ndarray) -> mx.array:
     """An array of what was saved; uint16 are bits of bfloat16."""
     array = mx.array(x)
     return array.view(mx.bfloat16) if x.dtype == np.uint16 else array
@@ -63,7 +63,7 @@ def restore_cache(
             array = checked(saved, name, (2 * layers, heads, filled, width), kind)
         else:  # there are arrays all the same
             array = np.zeros((2 * layers, heads, 1, width), kind)
-        both = mx.split(to_mlx(array), 2 * layers)
+        both = mx.split(_to_mlx(array), 2 * layers)
         keys += both[:layers]
         values += both[layers:]
     cache.put(keys + values)
@@ -101,7 +101,7 @@ def restore_codec(
     _, heads, _, head_dim = known["cache"].shape
     restore_cache(state.cache, saved, heads, head_dim, mx.float32)
     state.cache.put([_padded(array, rows) for array in state.cache.arrays()])
-    arrays = {name: _padded(to_mlx(array), rows) for name, array in carried.items()}
+    arrays = {name: _padded(_to_mlx(array), rows) for name, array in carried.items()}
     state.resample = arrays.pop("resample")
     state.seanet = [arrays.get(f"seanet.{i}") for i in range(len(like.seanet or []))]
 
