@@ -258,13 +258,18 @@ def plan_files(
             raise PplexError(
                 f"{path} exists already; choose another folder or give --overwrite"
             )
+    make_folder(folder)
+    return planned
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is in, unless it is there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as e:
         raise PplexError(f"{folder} is a file; give the name of a folder") from e
     except OSError as e:
         raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
-    return planned
 
 
 def composed(name: str) -> str:

@@ -27,7 +27,7 @@ from pplex.conversation.roles import DEFAULT_SEED
 from pplex.conversation.scheduler import converse_live, converse_many
 from pplex.conversation.state import Opening, State, read_state, state_of
 from pplex.conversation.tracks import Conversation
-from pplex.engine.choose import Compute, batch_size
+from pplex.engine.choose import Compute
 from pplex.errors import PplexError
 from pplex.files import put, put_new
 from pplex.model.sampling import SamplingConfig
@@ -165,14 +165,8 @@ class Model:
             )
             for number in range(count)
         ]
-        rows = batch_size(
-            model.config,
-            model.engine.cost(),
-            sound.num_samples // self.frame_size + 1,
-            prompt_frames=opening.prompt_frames,
-            alone=model.form.alone,
-            takes=True,
-        )
+        frames = sound.num_samples // self.frame_size + 1
+        rows = model.most_rows(frames, prompt_frames=opening.prompt_frames, takes=True)
         answers, drawn = {}, settings.sampling
         for one, said in converse_many(
             model.engine, takes, drawn, batch_size=min(rows, count)

@@ -10,7 +10,7 @@ from typing import Any
 from pplex.conversation.quiet import Tail
 from pplex.conversation.roles import ROLES
 from pplex.errors import PplexError, did_you_mean
-from pplex.respond.request import MAX_SEED
+from pplex.respond.request import seed_of
 from pplex.values import read_rows, seconds_of, shown, text_of
 
 COLUMNS = (
@@ -103,7 +103,7 @@ def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
         output=known.get("output"),
         voice=known.get("voice"),
         text=text,
-        seed=_seed(where, known.get("seed")),
+        seed=seed_of(known.get("seed"), where),
         tail=_tail(where, known.get("tail")),
         script=known.get("script"),
         first_words=known.get("first_words"),
@@ -111,22 +111,6 @@ def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
         save_state=known.get("save_state"),
         extra={k: v for k, v in fields.items() if k not in COLUMNS},
     )
-
-
-def _seed(where: str, value: Any) -> int | None:
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise PplexError(
-            f"{where}: seed is {shown(value)}, where a whole number is expected"
-        )
-    if not 0 <= value <= MAX_SEED:
-        raise PplexError(
-            f"{where}: seed is {shown(value)}, where 0 to 2**63 - 1 is expected"
-        )
-    return value
 
 
 def _tail(where: str, value: Any) -> Tail | None:

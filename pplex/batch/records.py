@@ -18,7 +18,7 @@ from pplex.batch.lock import FolderLock
 from pplex.conversation.quiet import longest
 from pplex.conversation.script import unsaid
 from pplex.errors import PplexError
-from pplex.files import hidden_beside, put, put_new, reading
+from pplex.files import hidden_beside, make_folder, put, put_new, reading
 from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.manifest import (
     DONE,
@@ -186,11 +186,7 @@ def sound_writer(task: Task, drafts: Drafts, sample_rate: int) -> SoundWriter:
     def open_files() -> AbstractContextManager[Write]:
         if not task.outdir.is_dir():  # made anew it would have no manifest
             raise PplexError(f"{task.outdir} is not there any more")
-        folder = outputs.audio.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
+        make_folder(outputs.audio.parent)
         return open_sink(outputs.layout, outputs.files(), sample_rate, place=drafts)
 
     return SoundWriter(open_files)

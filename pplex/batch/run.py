@@ -40,6 +40,7 @@ from pplex.checkpoint.hub import LocalModel
 from pplex.conversation.session import load
 from pplex.engine.device import num_gpus
 from pplex.errors import PplexError
+from pplex.files import make_folder
 from pplex.respond.ending import Ending
 from pplex.respond.manifest import FAILED, Line, Manifest, stopped_line
 from pplex.respond.request import Request
@@ -125,10 +126,7 @@ def run_batch(batch: Batch, report: Report) -> Summary:
     """Answer every recording that is not answered yet."""
     start = time.perf_counter()
     work = make_workload(batch, report.shows_bars)
-    try:
-        batch.outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise PplexError(f"cannot write to {batch.outdir}: {e.strerror or e}") from e
+    make_folder(batch.outdir)
     lock = FolderLock(batch.outdir, batch.shard)
     manifest = Manifest(batch.outdir, batch.shard)
     try:

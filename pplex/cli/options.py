@@ -22,6 +22,7 @@ from pplex.model.config import TEMP, TEXT_TEMP, TEXT_TOP_K, TOP_K
 
 if TYPE_CHECKING:
     from pplex.evaluation.checks import Checks
+    from pplex.evaluation.diarization import Diarization
     from pplex.model.sampling import SamplingConfig
     from pplex.respond.request import Settings
 
@@ -258,6 +259,20 @@ overwrite_option = click.option(
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="Say nothing but errors."
 )
+
+
+def vad_option(default: str) -> Callable[[Command], Command]:
+    """``--vad``."""
+    return click.option(
+        "--vad",
+        type=OneOf(["silero", "energy"]),
+        default=default,
+        show_default=True,
+        help="What finds speech: a small network, slow and good with noise, or "
+        "loudness alone.",
+    )
+
+
 diarization_options = together(
     click.option(
         "--rttm",
@@ -453,10 +468,15 @@ def verbosity_options(command: Command) -> Command:
     return wrapped
 
 
-def check_diarization_options(rttm: Sequence[Path], speaker: str | None) -> None:
-    """A speaker needs a diarization."""
-    if speaker is not None and not rttm:
-        raise click.UsageError("--speaker needs --rttm")
+def diarization_from(rttm: Sequence[Path], speaker: str | None) -> Diarization | None:
+    """What ``diarization_options`` name, read."""
+    if not rttm:
+        if speaker is not None:
+            raise click.UsageError("--speaker needs --rttm")
+        return None
+    from pplex.evaluation.diarization import read_rttm
+
+    return read_rttm(rttm, speaker)
 
 
 def checks_from(checks: Sequence[tuple[str, Any]]) -> Checks | None:

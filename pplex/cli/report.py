@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from pplex.cli.options import (
     FILE,
-    OneOf,
-    check_diarization_options,
+    diarization_from,
     diarization_options,
     overwrite_option,
+    vad_option,
 )
 from pplex.cli.tables import printable
 
@@ -48,13 +48,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Put the sound into the page, so that it can be sent to someone.",
 )
-@click.option(
-    "--vad",
-    type=OneOf(["silero", "energy"]),
-    default="energy",
-    show_default=True,
-    help="What finds speech: a small network, slow and good with noise, or loudness.",
-)
+@vad_option("energy")
 @diarization_options
 @overwrite_option
 def report(
@@ -73,7 +67,6 @@ def report(
     It needs no network and no other file; the sound is played from where it lies.
     Answers of several folders are shown beside each other, recording by recording.
     """
-    from pplex.evaluation.diarization import read_rttm
     from pplex.evaluation.find import find
     from pplex.evaluation.measure import Method, refuse_unreadable
     from pplex.evaluation.pictures import write_picture
@@ -87,7 +80,7 @@ def report(
     from pplex.plots import check_plot
     from pplex.respond.ending import advice
 
-    check_diarization_options(rttm, speaker)
+    method = Method(vad, diarization=diarization_from(rttm, speaker))
     drawn = {suffix: d for suffix, d in ((".png", png), (".svg", svg)) if d is not None}
     for suffix in drawn:
         check_plot(Path(f"NAME{suffix}"))
@@ -95,7 +88,6 @@ def report(
         folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
         output = folder / "report.html"
     check_named(output, (".html", ".htm"), overwrite)
-    method = Method(vad, diarization=read_rttm(rttm, speaker) if rttm else None)
     found = find(paths)
     if embed:
         check_embedded(found.items)

@@ -13,8 +13,9 @@ from pplex.cli.options import (
     FILE,
     FiniteRange,
     OneOf,
-    check_diarization_options,
+    diarization_from,
     diarization_options,
+    vad_option,
 )
 from pplex.cli.score_tables import against_table, score_table
 from pplex.cli.tables import echo_json
@@ -37,13 +38,7 @@ _WORSE = "worse"
     show_default=True,
     help="json has everything, with the method; csv a line per recording.",
 )
-@click.option(
-    "--vad",
-    type=OneOf(["silero", "energy"]),
-    default="silero",
-    show_default=True,
-    help="What finds speech: a small network, or loudness alone.",
-)
+@vad_option("silero")
 @click.option(
     "--words",
     type=OneOf(["auto", "own", "output.json", "asr", "none"]),
@@ -217,25 +212,23 @@ def _check_usage(options: dict[str, Any]) -> None:
     ):
         if given and not options[needed]:
             raise click.UsageError(f"{option} needs --{needed}")
-    check_diarization_options(options["rttm"], options["speaker"])
     if options["against"] and options["form"] == "csv":
         raise click.UsageError("--against has no CSV: give --format json")
 
 
 def _method(options: dict[str, Any]) -> Method:
     """How to measure, as the options say."""
-    from pplex.evaluation.diarization import read_rttm
     from pplex.evaluation.judge import make_judge
     from pplex.evaluation.measure import Method
     from pplex.evaluation.sound_quality import make_sound_quality
 
-    rttm, judge = options["rttm"], options["judge"]
+    judge = options["judge"]
     return Method(
         options["vad"],
         options["words"],
         options["agent_lag"],
         human_timing=options["human_timing"],
-        diarization=read_rttm(rttm, options["speaker"]) if rttm else None,
+        diarization=diarization_from(options["rttm"], options["speaker"]),
         quality=make_sound_quality() if options["mos"] else None,
         judge=make_judge(judge, options["judge_url"]) if judge else None,
     )

@@ -151,7 +151,7 @@ def _talks(sides: list[dict[str, str]], options: dict[str, Any]) -> list[Talk]:
         )
 
     if options["jobs"] is not None:
-        talks = talking.read_talks(
+        return talking.read_talks(
             options["jobs"],
             options["output"],
             (sides[0], sides[1]),
@@ -160,8 +160,6 @@ def _talks(sides: list[dict[str, str]], options: dict[str, Any]) -> list[Talk]:
             seed,
             outputs,
         )
-        talking.make_folders(talks)
-        return talks
     left, right = (
         talking.settings_of(side, sampling, talking.side_seed(seed, idx), f"--{name}")
         for idx, (name, side) in enumerate(zip(talking.SIDES, sides, strict=True))

@@ -14,7 +14,13 @@ from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.weights import codec_tensors, lm_tensors
 from pplex.conversation.scheduler import converse
 from pplex.engine.base import Engine, Start
-from pplex.engine.choose import Compute, Form, choose_form, make_engine
+from pplex.engine.choose import (
+    Compute,
+    Form,
+    batch_size,
+    choose_form,
+    make_engine,
+)
 from pplex.errors import PplexError, first_line
 from pplex.model.config import ModelConfig
 from pplex.model.sampling import SamplingConfig
@@ -38,6 +44,19 @@ class Model:
     bits: tuple[int, ...]
     form: Form
     load_s: float
+
+    def most_rows(
+        self, frames: int, *, prompt_frames: int = 0, takes: bool = False
+    ) -> int:
+        """How many recordings to answer at once, as ``choose.batch_size`` says."""
+        return batch_size(
+            self.config,
+            self.engine.cost(),
+            frames,
+            prompt_frames=prompt_frames,
+            alone=self.form.alone,
+            takes=takes,
+        )
 
 
 def load(

@@ -18,6 +18,7 @@ from pplex.files import (
     name_of,
 )
 from pplex.respond.transcript import CueShape, format_of
+from pplex.values import shown
 
 if TYPE_CHECKING:
     from pplex.audio.files import Channel, Part
@@ -118,6 +119,16 @@ class Outputs:
             tokens=self.tokens and named(self.tokens),
             state=self.state and named(self.state),
         )
+
+
+def seed_of(value: Any, where: str) -> int | None:
+    """The seed of a row of a table, None where it has none."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if value is None or (type(value) is int and 0 <= value <= MAX_SEED):
+        return value
+    expected = "0 to 2**63 - 1 is" if type(value) is int else "a whole number is"
+    raise PplexError(f"{where}: seed is {shown(value)}, where {expected} expected")
 
 
 def takes_of(request: Request, takes: int) -> list[Request]:

@@ -12,7 +12,6 @@ from pplex.conversation.answer import Answer
 from pplex.conversation.quiet import longest
 from pplex.conversation.scheduler import converse_many
 from pplex.conversation.tracks import Conversation
-from pplex.engine.choose import batch_size
 from pplex.errors import PplexError
 from pplex.files import is_pipe, name_of, put, put_new
 from pplex.respond.outputs import SoundWriter, open_sink
@@ -80,14 +79,8 @@ def _answer(
     report.answering(None if until_quiet else seconds * len(every))
     if until_quiet:
         seconds += longest("auto")
-    rows = batch_size(
-        model.config,
-        model.engine.cost(),
-        math.ceil(seconds * model.config.frame_rate),
-        prompt_frames=opening.prompt_frames,
-        alone=model.form.alone,
-        takes=True,
-    )
+    frames = math.ceil(seconds * model.config.frame_rate)
+    rows = model.most_rows(frames, prompt_frames=opening.prompt_frames, takes=True)
 
     def write(idx: int, start: int, user: np.ndarray, agent: np.ndarray) -> None:
         writers[idx](start, user, agent)

@@ -36,9 +36,9 @@ from pplex.conversation.seeds import seed_for
 from pplex.conversation.session import Model, load
 from pplex.conversation.talk import Dialogue, Side, converse_together
 from pplex.engine.base import Start
-from pplex.engine.choose import Compute, batch_size
+from pplex.engine.choose import Compute
 from pplex.errors import PplexError, did_you_mean
-from pplex.files import PIPE, Place, folded, put, put_new
+from pplex.files import PIPE, Place, folded, make_folder, put, put_new
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.manifest import (
     DONE,
@@ -58,7 +58,13 @@ from pplex.respond.outputs import (
     spoken_words,
     write_tokens,
 )
-from pplex.respond.request import Outputs, Request, Settings, check_outputs
+from pplex.respond.request import (
+    Outputs,
+    Request,
+    Settings,
+    check_outputs,
+    seed_of,
+)
 from pplex.respond.transcript import Word, write_dialogue
 from pplex.respond.transcript import text_of as words_of
 from pplex.values import read_rows, seconds_of, shown, text_of
@@ -166,7 +172,8 @@ def read_talks(
 ) -> list[Talk]:
     """The talks of a ``.jsonl`` or ``.csv`` file: ``output``, and what differs.
 
-    ``left`` and ``right`` add to ``sides``; a seed follows from the output's name.
+    ``left`` and ``right`` add to ``sides``; a seed follows from the output's name. The
+    folders of the outputs are made.
     """
     talks = []
     seen: dict[str, int] = {}
@@ -187,7 +194,7 @@ def read_talks(
             raise PplexError(
                 f"{path}: lines {other} and {number} have the output {name}; rename one"
             )
-        own = _whole_number(fields.get("seed"), where)
+        own = seed_of(fields.get("seed"), where)
         own = seed_for(seed, name) if own is None else own
         both = []
         for idx, (side, given) in enumerate(zip(SIDES, sides, strict=True)):
@@ -206,31 +213,14 @@ def read_talks(
         talks.append(Talk((both[0], both[1]), length, outputs(outdir / name)))
     if not talks:
         raise PplexError(f"the jobs file {path} names no talks")
-    return talks
-
-
-def make_folders(talks: Sequence[Talk]) -> None:
-    """Make the folders of what ``talks`` will write."""
     for folder in {one.outputs.audio.parent for one in talks}:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
+        make_folder(folder)
+    return talks
 
 
 def side_seed(seed: int, side: int) -> int:
     """The seed of an agent: the right one's is the next."""
     return (seed + side) % (1 << 63)
-
-
-def _whole_number(value: Any, where: str) -> int | None:
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    if value is None or (type(value) is int and 0 <= value < 1 << 63):
-        return value
-    raise PplexError(
-        f"{where}: seed is {shown(value)}, where 0 to 2**63 - 1 is expected"
-    )
 
 
 def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talked]:
@@ -476,14 +466,7 @@ def _check_codecs(left: LocalModel, right: LocalModel) -> None:
 def _num_pairs(models: tuple[Model, Model], num_frames: int, prompt_frames: int) -> int:
     """How many pairs fit at a time."""
     rows = min(
-        batch_size(
-            model.config,
-            model.engine.cost(),
-            num_frames,
-            prompt_frames=prompt_frames,
-            alone=model.form.alone,
-        )
-        for model in models
+        model.most_rows(num_frames, prompt_frames=prompt_frames) for model in models
     )
     return max(1, rows // 2)
 
