@@ -94,11 +94,8 @@ def test_a_frame_is_answered_before_the_next_one_is_there(engine, user):
     assert count == 30 == len(piece.timings.steps)
 
 
-@pytest.mark.parametrize(
-    "sampling", [GREEDY, SamplingConfig()], ids=["greedy", "drawn"]
-)
-def test_rows_of_a_batch_say_what_each_says_alone(engine, user, sampling):
-    start = engine.prefill(no_prompt(engine.config.lm))
+def test_rows_of_a_batch_say_what_each_says_alone(engine, user):
+    start, sampling = engine.prefill(no_prompt(engine.config.lm)), SamplingConfig()
     lengths = 23, 50, 31
     alone = [converse(engine, start, user[:n], sampling, seed=n)[0] for n in lengths]
     sounds = {n: Samples(user[:n].reshape(-1)) for n in lengths}

@@ -109,7 +109,7 @@ def test_messages_that_find_no_room_end_no_run(call, model, reply, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("args", [("--help",), ("help", "files"), ("models", "list")])
+@pytest.mark.parametrize("args", [("--help",), ("help", "files"), ("roles", "list")])
 def test_what_stdout_does_not_take_is_an_error_in_a_sentence(args):
     code, _, err = pplex(*args, redirect=">/dev/full")
     assert code == 1

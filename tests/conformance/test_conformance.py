@@ -323,7 +323,7 @@ def test_logits_do_not_depend_on_what_comes_later(engine):
 
 
 @pytest.mark.parametrize(
-    ("capacity", "sampling"), [(1, "drawn"), (3, "greedy"), (3, "drawn"), (8, "drawn")]
+    ("capacity", "sampling"), [(1, "drawn"), (3, "greedy"), (8, "drawn")]
 )
 def test_tokens_are_the_specifications(engine, checkpoint, capacity, sampling):
     found = answers(engine, capacity, sampling)
@@ -335,6 +335,8 @@ def test_tokens_are_the_specifications(engine, checkpoint, capacity, sampling):
 def test_a_row_does_not_depend_on_its_neighbours(engine, capacity):
     if engine.dtype != "float32":
         pytest.skip("on GPUs how products round follows from how many rows they have")
+    if engine.name == "mlx" and capacity == 3:
+        pytest.skip("its products have as many rows for 3 as for 8")
     sampling = SAMPLINGS["drawn"]
     together = answers(engine, capacity, "drawn")
     for one, said in zip(CONVERSATIONS[capacity], together, strict=True):
@@ -342,7 +344,9 @@ def test_a_row_does_not_depend_on_its_neighbours(engine, capacity):
         np.testing.assert_array_equal(said, alone)
 
 
+@pytest.mark.parametrize("checkpoint", [FORMS[1], FORMS[4]], indirect=True, ids=str)
 def test_text_that_is_given_is_said_and_all_else_as_ever(engine, checkpoint):
+    """How weights are stored has little to do with it."""
     those, ordinary = CONVERSATIONS[3], answers(engine, 3, "drawn")
     own, lm = those[3], checkpoint.config.lm
     chosen = ordinary[3][:, 0]
@@ -548,8 +552,7 @@ def test_a_saved_conversation_goes_on_to_the_byte(recorded_engine):
     """Past the windows of the language model and of the codec."""
     if type(recorded_engine) is SharedSteps:
         pytest.skip("its rows are in the other test, its codec is MLX's")
-    as_if = recorded_engine.name == "mlx" and recorded_engine.on_gpu
-    count = 2 if as_if and not mx.is_available(mx.gpu) else 12
+    count = 12 if recorded_engine.name != "mlx" or mx.is_available(mx.gpu) else 2
     start = read(recorded_engine, "codes")
     check_saved_conversations(recorded_engine, start, 30, count)
 
