@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,8 +82,11 @@ def seconds_of(
 ) -> float:
     """The seconds ``value`` of the column ``name``, 0 to ``most``.
 
-    What else may stand there, ``others``, is for the message.
+    What else may stand there, ``others``, is for the message. A comma is the decimal
+    sign where it can be nothing else: before three digits it is none.
     """
+    if isinstance(value, str) and re.fullmatch(r"\d+,\d\d?", value):
+        value = value.replace(",", ".")
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

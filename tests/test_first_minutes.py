@@ -307,6 +307,7 @@ def test_a_column_that_would_do_nothing_is_refused(
         (("--top-k", "1.5"), "'1.5' is not a whole number from 0 on\n"),
         (("--duration", "1e-9"), "choose another --start or --duration"),
         (("-o", "https://a.b/c.wav"), "c.wav is on the network: download it first"),
+        (("-o", "."), "cannot write .: it is a folder; give a file name"),
         (("--seed", "-1"), "neither a whole number from 0 to 2**63 - 1 nor 'random'"),
         (("--tail", "soon"), "neither seconds from 0 to 3600 nor 'auto'"),
         (("--role", "techer"), "'casual', 'service'. Did you mean teacher?"),

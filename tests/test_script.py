@@ -55,7 +55,7 @@ def test_a_script_is_csv_or_jsonl_in_any_order(tmp_path):
     expected = [(0.5, "Hello there."), (3.0, "Yes, of course")]
     found = [
         lines(tmp_path, 'at,say\n3,"Yes, of course"\n0.5,Hello  there.\n'),
-        lines(tmp_path, "Say ; At\nHello there.;0.5\nYes, of course;3\n"),
+        lines(tmp_path, "Say ; At\nHello there.;0,5\nYes, of course;3\n"),
         lines(
             tmp_path,
             '{"at": 3, "say": "Yes, of course"}\n\n{"at": 0.5, "say": "Hello there."}',
@@ -70,6 +70,7 @@ def test_a_script_is_csv_or_jsonl_in_any_order(tmp_path):
     ("row", "said"),
     [
         ("x,Hello", "line 2: at is 'x', where 0 to 1000000 seconds are expected"),
+        ('"1,000",Hello', "line 2: at is '1,000', where 0 to 1000000 seconds are"),
         ("nan,Hello", "line 2: at is 'nan'"),
         ("-1,Hello", "line 2: at is '-1'"),
         (",Hello", "line 2 has no at: at, in seconds, and say"),

@@ -18,7 +18,7 @@ from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.errors import PplexError
 from pplex.model.config import TEXT_EPAD, TEXT_PAD, ModelConfig
 from pplex.model.streams import NOT_FORCED, instead
-from pplex.values import read_rows, seconds_of, text_of
+from pplex.values import read_rows, seconds_of, shown, text_of
 
 COLUMNS = ("at", "say")
 _MAX_AT_S = 1e6
@@ -132,7 +132,7 @@ def too_late(script: Script, num_frames: int, frame_rate: float) -> str:
     for cue in script:
         if cue.end > num_frames:
             return (
-                f"{cue.line.name}: {cue.line.say!r} takes until about "
+                f"{cue.line.name}: {shown(cue.line.say)} takes until about "
                 f"{cue.end / frame_rate:.1f} s, and the answer ends at "
                 f"{num_frames / frame_rate:.1f} s"
             )
@@ -214,7 +214,7 @@ def unsaid(script: Script, text: Iterable[int]) -> str:
         return ""
     line, more = speaker.left[0].line, len(speaker.left) - 1
     others = f", nor were {more} lines after it" if more else ""
-    return f"{line.name}: {line.say!r} was not said to its end{others}"
+    return f"{line.name}: {shown(line.say)} was not said to its end{others}"
 
 
 def last_cue(script: Script) -> int:
@@ -227,9 +227,10 @@ def _words(line: Line, tokenizer: TextTokenizer) -> tuple[_Word, ...]:
     words: list[list[int]] = []
     for idx in tokenizer.encode(line.say):
         if _is_unknown(idx, tokenizer):
+            unknown = _unknown_in(line.say, tokenizer)
             raise PplexError(
-                f"{line.name}: {line.say!r} has {_unknown_in(line.say, tokenizer)!r}, "
-                "which the model's text has no piece for: write it in other letters"
+                f"{line.name}: {shown(line.say)} has {unknown!r}, which the model's "
+                "text has no piece for: write it in other letters"
             )
         if tokenizer.piece(idx).startswith(" ") or not words:
             words.append([])

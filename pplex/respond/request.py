@@ -206,6 +206,8 @@ def check_outputs(request: Request, overwrite: bool) -> None:
                 f"two files do not fit on {name_of(outputs.audio)}: choose another "
                 "--layout"
             )
+    elif outputs.audio.is_dir():
+        raise _is_folder(outputs.audio)
     elif outputs.layout == "separate" and outputs.audio.suffix.lower() != ".wav":
         raise PplexError(
             f"cannot write {outputs.audio}: separate tracks are WAV files; end its "
@@ -273,11 +275,15 @@ def _check_name(path: Path) -> None:
         raise PplexError(f"cannot write {path}: {e.strerror or e}") from e
 
 
+def _is_folder(path: Path) -> PplexError:
+    return PplexError(f"cannot write {path}: it is a folder; give a file name")
+
+
 def _check_place(path: Path, overwrite: bool) -> None:
     if path.parent.exists() and not path.parent.is_dir():
         raise PplexError(f"cannot write {path}: {path.parent} is not a folder")
     if path.is_dir():
-        raise PplexError(f"cannot write {path}: it is a folder; give a file name")
+        raise _is_folder(path)
     check_new(path, overwrite)
     if not os.access(path.parent, os.W_OK):
         raise PplexError(
