@@ -27,12 +27,16 @@ from pplex.quantization.products import product
 
 Moments = dict[str, np.ndarray]
 
+# More did not round better; what a layer makes of all of them is in memory.
+_MOST_POSITIONS = 65536
+
 
 class Activations:
     """Second moments of inputs by module, of conversations forced through a model.
 
     They must be asked for in the order of the split layout's files: what lies before
-    the layer that was asked for last is forgotten.
+    the layer that was asked for last is forgotten. Of very many conversations some are
+    taken.
     """
 
     def __init__(
@@ -42,8 +46,10 @@ class Activations:
         conversations: Sequence[Conversation],
     ) -> None:
         """Nothing is computed until it is asked for."""
+        positions = sum(c.columns.shape[1] for c in conversations)
+        some = conversations[:: -(-positions // _MOST_POSITIONS)]
         self._config = config
-        self._stages = _stages(folder, config, conversations)
+        self._stages = _stages(folder, config, some)
         self._now: Moments = {}
         self._hidden: Moments = {}
 

@@ -36,8 +36,8 @@ Dense = Mapping[str, mx.array]
 Modules = Mapping[str, Sequence[str]]
 _Learned = dict[str, dict[str, mx.array]]
 
-# Of the rate, at first so many codes a step, scales and biases take these parts: of the
-# scale itself.
+# Of the rate, at most so many codes a step, scales and biases take these parts: of the
+# scale itself. In all its steps a value may go about half a code.
 _RATE, _SCALES, _BIASES = 1e-3, 0.3, 1.2
 _BETAS, _WARM_STEPS = [0.9, 0.98], 30
 _NEAR = 0.48  # of a code: how far from it a value begins at most
@@ -114,18 +114,22 @@ def distill(
         now, order = order[:size], order[size:]
         batch = make_batch([conversations[idx] for idx in now], config)
         gradients = step(learned, batch, logits(teacher, batch))
+        before = learned
         learned = student.bound(optimizer.apply_gradients(gradients, learned))
-        mx.eval(learned, optimizer.state)
+        # A GPU computes a step while the next one is written down.
+        mx.async_eval(learned, optimizer.state)
+        mx.eval(before)
         advance(1 / steps)
     return student.parts(learned)
 
 
 def _falling(steps: int) -> Callable[[mx.array], mx.array]:
     """The rate of a step: after some small ones down to nothing in half a cosine."""
+    highest = min(_RATE, 1 / steps)
 
     def at(step: mx.array) -> mx.array:
         share = mx.minimum((step + 1) / min(_WARM_STEPS, steps), 1.0)
-        return _RATE * share * 0.5 * (1 + mx.cos(math.pi * step / steps))
+        return highest * share * 0.5 * (1 + mx.cos(math.pi * step / steps))
 
     return at
 
