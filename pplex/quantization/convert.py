@@ -112,7 +112,7 @@ def convert(
                 source, matrices, recipe, rounding, talks, conversion.distill, advance
             )
             rounding = replace(rounding, learned=learned)
-    with new_folder(target) as new, _little_cache():
+    with new_folder(target) as new, _cache_limit(CACHE_BYTES):
         sums = {}
         for file in SPLIT_PARTS:
             own = [m for m in matrices if m.split_file == file]
@@ -170,7 +170,7 @@ def _distilled(
     run = {target for targets in modules.values() for target in targets}
     longest = max(one.columns.shape[1] for one in conversations)
     num_values = sum(math.prod(matrix.shape) for matrix in matrices)
-    check_memory(source.config, num_values, longest)
+    needed = check_memory(source.config, num_values, longest)
     dense: dict[str, mx.array] = {}
     parts: dict[str, Parts] = {}
     forms: dict[str, Quantization] = {}
@@ -188,15 +188,16 @@ def _distilled(
             "--distill has nothing to learn: no matrix is rounded; the source has "
             "these bits already, or 16 were asked for"
         )
-    learned = distill(
-        source.config,
-        modules,
-        {target: dense[target] for target in run},
-        {target: (forms[target], parts[target]) for target in run & parts.keys()},
-        conversations,
-        rounds,
-        lambda share: advance(int(share * source.num_bytes * (_DISTILLED - 2))),
-    )
+    with _cache_limit(needed):  # a GPU may have other work
+        learned = distill(
+            source.config,
+            modules,
+            {target: dense[target] for target in run},
+            {target: (forms[target], parts[target]) for target in run & parts.keys()},
+            conversations,
+            rounds,
+            lambda share: advance(int(share * source.num_bytes * (_DISTILLED - 2))),
+        )
     return parts | learned
 
 
@@ -381,9 +382,9 @@ def _check_target(target: Path, num_bytes: int) -> None:
 
 
 @contextmanager
-def _little_cache() -> Iterator[None]:
-    """Let MLX keep some freed memory for the next matrix, and no more than some."""
-    before = mx.set_cache_limit(CACHE_BYTES)
+def _cache_limit(num_bytes: int) -> Iterator[None]:
+    """Let MLX keep so much freed memory for what comes next, and no more."""
+    before = mx.set_cache_limit(num_bytes)
     try:
         yield
     finally:

@@ -54,8 +54,8 @@ def _step_size() -> tuple[int, int]:
     return (2048, 8) if on_cpu() else (8192, 4)
 
 
-def check_memory(config: LmConfig, num_values: int, longest: int) -> None:
-    """Refuse a model whose gradients do not fit into memory.
+def check_memory(config: LmConfig, num_values: int, longest: int) -> int:
+    """About how many bytes gradients take; more than there are is refused.
 
     Its conversations have up to ``longest`` positions. `mini`: 2.5 GB, measured on a
     CPU 2.6 to 3.0; 4 GB, measured on an H200 4.0.
@@ -76,6 +76,7 @@ def check_memory(config: LmConfig, num_values: int, longest: int) -> None:
             f"{num_values / 1e6:.0f} million values, and {free:.0f} GB are free; leave "
             "it out: --calibration alone takes a layer at a time"
         )
+    return needed
 
 
 def distill(
