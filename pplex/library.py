@@ -16,7 +16,6 @@ import numpy as np
 from pplex.audio.files import Samples, probe, write_wav
 from pplex.audio.streams import LiveFrame
 from pplex.batch.decoding import Answered, Decoder, Job, Size
-from pplex.batch.jobsfile import MAX_TAIL_S
 from pplex.bench.estimate import best_model
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.known import AUTO_MODEL, DEFAULT_MODEL
@@ -32,7 +31,7 @@ from pplex.errors import PplexError
 from pplex.files import put, put_new
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.outputs import spoken_words
-from pplex.respond.request import Settings
+from pplex.respond.request import MOST_TAIL_S, Settings
 from pplex.respond.run import read_user
 from pplex.respond.transcript import PieceText, Word
 
@@ -330,10 +329,10 @@ def _checked(
 ) -> Settings:
     """Settings; PplexError for a tail that is none."""
     if tail != "auto" and not (
-        isinstance(tail, int | float) and 0.0 <= tail <= MAX_TAIL_S
+        isinstance(tail, int | float) and 0.0 <= tail <= MOST_TAIL_S
     ):
         raise PplexError(
-            f"tail is {tail!r}, where 0 to {MAX_TAIL_S:.0f} seconds or 'auto' are "
+            f"tail is {tail!r}, where 0 to {MOST_TAIL_S:.0f} seconds or 'auto' are "
             "expected"
         )
     return Settings(voice, prompt, sampling, seed, tail=tail)

@@ -22,7 +22,7 @@ from pplex.batch.prepare import (
 )
 from pplex.batch.records import read_request
 from pplex.checkpoint.weights import lm_tensors
-from pplex.conversation.quiet import MAX_TAIL_S
+from pplex.conversation.quiet import longest
 from pplex.engine.choose import choose_form, cost_of, need_bytes
 from pplex.engine.device import available_gb, host_memory_gb, on_cpu
 from pplex.errors import PplexError
@@ -113,7 +113,7 @@ def forecast(batch: Batch, progress: bool) -> Forecast:
         found.warnings += recording.warnings
         auto = request.settings.tail == "auto"
         seconds = recording.num_samples / recording.sample_rate
-        seconds += MAX_TAIL_S if auto else 0.0
+        seconds += longest(request.settings.tail) if auto else 0.0
         found.todo += 1
         found.auto_tails |= auto
         found.audio_s += seconds

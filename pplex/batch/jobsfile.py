@@ -10,7 +10,7 @@ from typing import Any
 from pplex.conversation.quiet import Tail
 from pplex.conversation.roles import ROLES
 from pplex.errors import PplexError, did_you_mean
-from pplex.respond.request import seed_of
+from pplex.respond.request import MOST_TAIL_S, seed_of
 from pplex.values import read_rows, seconds_of, shown, text_of
 
 COLUMNS = (
@@ -20,7 +20,6 @@ COLUMNS = (
 # Settings that all recordings of a batch share: a column would do nothing.
 _SHARED = ("temp", "top_k", "text_temp", "text_top_k", "greedy", "channel", "layout")
 _SLIP = 0.8  # how like a column's name another must be to be taken for a slip
-MAX_TAIL_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -118,4 +117,4 @@ def _tail(where: str, value: Any) -> Tail | None:
         return None
     if value == "auto":
         return "auto"
-    return seconds_of(value, where, "tail", MAX_TAIL_S, " or auto")
+    return seconds_of(value, where, "tail", MOST_TAIL_S, " or auto")

@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.shell_completion import CompletionItem
@@ -19,6 +19,7 @@ from pplex.cli.foresee import chosen_model
 from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
 from pplex.errors import PplexError, did_you_mean
 from pplex.model.config import TEMP, TEXT_TEMP, TEXT_TOP_K, TOP_K
+from pplex.respond.request import MAX_SEED, MOST_TAIL_S, Layout
 
 if TYPE_CHECKING:
     from pplex.evaluation.checks import Checks
@@ -190,7 +191,7 @@ def _seed(value: Any) -> int:
     if value == "random":
         return secrets.randbelow(1 << 31)
     try:
-        return click.IntRange(0, 2**63 - 1).convert(value, None, None)
+        return click.IntRange(0, MAX_SEED).convert(value, None, None)
     except click.BadParameter as e:
         said = "neither a whole number from 0 to 2**63 - 1 nor 'random'"
         raise click.BadParameter(f"{value!r} is {said}") from e
@@ -201,9 +202,9 @@ def _tail(value: Any) -> float | str:
     if value == "auto":
         return "auto"
     try:
-        return FiniteRange(0.0, 3600.0).convert(value, None, None)
+        return FiniteRange(0.0, MOST_TAIL_S).convert(value, None, None)
     except click.BadParameter as e:
-        said = "neither seconds from 0 to 3600 nor 'auto'"
+        said = f"neither seconds from 0 to {MOST_TAIL_S:.0f} nor 'auto'"
         raise click.BadParameter(f"{value!r} is {said}") from e
 
 
@@ -318,7 +319,7 @@ check_option = click.option(
 )
 layout_option = click.option(
     "--layout",
-    type=OneOf(["stereo", "agent", "separate"]),
+    type=OneOf(get_args(Layout)),
     default="stereo",
     show_default=True,
     help="stereo: user left, agent right; agent: mono; separate: NAME.user.wav and "

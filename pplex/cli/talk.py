@@ -23,7 +23,7 @@ from pplex.cli.options import (
 )
 from pplex.cli.progress import Progress
 from pplex.cli.transcripts import formats_option
-from pplex.respond.request import Outputs, transcript_beside
+from pplex.respond.request import MOST_TALK_S, Outputs, transcript_beside
 
 if TYPE_CHECKING:
     from pplex.respond.talk import Talk, Talked
@@ -47,7 +47,7 @@ _SIDE = "KEY=VALUE,..."
 @click.option(
     "--seconds",
     metavar="S",
-    type=FiniteRange(0.0, 86400.0, min_open=True),
+    type=FiniteRange(0.0, MOST_TALK_S, min_open=True),
     default=60.0,
     show_default=True,
     help="How long they talk.",

@@ -14,7 +14,7 @@ Tail = float | Literal["auto"]
 
 _QUIET_DB = -45.0
 _QUIET_S = 1.5
-MAX_TAIL_S = 30.0
+_MAX_TAIL_S = 30.0
 
 
 def is_quiet(pcm: np.ndarray, text_id: int | None) -> bool:
@@ -28,7 +28,7 @@ def is_quiet(pcm: np.ndarray, text_id: int | None) -> bool:
 
 def longest(tail: Tail) -> float:
     """The most seconds that a tail takes."""
-    return MAX_TAIL_S if tail == "auto" else tail
+    return _MAX_TAIL_S if tail == "auto" else tail
 
 
 class Quiet:
@@ -47,7 +47,7 @@ class Quiet:
 
     def length(self, num_samples: int) -> int:
         """How long the whole of a recording of ``num_samples`` is with its tail."""
-        most = num_samples + round(MAX_TAIL_S * self._sample_rate)
+        most = num_samples + round(_MAX_TAIL_S * self._sample_rate)
         return most if self.end is None else min(most, self.end * self._frame_size)
 
     def may_end(self, num_frames: int) -> bool:

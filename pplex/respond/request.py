@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from pplex.model.sampling import SamplingConfig
 
 MAX_SEED = 2**63 - 1
+MOST_TAIL_S = 3600.0
+MOST_TALK_S = 86400.0
 Layout = Literal["stereo", "agent", "separate"]
 
 # What else than WAV is written, as libsndfile calls it: the last three lose something.

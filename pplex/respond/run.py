@@ -14,7 +14,7 @@ from pplex.audio.streams import StreamFormat
 from pplex.checkpoint.hub import LocalModel, resolve
 from pplex.conversation.answer import Answer, Kept
 from pplex.conversation.prompts import open_role
-from pplex.conversation.quiet import MAX_TAIL_S, Quiet
+from pplex.conversation.quiet import Quiet, longest
 from pplex.conversation.scheduler import converse
 from pplex.conversation.script import Script, last_cue, lay_out, too_late, unsaid
 from pplex.conversation.session import Model, load, warm_up
@@ -141,7 +141,7 @@ def check_script(
     That is the one to ``num_samples``, a tail of known length included.
     """
     if settings.tail == "auto":
-        num_samples += round(MAX_TAIL_S * config.sample_rate)
+        num_samples += round(longest("auto") * config.sample_rate)
     num_frames = -(-num_samples // config.frame_size)
     if late := too_late(script, num_frames, config.frame_rate):
         raise PplexError(f"{late}: give a longer --tail, or an earlier time")

@@ -59,6 +59,7 @@ from pplex.respond.outputs import (
     write_tokens,
 )
 from pplex.respond.request import (
+    MOST_TALK_S,
     Outputs,
     Request,
     Settings,
@@ -74,7 +75,6 @@ if TYPE_CHECKING:
 
 SIDES = ("left", "right")
 COLUMNS = ("output", *SIDES, "seconds", "seed")
-MAX_SECONDS = 86400.0
 _KEYS = ("voice", "prompt", "role", "model", "first-words", "script")
 _KEPT_ROLES = 4  # prefilled states; each is tens of MB for the 7B models
 
@@ -209,7 +209,7 @@ def read_talks(
             )
             both.append(settings)
         length = fields.get("seconds", seconds)
-        length = seconds_of(length, where, "seconds", MAX_SECONDS)
+        length = seconds_of(length, where, "seconds", MOST_TALK_S)
         talks.append(Talk((both[0], both[1]), length, outputs(outdir / name)))
     if not talks:
         raise PplexError(f"the jobs file {path} names no talks")
