@@ -19,7 +19,7 @@ from typing import Any
 from pplex.audio.folders import LeftOut, is_recording, list_folder
 from pplex.batch.jobsfile import Row, read_jobs
 from pplex.checkpoint.hashes import digest_of
-from pplex.conversation.script import Line, first_words, read_script
+from pplex.conversation.script import first_words, read_script
 from pplex.conversation.seeds import number_of, seed_for
 from pplex.conversation.state import read_notes
 from pplex.errors import PplexError
@@ -129,20 +129,20 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
         other = seen.setdefault(same, row)
         if other is not row:
             raise PplexError(f"{path}: lines {other.number} and {row.number} are equal")
+        where = f"{path} line {row.number}"
         name = PurePosixPath(row.output if row.output is not None else row.input)
         if not name.name:
-            raise PplexError(f"{path} line {row.number}: {str(name)!r} is no file name")
+            raise PplexError(f"{where}: {str(name)!r} is no file name")
         leaves = _leaves(name)
         for column, given in (("output", row.output), ("save_state", row.save_state)):
             if given is not None and _leaves(PurePosixPath(given)):
                 raise PplexError(
-                    f"{path} line {row.number}: {column} {given!r} leaves the output "
-                    "folder; give a name within it"
+                    f"{where}: {column} {given!r} leaves the output folder; give a "
+                    "name within it"
                 )
         if row.output is not None and name.suffix.lower() != ".wav":
             raise PplexError(
-                f"{path} line {row.number}: output {row.output!r} is a WAV file; end "
-                "its name in .wav"
+                f"{where}: output {row.output!r} is a WAV file; end its name in .wav"
             )
         identity = name.name if leaves else str(name)
         voice = row.voice
@@ -154,11 +154,14 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
             text=settings.text if row.text is None else row.text,
             seed=seed_for(settings.seed, identity) if row.seed is None else row.seed,
             tail=settings.tail if row.tail is None else row.tail,
-            script=_script_of(path, row, settings),
-            first_words=_first_words_of(path, row, settings),
         )
+        if row.script is not None:
+            own = replace(own, script=read_script(path.parent / row.script))
+        if row.first_words is not None:
+            words = first_words(row.first_words, f"{where} first_words")
+            own = replace(own, first_words=words)
         if row.resume is not None:
-            own = _resumed(own, path.parent / row.resume, row, path)
+            own = _resumed(own, path.parent / row.resume, row.seed, where)
         found.append(
             _Found(
                 source=_file(path.parent / row.input),
@@ -169,22 +172,10 @@ def _from_jobs(path: Path, settings: Settings) -> list[_Found]:
                 chosen=row.output is not None,
                 state=row.save_state,
                 extra=row.extra,
-                where=f"{path} line {row.number}",
+                where=where,
             )
         )
     return found
-
-
-def _script_of(path: Path, row: Row, settings: Settings) -> tuple[Line, ...]:
-    if row.script is None:
-        return settings.script
-    return read_script(path.parent / row.script)
-
-
-def _first_words_of(path: Path, row: Row, settings: Settings) -> Line | None:
-    if row.first_words is None:
-        return settings.first_words
-    return first_words(row.first_words, f"{path} line {row.number} first_words")
 
 
 def _leaves(name: PurePosixPath) -> bool:
@@ -192,20 +183,20 @@ def _leaves(name: PurePosixPath) -> bool:
     return name.is_absolute() or ".." in name.parts
 
 
-def _resumed(settings: Settings, saved: Path, row: Row, jobs: Path) -> Settings:
+def _resumed(settings: Settings, saved: Path, seed: int | None, where: str) -> Settings:
     """Settings with what a saved conversation decides."""
     notes = read_notes(saved)
     if settings.sampling != notes.sampling:
         drawn = ", ".join(f"{k} {v:g}" for k, v in asdict(notes.sampling).items())
         raise PplexError(
-            f"{jobs} line {row.number}: {saved} was drawn with {drawn}; give the batch "
-            "the same, or answer it with pplex respond --resume"
+            f"{where}: {saved} was drawn with {drawn}; give the batch the same, or "
+            "answer it with pplex respond --resume"
         )
     return replace(
         settings,
         voice=notes.voice,
         text=notes.prompt,
-        seed=notes.seed if row.seed is None else row.seed,
+        seed=notes.seed if seed is None else seed,
         resume=saved,
     )
 
@@ -234,7 +225,12 @@ def _from_inputs(
             one = _Found(source, mirrored, name, mirrored, settings)
             # A folder and a file in it may both be given.
             found.setdefault(base / name, one)
-    return [_seeded(one) for one in _identified_apart(found)]
+    return [
+        replace(
+            one, settings=replace(settings, seed=seed_for(settings.seed, one.identity))
+        )
+        for one in _identified_apart(found)
+    ]
 
 
 def _identified_apart(found: Mapping[Path, _Found]) -> Iterator[_Found]:
@@ -249,12 +245,6 @@ def _identified_apart(found: Mapping[Path, _Found]) -> Iterator[_Found]:
             if len(paths) > 1:
                 one = replace(one, identity=path.relative_to(shared).as_posix())
             yield one
-
-
-def _seeded(found: _Found) -> _Found:
-    """With the seed that follows from its identity."""
-    seed = seed_for(found.settings.seed, found.identity)
-    return replace(found, settings=replace(found.settings, seed=seed))
 
 
 def _file(path: Path) -> Path:

@@ -35,6 +35,7 @@ from pplex.engine.device import (
     copy_bandwidth_gb_s,
     device_name,
     memory_gb,
+    on_cpu,
 )
 from pplex.errors import PplexError, first_line
 from pplex.model.config import ModelConfig
@@ -135,7 +136,7 @@ def look_at_machine() -> Machine:
         device=device_name(),
         engine=kind,
         form=str(KINDS[kind].one),
-        dtype=str(compute_dtype()).removeprefix("mlx.core."),
+        dtype=str(compute_dtype(not on_cpu())).removeprefix("mlx.core."),
         cpu_cores=os.cpu_count() or 1,
         memory_gb=total,
         free_memory_gb=free,

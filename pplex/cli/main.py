@@ -118,16 +118,8 @@ def cli() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-cli.add_command(respond)
-cli.add_command(batch)
-cli.add_command(talk)
-cli.add_command(voices)
-cli.add_command(roles)
-cli.add_command(models)
-cli.add_command(score)
-cli.add_command(report)
-cli.add_command(results)
-cli.add_command(check)
-cli.add_command(doctor)
-cli.add_command(bench)
-cli.add_command(help_)
+for command in (
+    *(respond, batch, talk, voices, roles, models, score),
+    *(report, results, check, doctor, bench, help_),
+):
+    cli.add_command(command)

@@ -124,11 +124,6 @@ def _rows_in_memory(cost: Cost, row_bytes: int, free: float) -> int:
     return min(int(room / row_bytes), _MAX_ROWS_GPU)
 
 
-def _one_row(cost: Cost, row_bytes: int, free: float) -> int:
-    """Rows share nothing there."""
-    return 1
-
-
 def _on_cpu(make: Callable[..., Engine]) -> Make:
     """Makes an engine whose rows are the same bits alone and beside others."""
 
@@ -167,7 +162,7 @@ KINDS: dict[str, Kind] = {
         cost=functools.partial(mlx.cost_of, on_gpu=False),
         one=Form(True, "MLX's CPU products are 3 times as fast so"),
         many=Form(True, "MLX's CPU products are 3 times as fast so"),
-        max_rows=_one_row,
+        max_rows=lambda *_: 1,  # they share nothing
     ),
     # H200, 7B: 3.4 ms a frame at 4 bits; in bfloat16 it reads 4 times as many bytes.
     # MLX's CUDA kernels for quantized weights take the rows one by one.

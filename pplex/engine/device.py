@@ -27,9 +27,9 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
-def compute_dtype() -> mx.Dtype:
+def compute_dtype(on_gpu: bool) -> mx.Dtype:
     """What is computed in: float32 on a CPU, bfloat16 on a GPU."""
-    return mx.float32 if on_cpu() else mx.bfloat16
+    return mx.bfloat16 if on_gpu else mx.float32
 
 
 @functools.cache

@@ -179,7 +179,8 @@ def _read_manifests(folder: Path, found: Found) -> None:
             f"{folder}: a batch is at work here, or was stopped; recordings that it "
             "has not finished are not shown"
         )
-    failed = [name for name, line in sorted(lines.items()) if _fails_checks(line)]
+    done = [(n, line) for n, line in sorted(lines.items()) if line["status"] == DONE]
+    failed = [name for name, line in done if passes(line) is False]
     if failed:
         found.notes.append(
             f"{folder}: {len(failed)} of {len(lines)} recordings fail a check of pplex "
@@ -197,10 +198,6 @@ def _read_manifests(folder: Path, found: Found) -> None:
         found.notes.append(
             f"{folder}: {names} is in no line of the manifest and was left out"
         )
-
-
-def _fails_checks(line: Line) -> bool:
-    return line["status"] == DONE and passes(line) is False
 
 
 def _outputs_of(line: Line, folder: Path) -> dict[str, Path]:

@@ -266,7 +266,8 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
             yield Dialogue(str(idx), (left, right), frames[idx], writers[idx])
 
     prompt_frames = max(role.prompt.num_frames for role in roles.values())
-    pairs = config.batch_size or _num_pairs(models, max(frames), prompt_frames)
+    rows = min(m.most_rows(max(frames), prompt_frames=prompt_frames) for m in models)
+    pairs = config.batch_size or max(1, rows // 2)
     report.answering(sum(frames) / frame_rate)
     if known is not None:
         known.open()
@@ -461,14 +462,6 @@ def _check_codecs(left: LocalModel, right: LocalModel) -> None:
             f"{left.name} and {right.name} cannot talk to each other: they have "
             "different codecs, and hear each other's codes"
         )
-
-
-def _num_pairs(models: tuple[Model, Model], num_frames: int, prompt_frames: int) -> int:
-    """How many pairs fit at a time."""
-    rows = min(
-        model.most_rows(num_frames, prompt_frames=prompt_frames) for model in models
-    )
-    return max(1, rows // 2)
 
 
 def _write(

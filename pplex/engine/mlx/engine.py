@@ -33,7 +33,7 @@ from pplex.engine.base import (
     restored,
     save_place,
 )
-from pplex.engine.device import bound_memory
+from pplex.engine.device import bound_memory, compute_dtype
 from pplex.engine.mlx.codec import (
     CPU_FRAMES,
     GROUP_ROWS,
@@ -114,7 +114,7 @@ class MlxEngine:
 
         With ``alone`` a row on a GPU is computed by itself.
         """
-        dtype = _dtype(on_gpu)
+        dtype = compute_dtype(on_gpu)
         self.config = config
         self.dtype = str(dtype).removeprefix("mlx.core.")
         self.compute = form_name(not lm.forms, alone, config.kv_bits)
@@ -339,10 +339,6 @@ def _has_one_group(lm: LmTensors, name: str) -> bool:
     return lm.weights[f"{name}.scales"].shape[-1] == 1
 
 
-def _dtype(on_gpu: bool) -> mx.Dtype:
-    return mx.bfloat16 if on_gpu else mx.float32
-
-
 def _as_it_is(function: _Function) -> _Function:
     return function
 
@@ -361,7 +357,7 @@ def cost_of(
     config: ModelConfig, lm: LmTensors, *, on_gpu: bool, alone: bool = False
 ) -> Cost:
     """What a model takes; of ``lm`` only shapes are read."""
-    float_bytes = _dtype(on_gpu).size
+    float_bytes = compute_dtype(on_gpu).size
     chunk = (_codec_frames(config.mimi), GROUP_ROWS)
     if alone or not on_gpu:
         chunk = (MlxEngine.alone_frames if on_gpu else CPU_FRAMES, 1)
