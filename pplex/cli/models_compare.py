@@ -11,17 +11,15 @@ from tqdm import tqdm
 
 from pplex.cli.options import (
     FILE,
-    FiniteRange,
     complete_model,
     complete_voice,
     json_option,
     kv_bits_option,
-    offline_option,
     overwrite_option,
+    study_options,
     together,
 )
 from pplex.cli.tables import echo_json, echo_table
-from pplex.conversation.roles import DEFAULT_SEED
 from pplex.files import check_new
 from pplex.units import Scale, percent, significant, size
 
@@ -42,21 +40,7 @@ _conversation = together(
         metavar="TEXT",
         help="The agent's role in words.  [default: the teacher's]",
     ),
-    click.option(
-        "--seed",
-        type=int,
-        default=DEFAULT_SEED,
-        show_default=True,
-        help="For the random draws.",
-    ),
-    click.option(
-        "--seconds",
-        type=FiniteRange(min=0.2),
-        default=60.0,
-        show_default=True,
-        help="How much of each recording to use.",
-    ),
-    offline_option,
+    study_options,
 )
 
 

@@ -18,9 +18,9 @@ from pplex.cli.options import (
     complete_voice,
     offline_option,
     quiet_option,
+    study_options,
 )
 from pplex.cli.progress import QUIET, Lines
-from pplex.conversation.roles import DEFAULT_SEED
 from pplex.units import size
 
 if TYPE_CHECKING:
@@ -216,21 +216,7 @@ def _conversion(options: dict[str, Any]) -> Conversion:
     show_default=True,
     help="How much to answer; recordings are used again where they are shorter.",
 )
-@click.option(
-    "--seconds",
-    type=FiniteRange(min=0.2),
-    default=60.0,
-    show_default=True,
-    help="How much of each recording to use.",
-)
-@click.option(
-    "--seed",
-    type=int,
-    default=DEFAULT_SEED,
-    show_default=True,
-    help="For the random draws.",
-)
-@offline_option
+@study_options
 @quiet_option
 def calibrate(
     model: str,

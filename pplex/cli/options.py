@@ -387,6 +387,25 @@ sampling_options = together(
     _drawing("", "audio", temp=TEMP, top_k=TOP_K),
     _drawing("text-", "text", temp=TEXT_TEMP, top_k=TEXT_TOP_K),
 )
+# Of commands that learn something of a model from what it answers.
+study_options = together(
+    click.option(
+        "--seed",
+        metavar="N|random",
+        type=_seed,
+        default=DEFAULT_SEED,
+        show_default=True,
+        help="For the random draws.",
+    ),
+    click.option(
+        "--seconds",
+        type=FiniteRange(min=0.2),
+        default=60.0,
+        show_default=True,
+        help="How much of each recording to use.",
+    ),
+    offline_option,
+)
 # Everything that decides the answer, apart from the model and the recording.
 conversation_options = together(
     click.option(
