@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import unicodedata
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 
 class PplexError(Exception):
@@ -26,6 +28,14 @@ def first_line(error: BaseException) -> str:
     """What an exception says, as far as a sentence takes it; else its name."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Refuse what is no whole number, or a smaller one than ``least``."""
+    if not isinstance(value, SupportsIndex) or operator.index(value) < least:
+        raise PplexError(
+            f"{name} is {value!r}, where a whole number from {least} on is expected"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

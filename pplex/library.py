@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from pplex.conversation.scheduler import converse_live, converse_many
 from pplex.conversation.state import Opening, State, read_state, state_of
 from pplex.conversation.tracks import Conversation
 from pplex.engine.choose import Compute
-from pplex.errors import PplexError
+from pplex.errors import PplexError, check_count
 from pplex.files import put, put_new
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.outputs import spoken_words
@@ -138,6 +139,7 @@ class Model:
         saves: bool = False,
     ) -> list[Answer]:
         """``count`` answers, with ``seed`` and those that follow, each as by itself."""
+        check_count("count", count, 1)
         if resume is not None and not isinstance(resume, State):
             resume = read_state(Path(resume))
         if resume is None:
@@ -192,6 +194,8 @@ class Model:
         ``batch_size`` is how many at a time, by default what memory holds.
         """
         settings = self._settings(voice, prompt, tail, seed, sampling)
+        if batch_size is not None:
+            check_count("batch_size", batch_size, 1)
         every = list(recordings)
         if not every:
             return
@@ -317,6 +321,11 @@ def load(
     then; ``compute`` and ``kv_bits`` are those of the command line. PplexError for a
     model that is not there or cannot be read.
     """
+    if compute not in get_args(Compute) or kv_bits not in (None, 8):
+        raise PplexError(
+            f"compute is {compute!r} and kv_bits {kv_bits!r}: one of "
+            f"{', '.join(get_args(Compute))}, and 8 or None are expected"
+        )
     name = os.fspath(model)
     if name == AUTO_MODEL:
         name = best_model(offline=offline, kv_bits=kv_bits).name
@@ -327,7 +336,8 @@ def load(
 def _checked(
     voice: str, prompt: str, tail: Tail, seed: int, sampling: SamplingConfig
 ) -> Settings:
-    """Settings; PplexError for a tail that is none."""
+    """Settings; PplexError for a tail or a seed that is none."""
+    check_count("seed", seed, 0)
     if tail != "auto" and not (
         isinstance(tail, int | float) and 0.0 <= tail <= MOST_TAIL_S
     ):

@@ -14,6 +14,7 @@ import soundfile
 
 import pplex
 from pplex.errors import PplexError
+from pplex.model.sampling import SamplingConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "pplex/help/library.md"]
@@ -140,7 +141,7 @@ def test_what_is_no_sound_is_refused(model, samples, said):
         model.respond(samples)
 
 
-def test_errors_name_what_is_wrong(model, calls, tmp_path):
+def test_errors_name_what_is_wrong(model, tiny, calls, tmp_path):
     with pytest.raises(PplexError, match="no_such.wav"):
         model.respond(tmp_path / "no_such.wav")
     with pytest.raises(PplexError, match="no_such.wav"):
@@ -151,6 +152,16 @@ def test_errors_name_what_is_wrong(model, calls, tmp_path):
         list(model.batch([calls[0]], voice="nobody"))
     with pytest.raises(PplexError, match="no model 'no model'"):
         pplex.load("no model")
+    for asked, said in (
+        (lambda: model.respond(calls[0], seed=-1), "seed is -1"),
+        (lambda: model.takes(calls[0], 0), "count is 0"),
+        (lambda: list(model.batch(calls, batch_size=0)), "batch_size is 0"),
+        (lambda: SamplingConfig(text_temp=float("nan")), "text_temp is nan"),
+        (lambda: SamplingConfig(top_k=2.5), "top_k is 2.5"),
+        (lambda: pplex.load(tiny, kv_bits=4), "kv_bits 4"),
+    ):
+        with pytest.raises(PplexError, match=f"{said}.* expected"):
+            asked()
     model.respond(calls[0]).save(tmp_path / "reply.wav")
     kept = (tmp_path / "reply.wav").read_bytes()
     with pytest.raises(PplexError, match="exists already"):

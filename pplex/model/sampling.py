@@ -6,10 +6,12 @@ then the id with the largest ``p / e`` for exponential noise ``e``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from pplex.errors import PplexError, check_count
 from pplex.model.config import TEMP, TEXT_TEMP, TEXT_TOP_K, TOP_K, LmConfig
 
 # Below it noise is lost in the rounding of logits of 0.5 and more, and further down the
@@ -21,7 +23,7 @@ LEAST_TEMP = 1e-9
 class SamplingConfig:
     """How ids are drawn: temperature 0 is greedy, top-k 0 keeps every id.
 
-    A temperature below ``LEAST_TEMP`` becomes 0.
+    A temperature below ``LEAST_TEMP`` becomes 0; PplexError for what is none.
     """
 
     temp: float = TEMP
@@ -32,8 +34,15 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         """Make what is greedy 0."""
         for name in ("temp", "text_temp"):
-            if getattr(self, name) < LEAST_TEMP:
+            temp = getattr(self, name)
+            if not 0.0 <= temp < math.inf:
+                raise PplexError(
+                    f"{name} is {temp}, where a number from 0 on is expected"
+                )
+            if temp < LEAST_TEMP:
                 object.__setattr__(self, name, 0.0)
+        for name in ("top_k", "text_top_k"):
+            check_count(name, getattr(self, name), 0)
 
 
 GREEDY = SamplingConfig(temp=0.0, text_temp=0.0)
