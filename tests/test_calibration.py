@@ -68,6 +68,26 @@ def test_inputs_that_are_always_zero_harm_nothing():
     assert all(np.isfinite(np.array(part.astype(mx.float32))).all() for part in parts)
 
 
+def test_of_very_many_conversations_some_are_looked_at(tiny, kept, monkeypatch):
+    local = resolve(str(tiny), offline=True)
+    config = local.folder.read_config().lm
+    talks = read_calibration(kept, config)
+    positions = sum(talk.columns.shape[1] for talk in talks)
+    most = "pplex.quantization.activations._MOST_POSITIONS"
+
+    def moment(some):
+        return Activations(local.folder, config, some).moment(
+            "layers.0.gating.linear_in"
+        )
+
+    monkeypatch.setattr(most, positions)
+    whole, half = moment(talks), moment(talks[::2])
+    monkeypatch.setattr(most, positions - 1)
+    found = moment(talks)
+    assert np.array_equal(found, half)
+    assert not np.array_equal(found, whole)
+
+
 def test_the_moments_are_those_of_the_specification(tiny, kept):
     """Layer by layer from the files, against the whole model at once."""
     local = resolve(str(tiny), offline=True)
