@@ -11,7 +11,7 @@ from pathlib import Path
 
 import domain
 import torch
-from codes import make_agent, splice
+from codes import load_bank, make_agent, splice
 from nets import Codec
 from prompts import train_tokenizer
 from sizes import config
@@ -31,9 +31,7 @@ def main() -> None:
     work = parser.parse_args().work
     if not (work / "tokenizer.model").exists():
         train_tokenizer(work / "tokenizer.model")
-    bank = torch.load(work / "bank.pt", weights_only=False)
-    bank["pcm"] = bank["pcm"].to(device())
-    agent = make_agent(load_codec(work / "codec_listen.pt"), bank)
+    agent = make_agent(load_codec(work / "codec_listen.pt"), load_bank(work, "bank.pt"))
     splice(agent, domain.families())
     agent.save(work / "agent.pt")
 

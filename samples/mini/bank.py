@@ -1,10 +1,13 @@
 """Make the bank: every sentence in the agent's voices and in many user voices.
 
     python bank.py WORK [--copies N] [--people FOLDER]
+    python bank.py WORK --neural N [--people FOLDER]
 
 Writes WORK/bank.pt: all clips one after the other as 16-bit PCM, whole frames each,
 with a phone label for every third of a frame and an index. FOLDER has recordings of
-people who say none of the questions, and their words (people.py).
+people who say none of the questions, and their words (people.py). With `--neural`, N
+sentences by Kokoro (kokoro.py) in WORK/neural.pt, to which the other steps look too,
+and some in voices held out of training in WORK/held_neural.pt.
 """
 
 import argparse
@@ -44,8 +47,11 @@ MORE_USERS = [
     *(Voice(f"en-us+{name}", 1.0, 50) for name in VARIANTS),
     *(Voice(f"{accent}+m2", 1.0, 45) for accent in ACCENTS),
     *(Voice(f"{accent}+f2", 1.0, 50) for accent in ACCENTS),
-    *(Voice("rhvoice:BDL", 1.0, pitch, warp) for pitch, warp in MANY),
-    *(Voice("rhvoice:CLB", 1.0, pitch, warp) for pitch, warp in MANY),
+    *(
+        Voice(name, 1.0, pitch, warp)
+        for name in ("rhvoice:BDL", "rhvoice:CLB", "pico:en-US", "pico:en-GB")
+        for pitch, warp in MANY * 2
+    ),
 ]  # fmt: skip
 HELD_OUT = [
     Voice("slt", 1.05, 175, 0.94),
@@ -56,12 +62,25 @@ HELD_OUT = [
 ]
 # An engine whose voices are never trained.
 HELD_OUT_ENGINE = [
-    Voice("pico:en-US"), Voice("pico:en-GB"), Voice("pico:en-US", 1.1, 0.85, 0.95),
-    Voice("pico:en-GB", 0.95, 1.15, 1.06),
+    Voice("festival:ked_diphone"), Voice("festival:ked_diphone", 1.12),
+    Voice("festival:cmu_us_slt_arctic_hts"),
+    Voice("festival:cmu_us_slt_arctic_hts", 0.9),
 ]  # fmt: skip
+# Kokoro's voices, alone or between two; those of other languages only so.
+NEURAL = (
+    "af_alloy af_aoede af_bella af_heart af_jessica af_nicole af_nova af_river "
+    "af_sarah af_sky am_adam am_echo am_eric am_fenrir am_liam am_michael am_puck "
+    "am_santa bf_alice bf_isabella bf_lily bm_daniel bm_fable bm_george"
+).split()
+ACCENTED = (
+    "ef_dora em_alex ff_siwis hf_alpha hf_beta hm_omega hm_psi if_sara im_nicola "
+    "jf_alpha jf_nezumi jm_kumo pf_dora pm_alex zf_xiaoni zm_yunjian"
+).split()
+HELD_OUT_NEURAL = "af_kore am_onyx bf_emma bm_lewis".split()
+SPEEDS = (0.87, 1.0, 1.14)
 SLOT = FRAME_SIZE // 3
 NO_LABEL = 255
-MORE = 0.4  # of the sentences in another of MORE_USERS too
+MORE = 0.5  # of the sentences in another of MORE_USERS too
 
 
 def speech_bounds(pcm: np.ndarray) -> tuple[int, int]:
@@ -147,6 +166,66 @@ def clip_of(kind: str, text: str, voice: str, sound: np.ndarray) -> dict:
     }
 
 
+def neural_jobs(count: int, readings: list[str]) -> list[tuple[str, str, Voice]]:
+    """What Kokoro says, in the order of importance: questions, and what strangers say.
+
+    Of those to be tested there are as many as sentences, up to 250.
+    """
+    rng = random.Random(2)
+    asked = domain.user_sentences("ask")
+    varied = sorted({v for text in asked for v in domain.variations(text)})
+    rest = domain.others() + domain.statements("ask")
+    pools = [("ask", asked), ("ask", varied), ("ask", rest), ("stranger", readings)]
+    todo = []
+    for (kind, texts), share in zip(pools, (0.6, 0.2, 0.08, 0.12), strict=True):
+        for text in rng.sample(texts, min(len(texts), round(share * count))):
+            name, draw = rng.choice(NEURAL), rng.random()
+            if draw > 0.5:
+                name += f"+{rng.choice(NEURAL if draw < 0.75 else ACCENTED)}"
+            stretch = rng.uniform(0.8, 1.25)
+            todo.append((kind, text, Voice(f"kokoro:{name}", stretch)))
+    rng.shuffle(todo)
+    tested = domain.user_sentences("test")
+    return todo + [
+        ("test_neural", text, Voice(f"kokoro:{rng.choice(HELD_OUT_NEURAL)}"))
+        for text in rng.sample(tested, min(len(tested), 250, count))
+    ]
+
+
+def at_speeds(clip: dict) -> list[dict]:
+    """A clip resampled: as a larger and a smaller person would say it."""
+    made = []
+    for speed in SPEEDS:
+        frames = round(clip["frames"] / speed)
+        at = np.arange(frames * FRAME_SIZE) * speed
+        pcm = np.interp(at, np.arange(len(clip["pcm"])), clip["pcm"])
+        slots = np.arange(3 * frames) * speed
+        labels = clip["labels"][slots.astype(int).clip(max=len(clip["labels"]) - 1)]
+        first, last = clip["speech"]
+        last = min(round(last / speed), len(pcm))
+        made.append(
+            clip
+            | {"pcm": pcm.astype(np.int16), "labels": labels, "frames": frames}
+            | {"speech": (round(first / speed), last)}
+        )
+    return made
+
+
+def save(clips: list[dict], path: Path) -> None:
+    """Write a bank."""
+    start = 0
+    for clip in clips:
+        clip["start"] = start
+        start += clip["frames"] * FRAME_SIZE
+    bank = {
+        "pcm": torch.from_numpy(np.concatenate([c.pop("pcm") for c in clips])),
+        "labels": torch.from_numpy(np.concatenate([c.pop("labels") for c in clips])),
+        "clips": clips,
+    }
+    torch.save(bank, path)
+    print(f"{path}: {len(clips)} clips, {start / SAMPLE_RATE / 3600:.2f} h")
+
+
 def jobs(copies: int, readings: list[str]) -> list[tuple[str, str, Voice]]:
     """Everything to be spoken; `readings` are what strangers say."""
     rng, more_rng = random.Random(0), random.Random(1)
@@ -160,7 +239,9 @@ def jobs(copies: int, readings: list[str]) -> list[tuple[str, str, Voice]]:
     for text, count in asked.items():
         for voice in rng.sample(USERS, count):
             todo.append(("ask", text, another(rng, voice)))
-        if more_rng.random() < MORE:
+        # Those that are over soon must be known in any voice.
+        short = len(text.split()) <= people.SHORT_WORDS
+        for _ in range(2 if short else more_rng.random() < MORE):
             voice = another(more_rng, more_rng.choice(MORE_USERS))
             todo.append(("ask", text, voice))
     for text in readings:
@@ -178,26 +259,25 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--copies", type=int, default=2, help="voices a sentence")
     parser.add_argument("--people", type=Path, help="a folder of recordings")
+    parser.add_argument("--neural", type=int, help="speak so much with Kokoro")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     spoken = people.load(args.people) if args.people else []
+    readings = people.readings(spoken)
     with multiprocessing.get_context("spawn").Pool() as pool:
-        clips = pool.map(make, jobs(args.copies, people.readings(spoken)), chunksize=16)
+        if args.neural:
+            clips = pool.map(make, neural_jobs(args.neural, readings), chunksize=4)
+            held = [clip for clip in clips if clip["kind"] == "test_neural"]
+            said = [clip for clip in clips if clip["kind"] != "test_neural"]
+            save(held, args.work / "held_neural.pt")
+            save(sum(map(at_speeds, said), []), args.work / "neural.pt")
+            return
+        clips = pool.map(make, jobs(args.copies, readings), chunksize=16)
     clips += [clip_of(*turn) for turn in people.turns(spoken)]
     clips += [clip_of(*turn) for turn in people.spliced(spoken)]
     # What is trained lies together, for random crops of it.
     clips.sort(key=lambda clip: clip["kind"].startswith("test"))
-    start = 0
-    for clip in clips:
-        clip["start"] = start
-        start += clip["frames"] * FRAME_SIZE
-    bank = {
-        "pcm": torch.from_numpy(np.concatenate([c.pop("pcm") for c in clips])),
-        "labels": torch.from_numpy(np.concatenate([c.pop("labels") for c in clips])),
-        "clips": clips,
-    }
-    torch.save(bank, args.work / "bank.pt")
-    print(f"bank: {len(clips)} clips, {start / SAMPLE_RATE / 3600:.2f} h")
+    save(clips, args.work / "bank.pt")
 
 
 if __name__ == "__main__":

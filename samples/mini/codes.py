@@ -9,6 +9,7 @@ from nets import Codec
 from prompts import loudness
 from sizes import FRAME_SIZE
 from torch import Tensor
+from training import device
 
 LEAD = 30
 TAIL = 2
@@ -34,6 +35,23 @@ def constants(codec: Codec) -> Constants:
               zip(codes, (silence, sine), strict=True)]  # fmt: skip
     print(f"constants: silence {steady[0]:.0%} steady, sine {steady[1]:.0%}")
     return Constants(silence.cpu(), sine.cpu())
+
+
+def load_bank(work: Path, *names: str) -> dict:
+    """Banks of WORK as one, those of training or `names`, samples on the device."""
+    patterns = names or ("neural*.pt", "bank.pt")
+    files = [file for pattern in patterns for file in sorted(work.glob(pattern))]
+    banks = [torch.load(file, weights_only=False) for file in files]
+    start = 0
+    for bank in banks:
+        for clip in bank["clips"]:
+            clip["start"] += start
+        start += len(bank["pcm"])
+    return {
+        "pcm": torch.cat([bank["pcm"] for bank in banks]).to(device()),
+        "labels": torch.cat([bank["labels"] for bank in banks]).to(device()),
+        "clips": [clip for bank in banks for clip in bank["clips"]],
+    }
 
 
 def clip_pcm(bank: dict, clip: dict) -> Tensor:

@@ -12,6 +12,7 @@ import tomllib
 STRANGER = "(stranger)"
 ROLES = ("teacher", "bank", "restaurant", "chat")
 STRANGERS = (0.13, 0.35)  # of the turns in training, and of those after a stranger's
+TELLS = {"ask": 0.25, "test": 0.15}  # of the turns begin with statements
 VOICE_SENTENCES = [
     "The quick brown fox jumps over the lazy dog near the river.",
     "She had a dark suit in greasy wash water all year.",
@@ -185,7 +186,7 @@ def dialogue(rng: random.Random, split: str, turns: int) -> Dialogue:
     for i in range(turns):
         follows = bool(spoken) and spoken[-1].question == STRANGER
         if split == "ask" and rng.random() < STRANGERS[follows]:
-            if follows and rng.random() < 0.5:
+            if follows and rng.random() < 0.65:
                 spoken[-1] = replace(spoken[-1], resumed=True)
             spoken.append(Turn(STRANGER, domain()["unknown"], "stranger"))
             continue
@@ -193,7 +194,7 @@ def dialogue(rng: random.Random, split: str, turns: int) -> Dialogue:
         intent = domain()["intent"][0] if greets else _intent(rng, role)
         question = _question(rng, intent, split)
         told: tuple[str, ...] = ()
-        if rng.random() < 0.15:
+        if rng.random() < TELLS[split]:
             told = tuple(rng.sample(statements(split), rng.randint(1, 3)))
         spoken.append(
             Turn(
@@ -201,11 +202,26 @@ def dialogue(rng: random.Random, split: str, turns: int) -> Dialogue:
                 reply(intent, role, facts),
                 subject(intent, role, facts),
                 told,
-                tuple(rng.choice(domain()["backchannels"]) for _ in told),
+                _backchannels(rng, role, split, len(told)),
                 i + 1 < turns and rng.random() < 0.2,
             )
         )
     return Dialogue(role, template.format(**facts), tuple(spoken))
+
+
+def _backchannels(
+    rng: random.Random, role: str, split: str, count: int
+) -> tuple[str, ...]:
+    """What an agent says between statements.
+
+    In training each has its turn: a model that did not know which would share what is
+    likely among four, and silence would win.
+    """
+    texts = domain()["backchannels"]
+    if split == "test":
+        return tuple(rng.choice(texts) for _ in range(count))
+    first = ROLES.index(role)
+    return tuple(texts[(first + i) % len(texts)] for i in range(count))
 
 
 def _question(rng: random.Random, intent: dict | None, split: str) -> str:
@@ -220,7 +236,7 @@ def _question(rng: random.Random, intent: dict | None, split: str) -> str:
         text = rng.choice(intent["ask"])
         if text.startswith("~"):
             text = rng.choice(domain()["carriers"]).format(text[1:])
-    return text if rng.random() < 0.3 else rng.choice(variations(text))
+    return text if rng.random() < 0.4 else rng.choice(variations(text))
 
 
 @cache

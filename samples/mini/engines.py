@@ -1,19 +1,26 @@
 """More synthesisers for the user's side, where their files are at hand.
 
-Each is a function from text, pitch and tempo factors to a sample rate and 16-bit PCM.
-Where they are is told by environment variables:
+Each is a function from text, pitch and tempo factors to a sample rate, 16-bit PCM and
+the end (s) of every phone, where it tells. Where they are is told by environment
+variables:
 
+* festival: its program, with voices of Debian's festvox packages
 * `PICO`: a folder with `libsvoxpico.so` and `lang/` (SVOX Pico, Apache 2.0)
 * `RHVOICE`: a folder with `libRHVoice.so`, `data` and `config` (RHVoice, LGPL 2.1; its
   voices bdl and clb are of CMU ARCTIC)
+* `KOKORO`: see kokoro.py
 """
 
 import ctypes
 import os
+import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import soundfile
+from kokoro import kokoro
 
 PICO_RATE = 16000
 
@@ -79,13 +86,16 @@ def _pico(voice: str) -> _Pico:
     return _Pico(voice)
 
 
-def pico(voice: str, text: str, pitch: float, tempo: float) -> tuple[int, np.ndarray]:
+Sound = tuple[int, np.ndarray, list[tuple[float, str]]]
+
+
+def pico(voice: str, text: str, pitch: float, tempo: float) -> Sound:
     """Say it with Pico."""
     tagged = (
         f'<pitch level="{round(100 * pitch)}"><speed level="{round(100 * tempo)}">'
         f"{text}</speed></pitch>"
     )
-    return PICO_RATE, _pico(voice).speak(tagged)
+    return PICO_RATE, _pico(voice).speak(tagged), []
 
 
 _SetRate = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
@@ -171,12 +181,23 @@ class _RhVoice:
 _rhvoice = cache(_RhVoice)
 
 
-def rhvoice(
-    voice: str, text: str, pitch: float, tempo: float
-) -> tuple[int, np.ndarray]:
+def rhvoice(voice: str, text: str, pitch: float, tempo: float) -> Sound:
     """Say it with RHVoice."""
     pcm = _rhvoice().speak(voice, text, pitch, tempo)
-    return _rhvoice().rate, pcm
+    return _rhvoice().rate, pcm, []
 
 
-ENGINES = {"pico": pico, "rhvoice": rhvoice}
+def festival(voice: str, text: str, pitch: float, tempo: float) -> Sound:
+    """Say it with festival, at its own pitch."""
+    assert pitch == 1
+    with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+        orders = (
+            f"(voice_{voice}) (Parameter.set 'Duration_Stretch {1 / tempo}) "
+            f'(utt.save.wave (utt.synth (Utterance Text "{text}")) "{file.name}")'
+        )
+        subprocess.run(["festival", "--batch", orders], check=True)
+        pcm, rate = soundfile.read(file.name, dtype="int16")
+    return rate, pcm, []
+
+
+ENGINES = {"festival": festival, "kokoro": kokoro, "pico": pico, "rhvoice": rhvoice}

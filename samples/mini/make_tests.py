@@ -5,7 +5,8 @@
 Needs WORK/bank.pt, WORK/codec_listen.pt, WORK/tokenizer.model and WORK/agent.pt; writes
 WORK/test.pt. Phrasings are not trained ones; most user voices are not either. `--kinds`
 has other clips asked, where there are such: test_engine (an engine that was not
-trained) or test_people (questions put together from people's words).
+trained), test_neural (voices of Kokoro that were not) or test_people (questions put
+together from people's words).
 """
 
 import argparse
@@ -16,12 +17,12 @@ import domain
 import sentencepiece
 import torch
 from agent import load_codec
-from codes import Agent, clip_pcm
+from codes import Agent, clip_pcm, load_bank
 from plan import Grid, Plan, Planner
 from rooms import roughen
 from sizes import FRAME_SIZE, config
 from torch import Tensor
-from training import device, seed
+from training import seed
 
 FRAMES = 225
 
@@ -46,8 +47,7 @@ def main() -> None:
     seed(5)
     random.seed(5)
     work, rng = args.work, random.Random(5)
-    bank = torch.load(work / "bank.pt", weights_only=False)
-    bank["pcm"] = bank["pcm"].to(device())
+    bank = load_bank(work, "bank.pt", "held*.pt")
     codec = load_codec(work / "codec_listen.pt")
     agent = Agent.load(work / "agent.pt")
     tokenizer = sentencepiece.SentencePieceProcessor(str(work / "tokenizer.model"))

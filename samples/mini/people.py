@@ -22,10 +22,12 @@ import soundfile
 import soxr
 from speech import SAMPLE_RATE
 
-LONGEST_PAUSE_S = 0.9
-LONGEST_S = 11.0
+LONGEST_PAUSE_S = 1.6
+# Shorter speech of people may well be a greeting or a thank-you, which mini answers.
+SHORTEST_S, LONGEST_S = 1.5, 11.0
 CUTS = 8  # turns of a recording
 SPLICED = {"ask": 4000, "test_people": 150}
+SHORT_WORDS = 4  # of half of the questions
 FADE = 240
 TURN = tuple[str, str, str, np.ndarray]
 
@@ -59,8 +61,8 @@ def readings(recordings: list[Recording]) -> list[str]:
     for recording in recordings:
         words = [word for _, _, word in recording.words]
         for _ in range(0 if recording.held_out else CUTS):
-            first = rng.randrange(max(1, len(words) - 4))
-            part = words[first : first + rng.randint(3, 25)]
+            first = rng.randrange(max(1, len(words) - 7))
+            part = words[first : first + rng.randint(7, 25)]
             texts.append(f"{' '.join(part).capitalize()}.")
     return texts
 
@@ -72,7 +74,7 @@ def turns(recordings: list[Recording]) -> Iterator[TURN]:
         spans = list(speaking(recording.pcm))
         for _ in range(CUTS):
             first = last = rng.randrange(len(spans))
-            wanted = rng.uniform(0.5, LONGEST_S)
+            wanted = rng.uniform(SHORTEST_S, LONGEST_S)
             while (
                 last + 1 < len(spans)
                 and spans[last + 1][0] - spans[last][1] < LONGEST_PAUSE_S * SAMPLE_RATE
@@ -81,7 +83,8 @@ def turns(recordings: list[Recording]) -> Iterator[TURN]:
                 last += 1
             kind = "test_stranger" if recording.held_out else "stranger"
             sound = recording.pcm[spans[first][0] : spans[last][1]]
-            yield kind, domain.STRANGER, recording.name, sound
+            if len(sound) > SHORTEST_S * SAMPLE_RATE:
+                yield kind, domain.STRANGER, recording.name, sound
 
 
 def speaking(pcm: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -110,8 +113,9 @@ def spliced(recordings: list[Recording]) -> Iterator[TURN]:
         if split == "ask":
             texts = texts.union(*(domain.variations(text) for text in sorted(texts)))
         able = [t for t in sorted(texts) if said.keys() >= set(spoken(t))]
-        for _ in range(count if able else 0):
-            text = rng.choice(able)
+        short = [text for text in able if len(spoken(text)) <= SHORT_WORDS]
+        for number in range(count if short else 0):
+            text = rng.choice(short if number % 2 else able)
             parts = [_cut(*rng.choice(said[word])) for word in spoken(text)]
             yield kind, text, "people", _joined(parts)
 

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from export import SHARPER
 from safetensors.torch import load_file
 
 
@@ -25,7 +26,9 @@ def main() -> None:
     codec = load_file(args.folder / sizes["mimi_name"])
     torch.save(codec, args.work / "codec_listen.pt")
     torch.save(codec, args.work / "codec.pt")
-    torch.save(load_file(args.folder / sizes["moshi_name"]), args.work / "lm.pt")
+    lm = load_file(args.folder / sizes["moshi_name"])
+    lm["text_linear.weight"] /= SHARPER
+    torch.save(lm, args.work / "lm.pt")
     shutil.copy(args.folder / sizes["tokenizer_name"], args.work / "tokenizer.model")
 
 

@@ -13,7 +13,8 @@ from sizes import FRAME_SIZE
 from torch import Tensor
 
 RATE = 24000
-LOWEST_DB = -46.0
+LOWEST_DB = -48.0
+WINDOW, SMOOTH = 1024, 50  # of spectra, and of what is smooth in them
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,35 @@ def _echo(rows: int, where: torch.device) -> Tensor:
     tail = share * tail
     tail[:, 0] = 1
     return tail
+
+
+def tract(pcm: Tensor, factor: Tensor) -> Tensor:
+    """Voices (rows, samples) with formants `factor` (rows, 1) times as high.
+
+    Above 1 a shorter vocal tract; pitch and tempo stay.
+    """
+    rows, samples = pcm.shape
+    hop = WINDOW // 4
+    window = torch.hann_window(WINDOW, device=pcm.device)
+    rest = -samples % hop
+    frames = F.pad(pcm, (WINDOW - hop, WINDOW - hop + rest)).unfold(1, WINDOW, hop)
+    spectrum = torch.fft.rfft(frames * window)
+    log = spectrum.abs().clamp(min=1e-4).log()
+    quefrency = torch.fft.irfft(log)
+    quefrency[..., SMOOTH : WINDOW - SMOOTH + 1] = 0
+    envelope = torch.fft.rfft(quefrency).real
+    bins = log.shape[2]
+    source = torch.arange(bins, device=pcm.device) / factor
+    low = source.long().clamp(max=bins - 2)
+    share = (source - low).clamp(max=1)[:, None]
+    low = low[:, None].expand(-1, frames.shape[1], -1)
+    below, above = envelope.gather(2, low), envelope.gather(2, low + 1)
+    moved = below + share * (above - below)
+    gain = (moved - envelope).clamp(-3, 3).exp()
+    frames = torch.fft.irfft(spectrum * gain) * window / 1.5
+    total = frames.shape[1] * hop + WINDOW - hop
+    sound = F.fold(frames.transpose(1, 2), (1, total), (1, WINDOW), stride=(1, hop))
+    return sound.view(rows, total)[:, WINDOW - hop :][:, :samples]
 
 
 def roughen(pcm: Tensor, noisy: bool) -> Tensor:

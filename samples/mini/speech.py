@@ -70,8 +70,10 @@ def speak(text: str, voice: Voice) -> Clip:
     """Say a sentence."""
     if ":" in voice.name:
         engine, name = voice.name.split(":")
-        rate, pcm = ENGINES[engine](name, text, voice.pitch or 1.0, 1 / voice.stretch)
-        words, phones = [], []
+        rate, pcm, phones = ENGINES[engine](
+            name, text, voice.pitch or 1.0, 1 / voice.stretch
+        )
+        words, phones = [], [(end, PHONES.index(phone)) for end, phone in phones]
     elif voice.name.startswith("en"):
         rate, pcm, words, phones = _espeak(text, voice)
     else:
@@ -238,12 +240,12 @@ class _Espeak:
 
 
 @cache
-def _espeak_library() -> _Espeak:
+def espeak_library() -> _Espeak:
     return _Espeak()
 
 
 def _espeak(text: str, voice: Voice) -> tuple:
-    espeak = _espeak_library()
+    espeak = espeak_library()
     lib = espeak.lib
     lib.espeak_SetVoiceByName(voice.name.encode())
     rate_parameter, pitch_parameter = 1, 3

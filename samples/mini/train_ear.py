@@ -1,17 +1,17 @@
 """Teach the codec's encoder to hear the same words whatever carries them.
 
-    python train_ear.py WORK [--seconds S]
+    python train_ear.py WORK [--seconds S] [--more] [--mean]
 
 Needs WORK/bank.pt, WORK/agent.pt (the agent keeps the codes of the encoder there was)
 and WORK/codec_listen.pt, which it replaces; `codec.pt` gets the new encoder too, if it
 is there. Codebooks and decoder stay as they are. The old encoder is the teacher: of the
 agent's clips, in all codebooks, and of the users', in the semantic codes of the clip as
 spoken; the new one hears it through a microphone, in a room, at any level. Phone labels
-keep it at the words. Its first filters cannot hear a constant offset.
+keep it at the words. Its first filters cannot hear a constant offset. With `--mean` the
+mean of the encoder before and after is written: of two that hear well it hears better.
 """
 
 import argparse
-import copy
 import math
 from pathlib import Path
 
@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from agent import load_codec
 from bank import NO_LABEL
+from codes import load_bank
 from nets import Codebook, Codec
-from rooms import LOWEST_DB, ROOMS, babble, carry
+from rooms import LOWEST_DB, ROOMS, babble, carry, tract
 from sizes import config
 from speech import PHONES
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ RATE = 6e-4
 HEARS = ("encoder", "encoder_transformer", "downsample")
 LOUD = 0.25  # the loudest sample of what the teacher hears
 SHARPNESS = 8.0
+PHONE = 1.0
 GAINS = (2.0, 32.0)
+SIZES = 1.25  # formants up to so many times higher or lower
 
 
 def place(z: Tensor, book: Codebook, chosen: Tensor) -> Tensor:
@@ -71,9 +74,10 @@ def round_centred(conv: nn.Conv1d) -> None:
 class Ear:
     """The loss of one batch."""
 
-    def __init__(self, codec: Codec, data: Data, where: torch.device) -> None:
-        self.codec, self.data = codec, data
-        self.teacher = copy.deepcopy(codec).requires_grad_(False)
+    def __init__(
+        self, codec: Codec, teacher: Codec, data: Data, where: torch.device
+    ) -> None:
+        self.codec, self.teacher, self.data = codec, teacher, data
         width = config(1)["mimi"]["quantizer"]["dimension"]
         self.phones = nn.Linear(width, 3 * len(PHONES)).to(where)
 
@@ -81,6 +85,8 @@ class Ear:
         """Users as they are heard: each row in a room of its own."""
         rows, samples = pcm.shape
         half_rows = rows // 2
+        size = torch.rand(rows, 1, device=pcm.device) * 2 - 1
+        pcm = tract(pcm, SIZES**size)
         pcm = torch.cat([pcm[:half_rows], babble(pcm[half_rows:], -24.0)])
         heard = carry(pcm, LOWEST_DB)
         loud = heard.abs().amax(1, keepdim=True)
@@ -115,7 +121,7 @@ class Ear:
         phone = F.cross_entropy(
             logits, labels.flatten(), ignore_index=NO_LABEL, label_smoothing=0.05
         )
-        total = ours + 2 * theirs + 4 * acoustic + 0.5 * phone
+        total = ours + 2 * theirs + 4 * acoustic + PHONE * phone
         parts = [total, ours, theirs, acoustic, phone]
         parts += [same[:agents].float().mean(), same[agents:].float().mean()]
         return torch.stack(parts)
@@ -126,17 +132,20 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--more", action="store_true", help="after an earlier call")
+    parser.add_argument("--mean", action="store_true", help="with the encoder before")
     args = parser.parse_args()
     seed(3)
     where = device()
-    bank = torch.load(args.work / "bank.pt", weights_only=False)
-    bank["pcm"], bank["labels"] = bank["pcm"].to(where), bank["labels"].to(where)
+    bank = load_bank(args.work)
     codec = load_codec(args.work / "codec_listen.pt")
     codec.requires_grad_(False)
     agents = args.batch // 4
-    ear = Ear(codec, Data(bank, agents, args.batch - agents), where)
+    teacher = load_codec(args.work / "codec.pt").requires_grad_(False)
+    ear = Ear(codec, teacher, Data(bank, agents, args.batch - agents), where)
     first_conv = codec.encoder.model[0].conv.conv
-    spread(first_conv)
+    if not args.more:
+        spread(first_conv)
     parameters = [*ear.phones.parameters()]
     hearing = [getattr(codec, name) for name in HEARS]
     for module in hearing:
@@ -167,6 +176,11 @@ def main() -> None:
             values = " ".join(f"{v:.3f}" for v in parts.tolist())
             print(f"ear {count} {clock.elapsed():.0f} s: {values}", flush=True)
     average.swap()
+    if args.mean:
+        for name in HEARS:
+            before = dict(getattr(teacher, name).named_parameters())
+            for key, p in getattr(codec, name).named_parameters():
+                p.data.lerp_(before[key], 0.5)
     round_centred(first_conv)
     state = half(codec)
     torch.save(state, args.work / "codec_listen.pt")

@@ -1,5 +1,7 @@
 """Encode what users say, each clip in a few rooms; some of it without any sense.
 
+Questions once in the voice they have and once in one bent from it.
+
     python users.py WORK
 
 Needs WORK/bank.pt and WORK/codec_listen.pt; writes WORK/users.pt: the semantic codes of
@@ -14,10 +16,12 @@ from pathlib import Path
 
 import domain
 import torch
+import torch.nn.functional as F
 from agent import load_codec
-from codes import clip_pcm
+from codes import clip_pcm, load_bank
 from nets import Codec
-from rooms import RATE, ROOMS, carry
+from people import LONGEST_S, SHORTEST_S
+from rooms import RATE, ROOMS, carry, tract
 from sizes import FRAME_SIZE
 from torch import Tensor
 from training import device, seed
@@ -26,13 +30,14 @@ LEAD, TAIL = 12, 2
 ROOM_FRAMES = 720
 COPIES = 24  # of a room's sound
 VARIANTS = {"ask": 2, "stranger": 3}  # rooms of a clip
+FASTER, SHORTER = (0.86, 1.16), (0.85, 1.2)  # than the clip: speed, the vocal tract
 RESHAPED = 1500
 PIECE_S = (0.12, 0.5)
 
 
 def reshape(rng: random.Random, bank: dict, clips: list[dict]) -> Tensor:
     """Speech without sense: pieces of a voice's clips, with pauses, (samples,)."""
-    parts, length, wanted = [], 0.0, rng.uniform(1.0, 11.0)
+    parts, length, wanted = [], 0.0, rng.uniform(SHORTEST_S, LONGEST_S)
     while length < wanted:
         sound = clip_pcm(bank, rng.choice(clips))
         size = int(rng.uniform(*PIECE_S) * RATE)
@@ -44,7 +49,7 @@ def reshape(rng: random.Random, bank: dict, clips: list[dict]) -> Tensor:
         piece[len(piece) - fade :] *= ramp.flip(0)
         parts.append(piece)
         if rng.random() < 0.12:
-            parts.append(piece.new_zeros(int(rng.uniform(0.15, 1.0) * RATE)))
+            parts.append(piece.new_zeros(int(rng.uniform(0.15, 1.5) * RATE)))
         length = sum(map(len, parts)) / RATE
     return torch.cat(parts)
 
@@ -65,6 +70,19 @@ def reshaped(
         yield clip | {"speech": (0, len(sound)), "frames": frames}, sound
 
 
+def bent(rng: random.Random, clip: dict, sound: Tensor) -> tuple[dict, Tensor]:
+    """A clip in another voice: pitch and tempo by one factor, formants by another."""
+    factor = rng.uniform(*FASTER)
+    sound = F.interpolate(sound[None, None], scale_factor=1 / factor, mode="linear")
+    sound = sound[0, 0]
+    first, last = (round(sample / factor) for sample in clip["speech"])
+    frames = -(-len(sound) // FRAME_SIZE)
+    size = rng.uniform(*SHORTER) / factor
+    return clip | {
+        "speech": (first, min(last, len(sound))), "frames": frames, "size": size,
+    }, sound  # fmt: skip
+
+
 @torch.no_grad()
 def semantic(codec: Codec, pcm: Tensor) -> Tensor:
     """Semantic codes (batch, frames)."""
@@ -76,9 +94,11 @@ def heard(codec: Codec, sounds: list[tuple[dict, Tensor]], room: int) -> list[di
     where = sounds[0][1].device
     frames = max(clip["frames"] for clip, _ in sounds) + LEAD + TAIL + 1
     voice = torch.zeros(len(sounds), frames * FRAME_SIZE, device=where)
+    sizes = torch.tensor([[clip.get("size", 1.0)] for clip, _ in sounds], device=where)
     offsets = torch.randint(FRAME_SIZE, (len(sounds),)).tolist()
     for row, (_, sound), offset in zip(voice, sounds, offsets, strict=True):
         row[LEAD * FRAME_SIZE + offset :][: len(sound)] = sound
+    voice = torch.where(sizes == 1, voice, tract(voice, sizes))
     pcm = carry(voice, ROOMS[room].lowest()) + ROOMS[room].sound(*voice.shape, where)
     codes = semantic(codec, pcm.clamp(-1, 1))
     made = []
@@ -106,8 +126,7 @@ def main() -> None:
     work, rng = args.work, random.Random(11)
     seed(11)
     torch.set_float32_matmul_precision("highest")
-    bank = torch.load(work / "bank.pt", weights_only=False)
-    bank["pcm"] = bank["pcm"].to(device())
+    bank = load_bank(work)
     codec = load_codec(work / "codec_listen.pt")
     sounds = [
         (clip, clip_pcm(bank, clip))
@@ -115,6 +134,7 @@ def main() -> None:
         if clip["kind"] in VARIANTS
     ]
     sounds += reshaped(rng, bank, args.reshaped)
+    sounds += [bent(rng, *s) for s in sounds if s[0]["kind"] == "ask"]
     sounds.sort(key=lambda s: s[0]["frames"])
     made = []
     while sounds:
@@ -122,8 +142,9 @@ def main() -> None:
         size = max(4, 12000 // (sounds[-1][0]["frames"] + 1))
         some, sounds = sounds[-size:], sounds[:-size]
         count = max(VARIANTS[clip["kind"]] for clip, _ in some)
-        for room in rng.sample(range(len(ROOMS)), count):
-            made += heard(codec, some, room)
+        for times, room in enumerate(rng.sample(range(len(ROOMS)), count)):
+            there = [s for s in some if VARIANTS[s[0]["kind"]] > times]
+            made += heard(codec, there, room)
     rooms = {}
     for number, room in enumerate(ROOMS):
         pcm = room.sound(COPIES, ROOM_FRAMES * FRAME_SIZE, device())
