@@ -25,7 +25,7 @@ from pplex.evaluation.speech_activity import (
     total_s,
 )
 
-TAIL_S = 6.0
+TAIL_S = 4.0
 
 
 def parse(words: list[str]) -> list[tuple[str, bool]]:
