@@ -373,15 +373,21 @@ def _drawing(
     )
 
 
-sampling_options = together(
-    click.option(
+def _seed_option(text: str) -> Callable[[Command], Command]:
+    return click.option(
         "--seed",
         metavar="N|random",
         type=_seed,
         default=DEFAULT_SEED,
         show_default=True,
-        help="The same seed gives the same answer on the same machine; random "
-        "draws one, and the summary says which.",
+        help=text,
+    )
+
+
+sampling_options = together(
+    _seed_option(
+        "The same seed gives the same answer on the same machine; random draws one, "
+        "and the summary says which."
     ),
     click.option("--greedy", is_flag=True, help="Take the likeliest token every time."),
     _drawing("", "audio", temp=TEMP, top_k=TOP_K),
@@ -389,14 +395,7 @@ sampling_options = together(
 )
 # Of commands that learn something of a model from what it answers.
 study_options = together(
-    click.option(
-        "--seed",
-        metavar="N|random",
-        type=_seed,
-        default=DEFAULT_SEED,
-        show_default=True,
-        help="For the random draws.",
-    ),
+    _seed_option("For the random draws."),
     click.option(
         "--seconds",
         type=FiniteRange(min=0.2),
