@@ -329,6 +329,28 @@ def test_batch_kernels_compute_what_mlx_does(rows, compiled, monkeypatch):
         assert (found[1] == expected[1])[same, idx].mean() > 0.9
 
 
+def test_a_row_has_the_same_bits_in_the_depformers_kernel_for_any_number_of_rows():
+    """Of sizes whose sums every kernel cuts into several pieces a share."""
+    config = replace(CONFIG, depformer_dim=512, depformer_hidden_dim=1408)
+    mx.random.seed(0)
+    lm = Lm(config)
+    parts = lm.depformer
+    parts.apply(lambda a: mx.random.normal(a.shape) / a.shape[-1] ** 0.5)
+    parts.set_dtype(mx.bfloat16)
+    kernel = depformer.DepformerKernel(lm)
+    sampler = Sampler(SamplingConfig(), config.text_card, config.card, AGENT - 1)
+    rows = 150
+    inputs = mx.random.normal((rows, config.num_codebooks * 512)).astype(mx.bfloat16)
+    column = mx.random.randint(0, config.card, (rows, config.num_streams))
+    keys = noise_keys(list(range(rows)), [3] * rows)
+    columns = [
+        np.array(kernel(inputs[-n:], column[-n:], keys[-n:], None, sampler))
+        for n in (rows, 1, 16, 17, 64, 65)
+    ]
+    for some in columns:
+        np.testing.assert_array_equal(some, columns[0][-len(some) :])
+
+
 @pytest.mark.parametrize("bits", [16, 4])
 def test_embedded_columns_are_those_of_mlx(bits):
     engine = make_engine(random_lm(bits))

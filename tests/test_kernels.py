@@ -42,7 +42,9 @@ def sources() -> Iterator[tuple[str, str]]:
         if not name.startswith("attend"):
             yield name, rows.source(name)
     yield "elu_behind", convolutions.source()
-    yield "depformer", depformer.source(lm)
+    for least in depformer.TILES:
+        text = depformer.source(lm, least, depformer.LEAST_SHARED)
+        yield f"depformer {least}", text
     for form, (matrices, tables) in FORMS.items():
         forms = dict.fromkeys(frame.MATRICES, matrices)
         forms |= dict.fromkeys(TABLES, tables)

@@ -6,6 +6,8 @@ their work takes the GPU.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -18,10 +20,13 @@ from pplex.model.sampling import Sampler
 
 NAME = "pplex_depformer"
 THREADS = 256
-TILE_FLOATS = 64 * (48 + 8) * THREADS // 32  # the largest tile's sums
-OTHER_FLOATS = 1024  # more than all else in its `Shared`
-SHARED_MEMORY = 4 * (TILE_FLOATS + OTHER_FLOATS)
+# Rows of a team of blocks, and how much wider tiles are than of the fewest columns, by
+# how many rows there are at least. A compiled kernel each.
+TILES = {1: (16, 1), 17: (64, 1), 65: (64, 4)}
+LEAST_SHARED, MOST_SHARED = 162 << 10, 227 << 10
+_OTHER_SHARED = 2048  # more than all but the stages in its `Shared`
 MAX_STEPS = 16
+HEAD_DIMS = 8, 16, 32, 64, 128, 256
 
 ENTRY = f"""
 extern "C" __global__ __launch_bounds__({THREADS}, 1) void {NAME}(
@@ -32,10 +37,11 @@ extern "C" __global__ __launch_bounds__({THREADS}, 1) void {NAME}(
     bf16* work, float* ssq, int rows, int has_keys, int has_given, int first,
     int width, float temperature, int top_k) {{
   Weights weights{{qkv, out, up, down, head, table, norm1, norm2}};
-  bf16* past = work + (size_t)rows * DIM;
+  bf16* normed = work + (size_t)rows * DIM;
+  bf16* past = normed + (size_t)rows * DIM;
   bf16* y = past + (size_t)rows * LAYERS * STEPS * WIDTH;
   bf16* hidden = y + (size_t)rows * DIM;
-  Work all{{work, ssq, past, y, hidden, hidden + (size_t)rows * HIDDEN}};
+  Work all{{work, normed, ssq, past, y, hidden, hidden + (size_t)rows * HIDDEN}};
   depformer(weights, all, inputs, text_table, column, has_keys ? keys : nullptr,
             has_given ? given : nullptr, counters, next_column, rows, first, width,
             temperature, top_k);
@@ -62,16 +68,21 @@ class DepformerKernel:
             weights = mx.concatenate([norm.weight for norm in norms])
             self._weights.append(weights.astype(mx.float32))
         self._text_table = depformer.text_emb.weight
-        # The kernel leaves zeros in the two it uses. MLX puts arrays as small as two
-        # where the host can reach them, and gives others memory that the host has
-        # read if it has kept some: a barrier there takes a hundred times as long.
+        self._sizes, memory = _sizes(config), min(shared_memory(), MOST_SHARED)
+
+        def compiled(rows: int) -> Kernel:
+            return Kernel.of(NAME, source(config, rows, memory), THREADS, memory)
+
+        with ThreadPoolExecutor(len(TILES)) as pool:  # seconds, where none is kept
+            self._kernels = dict(zip(TILES, pool.map(compiled, TILES), strict=True))
+        self._blocks = num_multiprocessors()
+        # The kernel leaves zeros in the two of a team. MLX puts small arrays where the
+        # host can reach them, and gives others memory that the host has read if it has
+        # kept some: a barrier there takes a hundred times as long.
         mx.synchronize()
         mx.clear_cache()
-        self._counters = mx.zeros(64, mx.uint32)
+        self._counters = mx.zeros(32 * self._blocks, mx.uint32)
         mx.eval(self._weights, self._counters)
-        self._sizes = _sizes(config)
-        self._kernel = Kernel.of(NAME, source(config), THREADS, SHARED_MEMORY)
-        self._blocks = num_multiprocessors()
 
     def __call__(
         self,
@@ -89,17 +100,18 @@ class DepformerKernel:
         """
         rows, s = len(column), self._sizes
         per_row = (
-            s["DIM"] * (2 + 3 * s["LAYERS"] * s["STEPS"]) + s["HIDDEN"] + s["CARD"]
+            s["DIM"] * (3 + 3 * s["LAYERS"] * s["STEPS"]) + s["HIDDEN"] + s["CARD"]
         )
         config = sampler.config
-        next_column, _, _ = self._kernel(
+        kernel = self._kernels[max(least for least in TILES if least <= rows)]
+        next_column, _, _ = kernel(
             [*self._weights, inputs, self._text_table, column]
             + [column if keys is None else keys, column if given is None else given]
             + [self._counters],
             [
                 (column.shape, mx.int32),
                 ((rows * per_row,), mx.bfloat16),
-                ((rows * -(-s["DIM"] // 32),), mx.float32),
+                ((rows * s["DIM"] // 8,), mx.float32),
             ],
             [rows, int(keys is not None), int(given is not None), sampler.text_noise]
             + [sampler.noise_width, 0.0 if keys is None else float(config.temp)]
@@ -109,11 +121,14 @@ class DepformerKernel:
         return next_column
 
 
-def source(config: LmConfig) -> str:
-    """The kernel's text for a model of these sizes."""
+def source(config: LmConfig, rows: int, shared_memory: int) -> str:
+    """The kernel's text for a model of these sizes; ``rows`` are a key of ``TILES``."""
     texts = [read_source("common.cu"), read_source("grid.cu")]
     texts.append(read_source("depformer.cu"))
-    return with_constants(_sizes(config), *texts, ENTRY)
+    of_team, wider = TILES[rows]
+    stages = (shared_memory - _OTHER_SHARED) // 1024 * 1024
+    sizes = {"ROWS": of_team, "WIDER": wider, "STAGES_BYTES": stages}
+    return with_constants(_sizes(config) | sizes, *texts, ENTRY)
 
 
 def _sizes(config: LmConfig) -> dict[str, int]:
@@ -127,14 +142,13 @@ def _sizes(config: LmConfig) -> dict[str, int]:
         "STEPS": config.num_codebooks,
         "HIDING_STEP": config.hiding_step,
         "STREAMS": config.num_streams,
-        "TILE_FLOATS": TILE_FLOATS,
     }
 
 
 def supports(lm: Lm) -> bool:
     """Whether the kernel can run ``lm``: all in bfloat16, of sizes it knows."""
     config, depformer = lm.config, lm.depformer
-    if shared_memory() < SHARED_MEMORY:
+    if shared_memory() < LEAST_SHARED:
         return False
     parts: list[nn.Module] = [depformer.text_emb, depformer.audio_emb]
     parts += [step.head for step in depformer.steps]
@@ -145,7 +159,7 @@ def supports(lm: Lm) -> bool:
     return (
         all(form_of(part) == DENSE for part in parts)
         and config.depformer_dim % 32 == config.depformer_hidden_dim % 32 == 0
-        and config.depformer_dim % (2 * config.depformer_num_heads) == 0
+        and config.depformer_dim / config.depformer_num_heads in HEAD_DIMS
         and config.card % 8 == 0
         and config.num_codebooks <= MAX_STEPS
     )

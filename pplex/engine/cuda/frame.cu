@@ -583,7 +583,7 @@ __device__ void frame(const Weights& w, const int* tokens, const int* user,
   extern __shared__ __align__(16) char memory[];
   Shared& sh = *(Shared*)memory;
   unsigned* counters = (unsigned*)work;
-  Grid grid{counters};
+  Grid grid{counters, gridDim.x};
   float* x = work + WORK_X;
   float* qkv = work + WORK_QKV;
   float* hidden = work + WORK_HIDDEN;

@@ -1,13 +1,14 @@
-// A barrier for all blocks of a launch, which must all be resident at once.
+// A barrier for so many blocks of a launch, which must all be resident at once.
 struct Grid {
   unsigned* counters;  // two zeros
+  unsigned blocks;
   unsigned target = 0;
 
   __device__ void sync() {
     __syncthreads();
     if (threadIdx.x == 0) {
       __threadfence();
-      target += gridDim.x;
+      target += blocks;
       atomicAdd(counters, 1u);
       unsigned seen, spins = 0;
       do {
@@ -23,6 +24,6 @@ struct Grid {
     __syncthreads();
     if (threadIdx.x != 0) return;
     __threadfence();
-    if (atomicAdd(counters + 1, 1u) == gridDim.x - 1) counters[0] = counters[1] = 0;
+    if (atomicAdd(counters + 1, 1u) == blocks - 1) counters[0] = counters[1] = 0;
   }
 };
