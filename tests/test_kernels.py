@@ -32,14 +32,15 @@ def sources() -> Iterator[tuple[str, str]]:
     lm = LmConfig()  # the published 7B
     for head_dim in rows.WIDTHS:
         sizes = {"HEAD_DIM": head_dim, "WINDOW": lm.window}
-        yield f"attend_prompts {head_dim}", rows.source("attend_prompts", **sizes)
+        for name in ("attend_prompts", "join_parts"):
+            yield f"{name} {head_dim}", rows.source(name, **sizes)
         for bits in (8, 16):
             text = rows.source("attend", **sizes, KV_BITS=bits)
             yield f"attend {head_dim} {bits}", text
     latents = rows.source("attend_latents", HEAD_DIM=rows.LATENTS_WIDTH)
     yield "attend_latents", latents
     for name in rows.THREADS:
-        if not name.startswith("attend"):
+        if not name.startswith(("attend", "join")):
             yield name, rows.source(name)
     yield "elu_behind", convolutions.source()
     for least in depformer.TILES:

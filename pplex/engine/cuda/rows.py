@@ -21,6 +21,7 @@ LATENTS_TILE, LATENTS_WIDTH = 64, 64  # new positions together, and of heads
 THREADS = {
     "attend": 128,
     "attend_prompts": 128,
+    "join_parts": 256,
     "attend_latents": 256,
     "choose_text": 1024,
     "embed_column": 512,
@@ -59,18 +60,28 @@ def attend_rows(
     kv_bits = 8 if len(ring) > 2 else 16
     angles = _frequencies(head_dim, max_period)
     sizes = {"HEAD_DIM": head_dim, "WINDOW": window}
-    (parts,) = _kernel("attend_prompts", **sizes)(
+    # A graph's kernels that do not need each other run side by side: one waits for
+    # latency, the other for memory.
+    parts = (num_rows, heads, head_dim + 2), mx.float32
+    (before,) = _kernel("attend_prompts", **sizes)(
         [qkv, *prompts, tiles, rows, angles],
-        [((num_rows, heads, head_dim + 2), mx.float32)],
+        [parts],
         [prompts[0].shape[2]],
         blocks=(heads, len(tiles)),
     )
     floats = (3 + THREADS["attend"] // 32) * head_dim + window + 512
-    (y,) = _kernel("attend", 4 * floats, **sizes, KV_BITS=kv_bits)(
-        [qkv, *with_scales(ring), parts, rows, angles],
-        [((len(qkv), heads, 1, head_dim), mx.bfloat16)],
+    (since,) = _kernel("attend", 4 * floats, **sizes, KV_BITS=kv_bits)(
+        [qkv, *with_scales(ring), rows, angles],
+        [parts],
         [slot, slots],
         blocks=(heads, num_rows),
+    )
+    count = num_rows * heads
+    (y,) = _kernel("join_parts", **sizes)(
+        [since, before, rows],
+        [((len(qkv), heads, 1, head_dim), mx.bfloat16)],
+        [heads, count],
+        blocks=(-(-count * 32 // THREADS["join_parts"]), 1),
         init_value=0 if num_rows < len(qkv) else None,
     )
     return y
