@@ -180,6 +180,6 @@ def _by_groups(codec, code_next, recordings, axis: int, made: int):
         chunks = []
         for start in range(0, longest, size):
             stretch = (slice(None),) * axis + (slice(start, start + size),)
-            chunks.append(code_next([one[stretch] for one in group], state))
+            chunks.append(code_next([one[stretch] for one in group], state)())
         found += [np.concatenate(row, axis=made) for row in zip(*chunks, strict=True)]
     return found

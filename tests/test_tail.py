@@ -122,10 +122,10 @@ class Script(Codec):
         return np.concatenate([SPEECH[:0], *sounds])
 
     def encode_next(self, parts, state):
-        return [self.encode(frames, state) for frames in parts]
+        return lambda: [self.encode(frames, state) for frames in parts]
 
     def decode_next(self, parts, state):
-        return [self.decode(codes, state) for codes in parts]
+        return lambda: [self.decode(codes, state) for codes in parts]
 
 
 class Scripted:

@@ -53,10 +53,10 @@ def measure_parts(engine: Engine, rows: int) -> Parts:
     encoder, decoder = codec.make_state(), codec.make_state()
     if group > 1:
         together = [pcm] * group
-        codes = codec.encode_next(together, encoder)
-        codec.decode_next(codes, decoder)
-        encode = _median_ms(lambda: codec.encode_next(together, encoder))
-        decode = _median_ms(lambda: codec.decode_next(codes, decoder))
+        codes = codec.encode_next(together, encoder)()
+        codec.decode_next(codes, decoder)()
+        encode = _median_ms(lambda: codec.encode_next(together, encoder)())
+        decode = _median_ms(lambda: codec.decode_next(codes, decoder)())
     else:
         one = codec.encode(pcm, encoder)
         codec.decode(one, decoder)

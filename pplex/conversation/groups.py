@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 
 import numpy as np
@@ -12,8 +12,8 @@ from pplex.conversation.answer import Answer
 from pplex.conversation.quiet import Quiet
 from pplex.conversation.script import last_cue
 from pplex.conversation.tracks import Conversation, Track
-from pplex.conversation.worker import begin
-from pplex.engine.base import Codec, Engine
+from pplex.conversation.worker import begin_late
+from pplex.engine.base import Begun, Codec, Engine
 from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
 from pplex.model.streams import TEXT_ROW
@@ -47,7 +47,7 @@ class _Encoding:
         if idx < len(self._chunks) or first >= max(self._lengths):
             return
         parts = [self._part(row, first) for row in range(len(self._lengths))]
-        call = begin(self._worker, self._codec.encode_next, parts, self._state)
+        call = begin_late(self._worker, self._codec.encode_next, parts, self._state)
         self._chunks.append(call)
 
     def _part(self, row: int, first: int) -> np.ndarray:
@@ -266,16 +266,21 @@ class Decoding:
         first, self._num_begun = self._num_begun, until
         parts = [each.said(first, until)[1:] for each in self._tracks]
         rooms = dict(self._left)
-        self._call = begin(self._worker, self._decode, parts, rooms, first)
+        self._call = begin_late(self._worker, self._decode, parts, rooms, first)
 
     def _decode(
         self, parts: list[np.ndarray], rooms: dict[int, np.ndarray], first: int
-    ) -> None:
-        made = self._codec.decode_next(parts, self._state)
-        for row, room in rooms.items():
-            if count := parts[row].shape[1]:
-                start = first * (len(made[row]) // count)
-                room[start : start + len(made[row])] = made[row]
+    ) -> Callable[[], None]:
+        wait = self._codec.decode_next(parts, self._state)
+
+        def place() -> None:
+            made = wait()
+            for row, room in rooms.items():
+                if count := parts[row].shape[1]:
+                    start = first * (len(made[row]) // count)
+                    room[start : start + len(made[row])] = made[row]
+
+        return place
 
 
 def decode_group(
@@ -285,7 +290,7 @@ def decode_group(
     start = time.perf_counter()
     said = [track.said() for track in tracks]
     codes = [frames[1:] for frames in said]
-    sounds = begin(worker, _decode_whole, codec, codes).result()
+    sounds = begin_late(worker, _decode_whole, codec, codes).result()
     per_frame = (time.perf_counter() - start) / sum(frames.shape[1] for frames in said)
     answers = []
     for track, frames, pcm in zip(tracks, said, sounds, strict=True):
@@ -295,7 +300,7 @@ def decode_group(
     return answers
 
 
-def _decode_whole(codec: Codec, said: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _decode_whole(codec: Codec, said: Sequence[np.ndarray]) -> Begun:
     """PCM (samples,) of the codes (codebooks, frames) of a group."""
     state, size = codec.make_state(), codec.chunk_frames
     starts = range(0, max(codes.shape[1] for codes in said), size)
@@ -303,4 +308,6 @@ def _decode_whole(codec: Codec, said: Sequence[np.ndarray]) -> list[np.ndarray]:
         codec.decode_next([codes[:, i : i + size] for codes in said], state)
         for i in starts
     ]
-    return [np.concatenate(row) for row in zip(*parts, strict=True)]
+    return lambda: [
+        np.concatenate(row) for row in zip(*[p() for p in parts], strict=True)
+    ]

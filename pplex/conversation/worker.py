@@ -24,10 +24,10 @@ def codec_worker(
 
     None for 0, and where the codec must wait its turn.
 
-    One conversation has one thread, and so have ``groups`` that are coded together. Of
-    many, the codec's work is more than that of the steps: theirs take part in it where
-    they would wait for it, so that with a thread for each of the other cores all have
-    work, and none is fought for.
+    One conversation has one thread. Of many, the codec's work is more than that of the
+    steps: theirs take part in it where they would wait for it, so that with a thread
+    for each of the other cores all have work, and none is fought for. ``groups`` that
+    are coded together have one that begins calls and one that waits for them.
 
     When the block is left, for whatever reason, what has not begun is dropped, what
     has is waited for, and the threads end.
@@ -36,11 +36,34 @@ def codec_worker(
         yield None
         return
     threads = 1 if groups else max(1, min(beside, num_cores() - 1))
-    worker = ThreadPoolExecutor(threads, thread_name_prefix="codec")
+    worker: Executor = ThreadPoolExecutor(threads, thread_name_prefix="codec")
+    if groups:
+        worker = _Late(worker)
     try:
         yield worker if beside == 1 or groups else _Shared(worker)
     finally:
         worker.shutdown(wait=True, cancel_futures=True)
+
+
+class _Late(Executor):
+    """Calls begun by one thread, which give what another one calls to wait for them.
+
+    Meanwhile the next is begun: on a GPU that takes as long as computing it.
+    """
+
+    def __init__(self, beginning: Executor) -> None:
+        self._beginning = beginning
+        self._waiting = ThreadPoolExecutor(1, thread_name_prefix="codec results")
+
+    def submit(
+        self, function: Callable[..., Result], /, *arguments: Any, **named: Any
+    ) -> Future[Any]:
+        begun: Future[Any] = self._beginning.submit(function, *arguments, **named)
+        return self._waiting.submit(lambda: begun.result()())
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        for threads in (self._beginning, self._waiting):
+            threads.shutdown(wait=wait, cancel_futures=cancel_futures)
 
 
 class _Shared(Executor):
@@ -93,6 +116,17 @@ def begin(
     call: Future[Result] = Future()
     call.set_result(function(*arguments))
     return call
+
+
+def begin_late(
+    worker: Executor | None,
+    function: Callable[..., Callable[[], Result]],
+    *arguments: Any,
+) -> Future[Result]:
+    """The same of a call that gives what waits for its result, and of that."""
+    if worker is None:
+        return begin(None, lambda: function(*arguments)())
+    return worker.submit(function, *arguments)  # type: ignore[arg-type]
 
 
 def one_ahead(

@@ -6,7 +6,7 @@ past positions and its codec. The loop around it (``conversation``) is the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,10 @@ FORCED_FRAMES = 32  # positions whose logits are computed at a time
 
 # What a conversation goes on from, by name: bfloat16 as its bits in uint16.
 Arrays = Mapping[str, np.ndarray]
+
+
+# What waits for the results of a call that has begun, one for each recording.
+Begun = Callable[[], list[np.ndarray]]
 
 
 class Codec(Protocol):
@@ -68,14 +72,14 @@ class Codec(Protocol):
     def decode(self, codes: np.ndarray, state: Any) -> np.ndarray:
         """Codes (codebooks, frames) to PCM (frames * frame_size,)."""
 
-    def encode_next(self, parts: Sequence[np.ndarray], state: Any) -> list[np.ndarray]:
-        """``encode`` of the next frames of each recording of a group, or none of some.
+    def encode_next(self, parts: Sequence[np.ndarray], state: Any) -> Begun:
+        """Begin to ``encode`` the next frames of each recording of a group, or none.
 
         All but its last are ``chunk_frames``, as those were when ``state`` was made.
         """
 
-    def decode_next(self, parts: Sequence[np.ndarray], state: Any) -> list[np.ndarray]:
-        """``decode`` of the next codes of each recording of a group, as these."""
+    def decode_next(self, parts: Sequence[np.ndarray], state: Any) -> Begun:
+        """Begin to ``decode`` the next codes of each recording of a group, as these."""
 
 
 @dataclass(frozen=True)

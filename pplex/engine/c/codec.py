@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from pplex.engine.base import Arrays, checked, number
+from pplex.engine.base import Arrays, Begun, checked, number
 from pplex.engine.c.binding import load_library
 from pplex.engine.c.memory import Arena
 from pplex.engine.c.structures import FLOAT32, LANES, Matrix
@@ -252,17 +252,15 @@ class CCodec:
         state.end += count * config.latents_per_frame
         return pcm
 
-    def encode_next(
-        self, parts: Sequence[np.ndarray], state: CodecState
-    ) -> list[np.ndarray]:
+    def encode_next(self, parts: Sequence[np.ndarray], state: CodecState) -> Begun:
         """``encode`` of the next frames of a group, which is one recording."""
-        return [self.encode(part, state) for part in parts]
+        made = [self.encode(part, state) for part in parts]
+        return lambda: made
 
-    def decode_next(
-        self, parts: Sequence[np.ndarray], state: CodecState
-    ) -> list[np.ndarray]:
+    def decode_next(self, parts: Sequence[np.ndarray], state: CodecState) -> Begun:
         """``decode`` of the next codes of a group, which is one recording."""
-        return [self.decode(part, state) for part in parts]
+        made = [self.decode(part, state) for part in parts]
+        return lambda: made
 
     def _quantizer_room(self, frames: int) -> int:
         config = self._config.quantizer

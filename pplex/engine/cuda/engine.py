@@ -205,6 +205,6 @@ class CudaEngine(mlx.MlxEngine):
         )
         if codec.group > 1:  # kernels are compiled and convolutions planned
             frame = np.zeros((1, self.config.frame_size), np.float32)
-            codes = codec.encode_next([frame], codec.make_state())
-            codec.decode_next(codes, codec.make_state())
+            codes = codec.encode_next([frame], codec.make_state())()
+            codec.decode_next(codes, codec.make_state())()
         return codec

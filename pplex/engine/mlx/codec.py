@@ -10,7 +10,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from pplex.engine.base import Arrays, codec_state_bytes
+from pplex.engine.base import Arrays, Begun, codec_state_bytes
 from pplex.engine.device import is_out_of_memory
 from pplex.engine.mlx.saved import restore_codec, save_codec
 from pplex.model.config import MimiConfig
@@ -140,19 +140,16 @@ class MlxCodec:
 
         return np.concatenate([np.array(made)[0, new] for made, new in _late(chunks())])
 
-    def encode_next(
-        self, parts: Sequence[np.ndarray], state: StreamState
-    ) -> list[np.ndarray]:
+    def encode_next(self, parts: Sequence[np.ndarray], state: StreamState) -> Begun:
         """Codes (codebooks, frames) of the next PCM (frames, frame_size) of a group."""
-        return [codes.T for codes in self._next(parts, state, self._encode_group)]
+        made = self._next(parts, state, self._encode_group)
+        return lambda: [codes.T for codes in made()]
 
-    def decode_next(
-        self, parts: Sequence[np.ndarray], state: StreamState
-    ) -> list[np.ndarray]:
+    def decode_next(self, parts: Sequence[np.ndarray], state: StreamState) -> Begun:
         """PCM (samples,) of the next codes (codebooks, frames) of a group."""
         columns = [codes.T for codes in parts]
         made = self._next(columns, state, self._decode_group)
-        return [pcm.reshape(-1) for pcm in made]
+        return lambda: [pcm.reshape(-1) for pcm in made()]
 
     def _encode_group(self, chunk: np.ndarray, state: CodecState) -> mx.array:
         """PCM (rows, frames, frame_size) to codes (rows, frames, codebooks)."""
@@ -164,11 +161,9 @@ class MlxCodec:
         pcm = self._mimi.decode(mx.array(chunk).swapaxes(1, 2), state)
         return pcm.reshape(*chunk.shape[:2], -1)
 
-    def _next(
-        self, parts: Sequence[np.ndarray], state: StreamState, run: Run
-    ) -> list[np.ndarray]:
+    def _next(self, parts: Sequence[np.ndarray], state: StreamState, run: Run) -> Begun:
         """``run`` over the next frames (frames, width) of rows, in chunks that fit."""
-        made: list[np.ndarray] = []
+        made: list[mx.array] = []
         first, most = 0, max(map(len, parts))
         while first < most:
             size, before = self.chunk_frames, state.codec
@@ -177,7 +172,7 @@ class MlxCodec:
                 some = [frames[first : first + size] for frames in parts]
                 computed = run(_chunk(some, self.group, size), after)
                 mx.async_eval(computed, after.arrays())
-                made.append(np.array(computed))
+                made.append(computed)
             except (RuntimeError, MemoryError) as e:
                 if size == 1 or not is_out_of_memory(e):
                     raise
@@ -188,8 +183,12 @@ class MlxCodec:
                 # Only here has the exception let go of the arrays.
                 after = before
                 mx.clear_cache()
-        whole = np.concatenate(made, axis=1)
-        return [row[: len(part)] for row, part in zip(whole, parts, strict=False)]
+
+        def wait() -> list[np.ndarray]:
+            whole = np.concatenate([np.array(one) for one in made], axis=1)
+            return [row[: len(part)] for row, part in zip(whole, parts, strict=False)]
+
+        return wait
 
 
 def _late(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
