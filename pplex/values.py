@@ -15,7 +15,8 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,15 @@ def read_json(path: Path, limit: int = _MAX_JSON_BYTES) -> Any:
     return parse_json(read_regular(path, limit))
 
 
-def parse_json(content: bytes) -> Any:
-    """The value that ``content``, UTF-8, stands for; ValueError where it is none."""
+def parse_json(
+    content: bytes, make: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """The value that ``content``, UTF-8, stands for; ValueError where it is none.
+
+    ``make`` makes an object of its keys and values.
+    """
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=make)
     except (RecursionError, MemoryError) as e:
         raise ValueError("it is nested too deeply, or too large") from e
 
@@ -107,14 +113,23 @@ def _json_lines(
             if not line.strip():
                 continue
             try:
-                fields = parse_json(line)
-            except ValueError as e:
+                fields = parse_json(line, _with_each_key_once)
+                # Others write it again: within more, and as JSON, which has no NaN.
+                json.dumps(reduce(lambda v, _: [v], range(99), fields), allow_nan=False)
+            except (ValueError, RecursionError) as e:
                 raise PplexError(f"{path} line {number} is not JSON: {e}") from e
             if not isinstance(fields, dict):
                 raise PplexError(
                     f'{path} line {number} is no object: write {{"{columns[0]}": ...}}'
                 )
             yield number, {k: v for k, v in fields.items() if v is not None}
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return fields
 
 
 def _csv_rows(
@@ -124,18 +139,19 @@ def _csv_rows(
         open_regular(path, _MAX_TABLE_BYTES) as raw,
         io.TextIOWrapper(raw, "utf-8-sig", newline="") as file,
     ):
-        first = file.readline()
+        lines = enumerate(file, 1)
+        start, first = next((one for one in lines if one[1].strip()), (1, ""))
         # Where a comma is the decimal sign, spreadsheets write semicolons.
-        comma = ";" if ";" in first and "," not in first else ","
+        comma = next((mark for mark in ",;\t" if mark in first), ",")
         names = next(csv.reader([first], delimiter=comma, strict=True), [])
         # A known column is known with blanks around its name, and in capitals.
-        plain = [name.strip() for name in names]
+        plain = [name.strip() or f"column {i}" for i, name in enumerate(names, 1)]
         known = [name.lower() if name.lower() in columns else name for name in plain]
         if twice := {name for name in known if known.count(name) > 1}:
             raise PplexError(f"{path} has two columns {min(twice)}; leave one out")
         reader = csv.DictReader(file, known, delimiter=comma, strict=True)
         for fields in reader:
-            line = reader.line_num + 1  # the names were read before
+            line = reader.line_num + start  # the names were read before
             if None in fields or None in fields.values():
                 raise PplexError(
                     f"{path} line {line} has not as many columns as the first line has "

@@ -110,6 +110,7 @@ def test_nothing_is_suggested_for_what_is_like_nothing():
         "input;voice\ncall.wav; NATF0 \n",
         "Input, Voice \ncall.wav,NATF0\n",
         "\ufeff INPUT ,VOICE\r\ncall.wav,NATF0\r\n",
+        "\n\ninput\tvoice\t\t\ncall.wav\tNATF0\t\t\n",
     ],
 )
 def test_a_spreadsheets_jobs_file_is_understood(run, call, tmp_path, text):

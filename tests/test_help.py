@@ -168,5 +168,7 @@ def test_no_example_of_the_readme_writes_what_another_wrote():
         r"(?:-o|--transcript|--stats|save\(|>) ?\"?([\w.]+\.\w+|replies)",
         "".join(blocks),
     )
+    unnamed = re.findall(r"pplex respond (\w+)\.wav(?! -o)", "".join(blocks))
+    written += [f"{name}.reply.wav" for name in unnamed]
     assert "reply.wav" in written and len(written) > 8
     assert sorted(written) == sorted(set(written))

@@ -118,8 +118,7 @@ def cli() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-for command in (
-    *(respond, batch, talk, voices, roles, models, score),
-    *(report, results, check, doctor, bench, help_),
-):
+for command in (respond, batch, talk, results, report, score, check):
+    cli.add_command(command)
+for command in (voices, roles, models, doctor, bench, help_):
     cli.add_command(command)

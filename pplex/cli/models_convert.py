@@ -41,7 +41,7 @@ class SizeType(click.ParamType):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
         """Turn the option's text into its value."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", str(value).upper())
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMG]?B?)", str(value).upper())
         unit = match[2] if match else None
         if match is None or unit not in _UNITS:
             self.fail(f"{value!r} is not a size such as 5.3GB or 700MB", param, ctx)

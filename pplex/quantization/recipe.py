@@ -15,6 +15,7 @@ from typing import Any
 from pplex.checkpoint.layouts import BITS, Matrix, Quantization
 from pplex.errors import PplexError
 from pplex.files import reading
+from pplex.units import size
 from pplex.values import read_json, shown
 
 GROUP_SIZES = (32, 64, 128)
@@ -155,8 +156,8 @@ def mixed(parts: Iterable[Part], rest: Iterable[Matrix], max_bytes: int) -> Reci
     used += sum(part.num_bytes(chosen[part.name]) for part in parts)
     if used > max_bytes:
         raise PplexError(
-            f"--max-size {max_bytes / 1e9:.4g} GB cannot be met: the least that this "
-            f"recipe makes is {used / 1e9:.4g} GB"
+            f"--max-size {size(max_bytes)} cannot be met: the least that this recipe "
+            f"makes is {size(used)}, {used} bytes"
         )
     while True:
         best = _best_step(parts, chosen, max_bytes - used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,12 +126,14 @@ class Outputs:
 
 def seed_of(value: Any, where: str) -> int | None:
     """The seed of a row of a table, None where it has none."""
-    if isinstance(value, str) and value.strip().isdecimal():
+    if isinstance(value, str) and re.fullmatch(r"\s*\d{1,19}\s*", value):
         value = int(value)
     if value is None or (type(value) is int and 0 <= value <= MAX_SEED):
         return value
-    expected = "0 to 2**63 - 1 is" if type(value) is int else "a whole number is"
-    raise PplexError(f"{where}: seed is {shown(value)}, where {expected} expected")
+    raise PplexError(
+        f"{where}: seed is {shown(value)}, where a whole number from 0 to 2**63 - 1 is "
+        "expected"
+    )
 
 
 def takes_of(request: Request, takes: int) -> list[Request]:

@@ -172,8 +172,7 @@ def read_talks(
 ) -> list[Talk]:
     """The talks of a ``.jsonl`` or ``.csv`` file: ``output``, and what differs.
 
-    ``left`` and ``right`` add to ``sides``; a seed follows from the output's name. The
-    folders of the outputs are made.
+    ``left`` and ``right`` add to ``sides``; a seed follows from the output's name.
     """
     talks = []
     seen: dict[str, int] = {}
@@ -213,8 +212,6 @@ def read_talks(
         talks.append(Talk((both[0], both[1]), length, outputs(outdir / name)))
     if not talks:
         raise PplexError(f"the jobs file {path} names no talks")
-    for folder in {one.outputs.audio.parent for one in talks}:
-        make_folder(folder)
     return talks
 
 
@@ -225,7 +222,11 @@ def side_seed(seed: int, side: int) -> int:
 
 def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talked]:
     """Have agents talk, many pairs at a time; each is whole when it is yielded."""
-    known = None if config.folder is None else Manifest(config.folder, note=report.warn)
+    known = None
+    if config.folder is not None:
+        for folder in {one.outputs.audio.parent for one in talks}:
+            make_folder(folder)
+        known = Manifest(config.folder, note=report.warn)
     for one in talks:
         if known is None or known.line_of(known.relative(one.outputs.audio)) is None:
             _check_outputs(one, config.overwrite)

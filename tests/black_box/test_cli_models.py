@@ -152,7 +152,12 @@ def test_mixed_takes_no_more_than_it_may(run, tiny, tmp_path):
         (["--bits", "5"], 2, "--bits"),
         (["--bits", "4", "--max-size", "5GB"], 2, "--recipe mixed"),
         (["--bits", "4", "--recipe", "mixed", "--max-size", "much"], 2, "'much'"),
-        (["--bits", "4", "--recipe", "mixed", "--max-size", "1MB"], 1, "--max-size"),
+        (["--bits", "4", "--recipe", "mixed", "--max-size", 400 * "9"], 2, "a size"),
+        (
+            ["--bits", "4", "--recipe", "mixed", "--max-size", "1"],
+            1,
+            "--max-size 1 B cannot be met: the least that this recipe makes is ",
+        ),
         (["--bits", "4", "--recipe", "no.json"], 1, "--recipe no.json"),
     ],
 )
