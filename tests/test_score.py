@@ -241,7 +241,7 @@ def test_a_half_finished_batch_is_scored_as_far_as_it_goes(tmp_path):
     assert "lost.wav is not there any more" in rows["lost.wav"]["error"]
     assert (result["total"]["scored"], result["total"]["not_scored"]) == (1, 2)
     notes = " ".join(result["notes"])
-    assert "line 5 is cut off" in notes and "late.wav is in no line" in notes
+    assert "line 5 is cut off" in notes and "no line of the manifest: late.wav" in notes
 
 
 def test_the_last_line_counts_whatever_its_time_says(tmp_path):

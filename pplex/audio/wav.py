@@ -115,7 +115,8 @@ def read_wav_header(source: _Source, name: str) -> WavHeader:
             return WavHeader(*kept, num_bytes, is_unfinished)
         left -= 8 + size
         if left < 0:
-            raise _bad(name, f"{size} bytes of {chunk!r} before the samples")
+            kind = chunk.decode("latin-1")
+            raise _bad(name, f"{size} bytes of {kind!r} before the samples")
         if chunk == b"fmt ":
             found = _parse_format(_whole(source, min(size, 64), name), name)
             source.skip(max(0, size - 64))

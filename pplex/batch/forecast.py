@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from pplex import units
 from pplex.audio.files import Recording
 from pplex.audio.folders import LeftOut
 from pplex.batch.answering import READ_AHEAD
@@ -71,8 +72,8 @@ class Forecast:
         found = []
         if self.output_gb > self.disk_free_gb:
             found.append(
-                f"the outputs need about {self.output_gb:.1f} GB and the disk has "
-                f"{self.disk_free_gb:.1f} GB free"
+                f"the outputs need about {units.size(1e9 * self.output_gb)} and the "
+                f"disk has {units.size(1e9 * self.disk_free_gb)} free"
             )
         host_gb = host_memory_gb()
         if host_gb is not None and self.sound_gb > host_gb:

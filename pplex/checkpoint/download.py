@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pplex import units
 from pplex.checkpoint.folder import (
     CheckpointFolder,
     IncompleteError,
@@ -159,9 +160,9 @@ def _check_space(repo: str, sha: str | None, sizes: dict[str, int]) -> int:
     free = shutil.disk_usage(existing).free
     if missing and missing + _SPARE_BYTES > free:
         raise PplexError(
-            f"{repo} needs {missing / 1e9:.1f} GB more and {existing} has "
-            f"{free / 1e9:.1f} GB free; free some space or set HF_HUB_CACHE to a "
-            "folder on a larger disk"
+            f"{repo} needs {units.size(missing)} more and {existing} has "
+            f"{units.size(free)} free; free some space or set HF_HUB_CACHE to a folder "
+            "on a larger disk"
         )
     return missing
 

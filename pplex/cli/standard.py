@@ -84,7 +84,10 @@ def stop_on_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    ending = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # that is nohup's
+        ending.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, handle) for signum in ending}
     try:
         yield stop
     finally:
@@ -93,7 +96,7 @@ def stop_on_signals() -> Iterator[Stop]:
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """130 for SIGINT, 143 for SIGTERM, as shells have it."""
+    """129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM, as shells have it."""
     return 128 + (error.signum if isinstance(error, Stopped) else signal.SIGINT)
 
 

@@ -196,7 +196,7 @@ def _read_manifests(folder: Path, found: Found) -> None:
     if strange:
         names = some([str(path.relative_to(folder)) for path in strange])
         found.notes.append(
-            f"{folder}: {names} is in no line of the manifest and was left out"
+            f"{folder}: left out, for it is in no line of the manifest: {names}"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 
 import mlx.core as mx
 
+from pplex import units
 from pplex.checkpoint import hashes
 from pplex.checkpoint.config import split_config
 from pplex.checkpoint.folder import SPLIT_CODEC, SPLIT_PARTS, CheckpointFolder
@@ -376,8 +377,8 @@ def _check_target(target: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if num_bytes + _SPARE_BYTES > free:
         raise PplexError(
-            f"{target} will take {num_bytes / 1e9:.1f} GB and {parent} has "
-            f"{free / 1e9:.1f} GB free; choose a folder on a larger disk"
+            f"{target} will take {units.size(num_bytes)} and {parent} has "
+            f"{units.size(free)} free; choose a folder on a larger disk"
         )
 
 

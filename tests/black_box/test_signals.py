@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the frame is finished, files are whole or absent."""
+"""SIGINT, SIGTERM and SIGHUP: the frame is finished, files are whole or absent."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pplex.audio.streams import wav_header
 from pplex.respond.stopping import Stop, Stopped
 
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+    CODES.append((signal.SIGHUP, 129))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,15 @@ def test_a_stream_that_is_stopped_before_its_first_frame_leaves_no_file(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_before_the_program_is_loaded_ends_it_without_a_traceback(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "click.py").write_text("import signal; signal.raise_signal(2)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    _, err = (process := start("--help")).communicate(timeout=60)
+    assert (process.returncode, err) == (-signal.SIGINT, b"")
 
 
 def test_a_killed_stream_leaves_no_file_of_its_name(model, tmp_path):
