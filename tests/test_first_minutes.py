@@ -311,6 +311,7 @@ def test_a_column_that_would_do_nothing_is_refused(
         (("-o", "."), "cannot write .: it is a folder; give a file name"),
         (("--seed", "-1"), "neither a whole number from 0 to 2**63 - 1 nor 'random'"),
         (("--tail", "soon"), "neither seconds from 0 to 3600 nor 'auto'"),
+        (("--channel", 5000 * "9"), "neither a channel number from 1 nor 'mix'"),
         (("--role", "techer"), "'casual', 'service'. Did you mean teacher?"),
     ],
 )

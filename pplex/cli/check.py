@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pplex.cli.ci import annotate_checks, write_junit
-from pplex.cli.options import FILE, FiniteRange, json_option
+from pplex.cli.options import FILE, FiniteRange, json_option, regex
 from pplex.cli.tables import echo_json
 
 
@@ -46,7 +45,10 @@ from pplex.cli.tables import echo_json
     help="At most P percent of the steps took over 80 ms.",
 )
 @click.option(
-    "--says", metavar="REGEX", help="The transcript matches; capitals do not matter."
+    "--says",
+    metavar="REGEX",
+    type=regex,
+    help="The transcript matches; capitals do not matter.",
 )
 @json_option
 @click.option(
@@ -68,11 +70,6 @@ def check(
 
     Stats and the transcript (JSON) are looked for beside OUT.wav.
     """
-    try:
-        re.compile(asked["says"] or "")
-    except re.error as e:
-        said = repr(asked["says"])
-        raise click.UsageError(f"--says {said} is no regular expression: {e}") from e
     if stats is not None and len(outputs) > 1:
         raise click.UsageError("--stats is of one output, and several are given")
     from dataclasses import asdict

@@ -18,6 +18,7 @@ from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
 from pplex.cli.foresee import chosen_model
 from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
 from pplex.errors import PplexError, did_you_mean
+from pplex.files import reading
 from pplex.model.config import TEMP, TEXT_TEMP, TEXT_TOP_K, TOP_K
 from pplex.respond.request import MAX_SEED, MOST_TAIL_S, Layout
 
@@ -177,44 +178,49 @@ def kv_bits_option(text: str) -> Callable[[Command], Command]:
 # What values of options stand for that click has no type of.
 
 
-def channel(value: Any) -> int | str:
-    """A channel number from 1, or ``mix``."""
-    if value == "mix" or isinstance(value, int):
-        return value
-    if value.isdecimal() and int(value) >= 1:
-        return int(value)
-    raise click.BadParameter(f"{value!r} is neither a channel number from 1 nor 'mix'")
+def _number_or(
+    word: str, meaning: Callable[[], Any], numbers: click.ParamType, said: str
+) -> Callable[[Any], Any]:
+    """A number, which ``said`` describes, or ``word``."""
+
+    def convert(value: Any) -> Any:
+        if value == word:
+            return meaning()
+        try:
+            return numbers.convert(value, None, None)
+        except click.BadParameter as e:
+            text = f"{value!r} is neither {said} nor {word!r}"
+            raise click.BadParameter(text) from e
+
+    return convert
 
 
-def _seed(value: Any) -> int:
-    """A whole number, or ``random`` for one that is drawn."""
-    if value == "random":
-        return secrets.randbelow(1 << 31)
+channel = _number_or("mix", lambda: "mix", click.IntRange(1), "a channel number from 1")
+_seed = _number_or(
+    "random",
+    lambda: secrets.randbelow(1 << 31),
+    click.IntRange(0, MAX_SEED),
+    "a whole number from 0 to 2**63 - 1",
+)
+_tail = _number_or(
+    "auto",
+    lambda: "auto",
+    FiniteRange(0.0, MOST_TAIL_S),
+    f"seconds from 0 to {MOST_TAIL_S:.0f}",
+)
+_batch_size = _number_or(
+    "auto", lambda: None, click.IntRange(1, 4096), "a number from 1 to 4096"
+)
+
+
+def regex(value: str) -> str:
+    """A regular expression."""
     try:
-        return click.IntRange(0, MAX_SEED).convert(value, None, None)
-    except click.BadParameter as e:
-        said = "neither a whole number from 0 to 2**63 - 1 nor 'random'"
-        raise click.BadParameter(f"{value!r} is {said}") from e
-
-
-def _tail(value: Any) -> float | str:
-    """Seconds of silence, or ``auto``."""
-    if value == "auto":
-        return "auto"
-    try:
-        return FiniteRange(0.0, MOST_TAIL_S).convert(value, None, None)
-    except click.BadParameter as e:
-        said = f"neither seconds from 0 to {MOST_TAIL_S:.0f} nor 'auto'"
-        raise click.BadParameter(f"{value!r} is {said}") from e
-
-
-def _batch_size(value: str) -> int | None:
-    """``auto`` (None) or a number from 1."""
-    if value == "auto":
-        return None
-    if value.isdecimal() and 1 <= int(value) <= 4096:
-        return int(value)
-    raise click.BadParameter(f"{value!r} is neither 'auto' nor a number from 1 to 4096")
+        re.compile(value)
+    except re.error as e:
+        said = f"{value!r} is no regular expression: {e}"
+        raise click.BadParameter(said) from e
+    return value
 
 
 # The checks of `pplex check` by name, and whether they take a number or a text.
@@ -243,17 +249,13 @@ def _check(value: str) -> tuple[str, Any]:
     if kind is float:
         most = 100.0 if name == "max-late-frames" else None
         return name, FiniteRange(0.0, most).convert(text, None, None)
-    if kind is str:
-        try:
-            re.compile(text)
-        except re.error as e:
-            said = f"{text!r} is no regular expression: {e}"
-            raise click.BadParameter(said) from e
-    return name, text or True
+    return name, regex(text) if kind is str else True
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-offline_option = click.option("--offline", is_flag=True, help="Never use the network.")
+offline_option = click.option(
+    "--offline", is_flag=True, is_eager=True, help="Never use the network."
+)
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace existing outputs."
 )
@@ -303,9 +305,7 @@ model_options = together(
         help="8bit, 4bit, bf16, mini, auto for the best that fits and keeps up, a "
         "folder or file, or owner/name[@revision].",
     ),
-    click.option(
-        "--offline", is_flag=True, is_eager=True, help="Never use the network."
-    ),
+    offline_option,
 )
 check_option = click.option(
     "--check",
@@ -552,18 +552,12 @@ def role_text(options: dict[str, Any]) -> str | None:
 
 def _read_prompt(path: Path) -> str:
     """The text of a prompt file."""
-    limit = 1 << 20
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as e:
-        raise PplexError(f"--prompt-file {path}: {e.strerror or e}") from e
-    if len(content) > limit:
-        raise PplexError(f"--prompt-file {path}: over 1 MiB; give a short text")
-    try:
+    limit, what = 1 << 20, f"--prompt-file {path}"
+    with reading(what, "is not UTF-8 text"), path.open("rb") as file:
+        content = file.read(limit + 1)
+        if len(content) > limit:
+            raise PplexError(f"{what}: over 1 MiB; give a short text")
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as e:
-        raise PplexError(f"--prompt-file {path}: not UTF-8 text") from e
     if "\0" in text:
-        raise PplexError(f"--prompt-file {path}: not text, as it holds bytes of 0")
+        raise PplexError(f"{what}: not text, as it holds bytes of 0")
     return text

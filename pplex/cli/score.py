@@ -15,6 +15,7 @@ from pplex.cli.options import (
     OneOf,
     diarization_from,
     diarization_options,
+    overwrite_option,
     vad_option,
 )
 from pplex.cli.score_tables import against_table, score_table
@@ -125,7 +126,7 @@ _WORSE = "worse"
     multiple=True,
     help="Exit with 1 if so: reply_delay.median>1.2, or with --against, worse.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@overwrite_option
 def score(paths: tuple[Path, ...], overwrite: bool, **options: Any) -> None:
     """Score how the agent takes turns in PATHS: a batch's folder, or WAV files.
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pplex.cli.options import FILE, Group, complete_voice, json_option, model_options
+from pplex.cli.options import (
+    FILE,
+    Group,
+    complete_voice,
+    json_option,
+    model_options,
+    overwrite_option,
+)
 from pplex.cli.options import channel as channel_type
 from pplex.cli.tables import echo_json
 from pplex.errors import PplexError
@@ -72,7 +79,7 @@ def _local(model_name: str) -> LocalModel:
     help="Which channel to take: a number from 1, or 'mix' for the average.",
 )
 @click.option("--trim", is_flag=True, help="Leave out silence at both ends.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@overwrite_option
 def make(
     recording: Path,
     output: Path,
