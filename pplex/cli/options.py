@@ -150,7 +150,8 @@ def _in_words(what: str, bounds: click.IntRange | click.FloatRange) -> str:
     above = f"{what} above {low}" if bounds.min_open else f"{what} from {low}"
     if high is None:
         return above if bounds.min_open else f"{above} on"
-    return f"{above} to {int(high) if high == int(high) else high}"
+    upto = ", at most" if bounds.min_open else " to"
+    return f"{above}{upto} {int(high) if high == int(high) else high}"
 
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
