@@ -221,15 +221,17 @@ def test_gradients_that_fit_no_memory_are_refused(tiny):
         check_memory(config, 10**13, 300)
 
 
-def test_distilling_wants_a_calibration_and_something_to_learn(
+def test_distilling_wants_a_calibration_and_both_something_to_round(
     run, tiny, kept, tmp_path
 ):
-    words = ("models", "convert", tiny, tmp_path / "m", "--distill", "1", "--bits")
-    result = run(*words, "4")
+    words = ("models", "convert", tiny, tmp_path / "m", "-q", "--bits")
+    result = run(*words, "4", "--distill", "1")
     assert result.exit_code == 2 and "--calibration" in result.stderr
-    result = run(*words, "16", "--calibration", kept, "-q")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert "nothing to learn" in result.stderr and not (tmp_path / "m").exists()
+    for option in (("--calibration", kept), ("--refine",)):
+        result = run(*words, "16", *option)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert f"{option[0]} makes no difference" in result.stderr
+        assert not (tmp_path / "m").exists()
 
 
 def _longer(folder) -> None:

@@ -98,6 +98,7 @@ def convert(
     matrices = list(published_matrices(config.lm, source.steps, source.steps))
     recipe = conversion.make_recipe(source, matrices)
     _check_recipe(source, matrices, recipe)
+    _check_rounded(source, matrices, recipe, conversion)
     num_bytes = recipe_bytes(matrices, recipe)
     others = _other_files(folder)
     _check_target(target, num_bytes + sum(f.stat().st_size for f in others.values()))
@@ -157,6 +158,28 @@ def _check_recipe(source: Source, matrices: list[Matrix], recipe: Recipe) -> Non
                 )
 
 
+def _check_rounded(
+    source: Source, matrices: list[Matrix], recipe: Recipe, conversion: Conversion
+) -> None:
+    """Refuse what is asked of rounding where nothing is rounded."""
+    rounded = set()
+    for matrix in matrices:
+        form = recipe[matrix.name]
+        if form is not None and not _same(source, matrix, form):
+            rounded |= set(_targets(matrix))
+    if conversion.calibration is not None:
+        modules = source.modules(source.config.num_codebooks)
+        rounded &= {target for targets in modules.values() for target in targets}
+    elif not conversion.refine:
+        return
+    if not rounded:
+        option = "--refine" if conversion.calibration is None else "--calibration"
+        raise PplexError(
+            f"{option} makes no difference: no matrix that it could help is rounded; "
+            "the source has these bits already, or 16 were asked for; leave it out"
+        )
+
+
 def _distilled(
     source: Source,
     matrices: list[Matrix],
@@ -184,11 +207,6 @@ def _distilled(
                 parts[target] = rounding.quantize(target, iter([dense[target]]), form)
                 forms[target] = form
         advance(source.bytes_of(targets))
-    if not run & parts.keys():
-        raise PplexError(
-            "--distill has nothing to learn: no matrix is rounded; the source has "
-            "these bits already, or 16 were asked for"
-        )
     with _cache_limit(needed):  # a GPU may have other work
         learned = distill(
             source.config,
