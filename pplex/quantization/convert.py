@@ -207,7 +207,7 @@ def _distilled(
                 parts[target] = rounding.quantize(target, iter([dense[target]]), form)
                 forms[target] = form
         advance(source.bytes_of(targets))
-    with _cache_limit(needed):  # a GPU may have other work
+    with _cache_limit(needed // 2):  # a GPU may have other work
         learned = distill(
             source.config,
             modules,
