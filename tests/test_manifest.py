@@ -85,9 +85,9 @@ def test_each_file_and_each_line_is_read_once(tmp_path, monkeypatch):
     calls = []
 
     def counted(function):
-        def call(*arguments):
+        def call(*arguments, **options):
             calls.append(function.__name__)
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return call
 

@@ -23,11 +23,11 @@ from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.manifest import (
     DONE,
     FAILED,
-    SCHEMA,
     FilePrint,
     Line,
     Manifest,
     file_print,
+    new_line,
     now,
 )
 from pplex.respond.outputs import (
@@ -39,7 +39,7 @@ from pplex.respond.outputs import (
 )
 from pplex.respond.request import Request
 from pplex.respond.run import read_user, tail_s
-from pplex.respond.stats import Check, Outcome, Source, installed, latency, make_stats
+from pplex.respond.stats import Check, Outcome, Source, latency, make_stats
 from pplex.respond.transcript import Word, text_of
 
 
@@ -333,14 +333,8 @@ def failed_line(
 
 def _line(model: Description, task: Task, status: str, known: Any) -> Line:
     request, settings = task.request, task.request.settings
-    return {
-        "schema": SCHEMA,
-        "recording": request.key,
-        "status": status,
-        "error": None,
+    return new_line(request.key, status, task.settings) | {
         "input": None if known is None else {"path": str(request.source), **known},
-        "settings": task.settings,
-        "outputs": {},
         "voice": model.voice_of(request),
         "prompt": settings.text,
         "seed": settings.seed,
@@ -353,7 +347,5 @@ def _line(model: Description, task: Task, status: str, known: Any) -> Line:
         "model": model.local.name,
         "revision": model.local.revision,
         "weights": model.identity,
-        "pplex": installed("pplex"),
-        "time": now(),
         "extra": request.extra,
     }

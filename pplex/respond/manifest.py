@@ -5,7 +5,7 @@ time says: a clock may have been set back. Of files that shards wrote side by si
 one with the latest line counts. A line that was cut off by a kill or a full disk is
 passed over, and its recording is done again.
 
-A line says by which ``SCHEMA`` it was written; one without a number is as the first.
+A line says by which schema it was written; one without a number is as the first.
 The number rises when a key goes or means something else, not when one is added.
 """
 
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import datetime
 import errno
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +27,7 @@ from pplex.errors import PplexError
 from pplex.files import composed, open_regular, read_regular
 from pplex.values import fit, parse_json
 
-SCHEMA = 1
+_SCHEMA = 1
 DONE = "done"
 FAILED = "failed"
 STOPPED = "stopped"
@@ -56,9 +58,12 @@ _LINE = {
     "extra": ({}, None),
     "time": str,
 }
-_MAX_BYTES = 1 << 30
+
+# The version of a package: a file that is read once, not for every recording.
+installed = functools.cache(importlib.metadata.version)
 
 _BLOCK = 1 << 20
+_MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -146,9 +151,9 @@ def read_lines(
 
 def _known(schema: int | None, where: str) -> int:
     """A line's schema; what a newer version wrote may mean something else."""
-    if schema is not None and schema > SCHEMA:
+    if schema is not None and schema > _SCHEMA:
         raise PplexError(
-            f"{where} has schema {schema}, and this pplex knows {SCHEMA}: update pplex"
+            f"{where} has schema {schema}, and this pplex knows {_SCHEMA}: update pplex"
         )
     return schema or 1
 
@@ -170,21 +175,29 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat()
 
 
+def new_line(recording: str, status: str, settings: str) -> Line:
+    """What every line has, now, of a recording answered with such settings."""
+    return {
+        "schema": _SCHEMA,
+        "recording": recording,
+        "status": status,
+        "error": None,
+        "input": None,
+        "settings": settings,
+        "outputs": {},
+        "pplex": installed("pplex"),
+        "time": now(),
+    }
+
+
 def stopped_line(output: Line) -> Line:
     """The line of an output that is about to get its name, or was when a run ended.
 
     It has the ``recording`` and the ``settings``, too.
     """
-    return {
-        "schema": SCHEMA,
-        "recording": output["recording"],
-        "status": STOPPED,
-        "error": "a run was killed while it wrote this",
-        "input": None,
-        "settings": output["settings"],
-        "outputs": {"audio": output},
-        "time": now(),
-    }
+    line = new_line(output["recording"], STOPPED, output["settings"])
+    why = "a run was killed while it wrote this"
+    return line | {"error": why, "outputs": {"audio": output}}
 
 
 def passes(line: Line) -> bool | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +12,7 @@ import numpy as np
 
 from pplex.files import PIPE, Place, put, write_text
 from pplex.respond.ending import Ending
+from pplex.respond.manifest import installed
 from pplex.respond.request import Request
 from pplex.respond.transcript import Word
 
@@ -175,9 +174,6 @@ class Stats:
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
         write_text(path, text, place=place)
 
-
-# The version of a package: a file that is read once, not for every recording.
-installed = functools.cache(importlib.metadata.version)
 
 _PARTS = ("load", "read", "prefill", "warm_up", "encode", "steps", "decode", "write")
 

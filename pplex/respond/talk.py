@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import math
 import os
 import re
@@ -42,12 +41,11 @@ from pplex.files import PIPE, Place, folded, make_folder, put, put_new
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.manifest import (
     DONE,
-    SCHEMA,
     STOPPED,
     Line,
     Manifest,
     file_print,
-    now,
+    new_line,
     stopped_line,
 )
 from pplex.respond.outputs import (
@@ -402,13 +400,8 @@ def _line(
     """What the manifest says of a talk; the right agent is the one that answers."""
     one, words = talked.talk, talked.words[1]
     left, right = map(metadata_of, models, one.sides)
-    return {
-        "schema": SCHEMA,
-        "recording": known.relative(one.outputs.audio),
-        "status": DONE,
-        "error": None,
-        "input": None,
-        "settings": digests[one.outputs.audio],
+    audio = one.outputs.audio
+    return new_line(known.relative(audio), DONE, digests[audio]) | {
         "outputs": {
             what: known.describe(path, file_print(path))
             for what, path in one.outputs.files().items()
@@ -419,8 +412,6 @@ def _line(
         "audio_s": round(talked.audio_s, 3),
         "words": len(words),
         "text": words_of(words),
-        "pplex": importlib.metadata.version("pplex"),
-        "time": now(),
     }
 
 
