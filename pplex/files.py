@@ -355,6 +355,19 @@ def open_without_waiting(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
+def is_folder(path: Path) -> PplexError:
+    """What is said of a folder where a file is to be written."""
+    return PplexError(f"cannot write {path}: it is a folder; give a file name")
+
+
+def no_permission(path: Path) -> PplexError:
+    """What is said of a place where nothing may be written."""
+    return PplexError(
+        f"cannot write {name_of(path)}: no permission to write in {path.parent}; "
+        "choose another folder"
+    )
+
+
 def _check_target(path: Path, target: Path) -> None:
     """Refuse what a rename would wrongly replace: folders and devices."""
     try:
@@ -364,7 +377,7 @@ def _check_target(path: Path, target: Path) -> None:
     except OSError as e:
         raise PplexError(_reason(path, e)) from e
     if stat.S_ISDIR(mode):
-        raise PplexError(f"cannot write {path}: it is a folder; give a file name")
+        raise is_folder(path)
     if not stat.S_ISREG(mode):
         raise PplexError(
             f"cannot write {path}: it is a device or pipe; give an ordinary file name"
@@ -382,10 +395,7 @@ def _reason(path: Path, error: OSError) -> str:
     if error.errno in _DISK_FULL:
         return f"cannot write {name}: the disk is full; free some space and try again"
     if error.errno in _DENIED:
-        return (
-            f"cannot write {name}: no permission to write in {folder}; "
-            "choose another folder"
-        )
+        return str(no_permission(path))
     if error.errno in {errno.ENOENT, errno.ENOTDIR} and not folder.is_dir():
         return str(_no_folder(path))
     return f"cannot write {name}: {error.strerror or error}"

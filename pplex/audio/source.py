@@ -181,10 +181,7 @@ class SoundSource:
             done += len(block)
             yield block
         if done < self.num_frames:
-            raise PplexError(
-                f"{self._name} is damaged or truncated: it promises {self.num_frames} "
-                f"samples a channel and holds {done}; copy or record it again"
-            )
+            raise _too_few(self._name, self.num_frames, done)
         if faults:
             times = f"{len(faults)} times" if len(faults) > 1 else "once"
             self.warnings.append(
@@ -306,10 +303,7 @@ def _open_flac(stack: ExitStack, file: BinaryIO, size: int, name: str) -> SoundS
     head = file.read(_HEAD_BYTES)
     promised = flac_total(head)
     if promised > packets.num_frames:
-        raise PplexError(
-            f"{name} is truncated: it promises {promised} samples a channel and holds "
-            f"{packets.num_frames}; copy or record it again"
-        )
+        raise _too_few(name, promised, packets.num_frames)
     window = _Window(file, 0, size, head=with_total(head, packets.num_frames))
     source = SoundSource(name, _open_sound(stack, name, window), packets=packets)
     if 0 < promised < packets.num_frames:
@@ -348,6 +342,13 @@ def _open_sound(
             f"{name} is not an audio file that can be read ({reason}); convert it "
             f"(ffmpeg -i {name} OUTPUT.wav)"
         ) from e
+
+
+def _too_few(name: str, promised: int, found: int) -> PplexError:
+    return PplexError(
+        f"{name} is damaged or truncated: it promises {promised} samples a channel and "
+        f"holds {found}; copy or record it again"
+    )
 
 
 def _truncated(name: str, missing: int) -> PplexError:

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from pplex.audio.files import Sound
 from pplex.conversation.answer import Answer
-from pplex.conversation.prompts import open_role
+from pplex.conversation.prompts import KEPT_ROLES, open_role
 from pplex.conversation.scheduler import converse_many
 from pplex.conversation.script import Script
 from pplex.conversation.session import Model
@@ -30,8 +30,6 @@ from pplex.model.config import ModelConfig
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.stats import ModelInfo, model_info
 
-# Prefilled states that are kept; each is tens of MB for the 7B models.
-KEPT_ROLES = 4
 # About what voice and role take; published ones are shorter.
 PROMPT_FRAMES = 250
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pplex.conversation.quiet import Tail
-from pplex.conversation.roles import ROLES
+from pplex.conversation.roles import role_words
 from pplex.errors import PplexError, did_you_mean
 from pplex.respond.request import MOST_TAIL_S, seed_of
 from pplex.values import read_rows, seconds_of, shown, text_of
@@ -80,22 +80,13 @@ def _row(path: Path, number: int, fields: dict[str, Any]) -> Row:
             raise PplexError(
                 f"{where}: there is no column {shown(name)}. Did you mean {near[0]}?"
             )
-    if "prompt" in known and "role" in known:
-        raise PplexError(f"{where}: prompt and role exclude each other")
+    text = role_words(known.get("prompt"), known.get("role"), where)
     for name in ("voice", "prompt", "role"):
         if name in known and "resume" in known:
             raise PplexError(
                 f"{where}: {name} and resume exclude each other: the conversation has "
                 "its voice and role"
             )
-    text = known.get("prompt")
-    if "role" in known:
-        if known["role"] not in ROLES:
-            raise PplexError(
-                f"{where}: there is no role {shown(known['role'])}; give one of "
-                f"{', '.join(ROLES)}, or the words as prompt"
-            )
-        text = ROLES[known["role"]]
     return Row(
         number=number,
         input=known["input"],

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from pplex.audio.folders import LeftOut
 from pplex.batch.answering import WRITERS, Answering, Behind, Result, is_disk_full
-from pplex.batch.decoding import KEPT_ROLES, Decoder, Size
+from pplex.batch.decoding import Decoder, Size
 from pplex.batch.describe import Description
 from pplex.batch.lock import FolderLock
 from pplex.batch.prepare import (
@@ -37,6 +37,7 @@ from pplex.batch.records import (
     finish,
 )
 from pplex.checkpoint.hub import LocalModel
+from pplex.conversation.prompts import KEPT_ROLES
 from pplex.conversation.session import load
 from pplex.engine.device import num_gpus
 from pplex.errors import PplexError

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pplex.bench.estimate import (
-    LIVE_FACTOR,
     estimate_frame_s,
+    live_in_words,
     loop_frame_s,
     minute_in_words,
     need_gb,
@@ -253,13 +253,8 @@ def _verdict(
     speed = ""
     if factor is not None:
         kind = "measured" if measured else "estimated from a short measurement"
-        live = (
-            "keeps up with a live stream"
-            if factor < LIVE_FACTOR
-            else "slower than real time"
-        )
         speed = (
-            f"; real-time factor {factor:.2f} ({kind}): {live}, "
+            f"; real-time factor {factor:.2f} ({kind}): {live_in_words(factor)}, "
             f"{minute_in_words(factor)}"
         )
     here = "runs" if entry.complete else "not on this machine; it would run"

@@ -42,7 +42,7 @@ from pplex.units import duration
 SMALL_BYTES = 400 << 20  # of weights a step reads: such a model is run as it is
 FRAMES = 128  # ten seconds
 _BEST_FIRST = "bf16", "8bit", "4bit"
-LIVE_FACTOR = 0.9  # real-time factor; above it a live stream is not kept up with
+_LIVE_FACTOR = 0.9  # real-time factor; above it a live stream is not kept up with
 _MEAN_POSITION = 192  # a prompt, and half of FRAMES
 _LAYERS = 1, 3
 _TEXT_CARD = 2048
@@ -105,7 +105,7 @@ def best_model(*, offline: bool, kv_bits: int | None = None) -> Choice:
             passed.append(f"{name} takes {need_gb:.1f} GB of memory, of {room_gb:.1f}")
             continue
         factor = estimate_published(name)
-        if factor is None or factor >= LIVE_FACTOR:
+        if factor is None or factor >= _LIVE_FACTOR:
             speed = "an unknown time" if factor is None else minute_in_words(factor)
             passed.append(f"{name} takes {speed}")
             continue
@@ -117,6 +117,13 @@ def best_model(*, offline: bool, kv_bits: int | None = None) -> Choice:
 def minute_in_words(real_time_factor: float) -> str:
     """How long a minute of sound takes, for somebody who waits for it."""
     return f"about {duration(60 * real_time_factor)} for a minute of sound"
+
+
+def live_in_words(real_time_factor: float) -> str:
+    """Whether a live stream is kept up with."""
+    if real_time_factor < _LIVE_FACTOR:
+        return "keeps up with a live stream"
+    return "slower than real time"
 
 
 def estimate_frame_s(config: ModelConfig, bits: int) -> float | None:

@@ -96,7 +96,7 @@ def _report(found: Diagnosis) -> list[str]:
 
 
 def _row(model: OnDisk) -> tuple[str, ...]:
-    from pplex.bench.doctor import LIVE_FACTOR
+    from pplex.bench.estimate import live_in_words
 
     factor = model.real_time_factor
     if model.faults:
@@ -105,10 +105,8 @@ def _row(model: OnDisk) -> tuple[str, ...]:
         verdict = "too little free memory"
     elif factor is None:
         verdict = "runs" if model.complete else "would run"
-    elif factor < LIVE_FACTOR:
-        verdict = "keeps up with a live stream"
     else:
-        verdict = "slower than real time"
+        verdict = live_in_words(factor)
     return (
         model.name,
         "yes" if model.complete else "no",

@@ -27,6 +27,9 @@ from pplex.errors import PplexError
 from pplex.model.config import LmConfig, ModelConfig
 from pplex.model.prompt import Prompt, initial_column, make_prompt, no_prompt
 
+# Prefilled states that runs of many keep; each is tens of MB for the 7B models.
+KEPT_ROLES = 4
+
 _DEFAULT_VOICE = "NATF2"
 _MIN_FRAMES = 2
 

@@ -15,8 +15,10 @@ from pplex.files import (
     check_new,
     descriptor,
     is_descriptor,
+    is_folder,
     is_pipe,
     name_of,
+    no_permission,
 )
 from pplex.respond.transcript import CueShape, format_of
 from pplex.values import shown
@@ -212,7 +214,7 @@ def check_outputs(request: Request, overwrite: bool) -> None:
                 "--layout"
             )
     elif outputs.audio.is_dir():
-        raise _is_folder(outputs.audio)
+        raise is_folder(outputs.audio)
     elif outputs.layout == "separate" and outputs.audio.suffix.lower() != ".wav":
         raise PplexError(
             f"cannot write {outputs.audio}: separate tracks are WAV files; end its "
@@ -280,18 +282,11 @@ def _check_name(path: Path) -> None:
         raise PplexError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-def _is_folder(path: Path) -> PplexError:
-    return PplexError(f"cannot write {path}: it is a folder; give a file name")
-
-
 def _check_place(path: Path, overwrite: bool) -> None:
     if path.parent.exists() and not path.parent.is_dir():
         raise PplexError(f"cannot write {path}: {path.parent} is not a folder")
     if path.is_dir():
-        raise _is_folder(path)
+        raise is_folder(path)
     check_new(path, overwrite)
     if not os.access(path.parent, os.W_OK):
-        raise PplexError(
-            f"cannot write {path}: no permission to write in {path.parent}; choose "
-            "another folder"
-        )
+        raise no_permission(path)

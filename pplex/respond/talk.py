@@ -21,8 +21,14 @@ from pplex.checkpoint.hashes import digest_of, model_identity, sampled
 from pplex.checkpoint.hub import LocalModel, resolve
 from pplex.checkpoint.weights import codec_tensors
 from pplex.conversation.answer import Answer
-from pplex.conversation.prompts import Role, choose_text, choose_voice, make_role
-from pplex.conversation.roles import DEFAULT_ROLE, ROLES
+from pplex.conversation.prompts import (
+    KEPT_ROLES,
+    Role,
+    choose_text,
+    choose_voice,
+    make_role,
+)
+from pplex.conversation.roles import role_words
 from pplex.conversation.script import (
     Script,
     first_words,
@@ -74,7 +80,6 @@ if TYPE_CHECKING:
 SIDES = ("left", "right")
 COLUMNS = ("output", *SIDES, "seconds", "seed")
 _KEYS = ("voice", "prompt", "role", "model", "first-words", "script")
-_KEPT_ROLES = 4  # prefilled states; each is tens of MB for the 7B models
 
 _Key = tuple[int, str, str]
 
@@ -115,7 +120,10 @@ class Talked:
 
 
 def parse_side(text: str, where: str) -> dict[str, str]:
-    """What ``key=value,key=value`` says of an agent; values may have commas."""
+    """What ``key=value,key=value`` says of an agent; values may have commas.
+
+    A ``role`` becomes the ``prompt`` that it stands for.
+    """
     parts = re.split(rf"(?:^|,)\s*({'|'.join(_KEYS)})=", text)
     if parts[0].strip():
         raise PplexError(
@@ -128,14 +136,8 @@ def parse_side(text: str, where: str) -> dict[str, str]:
         if not value and key != "prompt":
             raise PplexError(f"{where}: {key} has no value")
         found[key] = value
-    if "prompt" in found and "role" in found:
-        raise PplexError(f"{where}: prompt and role exclude each other")
-    if found.get("role", DEFAULT_ROLE) not in ROLES:
-        raise PplexError(
-            f"{where}: there is no role {found['role']!r}; give one of "
-            f"{', '.join(ROLES)}, or the words as prompt"
-        )
-    return found
+    words = role_words(found.get("prompt"), found.pop("role", None), where)
+    return found if words is None else found | {"prompt": words}
 
 
 def settings_of(
@@ -151,7 +153,7 @@ def settings_of(
         voice = str(folder / voice)
     return Settings(
         voice=voice,
-        text=ROLES[side["role"]] if "role" in side else side.get("prompt"),
+        text=side.get("prompt"),
         sampling=sampling,
         seed=seed,
         first_words=None if words is None else first_words(words, f"{where}: {words}"),
@@ -199,8 +201,6 @@ def read_talks(
             said = parse_side(text_of(text, where, side, may_be_empty=True), about)
             if "model" in said:
                 raise PplexError(f"{where}: the models are those of --left and --right")
-            if {"prompt", "role"} & said.keys():
-                given = {k: v for k, v in given.items() if k not in ("prompt", "role")}
             settings = settings_of(
                 {**given, **said}, sampling, side_seed(own, idx), about, path.parent
             )
@@ -250,7 +250,7 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
         for one, place in zip(ready, places, strict=True)
     ]
 
-    @functools.lru_cache(_KEPT_ROLES)
+    @functools.lru_cache(KEPT_ROLES)
     def start(key: _Key) -> Start:
         return models[key[0]].engine.prefill(roles[key].prompt)
 
