@@ -53,6 +53,12 @@ def test_what_no_memory_holds_is_refused_before_its_download(
     assert "network" not in result.stderr and not (tmp_path / "out.wav").exists()
 
 
+def test_nothing_is_said_of_a_download_for_a_name_that_is_wrong(run, tmp_path):
+    result = run("respond", tmp_path / "none.wav", "-o", tmp_path / "out.wav")
+    assert "none.wav does not exist" in result.stderr
+    assert "will be downloaded" not in result.stderr
+
+
 @pytest.mark.parametrize("memory_gb", [1000.0, None])
 def test_how_long_it_will_take_is_said_before_the_download(
     run, monkeypatch, call, tmp_path, memory_gb
@@ -155,7 +161,7 @@ def test_nothing_is_foreseen_of_models_that_are_here(run, monkeypatch, call, tmp
 
 
 def test_the_list_says_how_long_what_fits_takes(run, monkeypatch):
-    monkeypatch.setattr("pplex.cli.models.machine_memory_gb", lambda: 10.0)
+    monkeypatch.setattr("pplex.engine.device.available_gb", lambda: 10.0)
     first, *_ = run("models", "list").stdout.split("\n\n")
     lines = {line.split()[0]: line for line in first.splitlines()}
     assert lines["4bit"].endswith("  4 hours")

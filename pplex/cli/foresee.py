@@ -23,9 +23,9 @@ def foresee(name: str, kv_bits: int | None = None, *, quiet: bool = False) -> No
         minute_in_words,
         published_need_gb,
     )
-    from pplex.engine.device import memory_gb
+    from pplex.engine.device import available_gb, memory_gb
 
-    need_gb, room_gb = published_need_gb(name, kv_bits), machine_memory_gb()
+    need_gb, room_gb = published_need_gb(name, kv_bits), available_gb()
     if need_gb is not None and room_gb is not None and need_gb > room_gb:
         total_gb = memory_gb()[0] or room_gb
         takes = f"{name} takes {need_gb:.1f} GB of memory and this machine has"
@@ -66,10 +66,3 @@ def chosen_model(ctx: click.Context, param: click.Parameter, name: str) -> str:
     reasons = "".join(f"; {reason}" for reason in best.passed)
     click.echo(f"--model auto is {best.name}: {best.takes}{reasons}", err=True)
     return best.name
-
-
-def machine_memory_gb() -> float | None:
-    """Memory in GB that a model may have here, where the system tells."""
-    from pplex.engine.device import available_gb
-
-    return available_gb()

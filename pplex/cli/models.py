@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pplex.cli.foresee import foresee, machine_memory_gb
+from pplex.cli.foresee import foresee
 from pplex.cli.models_check import info, verify
 from pplex.cli.models_compare import compare, sensitivity
 from pplex.cli.models_convert import calibrate, convert
@@ -78,8 +78,9 @@ def list_models(as_json: bool) -> None:
     A MINUTE is how long a minute of sound takes here, from a short measurement.
     """
     from pplex.checkpoint.hub import list_models as known
+    from pplex.engine.device import available_gb
 
-    memory_gb = machine_memory_gb()
+    memory_gb = available_gb()
     entries = [_here(entry) for entry in known()]
     if as_json:
         echo_json([_as_json(entry, memory_gb) for entry in entries])

@@ -206,7 +206,8 @@ def respond(ctx: click.Context, verbosity: int, **options: Any) -> None:
         raw=StreamFormat(raw, rate, channels=1) if raw else None,
     )
     stop = ctx.ensure_object(Stop)
-    if not config.offline:
+    # A name that is wrong is answered at once: nothing will be downloaded for it.
+    if not config.offline and (is_stream or source.exists()):
         foresee(config.model_name, config.kv_bits, quiet=verbosity < 0)
     progress = Progress(verbosity, options["channel"] is not None, options["captions"])
     with closing(progress):

@@ -31,7 +31,7 @@ def four(tiny, tmp_path_factory):
 
 
 def test_the_list_says_what_fits(run, monkeypatch):
-    monkeypatch.setattr("pplex.cli.models.machine_memory_gb", lambda: 10.0)
+    monkeypatch.setattr("pplex.engine.device.available_gb", lambda: 10.0)
     listed = json.loads(run("models", "list", "--json").stdout)
     fits = {entry["name"]: entry["fits"] for entry in listed}
     assert fits["8bit"] is False and fits["4bit"] is True
