@@ -66,10 +66,6 @@ def test_a_page_names_no_option_that_does_not_exist(page):
     assert set(OPTION.findall(ours)) - options() == set()
 
 
-def test_every_option_is_named():
-    assert options() - set(OPTION.findall("\n".join(TEXTS.values()))) == set()
-
-
 def test_the_table_of_the_stats_has_every_key_and_no_other():
     rows = re.findall(r"^\| (.*?) \| (.*) \|$", section("files", "Stats"), re.MULTILINE)
     keys = [name for key, _ in rows for name in re.findall(r"`(\w+)`", key)]

@@ -32,7 +32,7 @@ from pplex.cli.options import (
     takes_option,
     verbosity_options,
 )
-from pplex.cli.tables import echo_json, printable
+from pplex.cli.tables import echo_json
 from pplex.cli.transcripts import cue_from, formats_option, subtitle_options
 
 if TYPE_CHECKING:
@@ -252,4 +252,4 @@ def _report(done: Summary, verbosity: int) -> None:
     if verbosity >= 0:
         lines = [*failures_before(done), *lines, summary(done)]
     for line in lines:
-        click.echo(printable(line), err=True)
+        click.echo(line, err=True)

@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING
 
 from pplex.cli.progress import QUIET, VERBOSE, Lines
-from pplex.cli.tables import printable
 from pplex.units import size
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def forecast_text(found: Forecast, every: bool) -> str:
     else:
         lines.append(f"time:    about {found.seconds:.0f} s at the speed so far")
     lines += [f"problem: {problem}" for problem in found.problems()]
-    return printable("\n".join(lines))
+    return "\n".join(lines)
 
 
 def kept_lines(kept: Kept, every: bool) -> list[str]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pplex.cli.tables import printable
 from pplex.files import put, put_new, write_text
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def annotate(title: str, message: str, file: Path | None = None) -> None:
         for key, value in about.items()
     )
     line = f"::error {properties}::{_escape(message)}"
-    click.echo(printable(line), err=True)
+    click.echo(line, err=True)
 
 
 def annotate_checks(audio: Path, outcomes: Sequence[Outcome]) -> None:

@@ -12,7 +12,6 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.ci import annotate_checks
-from pplex.cli.tables import printable
 
 if TYPE_CHECKING:
     from pplex.audio.files import Recording
@@ -52,7 +51,7 @@ class Lines:
     def waiting(self, model_name: str) -> None:
         """Say on a terminal that a model is loaded, until there is more to say."""
         if self._verbosity == 0 and is_terminal():
-            click.echo(f"loading {printable(model_name)} ...", nl=False, err=True)
+            click.echo(f"loading {model_name} ...", nl=False, err=True)
             self._waits = True
 
     def _wait_no_more(self) -> None:
@@ -87,7 +86,7 @@ class Lines:
         self._wait_no_more()
         if self._bar is not None:
             self._bar.clear()
-        click.echo(printable(message), err=True)
+        click.echo(message, err=True)
 
     def loading(self, local: LocalModel) -> None:
         """Say what is being loaded."""

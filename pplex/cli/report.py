@@ -16,7 +16,6 @@ from pplex.cli.options import (
     overwrite_option,
     vad_option,
 )
-from pplex.cli.tables import printable
 
 if TYPE_CHECKING:
     from pplex.evaluation.report import Entry
@@ -114,4 +113,4 @@ def _say(output: Path, entries: Sequence[Entry], notes: Sequence[str]) -> None:
     count = f"{len(entries)} recording{'s' * (len(entries) != 1)}"
     click.echo(f"{output}: {count}{said}", err=True)
     for line in notes:
-        click.echo(printable(line), err=True)
+        click.echo(line, err=True)

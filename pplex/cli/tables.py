@@ -1,4 +1,4 @@
-"""Tables, JSON, and what may hold names that are not text, as they are printed."""
+"""Tables and JSON, as they are printed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from typing import Any
 import click
 
 _WIDTH = 80
-
-
-def printable(text: str) -> str:
-    """A text as a terminal takes it: a file name may hold bytes that are none."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
