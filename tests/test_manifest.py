@@ -68,6 +68,14 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_appended(tmp_path):
     manifest.close()
 
 
+@pytest.mark.parametrize("what", ["fifo", "/dev/zero"])
+def test_where_lines_would_be_lost_none_are_written(tmp_path, what):
+    path = tmp_path / manifest_name()
+    os.mkfifo(path) if what == "fifo" else path.symlink_to(what)
+    with pytest.raises(PplexError, match=r"manifest.jsonl is a device or pipe"):
+        Manifest(tmp_path).open()
+
+
 def test_names_that_are_not_utf8_can_be_written(tmp_path):
     manifest = Manifest(tmp_path)
     manifest.open()

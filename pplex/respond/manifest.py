@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -302,7 +303,10 @@ class Manifest:
         """Make the file ready for new lines."""
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise PplexError(f"{self.path} is a device or pipe; remove it")
+            size = status.st_size
             if size and os.pread(self._fd, 1, size - 1) != b"\n":
                 os.write(self._fd, b"\n")
         except OSError as e:
