@@ -24,7 +24,7 @@ from pplex.conversation import answer, session
 from pplex.conversation.prompts import choose_text, choose_voice, open_role
 from pplex.conversation.quiet import Tail, longest
 from pplex.conversation.roles import DEFAULT_SEED
-from pplex.conversation.scheduler import converse_live, converse_many
+from pplex.conversation.scheduler import converse_live
 from pplex.conversation.state import Opening, State, read_state, state_of
 from pplex.conversation.tracks import Conversation
 from pplex.engine.choose import Compute
@@ -34,6 +34,7 @@ from pplex.model.sampling import SamplingConfig
 from pplex.respond.outputs import spoken_words
 from pplex.respond.request import MOST_TAIL_S, Settings
 from pplex.respond.run import read_user
+from pplex.respond.takes import answers_to
 from pplex.respond.transcript import PieceText, Word
 
 Recording = str | os.PathLike[str] | np.ndarray  # a file, or samples (samples,)
@@ -162,21 +163,17 @@ class Model:
                 seed=seed + number,
                 until_quiet=tail == "auto",
                 saves=saves,
-                more_takes=number < count - 1,
             )
             for number in range(count)
         ]
-        frames = sound.num_samples // self.frame_size + 1
-        rows = model.most_rows(frames, prompt_frames=opening.prompt_frames, takes=True)
-        answers, drawn = {}, settings.sampling
-        for one, said in converse_many(
-            model.engine, takes, drawn, batch_size=min(rows, count)
-        ):
+        answers, drawn = [], settings.sampling
+        replies = answers_to(model, opening, takes, drawn)
+        for one, said in zip(takes, replies, strict=True):
             state = None
             if said.saved is not None:
                 state = state_of(model, said.saved, opening, one.seed, drawn)
-            answers[one.key] = replace(self._answer(said), state=state)
-        return [answers[one.key] for one in takes]
+            answers.append(replace(self._answer(said), state=state))
+        return answers
 
     def batch(
         self,

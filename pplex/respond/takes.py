@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,9 +12,12 @@ import numpy as np
 from pplex.conversation.answer import Answer
 from pplex.conversation.quiet import longest
 from pplex.conversation.scheduler import converse_many
+from pplex.conversation.session import Model
+from pplex.conversation.state import Opening
 from pplex.conversation.tracks import Conversation
 from pplex.errors import PplexError
 from pplex.files import is_pipe, name_of, put, put_new
+from pplex.model.sampling import SamplingConfig
 from pplex.respond.outputs import SoundWriter, open_sink
 from pplex.respond.request import Request, check_outputs, takes_of
 from pplex.respond.run import Config, Prepared, Report, conclude, finish, prepare
@@ -68,44 +72,49 @@ def respond_takes(
     return done
 
 
+def answers_to(
+    model: Model, opening: Opening, takes: list[Conversation], sampling: SamplingConfig
+) -> list[Answer]:
+    """The answers to ``takes`` of one sound, as many at a time as the memory holds."""
+    config, one = model.config, takes[0]
+    seconds = one.sound.num_samples / config.sample_rate
+    seconds += longest("auto") if one.until_quiet else 0.0
+    frames = math.ceil(seconds * config.frame_rate)
+    rows = model.most_rows(frames, prompt_frames=opening.prompt_frames, takes=True)
+    every = [replace(take, more_takes=True) for take in takes[:-1]] + takes[-1:]
+    answers: dict[str, Answer] = {}
+    for take, reply in converse_many(
+        model.engine, every, sampling, batch_size=min(rows, len(every))
+    ):
+        if reply.fault:
+            raise PplexError(reply.fault)
+        answers[take.key] = reply
+    return [answers[take.key] for take in every]
+
+
 def _answer(
     ready: Prepared, every: list[Request], writers: list[SoundWriter], report: Report
 ) -> list[Answer]:
     """The answers of all takes, whose sound is written as it is made."""
-    model, opening, settings = ready.model, ready.opening, ready.request.settings
-    rate, sound = model.config.sample_rate, ready.recording
-    seconds = sound.num_samples / rate
-    until_quiet = settings.tail == "auto"
-    report.answering(None if until_quiet else seconds * len(every))
-    if until_quiet:
-        seconds += longest("auto")
-    frames = math.ceil(seconds * model.config.frame_rate)
-    rows = model.most_rows(frames, prompt_frames=opening.prompt_frames, takes=True)
+    settings, sound = ready.request.settings, ready.recording
+    rate, until_quiet = ready.model.config.sample_rate, settings.tail == "auto"
+    report.answering(None if until_quiet else sound.num_samples / rate * len(every))
 
     def write(idx: int, start: int, user: np.ndarray, agent: np.ndarray) -> None:
         writers[idx](start, user, agent)
         report.advance(len(agent) / rate)
 
-    conversations = [
+    takes = [
         Conversation(
             key=str(idx),
             sound=sound,
-            start=opening.start,
+            start=ready.opening.start,
             seed=one.settings.seed,
             until_quiet=until_quiet,
             write=partial(write, idx),
             script=ready.script,
             saves=one.outputs.state is not None,
-            more_takes=idx < len(every) - 1,
         )
         for idx, one in enumerate(every)
     ]
-    sampling, size = settings.sampling, min(rows, len(every))
-    answers: dict[str, Answer] = {}
-    for one, reply in converse_many(
-        model.engine, conversations, sampling, batch_size=size
-    ):
-        if reply.fault:
-            raise PplexError(reply.fault)
-        answers[one.key] = reply
-    return [answers[one.key] for one in conversations]
+    return answers_to(ready.model, ready.opening, takes, settings.sampling)
