@@ -220,7 +220,7 @@ def test_draws_are_those_of_mlx_from_the_same_logits(config, sampling, instructi
         seed = 2**40 + 17 * frame
         keys = [noise_key(seed, frame)]
         agent, logits = step(compiled, [row.copy()], prompt.column, sampling, keys=keys)
-        noise = sampler.noise(noise_keys([seed], [frame]))
+        noise = sampler.noise(mx.array(noise_keys([seed], [frame])))
         text, *heads = np.split(
             logits,
             [config.text_card + i * config.card for i in range(config.num_codebooks)],
@@ -248,7 +248,7 @@ def test_equal_logits_are_drawn_as_with_mlx(top_k, instruction_set):
         keys = [(9, frame)]
         agent, logits = step(compiled, [row.copy()], column, sampling, keys=keys)
         sampler = Sampler.of(RAGGED, sampling)
-        noise = sampler.noise(noise_keys([9], [frame]))[:, : RAGGED.text_card]
+        noise = sampler.noise(mx.array(noise_keys([9], [frame])))[:, : RAGGED.text_card]
         text = logits[:, : RAGGED.text_card]
         ranks = np.argsort(-text[0], kind="stable")[:top_k]
         assert agent[0, 0] == draw(mx.array(text), 0.7, top_k, noise).item()

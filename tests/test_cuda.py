@@ -32,6 +32,7 @@ from pplex.engine.cuda import depformer, frame
 from pplex.engine.cuda.cache import SharedCache
 from pplex.engine.cuda.codec import FusedSeanet, fuse
 from pplex.engine.cuda.engine import CudaEngine
+from pplex.engine.cuda.exchange import PinnedExchange
 from pplex.engine.cuda.frame import FrameCache, FrameKernel
 from pplex.engine.cuda.rows import (
     add_norm_rows,
@@ -39,6 +40,7 @@ from pplex.engine.cuda.rows import (
     gelu_rows,
     swiglu_rows,
 )
+from pplex.engine.mlx.exchange import Exchange
 from pplex.engine.mlx.ring import CacheEach, FastCache
 from pplex.model.cache import KvCache
 from pplex.model.config import LmConfig, SeanetConfig
@@ -216,7 +218,7 @@ def test_frame_kernel_computes_what_float32_does(bits, group, kv_bits):
         ):
             errors.append(np.abs(head - expected).max() / np.abs(expected).max())
         if drawn:
-            noise = sampler.noise(noise_keys([(number << 33) + 5], [number]))
+            noise = sampler.noise(mx.array(noise_keys([(number << 33) + 5], [number])))
             again = [sampler.text(mx.array(heads[0])[None], noise).item()]
             again += [
                 sampler.audio(mx.array(head)[None], noise, step).item()
@@ -236,7 +238,9 @@ def test_frame_kernel_computes_what_float32_does(bits, group, kv_bits):
 )
 def test_choice_of_the_kernel_is_that_of_mlx(card, temp, top_k):
     rows = 64
-    keys = noise_keys([(row << 35) + 3 for row in range(rows)], list(range(rows)))
+    keys = mx.array(
+        noise_keys([(row << 35) + 3 for row in range(rows)], list(range(rows)))
+    )
     logits = mx.random.normal((rows, card)).astype(mx.bfloat16)
     sampler = Sampler(SamplingConfig(text_temp=temp, text_top_k=top_k), card, 64, 2)
     expected = sampler.text(logits, sampler.noise(keys)).tolist()
@@ -268,7 +272,7 @@ def test_shared_prompts_and_ring_attend_as_caches_of_their_own(kv_bits):
         cache.advance(length)
         cache.said = 0  # as after a prompt
         prompts.append(cache)
-    shared, apart = SharedCache(prompts[0], 3), CacheEach(3)
+    shared, apart = SharedCache(prompts[0], 3, Exchange()), CacheEach(3)
     for row, prompt in enumerate(prompts):
         shared.put(row, prompt)
         apart.put(row, prompt)
@@ -307,7 +311,7 @@ def test_batch_kernels_compute_what_mlx_does(rows, compiled, monkeypatch):
     given[:, 4] = NOT_FORCED
     given[:, 7:] = NOT_FORCED
     user = mx.random.randint(0, CONFIG.card, (rows, CONFIG.num_codebooks))
-    keys = noise_keys(list(range(rows)), [3] * rows)
+    keys = mx.array(noise_keys(list(range(rows)), [3] * rows))
     sampler = Sampler(SamplingConfig(), CONFIG.text_card, CONFIG.card, AGENT - 1)
     assert depformer.supports(lm)
     if not compiled:
@@ -342,7 +346,7 @@ def test_a_row_has_the_same_bits_in_the_depformers_kernel_for_any_number_of_rows
     rows = 150
     inputs = mx.random.normal((rows, config.num_codebooks * 512)).astype(mx.bfloat16)
     column = mx.random.randint(0, config.card, (rows, config.num_streams))
-    keys = noise_keys(list(range(rows)), [3] * rows)
+    keys = mx.array(noise_keys(list(range(rows)), [3] * rows))
     columns = [
         np.array(kernel(inputs[-n:], column[-n:], keys[-n:], None, sampler))
         for n in (rows, 1, 16, 17, 64, 65)
@@ -359,6 +363,28 @@ def test_embedded_columns_are_those_of_mlx(bits):
     assert found.dtype == expected.dtype and found.tolist() == expected.tolist()
     inputs = engine.embed(np.array(tokens[0]))
     assert inputs.dtype == np.float32 and inputs.tolist() == expected[0].tolist()
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (16, 5, 1920), (1 << 20,)])
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.float32, np.int64, bool])
+def test_what_goes_to_a_gpu_and_back_is_as_it_was(shape, dtype):
+    exchange, rng = PinnedExchange(), np.random.default_rng(5)
+    sent = [rng.integers(0, 2**30, shape).astype(dtype) for _ in range(5)]
+    arrays = []
+    for each in sent:  # the same memory for all, if it were free too soon
+        mine = each.copy()
+        arrays.append(exchange.send(mine))
+        mine[:] = 0
+    coming = [exchange.bring(array) for array in arrays]
+    mx.async_eval([each.array for each in coming])
+    for each, expected in zip(coming, sent, strict=True):
+        found = each.read()
+        assert found.dtype == expected.dtype
+        assert (found == expected).all()
+    # A part, which does not begin where an array does.
+    part = exchange.bring(mx.contiguous(arrays[0]).reshape(-1)[1:] + 0)
+    mx.async_eval(part.array)
+    assert (part.read() == sent[0].reshape(-1)[1:]).all()
 
 
 def test_norms_and_gates_are_those_of_float32():

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from pplex.engine.cuda import compiler, convolutions, depformer, frame, rows
+from pplex.engine.cuda import (
+    compiler,
+    convolutions,
+    depformer,
+    exchange,
+    frame,
+    rows,
+)
 from pplex.model.config import LmConfig
 
 CAPABILITIES = [(8, 0), (9, 0)]
@@ -43,6 +50,7 @@ def sources() -> Iterator[tuple[str, str]]:
         if not name.startswith(("attend", "join")):
             yield name, rows.source(name)
     yield "elu_behind", convolutions.source()
+    yield "exchange", exchange.source()
     for least in depformer.TILES:
         text = depformer.source(lm, least, depformer.LEAST_SHARED)
         yield f"depformer {least}", text

@@ -137,19 +137,19 @@ def test_greedy_takes_the_largest_and_needs_no_noise():
 
 def test_noise_of_a_row_depends_on_its_seed_and_frame_only():
     draws = sampler(SamplingConfig())
-    alone = np.array(draws.noise(noise_keys([5], [9])))
-    beside = np.array(draws.noise(noise_keys([1, 5, 2], [0, 9, 9])))
+    alone = np.array(draws.noise(mx.array(noise_keys([5], [9]))))
+    beside = np.array(draws.noise(mx.array(noise_keys([1, 5, 2], [0, 9, 9]))))
     np.testing.assert_array_equal(alone[0], beside[1])
     assert not np.array_equal(beside[0], beside[1])
     assert not np.array_equal(beside[1], beside[2])
-    next_frame = np.array(draws.noise(noise_keys([5], [10])))
+    next_frame = np.array(draws.noise(mx.array(noise_keys([5], [10]))))
     assert not np.array_equal(alone, next_frame)
 
 
 def test_text_and_audio_can_be_greedy_apart():
     config = SamplingConfig(temp=0.0)
     half = sampler(config)
-    noise = half.noise(noise_keys([5], [9]))
+    noise = half.noise(mx.array(noise_keys([5], [9])))
     assert noise.shape == (1, 512)
     logits = mx.random.normal((1, 300), key=mx.random.key(1))
     assert half.audio(logits, noise, 3).item() == mx.argmax(logits).item()
@@ -159,7 +159,7 @@ def test_text_and_audio_can_be_greedy_apart():
 def test_top_k_of_zero_or_more_than_there_are_keeps_all(top_k):
     config = SamplingConfig(temp=1.0, top_k=top_k, text_temp=1.0, text_top_k=top_k)
     whole = sampler(config, text_card=7, card=5, num_codebooks=2)
-    noise = whole.noise(noise_keys([1], [0]))
+    noise = whole.noise(mx.array(noise_keys([1], [0])))
     assert noise.shape == (1, 7 + 2 * 5)
     assert 0 <= whole.audio(mx.zeros((1, 5)), noise, 1).item() < 5
 
@@ -176,6 +176,6 @@ def test_the_kth_largest_is_found_in_rows_of_any_length(card, k):
 def test_noise_is_finite_and_above_zero_whatever_is_drawn(monkeypatch):
     extremes = mx.array([0.0, 2.0**-32, 0.5, 1 - 2.0**-24])  # of mx.random.uniform
     monkeypatch.setattr(mx.random, "uniform", lambda shape, key: extremes)
-    noise = np.array(sampler(SamplingConfig()).noise(noise_keys([3], [0])))
+    noise = np.array(sampler(SamplingConfig()).noise(mx.array(noise_keys([3], [0]))))
     assert (noise > 0).all() and np.isfinite(np.log(noise)).all()
     assert (np.diff(noise[0]) < 0).all()

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from pplex.errors import PplexError, check_count
 from pplex.model.config import TEMP, TEXT_TEMP, TEXT_TOP_K, TOP_K, LmConfig
@@ -123,9 +124,9 @@ def noise_key(seed: int, frame: int) -> tuple[int, int]:
     return (seed ^ (seed >> 32)) & 0xFFFFFFFF, frame
 
 
-def noise_keys(seeds: list[int], frames: list[int]) -> mx.array:
-    """Keys (rows, 2) of the noise of frame ``frames[r]`` of a row with ``seeds[r]``."""
-    return mx.array(list(map(noise_key, seeds, frames)), mx.uint32)
+def noise_keys(seeds: list[int], frames: list[int]) -> np.ndarray:
+    """Keys uint32 (rows, 2) of the noise of rows: of ``seeds``, in their ``frames``."""
+    return np.array(list(map(noise_key, seeds, frames)), np.uint32)
 
 
 def _kept(top_k: int, card: int) -> int:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from pplex.engine.cuda.rows import TILE, WIDTHS, attend_rows
+from pplex.engine.mlx.exchange import Exchange
 from pplex.engine.mlx.ring import Ring
 from pplex.model.cache import KvCache, Mask, written_out
 
@@ -23,9 +24,10 @@ class SharedCache:
     also writes, without MLX's knowledge: whatever else changes the ring waits for it.
     """
 
-    def __init__(self, like: KvCache, num_rows: int) -> None:
+    def __init__(self, like: KvCache, num_rows: int, exchange: Exchange) -> None:
         """Empty rows; layers, heads, type and window are those of ``like``."""
         self._ring, self._bits = Ring(like, num_rows), like.bits
+        self._exchange = exchange
         self._prompts: list[KvCache] = []
         self._prompt_stores: list[mx.array] = []  # (prompts, heads, slots, head_dim)
         # Of each layer keys and values in bfloat16, which many rows read at once.
@@ -33,7 +35,7 @@ class SharedCache:
         # Of each row: positions it has had, how many of them its prompt has, and the
         # first that is still kept, the prompt's number.
         self._rows = np.zeros((num_rows, 4), np.int32)
-        self._meta = mx.array(self._rows)
+        self._meta: mx.array
         self._tiles: mx.array | None = None  # made anew when rows or prompts change
 
     @staticmethod
@@ -144,9 +146,9 @@ class SharedCache:
         self._rows[self._rows[:, 1] == 0] = 0  # nobody's
         said = self._rows[:, 0] - self._rows[:, 1]
         self._ring.grow(int(said.max()) + 1)
-        self._meta = mx.array(self._rows)
+        self._meta = self._exchange.send(self._rows)
         if self._tiles is None:
-            self._tiles = mx.array(self._make_tiles())
+            self._tiles = self._exchange.send(self._make_tiles())
 
     def _make_tiles(self) -> np.ndarray:
         """Rows by their prompts, ``TILE`` at a time; at least one tile."""

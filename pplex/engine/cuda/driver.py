@@ -8,6 +8,7 @@ import time
 import mlx.core as mx
 
 _MULTIPROCESSORS, _SHARED_MEMORY = 16, 97  # of ``CUdevice_attribute``
+_FOR_ALL_CONTEXTS = 1  # ``CU_MEMHOSTALLOC_PORTABLE``
 
 
 def num_devices() -> int:
@@ -34,6 +35,25 @@ def _attribute(number: int) -> int:
     if cuda is None or cuda.cuDeviceGetAttribute(ctypes.byref(value), number, 0):
         return 0
     return value.value
+
+
+def pinned_memory(size: int) -> int | None:
+    """The address of so many bytes of the host's memory that GPUs read and write.
+
+    It is never given back. None where there is none.
+    """
+    cuda, context = _cuda(), ctypes.c_void_p()
+    if cuda is None or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0):
+        return None
+    pointer, count = ctypes.c_void_p(), ctypes.c_size_t(size)
+    try:
+        if cuda.cuCtxSetCurrent(context) or cuda.cuMemHostAlloc(
+            ctypes.byref(pointer), count, _FOR_ALL_CONTEXTS
+        ):
+            return None
+    finally:
+        cuda.cuDevicePrimaryCtxRelease_v2(0)
+    return pointer.value
 
 
 def copy_seconds(size: int, copies: int, rounds: int) -> float | None:

@@ -21,6 +21,7 @@ from pplex.engine.base import Codec, Cost, Rows
 from pplex.engine.cuda import depformer, frame
 from pplex.engine.cuda.cache import SharedCache
 from pplex.engine.cuda.codec import fuse
+from pplex.engine.cuda.exchange import PinnedExchange
 from pplex.engine.cuda.rows import (
     MOST_DIM,
     add_norm_rows,
@@ -33,6 +34,7 @@ from pplex.engine.device import memory_gb
 from pplex.engine.mlx import engine as mlx
 from pplex.engine.mlx.codec import GROUP_ROWS, MlxCodec, frames_within, work_bytes
 from pplex.engine.mlx.engine import Frame, RowsCache
+from pplex.engine.mlx.exchange import Exchange
 from pplex.model.cache import KvCache
 from pplex.model.config import MimiConfig, ModelConfig
 from pplex.model.mimi import Mimi
@@ -105,7 +107,7 @@ class CudaEngine(mlx.MlxEngine):
         kernel = self._frame_kernel if self.alone else None
         if kernel is None:
             return super()._block_maker(sampling, live)
-        return lambda size: frame.FrameRows(kernel, sampling, live)
+        return lambda size: frame.FrameRows(kernel, sampling, live, self.exchange)
 
     @functools.cached_property
     def _frame_kernel(self) -> frame.FrameKernel | None:
@@ -121,6 +123,10 @@ class CudaEngine(mlx.MlxEngine):
     def cost(self) -> Cost:
         """What the model takes."""
         return _with_work(self.config.mimi, super().cost(), self.alone)
+
+    def make_exchange(self) -> Exchange:
+        """What brings arrays to MLX and back, step by step."""
+        return PinnedExchange()
 
     def inputs(self, tokens: mx.array) -> mx.array:
         """Summed rows (batch, t, dim) of tokens (batch, streams, t)."""
@@ -165,7 +171,7 @@ class CudaEngine(mlx.MlxEngine):
     def make_ring(self, like: KvCache, num_rows: int) -> RowsCache:
         """The keys and values of ``num_rows`` rows that step together."""
         if SharedCache.serves(like):
-            return SharedCache(like, num_rows)
+            return SharedCache(like, num_rows, self.exchange)
         return super().make_ring(like, num_rows)
 
     def make_frame(self, sampler: Sampler) -> Frame:
@@ -202,6 +208,7 @@ class CudaEngine(mlx.MlxEngine):
             alone=self.alone,
             frames=self.alone_frames if self.alone else _codec_frames(self.config.mimi),
             groups_beside=True,
+            exchange=self.exchange,
         )
         if codec.group > 1:  # kernels are compiled and convolutions planned
             frame = np.zeros((1, self.config.frame_size), np.float32)

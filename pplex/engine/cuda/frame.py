@@ -20,6 +20,7 @@ from pplex.engine.cuda.driver import num_multiprocessors
 from pplex.engine.cuda.rows import with_scales
 from pplex.engine.cuda.weights import DENSE, form_of, stack
 from pplex.engine.mlx.engine import Waiting
+from pplex.engine.mlx.exchange import Exchange
 from pplex.engine.mlx.saved import save_cache, to_numpy
 from pplex.model.cache import GROWTH, KvCache
 from pplex.model.config import LmConfig
@@ -316,8 +317,13 @@ class FrameRows:
     """The one row that the kernel steps."""
 
     def __init__(
-        self, kernel: FrameKernel, sampling: SamplingConfig, live: bool
+        self,
+        kernel: FrameKernel,
+        sampling: SamplingConfig,
+        live: bool,
+        exchange: Exchange,
     ) -> None:
+        self._exchange = exchange
         self._kernel, self._num_agent = kernel, kernel.config.num_agent_streams
         self._live, self._reads_user = live, live or kernel.config.is_moshi
         self._sampler = Sampler.of(kernel.config, sampling)
@@ -358,7 +364,7 @@ class FrameRows:
             self._given = mx.array(given)
             self._given[TEXT_ROW] = int(text[0])
         key = noise_key(self._seed, self._frame)
-        tokens, cache = mx.array(user[0]), self._cache
+        tokens, cache = self._exchange.send(user[0]), self._cache
         if self._reads_user:
             agent = self._column[: self._num_agent]
             self._column = mx.concatenate([agent, tokens])
@@ -367,6 +373,6 @@ class FrameRows:
         )
         self._given, self._frame = None, self._frame + 1
         # What the host reads is moved, and stays slow to write to: not the column.
-        agent = self._column[None, : self._num_agent] + 0
-        mx.async_eval(agent, self._column)
-        return Waiting(agent, [0], 1)
+        coming = self._exchange.bring(self._column[None, : self._num_agent] + 0)
+        mx.async_eval(coming.array, self._column)
+        return Waiting(coming, [0], 1)

@@ -12,6 +12,7 @@ import numpy as np
 
 from pplex.engine.base import Arrays, Begun, codec_state_bytes
 from pplex.engine.device import is_out_of_memory
+from pplex.engine.mlx.exchange import Coming, Exchange
 from pplex.engine.mlx.saved import restore_codec, save_codec
 from pplex.model.config import MimiConfig
 from pplex.model.mimi import CodecState, Mimi
@@ -68,8 +69,9 @@ class MlxCodec:
         alone: bool = False,
         frames: int = CHUNK_FRAMES,
         groups_beside: bool = False,
+        exchange: Exchange | None = None,
     ) -> None:
-        self._mimi = mimi
+        self._mimi, self._exchange = mimi, exchange or Exchange()
         self.groups_beside = groups_beside
         self.group = GROUP_ROWS if on_gpu and not alone else 1
         self._alone_frames = frames if on_gpu else 1
@@ -123,7 +125,7 @@ class MlxCodec:
         if state.begun is not None:
             known, frames = len(state.begun), np.concatenate([state.begun, frames])
 
-        def chunks() -> Iterator[tuple[mx.array, slice]]:
+        def chunks() -> Iterator[tuple[Coming, slice]]:
             nonlocal known
             for first in range(0, len(frames), size):
                 some = frames[first : first + size]
@@ -131,14 +133,18 @@ class MlxCodec:
                 # One that is not full yet is run again with what comes.
                 state.begun = None if is_full else some
                 codec = state.codec if is_full else state.codec.copy()
-                made = run(_chunk([some], self.group, size), codec)
-                # Until a state is computed it holds all that it is made of.
-                mx.async_eval(made, codec.arrays())
+                made = self._begin(run, _chunk([some], self.group, size), codec)
                 yield made, slice(known, len(some))
                 known = max(0, known - len(some))
             mx.eval(codec.arrays())  # before that no other thread can go on with it
 
-        return np.concatenate([np.array(made)[0, new] for made, new in _late(chunks())])
+        return np.concatenate([made.read()[0, new] for made, new in _late(chunks())])
+
+    def _begin(self, run: Run, chunk: np.ndarray, state: CodecState) -> Coming:
+        made = self._exchange.bring(run(chunk, state))
+        # Until a state is computed it holds all that it is made of.
+        mx.async_eval(made.array, state.arrays())
+        return made
 
     def encode_next(self, parts: Sequence[np.ndarray], state: StreamState) -> Begun:
         """Codes (codebooks, frames) of the next PCM (frames, frame_size) of a group."""
@@ -153,26 +159,25 @@ class MlxCodec:
 
     def _encode_group(self, chunk: np.ndarray, state: CodecState) -> mx.array:
         """PCM (rows, frames, frame_size) to codes (rows, frames, codebooks)."""
-        pcm = mx.array(chunk.reshape(len(chunk), -1))
+        pcm = self._exchange.send(chunk.reshape(len(chunk), -1))
         return self._mimi.encode(pcm, state).swapaxes(1, 2)
 
     def _decode_group(self, chunk: np.ndarray, state: CodecState) -> mx.array:
         """Codes (rows, frames, codebooks) to PCM (rows, frames, frame_size)."""
-        pcm = self._mimi.decode(mx.array(chunk).swapaxes(1, 2), state)
+        codes = self._exchange.send(chunk)
+        pcm = self._mimi.decode(codes.swapaxes(1, 2), state)
         return pcm.reshape(*chunk.shape[:2], -1)
 
     def _next(self, parts: Sequence[np.ndarray], state: StreamState, run: Run) -> Begun:
         """``run`` over the next frames (frames, width) of rows, in chunks that fit."""
-        made: list[mx.array] = []
+        made: list[Coming] = []
         first, most = 0, max(map(len, parts))
         while first < most:
             size, before = self.chunk_frames, state.codec
             after = before.copy()
             try:
                 some = [frames[first : first + size] for frames in parts]
-                computed = run(_chunk(some, self.group, size), after)
-                mx.async_eval(computed, after.arrays())
-                made.append(computed)
+                made.append(self._begin(run, _chunk(some, self.group, size), after))
             except (RuntimeError, MemoryError) as e:
                 if size == 1 or not is_out_of_memory(e):
                     raise
@@ -185,7 +190,7 @@ class MlxCodec:
                 mx.clear_cache()
 
         def wait() -> list[np.ndarray]:
-            whole = np.concatenate([np.array(one) for one in made], axis=1)
+            whole = np.concatenate([one.read() for one in made], axis=1)
             return [row[: len(part)] for row, part in zip(whole, parts, strict=False)]
 
         return wait

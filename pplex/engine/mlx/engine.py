@@ -41,6 +41,7 @@ from pplex.engine.mlx.codec import (
     frames_within,
     work_bytes,
 )
+from pplex.engine.mlx.exchange import Coming, Exchange
 from pplex.engine.mlx.ring import CacheEach, FastCache, take_rows
 from pplex.engine.mlx.saved import restore_cache, save_cache, to_numpy
 from pplex.model.cache import Cache, KvCache
@@ -116,6 +117,7 @@ class MlxEngine:
         """
         dtype = compute_dtype(on_gpu)
         self.config = config
+        self.exchange = self.make_exchange()
         self.dtype = str(dtype).removeprefix("mlx.core.")
         self.compute = form_name(not lm.forms, alone, config.kv_bits)
         self.on_gpu, self.alone = on_gpu, alone
@@ -219,6 +221,10 @@ class MlxEngine:
 
     # What engines of other kernels do their own way.
 
+    def make_exchange(self) -> Exchange:
+        """What brings arrays to MLX and back, step by step."""
+        return Exchange()
+
     def inputs(self, tokens: mx.array) -> mx.array:
         """Summed rows (batch, t, dim) of tokens (batch, streams, t)."""
         is_step = tokens.shape[2] == self._num_rows
@@ -250,6 +256,7 @@ class MlxEngine:
             on_gpu=self.on_gpu,
             alone=self.alone,
             frames=self.alone_frames if self.alone else _codec_frames(self.config.mimi),
+            exchange=self.exchange,
         )
 
     def _joint(self, before: TemporalLayer, after: TemporalLayer) -> Joint:
@@ -484,14 +491,15 @@ class _MlxRows:
         for row, place in enumerate(self._places):
             if place is not None:
                 tokens[row] = user[place]
-        inputs = {"user": mx.array(tokens)}
+        engine = self._engine
+        inputs = {"user": engine.exchange.send(tokens)}
         if self._draws:
-            inputs["keys"] = noise_keys(self._seeds, self._frames)
+            keys = noise_keys(self._seeds, self._frames)
+            inputs["keys"] = engine.exchange.send(keys)
         if text is not None:
             self._force(text)
         if self._given is not None:
             inputs["given"] = self._given
-        engine = self._engine
         if self._reads_user:
             agent = self._column[:, : self._num_agent]
             self._column = mx.concatenate([agent, inputs["user"]], axis=1)
@@ -502,9 +510,9 @@ class _MlxRows:
         # On CUDA what the host reads is moved, under the hands of a next step that has
         # begun, and stays slow for a GPU to write to: so it is not to be the column,
         # of which `mx.contiguous` makes a view if there is one row.
-        agent = self._column[:, : self._num_agent] + 0
-        mx.async_eval(agent, self._column)
-        return Waiting(agent, list(self._places), self._capacity)
+        coming = engine.exchange.bring(self._column[:, : self._num_agent] + 0)
+        mx.async_eval(coming.array, self._column)
+        return Waiting(coming, list(self._places), self._capacity)
 
     def _force(self, text: np.ndarray) -> None:
         """Give the next step those of the text ids (capacity,) that are forced."""
@@ -554,13 +562,13 @@ class _MlxRows:
 class Waiting:
     """A step under way; ``places`` are those of its rows."""
 
-    agent: mx.array
+    agent: Coming
     places: Sequence[int | None]
     capacity: int
 
     def tokens(self) -> np.ndarray:
         """The agent's column int32 (capacity, agent streams), once it is there."""
-        agent = np.array(self.agent)
+        agent = self.agent.read()
         column = np.zeros((self.capacity, agent.shape[1]), np.int32)
         for row, place in enumerate(self.places):
             if place is not None:
