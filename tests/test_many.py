@@ -19,6 +19,7 @@ from pplex.engine.base import Codec, Cost, Engine
 from pplex.engine.choose import KINDS, batch_size
 from pplex.engine.cuda.cache import SharedCache
 from pplex.engine.mlx.codec import MlxCodec
+from pplex.engine.mlx.exchange import Exchange
 from pplex.engine.mlx.ring import CacheEach
 from pplex.errors import PplexError
 from pplex.model.cache import GROWTH, KvCache, scaled_attention
@@ -274,7 +275,13 @@ def attend_as_the_kernel(qkv, ring, prompts, rows, tiles, slot, window, max_peri
     return mx.concatenate(outputs)
 
 
-@pytest.mark.parametrize("kind", [lambda like, count: CacheEach(count), SharedCache])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda like, count: CacheEach(count),
+        lambda like, count: SharedCache(like, count, Exchange()),
+    ],
+)
 @pytest.mark.parametrize("window", [30, GROWTH + 50])
 def test_ring_for_many_rows_equals_caches_apart(window, kind, monkeypatch):
     monkeypatch.setattr("pplex.engine.cuda.cache.attend_rows", attend_as_the_kernel)

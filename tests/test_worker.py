@@ -14,7 +14,12 @@ from pplex.audio.files import Samples
 from pplex.conversation.prompts import make_role
 from pplex.conversation.scheduler import converse, converse_many
 from pplex.conversation.tracks import Conversation
-from pplex.conversation.worker import codec_worker, one_ahead
+from pplex.conversation.worker import (
+    Urgency,
+    codec_worker,
+    group_worker,
+    one_ahead,
+)
 from pplex.engine.base import Codec, Engine
 from pplex.engine.mlx.codec import MlxCodec
 from pplex.model.sampling import GREEDY
@@ -52,7 +57,7 @@ class Failing:
 class Beside:
     """A codec that claims to run beside the steps."""
 
-    concurrent = True
+    concurrent = groups_beside = True
 
 
 def with_codec(engine: Engine, codec: Codec) -> Engine:
@@ -131,6 +136,23 @@ def test_a_call_that_fails_fails_for_who_asked_for_it():
         for idx, call in enumerate(calls):
             with pytest.raises(Fails, match=str(idx)):
                 call.result()
+
+
+def test_of_groups_the_most_urgent_call_is_begun_first():
+    go_on, begun = threading.Event(), []
+
+    def begin(name: str):
+        begun.append(name)
+        go_on.wait(60)
+        return lambda: name.upper()
+
+    with group_worker(Beside()) as worker:
+        calls = [worker.begin(Urgency.LATER, begin, name) for name in "ab"]
+        calls += [worker.begin(Urgency.SOON, begin, name) for name in "cd"]
+        calls += [worker.begin(Urgency.NOW, begin, name) for name in "ef"]
+        go_on.set()
+        assert [call.result() for call in calls] == [*"ABCDEF"]
+    assert begun in ([*"aefcdb"], [*"efcdab"])  # the first had begun, or not
 
 
 def test_without_a_worker_items_are_asked_for_one_by_one():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from pplex.conversation.answer import Answer
 from pplex.conversation.quiet import Quiet
 from pplex.conversation.script import last_cue
 from pplex.conversation.tracks import Conversation, Track
-from pplex.conversation.worker import begin_late
+from pplex.conversation.worker import GroupWorker, Urgency, begin_late
 from pplex.engine.base import Begun, Codec, Engine
 from pplex.errors import PplexError
 from pplex.model.config import ModelConfig
@@ -30,7 +30,7 @@ class _Encoding:
         codec: Codec,
         recordings: Sequence[tuple[np.ndarray, int]],
         frame_size: int,
-        worker: Executor | None,
+        worker: GroupWorker | None,
     ) -> None:
         """``recordings`` are PCM (samples,) and how many frames, silence behind it."""
         self._codec, self._worker, self._frame_size = codec, worker, frame_size
@@ -47,8 +47,8 @@ class _Encoding:
         if idx < len(self._chunks) or first >= max(self._lengths):
             return
         parts = [self._part(row, first) for row in range(len(self._lengths))]
-        call = begin_late(self._worker, self._codec.encode_next, parts, self._state)
-        self._chunks.append(call)
+        how = Urgency.SOON if idx else Urgency.NOW, self._codec.encode_next
+        self._chunks.append(begin_late(self._worker, *how, parts, self._state))
 
     def _part(self, row: int, first: int) -> np.ndarray:
         """The next frames (frames, frame_size) of one of them."""
@@ -157,7 +157,7 @@ class GroupedTrack(Track):
 
 
 def encode_group(
-    engine: Engine, conversations: Sequence[Conversation], worker: Executor | None
+    engine: Engine, conversations: Sequence[Conversation], worker: GroupWorker | None
 ) -> list[GroupedTrack]:
     """Begin to encode recordings together; their tracks, ready to start.
 
@@ -205,7 +205,7 @@ class Decoding:
     with few of them: so more may join until one is at its end, or far ahead.
     """
 
-    def __init__(self, codec: Codec, worker: Executor | None) -> None:
+    def __init__(self, codec: Codec, worker: GroupWorker | None) -> None:
         self._codec, self._worker = codec, worker
         self._state, self._size = codec.make_state(), codec.chunk_frames
         self._tracks: list[GroupedTrack] = []
@@ -266,7 +266,8 @@ class Decoding:
         first, self._num_begun = self._num_begun, until
         parts = [each.said(first, until)[1:] for each in self._tracks]
         rooms = dict(self._left)
-        self._call = begin_late(self._worker, self._decode, parts, rooms, first)
+        how = Urgency.LATER, self._decode
+        self._call = begin_late(self._worker, *how, parts, rooms, first)
 
     def _decode(
         self, parts: list[np.ndarray], rooms: dict[int, np.ndarray], first: int
@@ -284,13 +285,13 @@ class Decoding:
 
 
 def decode_group(
-    codec: Codec, tracks: Sequence[GroupedTrack], worker: Executor | None
+    codec: Codec, tracks: Sequence[GroupedTrack], worker: GroupWorker | None
 ) -> list[tuple[Conversation, Answer]]:
     """Decode what was said in ``tracks`` together; answers of those that are over."""
     start = time.perf_counter()
     said = [track.said() for track in tracks]
     codes = [frames[1:] for frames in said]
-    sounds = begin_late(worker, _decode_whole, codec, codes).result()
+    sounds = begin_late(worker, Urgency.NOW, _decode_whole, codec, codes).result()
     per_frame = (time.perf_counter() - start) / sum(frames.shape[1] for frames in said)
     answers = []
     for track, frames, pcm in zip(tracks, said, sounds, strict=True):

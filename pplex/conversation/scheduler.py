@@ -34,7 +34,7 @@ from pplex.conversation.tracks import (
     Track,
     UserSide,
 )
-from pplex.conversation.worker import codec_worker
+from pplex.conversation.worker import GroupWorker, codec_worker, group_worker
 from pplex.engine.base import Engine, Pending, Start
 from pplex.model.sampling import SamplingConfig
 from pplex.model.streams import NOT_FORCED
@@ -304,7 +304,7 @@ def _converse_grouped(
     are given away: what is done with them runs beside the step that the GPU makes
     meanwhile, and none wait for the last one.
     """
-    with codec_worker(engine.codec, beside=batch_size, groups=True) as worker:
+    with group_worker(engine.codec) as worker:
         yield from _grouped(engine, conversations, sampling, batch_size, worker)
 
 
@@ -313,7 +313,7 @@ def _grouped(
     conversations: Iterable[Conversation],
     sampling: SamplingConfig,
     batch_size: int,
-    worker: Executor | None,
+    worker: GroupWorker | None,
 ) -> Iterator[tuple[Conversation, Answer]]:
     codec, group = engine.codec, engine.codec.group
     done: list[GroupedTrack] = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from enum import IntEnum
 from functools import partial
+from queue import PriorityQueue
 from typing import Any, TypeVar
 
 from pplex.engine.base import Codec
@@ -17,53 +20,96 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def codec_worker(
-    codec: Codec, *, beside: int, groups: bool = False
-) -> Iterator[Executor | None]:
+def codec_worker(codec: Codec, *, beside: int) -> Iterator[Executor | None]:
     """Threads for the codec's work on ``beside`` conversations beside their steps.
 
     None for 0, and where the codec must wait its turn.
 
     One conversation has one thread. Of many, the codec's work is more than that of the
     steps: theirs take part in it where they would wait for it, so that with a thread
-    for each of the other cores all have work, and none is fought for. ``groups`` that
-    are coded together have one that begins calls and one that waits for them.
+    for each of the other cores all have work, and none is fought for.
 
     When the block is left, for whatever reason, what has not begun is dropped, what
     has is waited for, and the threads end.
     """
-    if not (beside and (codec.groups_beside if groups else codec.concurrent)):
+    if not (beside and codec.concurrent):
         yield None
         return
-    threads = 1 if groups else max(1, min(beside, num_cores() - 1))
+    threads = max(1, min(beside, num_cores() - 1))
     worker: Executor = ThreadPoolExecutor(threads, thread_name_prefix="codec")
-    if groups:
-        worker = _Late(worker)
     try:
-        yield worker if beside == 1 or groups else _Shared(worker)
+        yield worker if beside == 1 else _Shared(worker)
     finally:
         worker.shutdown(wait=True, cancel_futures=True)
 
 
-class _Late(Executor):
+@contextmanager
+def group_worker(codec: Codec) -> Iterator[GroupWorker | None]:
+    """The same for recordings that are coded together."""
+    if not codec.groups_beside:
+        yield None
+        return
+    worker = GroupWorker()
+    try:
+        yield worker
+    finally:
+        worker.end()
+
+
+class Urgency(IntEnum):
+    """Who waits for a call: all that step, all soon, or nobody."""
+
+    NOW, SOON, LATER = range(3)
+
+
+class GroupWorker:
     """Calls begun by one thread, which give what another one calls to wait for them.
 
-    Meanwhile the next is begun: on a GPU that takes as long as computing it.
+    Meanwhile the next is begun: on a GPU that takes as long as computing it. The most
+    urgent is begun first: a chunk of every group is due at once where all began
+    together, and a group that joins then would wait for them.
     """
 
-    def __init__(self, beginning: Executor) -> None:
-        self._beginning = beginning
+    def __init__(self) -> None:
+        self._calls: PriorityQueue[tuple[Urgency, int, Future[Any], Callable[[], Any]]]
+        self._calls, self._count = PriorityQueue(), itertools.count()
+        self._beginning = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._waiting = ThreadPoolExecutor(1, thread_name_prefix="codec results")
 
-    def submit(
-        self, function: Callable[..., Result], /, *arguments: Any, **named: Any
-    ) -> Future[Any]:
-        begun: Future[Any] = self._beginning.submit(function, *arguments, **named)
-        return self._waiting.submit(lambda: begun.result()())
+    def begin(
+        self,
+        urgency: Urgency,
+        function: Callable[..., Callable[[], Result]],
+        *arguments: Any,
+    ) -> Future[Result]:
+        """The result of what ``function`` gives."""
+        call: Future[Result] = Future()
+        item = urgency, next(self._count), call, partial(function, *arguments)
+        self._calls.put(item)
+        self._beginning.submit(self._begin_next)
+        return call
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+    def _begin_next(self) -> None:
+        _, _, call, function = self._calls.get()
+        try:
+            wait = function()
+        except BaseException as e:
+            call.set_exception(e)
+        else:
+            self._waiting.submit(_settle, call, wait)
+
+    def end(self) -> None:
+        """Drop what has not begun, wait for what has, end the threads."""
         for threads in (self._beginning, self._waiting):
-            threads.shutdown(wait=wait, cancel_futures=cancel_futures)
+            threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _settle(call: Future[Result], function: Callable[[], Result]) -> None:
+    """Make the call."""
+    try:
+        call.set_result(function())
+    except BaseException as e:
+        call.set_exception(e)
 
 
 class _Shared(Executor):
@@ -87,10 +133,7 @@ class _Shared(Executor):
             call, function = self._waiting.popleft()
         except IndexError:
             return False
-        try:
-            call.set_result(function())
-        except BaseException as e:
-            call.set_exception(e)
+        _settle(call, function)
         return True
 
 
@@ -119,14 +162,15 @@ def begin(
 
 
 def begin_late(
-    worker: Executor | None,
+    worker: GroupWorker | None,
+    urgency: Urgency,
     function: Callable[..., Callable[[], Result]],
     *arguments: Any,
 ) -> Future[Result]:
     """The same of a call that gives what waits for its result, and of that."""
     if worker is None:
         return begin(None, lambda: function(*arguments)())
-    return worker.submit(function, *arguments)  # type: ignore[arg-type]
+    return worker.begin(urgency, function, *arguments)
 
 
 def one_ahead(
