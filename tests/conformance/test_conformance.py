@@ -275,7 +275,7 @@ def assert_specified(
     if sampler.draws:
         keys = noise_keys([one.seed] * one.frames, list(range(one.frames)))
         ends = lm.text_card + lm.card * np.arange(lm.num_codebooks)
-        noises = list(np.split(np.array(sampler.noise(keys)), ends, axis=1))
+        noises = list(np.split(np.array(sampler.noise(mx.array(keys))), ends, axis=1))
     for stream, (logits, noise) in enumerate(zip(heads, noises, strict=True)):
         temp = sampling.temp if stream else sampling.text_temp
         top_k = sampler.top_k if stream else sampler.text_top_k

@@ -21,7 +21,7 @@ from pplex.engine.base import Codec, Cost, Rows
 from pplex.engine.cuda import depformer, frame
 from pplex.engine.cuda.cache import SharedCache
 from pplex.engine.cuda.codec import fuse
-from pplex.engine.cuda.exchange import PinnedExchange
+from pplex.engine.cuda.exchange import pinned_exchange
 from pplex.engine.cuda.rows import (
     MOST_DIM,
     add_norm_rows,
@@ -126,7 +126,7 @@ class CudaEngine(mlx.MlxEngine):
 
     def make_exchange(self) -> Exchange:
         """What brings arrays to MLX and back, step by step."""
-        return PinnedExchange()
+        return pinned_exchange()
 
     def inputs(self, tokens: mx.array) -> mx.array:
         """Summed rows (batch, t, dim) of tokens (batch, streams, t)."""

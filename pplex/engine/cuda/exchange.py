@@ -113,6 +113,12 @@ class PinnedExchange(Exchange):
             return buffer
 
 
+@functools.cache
+def pinned_exchange() -> PinnedExchange:
+    """The one of this process, whose memory is never given back."""
+    return PinnedExchange()
+
+
 def _numpy_type(dtype: mx.Dtype) -> np.dtype | None:
     return next((ours for ours, theirs in _DTYPES.items() if theirs == dtype), None)
 
