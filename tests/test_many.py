@@ -275,6 +275,23 @@ def attend_as_the_kernel(qkv, ring, prompts, rows, tiles, slot, window, max_peri
     return mx.concatenate(outputs)
 
 
+def test_a_ring_has_room_for_what_its_rows_will_say_and_little_more(monkeypatch):
+    monkeypatch.setattr("pplex.engine.cuda.cache.attend_rows", attend_as_the_kernel)
+    prompt = KvCache(1, 3000)
+    new = mx.zeros((1, 6, 9, 8))
+    prompt.attend(0, new, 10000.0, prompt.mask(9))
+    prompt.advance(9)
+    prompt.said = 0
+    shared = SharedCache(prompt, 2, Exchange())
+    for row, frames in enumerate((375, 380)):
+        shared.put(row, prompt.copy(), frames)
+    for _ in range(380):
+        shared.attend(0, new[:, :, :2], 10000.0, shared.mask(1))
+        shared.advance(1)
+    (keys, values) = shared._ring.of_layer(0)
+    assert keys.shape[2] == values.shape[2] == 384
+
+
 @pytest.mark.parametrize(
     "kind",
     [

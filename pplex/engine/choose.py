@@ -26,6 +26,7 @@ from pplex.engine.cuda import compiler
 from pplex.engine.cuda import engine as cuda
 from pplex.engine.device import device_name, memory_gb, on_cpu
 from pplex.engine.mlx import engine as mlx
+from pplex.engine.mlx.ring import RING_STEP
 from pplex.model.config import ModelConfig
 
 Compute = Literal["auto", "quantized", "dense", "alone"]
@@ -300,7 +301,9 @@ def batch_size(
     if free_bytes is None:
         free_bytes = 1e9 * (memory_gb()[1] or 0.0)
     kind = KINDS[kind_here()]
-    positions = frames if kind.shares_prompts else frames + prompt_frames
+    positions = frames + prompt_frames
+    if kind.shares_prompts:
+        positions = -(-frames // RING_STEP) * RING_STEP
     row_bytes = cost.position * min(config.lm.window, positions)
     of_takes = min(kind.takes_bytes // row_bytes, _MAX_ROWS_C) if takes else 0
     return max(1, kind.max_rows(cost, row_bytes, free_bytes), of_takes)

@@ -11,7 +11,7 @@ import numpy as np
 
 from pplex.engine.cuda.rows import TILE, WIDTHS, attend_rows
 from pplex.engine.mlx.exchange import Exchange
-from pplex.engine.mlx.ring import Ring
+from pplex.engine.mlx.ring import RING_STEP, Ring
 from pplex.model.cache import KvCache, Mask, written_out
 
 KEPT_PROMPTS = 8
@@ -54,7 +54,8 @@ class SharedCache:
 
         ``room`` more positions have their place at once.
         """
-        self._ring.grow(room)
+        said = min(source.said, self._ring.window)
+        self._ring.grow(said + room, RING_STEP)
         found = (i for i, prompt in enumerate(self._prompts) if prompt is source)
         number = next(found, None)
         if number is None:
@@ -63,7 +64,7 @@ class SharedCache:
         kept = min(before, self._ring.window)
         self._rows[row] = source.end, before, before - kept, number
         self._tiles = None
-        if said := min(source.said, self._ring.window):
+        if said:
             self._ring.grow(said + 1)
             self._ring.put(row, source.ordered(said))
 

@@ -51,6 +51,11 @@ def take_rows(x: mx.array, rows: list[int]) -> mx.array:
     return mx.concatenate([x[rows[i] : rows[i] + j - i] for i, j in stretches])
 
 
+# A ring grows by so many slots where it is known how many a row will need: it is to
+# have few more than those, and not to be copied for each row that needs a few more.
+RING_STEP = 32
+
+
 class Ring:
     """The arrays of a ``KvCache``, of so many rows: (rows, heads, slots, ...).
 
@@ -116,13 +121,13 @@ class Ring:
             (slice(count - before), slice(before, count)),
         ]
 
-    def grow(self, need: int) -> None:
-        """Make room for ``need`` positions, or the window."""
+    def grow(self, need: int, step: int = GROWTH) -> None:
+        """Make room for ``need`` positions, or the window, in so many ``step``."""
         need = min(need, self.window)
         if need <= self.slots:
             return
         have = self.slots
-        self.slots = min(self.window, -(-need // GROWTH) * GROWTH)
+        self.slots = min(self.window, -(-need // step) * step)
         room = [(0, 0), (0, 0), (0, self.slots - have), (0, 0)]
         # Oldest slot first, so that the new ones come after the latest.
         turn = -(self._step % have) if have else 0
