@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -14,7 +14,7 @@ from pplex.audio.streams import Feed, LiveFrame, UserStream, open_stream
 from pplex.conversation.answer import Answer, Timings
 from pplex.conversation.quiet import Quiet, is_quiet, longest
 from pplex.conversation.scheduler import converse_live
-from pplex.conversation.script import Script, last_cue, lay_out, unsaid
+from pplex.conversation.script import Script, last_cue, lay_out
 from pplex.conversation.session import Model
 from pplex.conversation.state import Opening, Saving, read_notes, state_of
 from pplex.engine.base import Start
@@ -29,7 +29,7 @@ from pplex.respond.outputs import (
     write_words,
 )
 from pplex.respond.request import Request, Settings, check_outputs
-from pplex.respond.run import Clock, Config, Report, begin, load_model
+from pplex.respond.run import Clock, Config, Report, begin, conclude, load_model
 from pplex.respond.stats import (
     Histogram,
     Latency,
@@ -205,12 +205,7 @@ def respond_stream(
             stats.write(outputs.stats, place)
         for warning in user.warnings() if closed is None else ():  # else unheard
             report.warn(warning)
-        if late := unsaid(script, record.text()):
-            report.warn(late)
-    if config.check is not None:
-        spoken = spoken_words(model, record.text(), settings.lines)
-        outcomes = config.check(request.source, files, asdict(stats), spoken)
-        report.checked(outcomes, outputs.audio)
+    conclude(model, script, request, record.text(), stats, config, report)
     if closed is not None:
         raise closed
     _check_whole(user)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from pplex.audio.files import WHOLE, Recording, Sound, read_pcm
 from pplex.audio.streams import StreamFormat
 from pplex.checkpoint.hub import LocalModel, resolve
@@ -229,7 +231,7 @@ def respond(
             check_outputs(request, config.overwrite)
             stack.close()
             stats = finish(ready, request, reply, answered, place)
-    conclude(ready, request, reply, stats, config, report)
+    conclude(model, ready.script, request, reply.text, stats, config, report)
     return stats
 
 
@@ -289,18 +291,22 @@ def finish(
 
 
 def conclude(
-    ready: Prepared,
+    model: Model,
+    script: Script,
     request: Request,
-    reply: Answer,
+    text: np.ndarray,
     stats: Stats,
     config: Config,
     report: Report,
 ) -> None:
-    """Say what was not said in time, and check what was written, if that is wanted."""
-    if late := unsaid(ready.script, reply.text):
+    """Say what was not said in time, and check what was written, if that is wanted.
+
+    ``text`` are the ids (frames,) of what was said.
+    """
+    if late := unsaid(script, text):
         report.warn(late)
     if config.check is not None:
-        spoken = spoken_words(ready.model, reply.text, request.settings.lines)
+        spoken = spoken_words(model, text, request.settings.lines)
         files = request.outputs.files()
         outcomes = config.check(request.source, files, asdict(stats), spoken)
         report.checked(outcomes, request.outputs.audio)

@@ -68,7 +68,7 @@ def respond_takes(
                 count = writer.num_samples
                 done.append(finish(ready, one, reply, count, place, is_share=True))
     for one, stats, reply in zip(every, done, replies, strict=True):
-        conclude(ready, one, reply, stats, config, report)
+        conclude(ready.model, ready.script, one, reply.text, stats, config, report)
     return done
 
 
