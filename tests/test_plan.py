@@ -136,7 +136,7 @@ def test_everything_that_respond_reads_is_found_in_a_folder(tree, plan):
 
 def test_what_a_folder_holds_beside_recordings_is_counted(tree, tmp_path):
     folder = tree("a.wav", "b.m4a", "c.M4A", "d", ".e.m4a", "x/f.wav", ".y/g.wav")
-    tree("out/a.wav")
+    tree("out/a.wav", "out/manifest.jsonl")
 
     def left_out(**options):
         selection = Selection((folder,), **options)
@@ -193,10 +193,15 @@ def test_a_folder_without_recordings_is_refused(tree, plan):
         plan(tree("x/a.wav"))
 
 
-def test_results_within_the_folder_are_not_taken_for_recordings(tree, plan):
+def test_results_within_the_folder_are_not_taken_for_recordings_nor_hide_any(tree, plan):
     folder = tree("a.wav", "out/a.wav", "out/b.wav")
-    tasks = plan(folder, recursive=True, outdir=folder / "out")
-    assert [t.key for t in tasks] == ["a.wav"]
+    with pytest.raises(PplexError, match="holds a.wav, b.wav, which would be left out"):
+        plan(folder, recursive=True, outdir=folder / "out")
+    tree("out/manifest.jsonl")
+    (folder.parent / "link").symlink_to(folder)
+    for outdir in (folder / "out", folder.parent / "link" / "out"):
+        tasks = plan(folder, recursive=True, outdir=outdir)
+        assert [task.key for task in tasks] == ["a.wav"]
 
 
 def test_recordings_are_never_overwritten(tree, plan):

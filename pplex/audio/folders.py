@@ -38,7 +38,10 @@ class Folder:
 def list_folder(
     path: Path, *, recursive: bool, spared: Collection[Path] = ()
 ) -> Folder:
-    """List ``path``; ``spared`` are folders to pass over. A loop of links ends."""
+    """List ``path``; ``spared``, no links, are folders to pass over.
+
+    A loop of links ends.
+    """
     found = Folder()
 
     def note(error: OSError) -> None:
@@ -54,7 +57,9 @@ def list_folder(
             continue
         visited.add(real)
         folders[:] = sorted(
-            n for n in folders if not n.startswith(".") and here / n not in spared
+            n
+            for n in folders
+            if not n.startswith(".") and (here / n).resolve() not in spared
         )
         within = here.relative_to(path)
         if not recursive:

@@ -23,8 +23,8 @@ from pplex.conversation.script import first_words, read_script
 from pplex.conversation.seeds import number_of, seed_for
 from pplex.conversation.state import read_notes
 from pplex.errors import PplexError
-from pplex.files import folded
-from pplex.respond.manifest import manifest_name
+from pplex.files import folded, real_path
+from pplex.respond.manifest import manifest_name, manifests_in
 from pplex.respond.request import (
     Layout,
     Outputs,
@@ -35,6 +35,7 @@ from pplex.respond.request import (
     transcript_beside,
 )
 from pplex.respond.transcript import CueShape
+from pplex.units import some
 
 
 @dataclass(frozen=True)
@@ -264,13 +265,21 @@ def _names_in(
     left_out: LeftOut,
 ) -> list[str]:
     """Recordings of a folder as relative names with slashes; hidden ones are left."""
-    results = _absolute(outdir)
-    beside = results == folder
+    results, real = real_path(outdir), real_path(folder)
+    beside = results == real
     if beside and options.takes and options.name is None:
         raise PplexError(
             f"takes in {folder} would be taken for recordings next time; choose "
             "another output folder, or other names with --output-name"
         )
+    if selection.recursive and real in results.parents and results.is_dir():
+        inside = list_folder(results, recursive=True).names
+        lost = [name for name in inside if _is_wanted(name, selection.glob)]
+        if lost and not manifests_in(results):
+            raise PplexError(
+                f"{outdir} is the output folder and holds {some(lost)}, which would be "
+                "left out; choose another output folder"
+            )
     spared = () if beside else (results,)
     listed = list_folder(folder, recursive=selection.recursive, spared=spared)
     own_names = _own_names(options) if beside else set()
