@@ -193,7 +193,7 @@ def test_a_folder_without_recordings_is_refused(tree, plan):
         plan(tree("x/a.wav"))
 
 
-def test_results_within_the_folder_are_not_taken_for_recordings_nor_hide_any(tree, plan):
+def test_results_within_the_folder_are_no_recordings_and_hide_none(tree, plan):
     folder = tree("a.wav", "out/a.wav", "out/b.wav")
     with pytest.raises(PplexError, match="holds a.wav, b.wav, which would be left out"):
         plan(folder, recursive=True, outdir=folder / "out")
