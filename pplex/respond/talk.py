@@ -222,7 +222,7 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
     """Have agents talk, many pairs at a time; each is whole when it is yielded."""
     known = None
     if config.folder is not None:
-        for folder in {one.outputs.audio.parent for one in talks}:
+        for folder in [config.folder, *{one.outputs.audio.parent for one in talks}]:
             make_folder(folder)
         known = Manifest(config.folder, note=report.warn)
     for one in talks:

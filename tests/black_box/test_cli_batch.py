@@ -266,6 +266,12 @@ def test_an_output_folder_that_is_a_file_is_a_usage_error(batch, calls):
     batch(calls, outdir=calls / "a.wav", code=USAGE)
 
 
+def test_an_output_folder_is_not_stdout(batch, calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "name a folder" in batch(calls, outdir="-", code=NOTHING).stderr
+    assert not Path("-").exists()
+
+
 def test_an_input_folder_without_recordings_is_refused(batch, tmp_path):
     (tmp_path / "none").mkdir()
     assert "no recording" in batch(tmp_path / "none", code=NOTHING).stderr
