@@ -31,7 +31,7 @@ from pplex.quantization.compare import (
 from pplex.quantization.forced import Script, write_script
 
 SILENCE_S = 10.0
-TIMED_FRAMES = 50
+_TIMED_FRAMES = 50
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def compare_models(
     gc.collect()
     mx.clear_cache()
     model = load(b, kv_bits=kv_bits)
-    check_alike(config, model.config, b)
+    _check_alike(config, model.config, b)
     tallies = compare_by_depth(kept, model.engine, scripts, settings.sampling)
     streams = sum(tallies, Tally(settings.sampling)).figures()
     depth_s = DEPTH_FRAMES / config.frame_rate
@@ -160,7 +160,7 @@ def make_scripts(
     ]
 
 
-def check_alike(a: ModelConfig, b: ModelConfig, where: LocalModel) -> None:
+def _check_alike(a: ModelConfig, b: ModelConfig, where: LocalModel) -> None:
     """Refuse models that do not read the same tokens."""
     for what, of_a, of_b in (
         ("text tokens", a.lm.text_card, b.lm.text_card),
@@ -180,7 +180,7 @@ def _figures(
 ) -> ModelFigures:
     info = describe(local)
     prompt = make_role(model, settings.voice, "")
-    short = pcm[: TIMED_FRAMES * model.config.frame_size]
+    short = pcm[: _TIMED_FRAMES * model.config.frame_size]
     _, seconds = write_script(model.engine, prompt.prompt, short, GREEDY, 0)
     return ModelFigures(
         name=local.name,

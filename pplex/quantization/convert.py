@@ -44,8 +44,8 @@ from pplex.quantization.quantize import BLOCK_VALUES, Parts, quantize_blocks
 from pplex.quantization.recipe import Form, Recipe, recipe_bytes
 from pplex.quantization.rounding import round_by_inputs
 
-FLOAT16_BOUND = 65520  # from here on, rounding to float16 gives infinity
-HALF = "F16"  # what the published folders hold where nothing is quantized
+_FLOAT16_BOUND = 65520  # from here on, rounding to float16 gives infinity
+_HALF = "F16"  # what the published folders hold where nothing is quantized
 CACHE_BYTES = 1 << 28
 _SPARE_BYTES = 1 << 26
 _SECONDS = 60.0  # of each recording that is measured
@@ -224,13 +224,13 @@ def _specs(source: Source, matrix: Matrix, form: Form) -> Iterator[TensorSpec]:
     """The tensors that a matrix becomes."""
     named = matrix.in_split_file()
     if len(matrix.shape) == 1:
-        yield TensorSpec(named.name, HALF, (1, 1, *matrix.shape))
+        yield TensorSpec(named.name, _HALF, (1, 1, *matrix.shape))
         return
     rows, columns = matrix.shape
     if form is None:
-        yield TensorSpec(named.name, HALF, matrix.shape)
+        yield TensorSpec(named.name, _HALF, matrix.shape)
         return
-    dtype = source.dtype(_targets(matrix)[0]) if _same(source, matrix, form) else HALF
+    dtype = source.dtype(_targets(matrix)[0]) if _same(source, matrix, form) else _HALF
     packed = (rows, columns * form.bits // 32)
     yield TensorSpec(named.part("weight"), "U32", packed)
     for part in ("scales", "biases"):
@@ -322,7 +322,7 @@ def _rows(source: Source, matrix: Matrix, target: str) -> Iterator[mx.array]:
         wide = block.astype(mx.float32)
         # What is no number fits no bounds.
         low, high = float(wide.min()), float(wide.max())
-        if not (-FLOAT16_BOUND < low and high < FLOAT16_BOUND):
+        if not (-_FLOAT16_BOUND < low and high < _FLOAT16_BOUND):
             whole = is_finite(wide)
             what = "is too large for 16 bits" if whole else "is no number"
             raise PplexError(

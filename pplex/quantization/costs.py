@@ -1,6 +1,6 @@
 """What each part of a model costs when it is rounded, and the mixed recipe from that.
 
-``COSTS`` was measured with `pplex models sensitivity` on an earlier training of the
+``_COSTS`` was measured with `pplex models sensitivity` on an earlier training of the
 built-in model. Today's weights give other figures, but mixed recipes from them came out
 no better on conversations that they were not measured on.
 """
@@ -26,7 +26,7 @@ from pplex.values import fit, read_json
 
 # Mean divergence over the streams (nats) with this part alone at 4 bits in groups of
 # 64. Parts that are not here cost nothing: they are never run in a conversation.
-COSTS: dict[str, float] = {
+_COSTS: dict[str, float] = {
     "text_emb": 8.53e-06,
     "emb": 1.47e-05,
     "text_linear": 4.51e-06,
@@ -57,9 +57,9 @@ COSTS: dict[str, float] = {
 
 
 def read_costs(path: Path | None) -> dict[str, float]:
-    """Costs by part, as `pplex models sensitivity` wrote them; else ``COSTS``."""
+    """Costs by part, as `pplex models sensitivity` wrote them; else ``_COSTS``."""
     if path is None:
-        return COSTS
+        return _COSTS
     with reading(
         f"--sensitivity {path}", "is not a file of `pplex models sensitivity`"
     ):

@@ -32,7 +32,7 @@ from pplex.quantization.calibration import Conversation
 from pplex.quantization.products import product
 from pplex.quantization.quantize import STORED, Parts, pack
 
-Dense = Mapping[str, mx.array]
+_Dense = Mapping[str, mx.array]
 Modules = Mapping[str, Sequence[str]]
 _Learned = dict[str, dict[str, mx.array]]
 
@@ -82,7 +82,7 @@ def check_memory(config: LmConfig, num_values: int, longest: int) -> int:
 def distill(
     config: LmConfig,
     modules: Modules,
-    dense: Dense,
+    dense: _Dense,
     rounded: Mapping[str, tuple[Quantization, Parts]],
     conversations: Sequence[Conversation],
     rounds: float,
@@ -96,7 +96,7 @@ def distill(
     """
     teacher = trainable_lm(config)
     put(teacher, modules, dense)
-    student = Student(config, modules, dense, rounded)
+    student = _Student(config, modules, dense, rounded)
     size = max(1, _step_positions() // max(c.columns.shape[1] for c in conversations))
     size = min(size, len(conversations))
     steps = max(1, round(rounds * len(conversations) / size))
@@ -104,7 +104,7 @@ def distill(
     learned = student.start
 
     def loss(learned: _Learned, batch: Batch, wanted: tuple[mx.array, ...]) -> mx.array:
-        return divergences(wanted, student.logits(learned, batch)).mean()
+        return _divergences(wanted, student.logits(learned, batch)).mean()
 
     step = mx.grad(loss)
     random, order = np.random.default_rng(0), np.zeros(0, int)
@@ -138,7 +138,7 @@ class _Group:
     """All matrices of one form: their groups (groups, group_size) in one array."""
 
     def __init__(
-        self, form: Quantization, dense: Dense, rounded: Mapping[str, Parts]
+        self, form: Quantization, dense: _Dense, rounded: Mapping[str, Parts]
     ) -> None:
         self._form = form
         self._top = 2**form.bits - 1
@@ -164,7 +164,7 @@ class _Group:
         s, b = (part.astype(mx.float32).reshape(-1, 1) for part in (scales, biases))
         return codes.reshape(-1, size), s, b
 
-    def _parts(self, learned: Dense) -> Parts:
+    def _parts(self, learned: _Dense) -> Parts:
         """Codes, scales and biases of the groups; gradients pass through rounding."""
         values = learned["values"]
         scales = self._scales + learned["scales"] * (_SCALES * self._unit)
@@ -175,14 +175,14 @@ class _Group:
             _through(biases, biases.astype(STORED).astype(mx.float32)),
         )
 
-    def dense(self, learned: Dense) -> dict[str, mx.array]:
+    def dense(self, learned: _Dense) -> dict[str, mx.array]:
         """What they stand for, by name."""
         codes, scales, biases = self._parts(learned)
         whole = mx.split(codes * scales + biases, self._ends)
         named = zip(self._shapes.items(), whole, strict=True)
         return {name: part.reshape(shape) for (name, shape), part in named}
 
-    def parts(self, learned: Dense) -> dict[str, Parts]:
+    def parts(self, learned: _Dense) -> dict[str, Parts]:
         """Packed codes, scales and biases by name."""
         split = (mx.split(part, self._ends) for part in self._parts(learned))
         found = {}
@@ -194,7 +194,7 @@ class _Group:
             found[name] = pack(whole, self._form.bits), s, b
         return found
 
-    def bound(self, learned: Dense) -> dict[str, mx.array]:
+    def bound(self, learned: _Dense) -> dict[str, mx.array]:
         """Values no further outside the codes than gradients soon bring back."""
         values = mx.clip(learned["values"], -0.5, self._top + 0.5)
         return {**learned, "values": values}
@@ -204,14 +204,14 @@ def _through(value: mx.array, rounded: mx.array) -> mx.array:
     return value + mx.stop_gradient(rounded - value)
 
 
-class Student:
+class _Student:
     """A model whose matrices are what is learned, at ``start`` what was rounded."""
 
     def __init__(
         self,
         config: LmConfig,
         modules: Modules,
-        dense: Dense,
+        dense: _Dense,
         rounded: Mapping[str, tuple[Quantization, Parts]],
     ) -> None:
         self._lm = trainable_lm(config)
@@ -248,7 +248,7 @@ class Student:
         return found
 
 
-def put(lm: Lm, modules: Modules, dense: Dense) -> None:
+def put(lm: Lm, modules: Modules, dense: _Dense) -> None:
     """Give ``lm`` its matrices and norms, by target."""
     named = []
     for name, targets in modules.items():
@@ -404,7 +404,7 @@ def _agent_logits(
     return product(x, stacked("head"))
 
 
-def divergences(ours: tuple[mx.array, ...], other: tuple[mx.array, ...]) -> mx.array:
+def _divergences(ours: tuple[mx.array, ...], other: tuple[mx.array, ...]) -> mx.array:
     """The mean divergence of ``other`` from ``ours``: (1 + codebooks,)."""
     text, agent = (_divergence(a, b) for a, b in zip(ours, other, strict=True))
     return mx.concatenate([text.mean(keepdims=True), agent.mean(axis=1)])

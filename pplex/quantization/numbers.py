@@ -34,10 +34,10 @@ from pplex.quantization.record import (
 from pplex.values import shown
 
 # What ports of the reference reach on the real weights, less some room.
-MIN_COSINE = 0.995
-MIN_FIRST_CODES = 0.9
-MIN_DECODED_DB = 25.0
-MIN_SAME_CHOICES = 0.95  # of given tokens; ports had 98.8 % of codes, 99.3 % of text
+_MIN_COSINE = 0.995
+_MIN_FIRST_CODES = 0.9
+_MIN_DECODED_DB = 25.0
+_MIN_SAME_CHOICES = 0.95  # of given tokens; ports had 98.8 % of codes, 99.3 % of text
 
 _MEAN_TOLERANCE = 0.02  # of the deviation; the published figures are of one file
 _DEVIATION_TOLERANCE = 0.02
@@ -73,7 +73,7 @@ def verify_numbers(
     record, model = measure(local, given, recording, looking, hashing=hashing)
     findings += check_record(record, reference, config)
     findings.append(summary(findings, reference.name, applies))
-    findings += comparison_hint(local, record.bits)
+    findings += _comparison_hint(local, record.bits)
     if other is not None:
         forced = None
         if model is not None and (run := other.run) is not None:
@@ -108,7 +108,7 @@ def check_record(
         yield check("repeated run", record.run.is_repeatable, text, "warning")
 
 
-def comparison_hint(local: LocalModel, bits: tuple[int, ...]) -> Iterator[Finding]:
+def _comparison_hint(local: LocalModel, bits: tuple[int, ...]) -> Iterator[Finding]:
     """Where a quantized model's source is here too: how to compare them."""
     source = "bf16"
     if max(bits) < 16 and cached_snapshot(KNOWN_MODELS[source].repo or "", None):
@@ -191,13 +191,13 @@ def _engine(engine: EngineFigures) -> Iterator[Finding]:
     """Whether what runs here says what the specification says."""
     least = min(engine.text_cosine, engine.codes_cosine)
     text = f"cosine of logits with the specification's {least:.5f}, at least "
-    yield check("engine", least >= MIN_COSINE, f"{text}{MIN_COSINE}", "warning")
-    passed = engine.first_codes >= MIN_FIRST_CODES
-    passed &= engine.decoded_db >= MIN_DECODED_DB
+    yield check("engine", least >= _MIN_COSINE, f"{text}{_MIN_COSINE}", "warning")
+    passed = engine.first_codes >= _MIN_FIRST_CODES
+    passed &= engine.decoded_db >= _MIN_DECODED_DB
     text = (
         f"{engine.first_codes:.0%} of first codes are the specification's, sound "
-        f"{engine.decoded_db:.0f} dB above its error; at least {MIN_FIRST_CODES:.0%}, "
-        f"{MIN_DECODED_DB:.0f} dB"
+        f"{engine.decoded_db:.0f} dB above its error; at least {_MIN_FIRST_CODES:.0%}, "
+        f"{_MIN_DECODED_DB:.0f} dB"
     )
     yield check("codec", passed, text, "warning")
 
@@ -267,7 +267,7 @@ def compare_records(
     if ours.codec is not None and other.codec is not None:
         yield _codecs(ours.codec, other.codec)
     if forced is not None:
-        passed = min(forced.text, forced.codes) >= MIN_SAME_CHOICES
+        passed = min(forced.text, forced.codes) >= _MIN_SAME_CHOICES
         text = (
             f"given the other's tokens, {forced.text:.1%} of text and "
             f"{forced.codes:.1%} of codes would be the same"
@@ -323,7 +323,7 @@ def _codecs(ours: CodecFigures, other: CodecFigures) -> Finding:
     same = sum(int((a == b).sum()) for a, b in pairs if a.shape == b.shape)
     count = sum(a.size for a, _ in pairs)
     text = f"{same} of {count} codes of a tone and of zeros are the same"
-    return check("codec of both", same >= MIN_FIRST_CODES * count, text, "warning")
+    return check("codec of both", same >= _MIN_FIRST_CODES * count, text, "warning")
 
 
 def _is_same_run(a: Run, b: Run) -> bool:

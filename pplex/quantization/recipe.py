@@ -18,8 +18,8 @@ from pplex.files import reading
 from pplex.units import size
 from pplex.values import read_json, shown
 
-GROUP_SIZES = (32, 64, 128)
-HALF_BYTES = 2  # a value that is not quantized
+_GROUP_SIZES = (32, 64, 128)
+_HALF_BYTES = 2  # a value that is not quantized
 
 Form = Quantization | None
 Recipe = dict[str, Form]
@@ -30,9 +30,9 @@ def num_bytes(matrix: Matrix, form: Form) -> int:
     rows = matrix.shape[0] if len(matrix.shape) == 2 else 1
     columns = matrix.shape[-1]
     if form is None:
-        return rows * columns * HALF_BYTES
+        return rows * columns * _HALF_BYTES
     groups = columns // form.group_size
-    return rows * (columns * form.bits // 8 + 2 * groups * HALF_BYTES)
+    return rows * (columns * form.bits // 8 + 2 * groups * _HALF_BYTES)
 
 
 def fitting(matrix: Matrix, form: Form) -> Form:
@@ -42,7 +42,7 @@ def fitting(matrix: Matrix, form: Form) -> Form:
     """
     if form is None or len(matrix.shape) == 1:
         return None
-    for group_size in reversed(GROUP_SIZES):
+    for group_size in reversed(_GROUP_SIZES):
         if group_size <= form.group_size and matrix.shape[1] % group_size == 0:
             return Quantization(form.bits, group_size)
     return None
@@ -106,11 +106,11 @@ def _form(path: Path, pattern: str, value: Any, group_size: int) -> Form:
         value = value.get("bits")
     if value == 16:
         return None
-    if value not in BITS or group_size not in GROUP_SIZES or isinstance(value, bool):
+    if value not in BITS or group_size not in _GROUP_SIZES or isinstance(value, bool):
         raise PplexError(
             f"--recipe {path}: {pattern!r} asks for {shown(value)} bits in groups of "
             f"{shown(group_size)}; bits are one of {', '.join(map(str, BITS))} or 16, "
-            f"groups one of {', '.join(map(str, GROUP_SIZES))}"
+            f"groups one of {', '.join(map(str, _GROUP_SIZES))}"
         )
     return Quantization(value, group_size)
 
@@ -118,7 +118,7 @@ def _form(path: Path, pattern: str, value: Any, group_size: int) -> Form:
 # What a part costs when its values are stored in a form, in units of what it costs at
 # 4 bits in groups of 64: the squared rounding error of normally distributed weights,
 # as `quantize` leaves it.
-ERRORS: dict[Form, float] = {
+_ERRORS: dict[Form, float] = {
     Quantization(2, 64): 18.8,
     Quantization(3, 64): 4.39,
     Quantization(4, 128): 1.21,
@@ -151,7 +151,7 @@ def mixed(parts: Iterable[Part], rest: Iterable[Matrix], max_bytes: int) -> Reci
     form that lowers the cost most for its bytes.
     """
     parts, rest = list(parts), list(rest)
-    chosen = {part.name: min(ERRORS, key=part.num_bytes) for part in parts}
+    chosen = {part.name: min(_ERRORS, key=part.num_bytes) for part in parts}
     used = sum(num_bytes(m, None) for m in rest)
     used += sum(part.num_bytes(chosen[part.name]) for part in parts)
     if used > max_bytes:
@@ -179,9 +179,9 @@ def _best_step(
     best, best_rate = None, 0.0
     for part in parts:
         now = chosen[part.name]
-        for form, error in ERRORS.items():
+        for form, error in _ERRORS.items():
             more = part.num_bytes(form) - part.num_bytes(now)
-            gain = part.cost * (ERRORS[now] - error)
+            gain = part.cost * (_ERRORS[now] - error)
             if gain <= 0 or more > left:
                 continue
             rate = gain / more if more > 0 else float("inf")

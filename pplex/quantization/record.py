@@ -43,10 +43,10 @@ from pplex.quantization.layerwise import States, run_apart
 from pplex.values import read_json
 
 FORMAT = "pplex-numbers-1"
-RUN_FRAMES = 109  # so many greedy frames of one reference were the same twice
+_RUN_FRAMES = 109  # so many greedy frames of one reference were the same twice
 RUN_VOICE, RUN_ROLE = "NATM1", "service"  # as NVIDIA's example has them
-MIN_FRAMES = 3
-MAX_RECORD_BYTES = 1 << 24
+_MIN_FRAMES = 3
+_MAX_RECORD_BYTES = 1 << 24
 _MAX_ID = 1 << 24
 _NO_RECORD = "is no record of `pplex models verify --record`"
 
@@ -165,8 +165,8 @@ def measure(
     pcm = None
     if recording is not None:
         pcm = read_pcm(recording, sample_rate=config.sample_rate).pcm
-        if len(pcm) < MIN_FRAMES * config.frame_size:
-            raise PplexError(f"{recording} is too short: give {MIN_FRAMES} frames")
+        if len(pcm) < _MIN_FRAMES * config.frame_size:
+            raise PplexError(f"{recording} is too short: give {_MIN_FRAMES} frames")
     voices = {
         name: voice_sha256(read_voice_file(path))
         for name, path in find_voices(local.path).items()
@@ -348,7 +348,7 @@ def _run(model: Model, pcm: np.ndarray, voices: dict[str, str]) -> Run:
     voice = RUN_VOICE if RUN_VOICE in voices else choose_voice(model, None)
     text = ROLES[RUN_ROLE]
     prompt = make_role(model, voice, text).prompt
-    pcm = pcm[: RUN_FRAMES * model.config.frame_size]
+    pcm = pcm[: _RUN_FRAMES * model.config.frame_size]
     answer, again = (
         answer_whole(model.engine, prompt, pcm, GREEDY, 0) for _ in range(2)
     )
@@ -387,7 +387,7 @@ def write_record(path: Path, record: Record) -> None:
 def read_record(path: Path) -> Record:
     """Read what ``write_record`` wrote; anything else is refused."""
     with reading(path, _NO_RECORD):
-        raw = read_json(path, MAX_RECORD_BYTES)
+        raw = read_json(path, _MAX_RECORD_BYTES)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise PplexError(f"{path} {_NO_RECORD}")
     with reading(path, "is a damaged record"):
@@ -396,7 +396,7 @@ def read_record(path: Path) -> Record:
     if record.run is not None:
         tokens = [record.run.text, *record.run.agent, *record.run.user]
         ids = {token for row in tokens for token in row}
-        if len({len(row) for row in tokens}) > 1 or len(record.run.text) < MIN_FRAMES:
+        if len({len(row) for row in tokens}) > 1 or len(record.run.text) < _MIN_FRAMES:
             raise PplexError(f"{path} is a damaged record: `run` has rows cut short")
         if min(ids) < 0 or max(ids) > _MAX_ID:
             raise PplexError(f"{path} is a damaged record: `run` has ids out of range")
