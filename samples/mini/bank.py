@@ -274,6 +274,7 @@ def main() -> None:
             return
         clips = pool.map(make, jobs(args.copies, readings), chunksize=16)
     clips += [clip_of(*turn) for turn in people.turns(spoken)]
+    clips += [clip_of(*turn) for turn in people.fragments(spoken)]
     clips += [clip_of(*turn) for turn in people.spliced(spoken)]
     # What is trained lies together, for random crops of it.
     clips.sort(key=lambda clip: clip["kind"].startswith("test"))

@@ -16,12 +16,13 @@ import sentencepiece
 import torch
 from codes import Agent
 from plan import Grid, Plan, Planner
-from rooms import ROOMS
+from rooms import ROOMS, Room
 from sizes import FRAME_SIZE, config
 from torch import Tensor
 
 SHORT, LONG = 288, 704
 HEARD = 24
+ENDS, LONGEST_REST = 0.5, 12  # recordings that end, at most so many frames later
 
 
 def sentences(users: dict) -> list[str]:
@@ -39,6 +40,8 @@ class Writer:
         users = torch.load(work / "users.pt", weights_only=False)
         self.rooms, self.codes = users["rooms"], users["codes"]
         self.index = {text: i for i, text in enumerate(sentences(users))}
+        # What digital silence is heard as, from the end of a sound on.
+        self.hush = self.rooms[ROOMS.index(Room())][0]
         self.sizes = config(tokenizer.vocab_size())["lm"]
         text_card, card = self.sizes["text_card"], self.sizes["card"]
         self.grid = Grid(self.agent, tokenizer, text_card, card)
@@ -50,13 +53,23 @@ class Writer:
             self.planners.append(Planner(fitting, self.agent, FRAME_SIZE))
 
     def user(self, rng: random.Random, plan: Plan, level: int) -> Tensor:
-        """The user's semantic codes: a room with the clips in it."""
+        """The user's semantic codes: a room with the clips in it.
+
+        Some of the recordings end after the last clip; then there is digital silence.
+        """
         codes = rng.choice(self.rooms[level])[: plan.frames].clone()
+        digital = ROOMS[level].digital()
         for clip, sample in plan.user:
             first = sample // FRAME_SIZE
             spoken = self.codes[slice(*clip["codes_at"])]
+            end = (sample + clip["speech"][1]) // FRAME_SIZE
+            if digital:
+                codes[end:] = self.hush[: max(0, len(codes) - end)]
             room = codes[first : first + len(spoken)]
             room[:] = spoken[: len(room)]
+        if plan.user and not digital and rng.random() < ENDS:
+            end = first + len(spoken) + rng.randrange(LONGEST_REST)
+            codes[end:] = self.hush[: max(0, len(codes) - end)]
         return codes
 
     def dialogue(self, rng: random.Random, length: int) -> tuple[Tensor, int, Tensor]:

@@ -11,7 +11,7 @@ import tomllib
 
 STRANGER = "(stranger)"
 ROLES = ("teacher", "bank", "restaurant", "chat")
-STRANGERS = (0.13, 0.35)  # of the turns in training, and of those after a stranger's
+STRANGERS = (0.16, 0.5)  # of the turns in training, and of those after a stranger's
 TELLS = {"ask": 0.25, "test": 0.15}  # of the turns begin with statements
 VOICE_SENTENCES = [
     "The quick brown fox jumps over the lazy dog near the river.",
@@ -186,7 +186,7 @@ def dialogue(rng: random.Random, split: str, turns: int) -> Dialogue:
     for i in range(turns):
         follows = bool(spoken) and spoken[-1].question == STRANGER
         if split == "ask" and rng.random() < STRANGERS[follows]:
-            if follows and rng.random() < 0.65:
+            if follows and rng.random() < 0.8:
                 spoken[-1] = replace(spoken[-1], resumed=True)
             spoken.append(Turn(STRANGER, domain()["unknown"], "stranger"))
             continue

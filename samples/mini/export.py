@@ -28,7 +28,7 @@ VOICE_FRAMES = 37
 USER_ACOUSTIC = range(9, 16)
 # Training counts padding less than words, so text that is drawn begins too easily; with
 # sharper logits of the text, drawn answers are nearly as right as greedy ones.
-SHARPER = 1.5
+SHARPER = 3.0
 
 
 def voice(lm: LanguageModel, grid: Grid, agent: Agent, name: str) -> dict[str, Tensor]:

@@ -224,6 +224,11 @@ class Codebook(nn.Module):
         table = self.table()
         return (table.square().sum(-1) / 2 - x @ table.T).argmin(-1)
 
+    def near(self, count: int) -> Tensor:
+        """The codes most like each one, (bins, count), itself not among them."""
+        table = self.table()
+        return torch.cdist(table, table).argsort(1)[:, 1 : count + 1]
+
     @torch.no_grad()
     def learn(self, x: Tensor, idx: Tensor, decay: float = 0.99) -> None:
         """Move the codewords towards the vectors (n, dim) that chose them."""

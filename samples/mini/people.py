@@ -22,8 +22,8 @@ import soundfile
 import soxr
 from speech import SAMPLE_RATE
 
-LONGEST_PAUSE_S = 1.6
-# Shorter speech of people may well be a greeting or a thank-you, which mini answers.
+LONGEST_PAUSE_S = 1.0
+# Of turns; fragments are shorter.
 SHORTEST_S, LONGEST_S = 1.5, 11.0
 CUTS = 8  # turns of a recording
 SPLICED = {"ask": 4000, "test_people": 150}
@@ -85,6 +85,31 @@ def turns(recordings: list[Recording]) -> Iterator[TURN]:
             sound = recording.pcm[spans[first][0] : spans[last][1]]
             if len(sound) > SHORTEST_S * SAMPLE_RATE:
                 yield kind, domain.STRANGER, recording.name, sound
+
+
+def fragments(recordings: list[Recording]) -> Iterator[TURN]:
+    """People who halt: up to three short pieces with pauses, kind, text, name, samples.
+
+    Three times each, since they are few beside whole turns and taken for questions.
+    """
+    rng = random.Random(24)
+    for recording in (r for r in recordings if not r.held_out):
+        spans = list(speaking(recording.pcm))
+        for _ in range(CUTS):
+            parts: list[np.ndarray] = []
+            for number in range(rng.choice((1, 1, 1, 2, 2, 3))):
+                if number:
+                    pause_s = rng.uniform(0.3, LONGEST_PAUSE_S)
+                    parts.append(np.zeros(int(pause_s * SAMPLE_RATE), np.float32))
+                first, last = rng.choice(spans)
+                size = int(rng.uniform(0.35, 1.6) * SAMPLE_RATE)
+                sound = recording.pcm[first : min(last, first + size)].copy()
+                ramp = np.linspace(0, 1, FADE)
+                sound[:FADE] *= ramp
+                sound[-FADE:] *= ramp[::-1]
+                parts.append(sound)
+            turn = "stranger", domain.STRANGER, recording.name, np.concatenate(parts)
+            yield from (turn,) * 3
 
 
 def speaking(pcm: np.ndarray) -> Iterator[tuple[int, int]]:

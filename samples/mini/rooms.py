@@ -25,6 +25,10 @@ class Room:
     hum_db: float | None = None
     offset: float = 0.0
 
+    def digital(self) -> bool:
+        """Whether there is nothing to hear in it."""
+        return self.noise_db is None and self.hum_db is None
+
     def lowest(self) -> float:
         """How quiet the loudest sample of a voice may be (dBFS), to be heard here."""
         noise = -100.0 if self.noise_db is None else self.noise_db + 24

@@ -12,7 +12,7 @@ def config(text_card: int) -> dict:
     """Everything config.json says but the constants of silence and sine."""
     return {
         "model_type": "personaplex",
-        "version": "mini-4",
+        "version": "mini-5",
         "sample_rate": 24000,
         "frame_rate": FRAME_RATE,
         "moshi_name": "model.safetensors",

@@ -19,6 +19,7 @@ import domain
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from agent import load_codec
 from dialogues import HEARD, LONG, SHORT, sentences
 from nets import LanguageModel
 from sizes import PAD, config
@@ -27,6 +28,8 @@ from training import Average, Clock, captured, cosine, device, optimizer, seed, 
 
 RATE = 1.5e-3
 COPY_HEAD = 0
+WRONG, SIMILAR = 0.02, 0.08  # of the user's codes: any other, one of NEAR like it
+NEAR = 8
 
 
 class Store:
@@ -69,8 +72,13 @@ def widen(rows: Tensor) -> Tensor:
     return torch.cat([rows, absent], 1)
 
 
-def blur(rows: Tensor, prompt: Tensor, card: int) -> Tensor:
-    """Wrong agent codes and lost user codes, as free running and noise bring them."""
+def blur(rows: Tensor, prompt: Tensor, near: Tensor) -> Tensor:
+    """Wrong agent codes, lost and similar user codes, as noise and frames bring them.
+
+    `near` (card, n) are the codes most like each one: another offset within the frame
+    changes a third of them, mostly to such.
+    """
+    card = len(near)
     rows = rows.clone()
     column = torch.arange(rows.shape[2], device=rows.device)
     talking = (column[None] >= prompt[:, None])[:, None]
@@ -80,8 +88,11 @@ def blur(rows: Tensor, prompt: Tensor, card: int) -> Tensor:
     rows[:, 1:9] = torch.where(wrong & talking, random_codes, agent)
     user = rows[:, 9:]
     misheard = torch.randint(card, user.shape, device=rows.device)
-    wrong = torch.rand(user.shape, device=rows.device) < 0.02
-    user = torch.where(wrong & talking, misheard, user)
+    some = torch.randint(near.shape[1], user.shape, device=rows.device)
+    similar = near[user.clamp(max=card - 1), some]
+    draw = torch.rand(user.shape, device=rows.device)
+    misheard = torch.where(draw < WRONG, misheard, similar)
+    user = torch.where((draw < WRONG + SIMILAR) & talking, misheard, user)
     lost = torch.rand(user.shape, device=rows.device) < 0.03
     gap = (torch.rand(user.shape, device=rows.device) < 0.015).float()
     lost |= F.max_pool1d(F.pad(gap, (3, 0)), 4, 1) > 0
@@ -119,10 +130,15 @@ class Trainer:
     """The loss of one batch of a store."""
 
     def __init__(
-        self, lm: LanguageModel, ear: Ear, silence: Tensor, is_fact: Tensor
+        self,
+        lm: LanguageModel,
+        ear: Ear,
+        silence: Tensor,
+        is_fact: Tensor,
+        near: Tensor,
     ) -> None:
         self.lm, self.ear, self.silence, self.is_fact = lm, ear, silence, is_fact
-        self.card = lm.config["card"]
+        self.near = near
 
     def looking(self, x: Tensor, rows: Tensor, prompt: Tensor) -> Tensor:
         """How far the copying head is from looking at the facts that are said next."""
@@ -139,7 +155,7 @@ class Trainer:
         """The sum to minimise; text, semantic, acoustic loss; accuracies; helpers."""
         lm = self.lm
         rows, prompt, heard = store.batch(size)
-        fed = widen(blur(rows[:, :, :-1], prompt, self.card))
+        fed = widen(blur(rows[:, :, :-1], prompt, self.near))
         target = rows[:, :, 1:]
         column = torch.arange(1, rows.shape[2], device=rows.device)
         talking = column[None] >= prompt[:, None]
@@ -225,7 +241,9 @@ def main() -> None:
     is_fact[[tokenizer.encode(fact)[0] for fact in facts]] = True
     texts = sentences(torch.load(work / "users.pt", weights_only=False))
     ear = Ear(texts, lm.config["dim"]).to(where)
-    trainer = Trainer(lm, ear, silence.to(where), is_fact.to(where))
+    codec = load_codec(work / "codec_listen.pt")
+    near = codec.quantizer.rvq_first.codebooks()[0].near(NEAR)
+    trainer = Trainer(lm, ear, silence.to(where), is_fact.to(where), near.to(where))
     parameters = [*lm.parameters(), *ear.parameters()]
     for p in parameters:
         p.grad = torch.zeros_like(p)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from agent import load_codec
 from codes import clip_pcm, load_bank
 from nets import Codec
-from people import LONGEST_S, SHORTEST_S
+from people import LONGEST_PAUSE_S, LONGEST_S, SHORTEST_S
 from rooms import RATE, ROOMS, carry, tract
 from sizes import FRAME_SIZE
 from torch import Tensor
@@ -49,7 +49,8 @@ def reshape(rng: random.Random, bank: dict, clips: list[dict]) -> Tensor:
         piece[len(piece) - fade :] *= ramp.flip(0)
         parts.append(piece)
         if rng.random() < 0.12:
-            parts.append(piece.new_zeros(int(rng.uniform(0.15, 1.5) * RATE)))
+            pause_s = rng.uniform(0.15, LONGEST_PAUSE_S)
+            parts.append(piece.new_zeros(int(pause_s * RATE)))
         length = sum(map(len, parts)) / RATE
     return torch.cat(parts)
 
