@@ -362,7 +362,7 @@ def open_without_waiting(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
-def is_folder(path: Path) -> PplexError:
+def not_a_file(path: Path) -> PplexError:
     """What is said of a folder where a file is to be written."""
     return PplexError(f"cannot write {path}: it is a folder; give a file name")
 
@@ -384,7 +384,7 @@ def _check_target(path: Path, target: Path) -> None:
     except OSError as e:
         raise PplexError(_reason(path, e)) from e
     if stat.S_ISDIR(mode):
-        raise is_folder(path)
+        raise not_a_file(path)
     if not stat.S_ISREG(mode):
         raise PplexError(
             f"cannot write {path}: it is a device or pipe; give an ordinary file name"

@@ -15,10 +15,10 @@ from pplex.files import (
     check_new,
     descriptor,
     is_descriptor,
-    is_folder,
     is_pipe,
     name_of,
     no_permission,
+    not_a_file,
 )
 from pplex.respond.transcript import CueShape, format_of
 from pplex.values import shown
@@ -214,7 +214,7 @@ def check_outputs(request: Request, overwrite: bool) -> None:
                 "--layout"
             )
     elif outputs.audio.is_dir():
-        raise is_folder(outputs.audio)
+        raise not_a_file(outputs.audio)
     elif outputs.layout == "separate" and outputs.audio.suffix.lower() != ".wav":
         raise PplexError(
             f"cannot write {outputs.audio}: separate tracks are WAV files; end its "
@@ -286,7 +286,7 @@ def _check_place(path: Path, overwrite: bool) -> None:
     if path.parent.exists() and not path.parent.is_dir():
         raise PplexError(f"cannot write {path}: {path.parent} is not a folder")
     if path.is_dir():
-        raise is_folder(path)
+        raise not_a_file(path)
     check_new(path, overwrite)
     if not os.access(path.parent, os.W_OK):
         raise no_permission(path)

@@ -55,7 +55,8 @@ class SharedCache:
         ``room`` more positions have their place at once.
         """
         said = min(source.said, self._ring.window)
-        self._ring.grow(said + room, RING_STEP)
+        if room:
+            self._ring.grow(said + room, RING_STEP)
         found = (i for i, prompt in enumerate(self._prompts) if prompt is source)
         number = next(found, None)
         if number is None:

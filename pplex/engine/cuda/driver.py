@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
@@ -42,17 +44,12 @@ def pinned_memory(size: int) -> int | None:
 
     It is never given back. None where there is none.
     """
-    cuda, context = _cuda(), ctypes.c_void_p()
-    if cuda is None or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0):
-        return None
     pointer, count = ctypes.c_void_p(), ctypes.c_size_t(size)
-    try:
-        if cuda.cuCtxSetCurrent(context) or cuda.cuMemHostAlloc(
-            ctypes.byref(pointer), count, _FOR_ALL_CONTEXTS
-        ):
+    with _current() as cuda:
+        if cuda is None:
             return None
-    finally:
-        cuda.cuDevicePrimaryCtxRelease_v2(0)
+        if cuda.cuMemHostAlloc(ctypes.byref(pointer), count, _FOR_ALL_CONTEXTS):
+            return None
     return pointer.value
 
 
@@ -61,35 +58,42 @@ def copy_seconds(size: int, copies: int, rounds: int) -> float | None:
 
     They are the driver's own, in memory of its own.
     """
-    cuda = _cuda()
-    if cuda is None:
-        return None
     mx.eval(mx.zeros(1))  # the device's context is there, and this thread's
-    count, context = ctypes.c_size_t(size), ctypes.c_void_p()
-    if cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0):
-        return None
-    held: list[ctypes.c_void_p] = []
-    spent = []
-    try:
-        if cuda.cuCtxSetCurrent(context):
+    count, spent = ctypes.c_size_t(size), []
+    with _current() as cuda:
+        if cuda is None:
             return None
-        for _ in range(2):
-            pointer = ctypes.c_void_p()
-            if cuda.cuMemAlloc_v2(ctypes.byref(pointer), count):
-                return None
-            held.append(pointer)
-        for _ in range(rounds):
-            start = time.perf_counter()
-            for _ in range(copies):
-                cuda.cuMemcpyDtoDAsync_v2(held[1], held[0], count, None)
-            if cuda.cuCtxSynchronize():
-                return None
-            spent.append(time.perf_counter() - start)
-    finally:
-        for pointer in held:
-            cuda.cuMemFree_v2(pointer)
-        cuda.cuDevicePrimaryCtxRelease_v2(0)
+        held: list[ctypes.c_void_p] = []
+        try:
+            for _ in range(2):
+                pointer = ctypes.c_void_p()
+                if cuda.cuMemAlloc_v2(ctypes.byref(pointer), count):
+                    return None
+                held.append(pointer)
+            for _ in range(rounds):
+                start = time.perf_counter()
+                for _ in range(copies):
+                    cuda.cuMemcpyDtoDAsync_v2(held[1], held[0], count, None)
+                if cuda.cuCtxSynchronize():
+                    return None
+                spent.append(time.perf_counter() - start)
+        finally:
+            for pointer in held:
+                cuda.cuMemFree_v2(pointer)
     return min(spent)
+
+
+@contextmanager
+def _current() -> Iterator[ctypes.CDLL | None]:
+    """The driver, with the first device's context as this thread's; None without."""
+    cuda, context = _cuda(), ctypes.c_void_p()
+    if cuda is None or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0):
+        yield None
+        return
+    try:
+        yield None if cuda.cuCtxSetCurrent(context) else cuda
+    finally:
+        cuda.cuDevicePrimaryCtxRelease_v2(0)
 
 
 def _cuda() -> ctypes.CDLL | None:

@@ -23,6 +23,7 @@ _THREADS, _MOST_BLOCKS = 256, 64
 _EACH = 4  # words that a thread copies at least, where there are as many
 _LEAST_BYTES = 1 << 12
 _DTYPES = {np.dtype(name): getattr(mx, name) for name in ("int32", "uint32", "float32")}
+_NUMPYS = {theirs: ours for ours, theirs in _DTYPES.items()}
 
 
 class _Buffer:
@@ -75,26 +76,24 @@ class PinnedExchange(Exchange):
 
     def send(self, x: np.ndarray) -> mx.array:
         """An array of MLX's; ``x`` may change afterwards."""
-        dtype, buffer = _DTYPES.get(x.dtype), None
-        if dtype is not None and x.size:
-            buffer = self._take(x.nbytes)
-        if dtype is None or buffer is None:
+        dtype = _DTYPES.get(x.dtype)
+        if dtype is None or (buffer := self._take(x.nbytes)) is None:
             return super().send(x)
         _numbers(buffer, x.dtype, x.shape)[:] = x
         return _copy(buffer, self._nothing, (x.shape, dtype), x.size, sends=True)
 
     def bring(self, x: mx.array) -> Coming:
         """An array that nothing is to write to any more."""
-        dtype, buffer = _numpy_type(x.dtype), None
-        if dtype is not None and x.size:
-            buffer = self._take(x.nbytes)
-        if dtype is None or buffer is None:
+        dtype = _NUMPYS.get(x.dtype)
+        if dtype is None or (buffer := self._take(x.nbytes)) is None:
             return super().bring(x)
         done = _copy(buffer, x, ((1,), mx.int32), x.size, sends=False)
         return Coming(done, _Reading(done, buffer, dtype, x.shape))
 
     def _take(self, num_bytes: int) -> _Buffer | None:
-        """A free buffer with room; None where there is no memory of the kind."""
+        """A free buffer with room; None for nothing, or without memory of the kind."""
+        if not num_bytes:
+            return None
         size = _LEAST_BYTES
         while size < num_bytes:
             size *= 2
@@ -117,10 +116,6 @@ class PinnedExchange(Exchange):
 def pinned_exchange() -> PinnedExchange:
     """The one of this process, whose memory is never given back."""
     return PinnedExchange()
-
-
-def _numpy_type(dtype: mx.Dtype) -> np.dtype | None:
-    return next((ours for ours, theirs in _DTYPES.items() if theirs == dtype), None)
 
 
 def _numbers(buffer: _Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
