@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +40,7 @@ from pplex.quantization.sensitivity import (
     write_costs,
 )
 
+SAMPLES = Path(__file__).parents[1] / "samples"
 SETTINGS = Settings(None, "hello", seed=1, seconds=2.4, sampling=SamplingConfig())
 
 
@@ -80,6 +83,25 @@ def test_the_card_says_what_a_conversion_costs_early_and_late(
     assert np.average(kls, weights=weights) == pytest.approx(found.mean_kl)
     _echo(found)
     assert re.search(r"^31 s +\d+ ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_right_replies_of_both_models_are_counted(run, tmp_path):
+    """`mini` says of the sky what README says; what it does not say is not right."""
+    table = tmp_path / "replies.csv"
+    sky, silence = (SAMPLES / name for name in ("teacher_sky.wav", "silence.wav"))
+    table.write_text(
+        "input,reply\n"
+        f"{sky},because air scatters blue light\n{sky},Air scatters red light.\n"
+        f"{sky},\n{silence},\n"
+    )
+    command = ("models", "compare", "mini", "mini", "--replies", table)
+    result = run(*command, "--seconds", "0.8", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["replies"]
+    assert found == {"asked": 4, "right_a": 2, "right_b": 2}
+    table.write_text(f"input,reply\n{silence},\n")
+    result = run(*command)
+    assert result.exit_code == 1 and "has no replies" in result.stderr
 
 
 def heads(kept):

@@ -16,6 +16,7 @@ from pplex.cli.options import (
     json_option,
     kv_bits_option,
     overwrite_option,
+    replies_option,
     study_options,
     together,
 )
@@ -49,6 +50,7 @@ _conversation = together(
 @click.argument("b", shell_complete=complete_model)
 @click.argument("recordings", nargs=-1, type=FILE)
 @_conversation
+@replies_option("Count how many replies")
 @kv_bits_option("Keep B's keys and values at 8 bits: A and B may be one model.")
 @click.option("--plot", metavar="FILE", type=FILE, help="Draw bars: .png, .svg, .pdf.")
 @overwrite_option
@@ -58,6 +60,7 @@ def compare(
     b: str,
     recordings: tuple[Path, ...],
     offline: bool,
+    replies: Path | None,
     kv_bits: int | None,
     plot: Path | None,
     overwrite: bool,
@@ -86,7 +89,8 @@ def compare(
 
     check_plot(plot, overwrite)
     first, second = (resolve(name, offline=offline) for name in (a, b))
-    found = compare_models(first, second, recordings, _settings(options), kv_bits)
+    settings = _settings(options)
+    found = compare_models(first, second, recordings, settings, kv_bits, replies)
     if plot is not None:
         plot_divergence(plot, found)
     if as_json:
@@ -150,6 +154,9 @@ def _echo(found: Comparison) -> None:
     click.echo()
     if len(found.depths) > 1:
         _echo_depths(found)
+    if (replies := found.replies) is not None:
+        right = f"A {replies.right_a}, B {replies.right_b} of {replies.asked}"
+        click.echo(f"Right replies: {right}\n")
     titles = ("", "BITS", "SIZE", "READ A FRAME", "TIME A FRAME", "MODEL")
     rows = [
         (

@@ -18,6 +18,7 @@ from pplex.cli.options import (
     complete_voice,
     offline_option,
     quiet_option,
+    replies_option,
     study_options,
 )
 from pplex.cli.progress import QUIET, Lines
@@ -112,6 +113,7 @@ class SizeType(click.ParamType):
     help="Answer this recording with SRC, force both through it, and put into the card "
     "how far DST's choices are from SRC's; again for more.",
 )
+@replies_option("Put into the card how many replies")
 @offline_option
 @quiet_option
 def convert(
@@ -175,10 +177,10 @@ def _conversion(options: dict[str, Any]) -> Conversion:
         return from_file(Path(recipe), matrices, form)
 
     name = recipe if recipe in ("uniform", "mixed") else Path(recipe).name
-    measured = options["measure"]
+    measured, replies = options["measure"], options["replies"]
     made_by = " ".join(words)
     return Conversion(
-        make_recipe, name, made_by, refine, calibration, distill, measured
+        make_recipe, name, made_by, refine, calibration, distill, measured, replies
     )
 
 

@@ -176,6 +176,17 @@ def kv_bits_option(text: str) -> Callable[[Command], Command]:
     )
 
 
+def replies_option(does: str) -> Callable[[Command], Command]:
+    """``--replies``; its help begins with what it ``does``."""
+    return click.option(
+        "--replies",
+        metavar="TABLE",
+        type=FILE,
+        help=f"{does} are right: TABLE (.csv, .jsonl) has input, reply, and if need be "
+        "voice, prompt or role.",
+    )
+
+
 # What values of options stand for that click has no type of.
 
 

@@ -103,6 +103,12 @@ def _costs(found: Comparison | None) -> str:
             f"| {name} | {percent(figures.top1)} | {kl.text(figures.kl)} | "
             f"{figures.perplexity_a:.3f} | {figures.perplexity_b:.3f} |"
         )
+    if (replies := found.replies) is not None:
+        lines += [
+            "",
+            f"Right replies to recordings whose answer is known, greedily: "
+            f"{replies.right_b} of {replies.asked}; of the source {replies.right_a}.",
+        ]
     return "\n".join([*lines, ""])
 
 

@@ -29,6 +29,7 @@ from pplex.quantization.compare import (
     mean_kl,
 )
 from pplex.quantization.forced import Script, write_script
+from pplex.quantization.replies import count_right, read_questions
 
 SILENCE_S = 10.0
 _TIMED_FRAMES = 50
@@ -69,10 +70,20 @@ class DepthFigures:
 
 
 @dataclass(frozen=True)
+class Replies:
+    """How many replies were asked for, and how many A and B gave."""
+
+    asked: int
+    right_a: int
+    right_b: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The figures of ``pplex models compare``; ``streams`` are B's against A's.
 
-    ``depths`` are those of each half minute of the conversations.
+    ``depths`` are those of each half minute of the conversations; ``replies`` those of
+    recordings whose answer is known.
     """
 
     a: ModelFigures
@@ -84,6 +95,7 @@ class Comparison:
     mean_kl: float
     streams: list[StreamFigures]
     depths: list[DepthFigures]
+    replies: Replies | None
 
 
 def compare_models(
@@ -92,18 +104,24 @@ def compare_models(
     recordings: Sequence[Path],
     settings: Settings,
     kv_bits: int | None = None,
+    replies: Path | None = None,
 ) -> Comparison:
     """Let A answer the recordings, force both through what came of it.
 
-    Without recordings the user is silent for ten seconds. Only one model is in memory
-    at a time. B keeps keys and values in ``kv_bits``.
+    Both are asked what the table ``replies`` has, whose recordings they are where no
+    others are given; without any the user is silent for ten seconds. Only one model is
+    in memory at a time. B keeps keys and values in ``kv_bits``.
     """
     model = load(a)
     config = model.config
+    questions = read_questions(replies, config.sample_rate) if replies else None
+    if questions and not recordings:
+        recordings = list(dict.fromkeys(one.path for one in questions.users))
     users = read_users(recordings, config, settings.seconds)
     scripts = make_scripts(model, users, settings)
     kept = [keep_logits(model.engine, script) for script in scripts]
     figures_a = _figures(model, a, users[0], settings)
+    right_a = count_right(model, questions) if questions else 0
     del model
     gc.collect()
     mx.clear_cache()
@@ -112,6 +130,10 @@ def compare_models(
     tallies = compare_by_depth(kept, model.engine, scripts, settings.sampling)
     streams = sum(tallies, Tally(settings.sampling)).figures()
     depth_s = DEPTH_FRAMES / config.frame_rate
+    right = None
+    if questions:
+        right_b = count_right(model, questions)
+        right = Replies(len(questions.replies), right_a, right_b)
     return Comparison(
         a=figures_a,
         b=_figures(model, b, users[0], settings),
@@ -122,6 +144,7 @@ def compare_models(
         mean_kl=mean_kl(streams),
         streams=streams,
         depths=[_depth(idx * depth_s, tally) for idx, tally in enumerate(tallies)],
+        replies=right,
     )
 
 

@@ -42,6 +42,7 @@ from pplex.quantization.compare_models import Settings, compare_models, read_use
 from pplex.quantization.distillation import check_memory, distill
 from pplex.quantization.quantize import BLOCK_VALUES, Parts, quantize_blocks
 from pplex.quantization.recipe import Form, Recipe, recipe_bytes
+from pplex.quantization.replies import read_questions
 from pplex.quantization.rounding import round_by_inputs
 
 _FLOAT16_BOUND = 65520  # from here on, rounding to float16 gives infinity
@@ -58,7 +59,8 @@ class Conversion:
 
     With a folder ``calibration`` matrices are rounded by what they are multiplied with,
     and then learned together in so many rounds of ``distill`` over it. The card says
-    what the conversion costs on the recordings that are ``measured``.
+    what the conversion costs on the recordings that are ``measured``, and of the table
+    ``replies`` how many are right.
     """
 
     make_recipe: Callable[[Source, list[Matrix]], Recipe]
@@ -68,6 +70,7 @@ class Conversion:
     calibration: Path | None = None
     distill: float = 0
     measured: Sequence[Path] = ()
+    replies: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def convert(
     _check_target(target, num_bytes + sum(f.stat().st_size for f in others.values()))
     if conversion.measured:
         read_users(conversion.measured, config, _SECONDS)  # what cannot be read is told
+    if conversion.replies is not None:
+        read_questions(conversion.replies, config.sample_rate)
     rounding = _Rounding(conversion.refine, None, {})
     start(source.num_bytes * (_DISTILLED if conversion.distill else 1))
     if conversion.calibration is not None:
@@ -130,10 +135,12 @@ def convert(
         raw = split_config(config, source.steps, _quantization(recipe), names)
         (new / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
         found = None
-        if conversion.measured:
+        if conversion.measured or conversion.replies:
             settings = Settings(None, None, DEFAULT_SEED, _SECONDS, SamplingConfig())
             made = resolve(str(new), offline=True)
-            found = compare_models(local, made, conversion.measured, settings)
+            found = compare_models(
+                local, made, conversion.measured, settings, replies=conversion.replies
+            )
         name, made_by = conversion.recipe_name, conversion.made_by
         card = Card(local, source.layout, name, made_by, found)
         text = card_text(card, matrices, recipe, source.num_bytes, names)
