@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import socket
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -465,10 +468,15 @@ def test_the_list_shows_what_is_on_disk(cache, online):
     assert fake.clients == 0
 
 
-def test_importing_the_module_loads_no_hugging_face_client():
-    import subprocess
-    import sys
+def test_a_variable_that_is_no_number_is_one_sentence():
+    env = os.environ | {"HF_HUB_ETAG_TIMEOUT": "soon"}
+    command = [sys.executable, "-m", "pplex", "models", "pull", "8bit"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "'soon'" in done.stderr and "correct or unset it" in done.stderr
 
+
+def test_importing_the_module_loads_no_hugging_face_client():
     check = (
         "import sys, pplex.checkpoint.hub as h; h.KNOWN_MODELS; "
         "bad = {'huggingface_hub', 'mlx', 'numpy'} & set(sys.modules); "

@@ -29,6 +29,7 @@ _LARGE_BYTES = 10_000_000  # from here on, a file's progress is shown
 
 def download(repo: str, revision: str | None, progress: bool) -> Path:
     """Bring the needed files of a repository into the cache; return their folder."""
+    cache_folder()  # says it where huggingface_hub cannot be loaded
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub import errors as hub_errors
 
@@ -117,11 +118,15 @@ def _disk_full(where: str) -> PplexError:
 
 def _without_network(repo: str, revision: str | None, error: BaseException) -> Path:
     """Fall back on the very same files in the cache, if all are there."""
+    from huggingface_hub import constants
+
     snapshot = cached_snapshot(repo, revision)
     if snapshot is None:
+        offline = constants.HF_HUB_OFFLINE
+        cure = "unset HF_HUB_OFFLINE" if offline else "check the network"
         raise PplexError(
-            f"Hugging Face cannot be reached to download {at(repo, revision)}; check "
-            "the network, or try `--model mini`, which works at once without a download"
+            f"Hugging Face cannot be reached to download {at(repo, revision)}; {cure}, "
+            "or try `--model mini`, which works at once without a download"
         ) from error
     return snapshot
 

@@ -1,9 +1,12 @@
 """What of a model is in the Hugging Face cache; this module never goes online."""
 
+from __future__ import annotations
+
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pplex.checkpoint.folder import (
     CONFIG_FILE,
@@ -14,6 +17,9 @@ from pplex.checkpoint.folder import (
 from pplex.checkpoint.known import known_repo
 from pplex.errors import PplexError
 from pplex.files import reading
+
+if TYPE_CHECKING:
+    from huggingface_hub import CachedRepoInfo
 
 _MAIN = "main"
 _BROKEN = "is not a cache of huggingface_hub; set HF_HUB_CACHE to another folder"
@@ -43,11 +49,12 @@ class ModelEntry:
 
 def cached_snapshot(repo: str, revision: str | None) -> Path | None:
     """The folder of a complete snapshot in the cache, without any network call."""
+    folder = cache_folder()
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     for landmark in _LANDMARKS:
-        with reading(cache_folder(), _BROKEN):
+        with reading(folder, _BROKEN):
             try:
                 found = try_to_load_from_cache(repo, landmark, revision=revision)
             except HFValidationError as e:
@@ -60,15 +67,7 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
 
 def cached_models() -> Iterator[ModelEntry]:
     """The models in the Hugging Face cache that look like ours."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    with reading(cache_folder(), _BROKEN):
-        try:
-            repos = scan_cache_dir(cache_folder()).repos
-        except CacheNotFound:
-            return
-    for repo in repos:
+    for repo in _repos():
         if repo.repo_type != "model" or not repo.revisions:
             continue
         newest = max(
@@ -90,16 +89,8 @@ def cached_models() -> Iterator[ModelEntry]:
 
 def remove_from_cache(repo: str) -> int:
     """Delete every revision of a repository from the cache; bytes that were freed."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    with reading(cache_folder(), _BROKEN):
-        try:
-            scan = scan_cache_dir(cache_folder())
-        except CacheNotFound:
-            return 0
     freed = 0
-    for found in scan.repos:
+    for found in _repos():
         if found.repo_id == repo and found.repo_type == "model":
             # huggingface_hub's own way only logs what it cannot delete.
             try:
@@ -113,10 +104,31 @@ def remove_from_cache(repo: str) -> int:
     return freed
 
 
-def cache_folder() -> Path:
-    """Where huggingface_hub keeps its downloads, made or not."""
-    from huggingface_hub import constants
+def _repos() -> Iterable[CachedRepoInfo]:
+    """What is in the cache, of whatever kind."""
+    folder = cache_folder()
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
 
+    with reading(folder, _BROKEN):
+        try:
+            return scan_cache_dir(folder).repos
+        except CacheNotFound:
+            return ()
+
+
+def cache_folder() -> Path:
+    """Where huggingface_hub keeps its downloads, made or not.
+
+    To be asked before that is used: PplexError where its settings keep it from loading.
+    """
+    try:
+        from huggingface_hub import constants
+    except ValueError as e:
+        raise PplexError(
+            f"huggingface_hub cannot be loaded ({e}): what one of the variables HF_... "
+            "of the environment has is no number; correct or unset it"
+        ) from e
     return Path(constants.HF_HUB_CACHE).expanduser().absolute()
 
 
