@@ -56,7 +56,7 @@ def check_new(path: Path, overwrite: bool) -> None:
 
 def check_new_folder(path: Path) -> None:
     """Refuse a folder's name that is taken, or a place that is none."""
-    _check_no_pipe(path)
+    check_no_pipe(path)
     if os.path.lexists(path):
         raise PplexError(f"{path} exists already; give the name of a new folder")
     if not path.absolute().parent.is_dir():
@@ -265,7 +265,7 @@ def plan_files(
 
 def make_folder(folder: Path) -> None:
     """Make a folder, and those that it is in, unless it is there."""
-    _check_no_pipe(folder)
+    check_no_pipe(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as e:
@@ -274,7 +274,8 @@ def make_folder(folder: Path) -> None:
         raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
 
 
-def _check_no_pipe(folder: Path) -> None:
+def check_no_pipe(folder: Path) -> None:
+    """Refuse stdout where a folder's name is wanted."""
     if folder == PIPE:
         raise PplexError("stdout is no folder: many files are written; name a folder")
 

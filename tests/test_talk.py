@@ -266,6 +266,8 @@ def test_what_cannot_talk_is_refused(options, said, run, tmp_path):
         (",voice=NATF0", "line 2: output is '', where text is expected"),
         ("a.wav,model=mini", "line 2: the models are those of --left and --right"),
         ("a.wav,\nA.wav,", "lines 2 and 3 have the output A.wav"),
+        ("b/a.mp4,", "a.mp4: the output is a WAV file"),
+        ("b/a.wav,voice=NATF9", "voice 'NATF9': neither a voice of this model"),
     ],
 )
 def test_what_a_jobs_file_says_wrong_is_named_by_its_line(row, said, run, tmp_path):
@@ -273,3 +275,4 @@ def test_what_a_jobs_file_says_wrong_is_named_by_its_line(row, said, run, tmp_pa
     jobs.write_text(f"output,left\n{row}\n")
     done = run("talk", "--jobs", jobs, "-o", tmp_path / "out", "--model", "mini")
     assert done.exit_code == 1 and said in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == [jobs]

@@ -43,7 +43,7 @@ from pplex.conversation.talk import Dialogue, Side, converse_together
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute
 from pplex.errors import PplexError, did_you_mean
-from pplex.files import PIPE, Place, folded, make_folder, put, put_new
+from pplex.files import PIPE, Place, check_no_pipe, folded, make_folder, put, put_new
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.manifest import (
     DONE,
@@ -222,12 +222,11 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
     """Have agents talk, many pairs at a time; each is whole when it is yielded."""
     known = None
     if config.folder is not None:
-        for folder in [config.folder, *{one.outputs.audio.parent for one in talks}]:
-            make_folder(folder)
+        check_no_pipe(config.folder)
         known = Manifest(config.folder, note=report.warn)
     for one in talks:
         if known is None or known.line_of(known.relative(one.outputs.audio)) is None:
-            _check_outputs(one, config.overwrite)
+            _check_outputs(one, config, config.overwrite)
     models = _load(config, report)
     frame_rate = models[0].config.frame_rate
     roles: dict[_Key, Role] = {}
@@ -236,7 +235,7 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
     if known is not None and not config.overwrite:
         ready = [one for one in ready if not _is_done(known, one, digests)]
         for one in ready:
-            _check_outputs(one, _may_replace(one, config, known))
+            _check_outputs(one, config, _may_replace(one, config, known))
     if not ready:
         return
     frames = [math.ceil(one.seconds * frame_rate) for one in ready]
@@ -269,6 +268,8 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
     pairs = config.batch_size or max(1, rows // 2)
     report.answering(sum(frames) / frame_rate)
     if known is not None:
+        for folder in {known.outdir, *(one.outputs.audio.parent for one in ready)}:
+            make_folder(folder)
         known.open()
     try:
         for dialogue, answers in converse_together(
@@ -279,7 +280,7 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
         ):
             idx = int(dialogue.key)
             one = ready[idx]
-            _check_outputs(one, _may_replace(one, config, known))
+            _check_outputs(one, config, _may_replace(one, config, known))
             writers[idx].finish()
             talked = _write(one, models, answers, places[idx], report)
             if known is not None:
@@ -329,8 +330,9 @@ def _scripts(
     return left, right
 
 
-def _check_outputs(one: Talk, overwrite: bool) -> None:
-    check_outputs(Request(Path(PIPE), one.outputs, one.sides[0]), overwrite)
+def _check_outputs(one: Talk, config: Config, overwrite: bool) -> None:
+    request = Request(Path(PIPE), one.outputs, one.sides[0])
+    check_outputs(request, overwrite, new_folders=config.folder is not None)
 
 
 def _is_done(known: Manifest, one: Talk, digests: Mapping[Path, str]) -> bool:
