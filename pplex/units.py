@@ -28,6 +28,11 @@ def count(number: int) -> str:
     return f"{significant(value / 1000)} G"
 
 
+def counted(number: int, what: str) -> str:
+    """Some of a thing whose plural has an s: ``1 byte``, ``2 bytes``."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def significant(value: float, digits: int = 3) -> str:
     """A number with this many digits, and all that are before its point."""
     if not value or not math.isfinite(value):

@@ -11,7 +11,7 @@ from pplex.cli.tables import table
 from pplex.quantization.compare import StreamFigures
 from pplex.quantization.compare_models import Comparison, ModelFigures
 from pplex.quantization.plot import plot_divergence
-from pplex.units import Scale, count, duration, percent, significant, size
+from pplex.units import Scale, count, counted, duration, percent, significant, size
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,10 @@ def test_numbers_keep_their_digits():
     assert [duration(s) for s in (0.2, 75, 166, 7300)] == [
         *("1 s", "75 s", "3 minutes", "2 hours")
     ]
+
+
+def test_of_one_thing_there_is_no_plural():
+    assert [counted(n, "byte") for n in (0, 1, 2)] == ["0 bytes", "1 byte", "2 bytes"]
 
 
 def test_a_column_of_small_numbers_has_one_scale():

@@ -65,6 +65,13 @@ WAVS: dict[str, tuple[bytes, int, str]] = {
         "1 byte is left over",
     ),
     "too long": (wav(FORMAT, data(2 * len(BODY))), 0, "18000 bytes"),
+    "a byte too long": (
+        wav(FORMAT, chunk(b"data", BODY[:-1], len(BODY), pad=False)),
+        0,
+        "1 byte",
+    ),
+    "two formats": (wav(FORMAT, FORMAT_8, data()), 0, "two formats"),
+    "a format twice": (wav(FORMAT, FORMAT, data()), 9000, ""),
     "too short": (wav(FORMAT, data(6000)), 3000, "12000 bytes are left over"),
     "too short, a LIST": (wav(FORMAT, data(6000), LIST), 3000, "12034 bytes"),
     "wrapped at 4 GB": (wav(FORMAT, data(2 * 100)), 100, "17800 bytes"),

@@ -21,6 +21,7 @@ from pplex.audio.levels import Levels
 from pplex.audio.source import SoundSource, open_source
 from pplex.errors import PplexError
 from pplex.files import Place, atomic_write, put
+from pplex.units import counted
 
 _BLOCK_SAMPLES = 1 << 19  # written at a time, all channels together: 1 MB
 _ENCODED_SAMPLES = 1 << 13
@@ -292,8 +293,10 @@ def encoder(
 def check_channel(name: str, channels: int, channel: Channel) -> None:
     """Refuse a channel that ``name`` does not have."""
     if channel != "mix" and channel > channels:
-        has = "1 channel" if channels == 1 else f"{channels} channels"
-        raise PplexError(f"{name} has {has}; channel {channel} cannot be picked")
+        raise PplexError(
+            f"{name} has {counted(channels, 'channel')}; channel {channel} cannot be "
+            "picked"
+        )
 
 
 def _samples(

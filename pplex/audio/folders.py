@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from pplex.units import counted
+
 # Of all that libsndfile reads. Not .raw, which says nothing of itself, and not .mat,
 # which is seldom sound.
 _SUFFIXES = frozenset(
@@ -104,8 +106,6 @@ class LeftOut:
                 files = "files that are no recordings by their names"
             lines.append(f"left out: {count} {files} ({kinds})")
         if self.folders:
-            s = "s" * (self.folders > 1)
-            lines.append(
-                f"left out: {self.folders} folder{s} within; --recursive looks there"
-            )
+            folders = counted(self.folders, "folder")
+            lines.append(f"left out: {folders} within; --recursive looks there")
         return lines

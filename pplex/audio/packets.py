@@ -12,6 +12,7 @@ from typing import Protocol
 
 from pplex.audio.wav import second_recording
 from pplex.errors import PplexError
+from pplex.units import counted
 
 _BLOCK = 1 << 16
 _MAX_FLAC_FRAME = 1 << 19
@@ -144,14 +145,14 @@ def walk_mpeg(file: _Readable, size: int, name: str) -> Packets:
             continue
         if lost_now and kind is None:
             raise PplexError(
-                f"{name} begins with {lost_now} bytes that are no whole frame: its "
-                f"start is cut off; {_AGAIN}"
+                f"{name} begins with {counted(lost_now, 'byte')} of no whole frame: "
+                f"its start is cut off; {_AGAIN}"
             )
         lost, lost_now = lost + lost_now, 0
         if position + frame.num_bytes > size:
             raise PplexError(
-                f"{name} is truncated: {position + frame.num_bytes - size} bytes of "
-                f"its last frame are missing; {_AGAIN}"
+                f"{name} is truncated: its last frame lacks "
+                f"{counted(position + frame.num_bytes - size, 'byte')}; {_AGAIN}"
             )
         position += frame.num_bytes
         num_bytes += frame.num_bytes

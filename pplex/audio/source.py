@@ -38,6 +38,7 @@ from pplex.audio.wav import (
 )
 from pplex.errors import PplexError
 from pplex.files import open_without_waiting
+from pplex.units import counted
 
 _BLOCK_SAMPLES = 1 << 19  # read at a time, all channels together: 2 MB
 # Of an MP3 without a length libsndfile guesses one from its size, and stops there.
@@ -353,8 +354,8 @@ def _too_few(name: str, promised: int, found: int) -> PplexError:
 
 def _truncated(name: str, missing: int) -> PplexError:
     return PplexError(
-        f"{name} is truncated: {missing} bytes that its header promises are missing; "
-        "copy or record it again"
+        f"{name} is truncated: it lacks {counted(missing, 'byte')} that its header "
+        "promises; copy or record it again"
     )
 
 

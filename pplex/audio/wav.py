@@ -118,7 +118,10 @@ def read_wav_header(source: _Source, name: str) -> WavHeader:
             kind = chunk.decode("latin-1")
             raise _bad(name, f"{size} bytes of {kind!r} before the samples")
         if chunk == b"fmt ":
+            known = found
             found = _parse_format(_whole(source, min(size, 64), name), name)
+            if known not in (None, found):
+                raise _bad(name, "it has two formats")
             source.skip(max(0, size - 64))
         elif chunk == b"ds64" and size >= 16:
             sizes = _whole(source, 16, name)

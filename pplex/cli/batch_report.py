@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pplex.cli.progress import QUIET, VERBOSE, Lines
-from pplex.units import size
+from pplex.units import counted, size
 
 if TYPE_CHECKING:
     from pplex.batch.forecast import Forecast
@@ -115,7 +115,7 @@ def forecast_text(found: Forecast, every: bool) -> str:
     seconds = hours or f"{found.audio_s:.1f} s"
     tails = ", with tails of 30 s, the most of auto" if found.auto_tails else ""
     lines = [
-        f"to do:   {found.todo} recording{'s' * (found.todo != 1)}, "
+        f"to do:   {counted(found.todo, 'recording')}, "
         f"{seconds} of audio, the longest {found.longest_s:.1f} s{tails}",
         f"skipped: {found.skipped} (done already)",
         f"bad:     {len(found.failed)}",

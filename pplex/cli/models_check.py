@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pplex.cli.options import FILE, FiniteRange, complete_model, json_option
 from pplex.cli.tables import echo_json, echo_table, wrapped
 from pplex.errors import PplexError
-from pplex.units import count, percent, significant, size
+from pplex.units import count, counted, percent, significant, size
 
 if TYPE_CHECKING:
     from pplex.checkpoint.describe import ModelInfo
@@ -223,6 +223,6 @@ def _report(where: str, findings: list[Finding], as_json: bool, quiet: bool) -> 
     faults = [finding for finding in findings if finding.level == "fault"]
     if faults:
         raise PplexError(
-            f"{where} has {len(faults)} fault{'s' * (len(faults) > 1)}, the first "
+            f"{where} has {counted(len(faults), 'fault')}, the first "
             f"in {faults[0].what}; get it again"
         )

@@ -12,6 +12,7 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.ci import annotate_checks
+from pplex.units import counted
 
 if TYPE_CHECKING:
     from pplex.audio.files import Recording
@@ -143,8 +144,7 @@ class Progress(Lines):
         self._say_channels(channels)
         self.say(
             f"{recording.format} {recording.subtype}, {recording.source_rate} Hz, "
-            f"{channels} channel{'s' * (channels > 1)}, "
-            f"{recording.source_frames} samples",
+            f"{counted(channels, 'channel')}, {recording.source_frames} samples",
             VERBOSE,
         )
 
@@ -158,7 +158,7 @@ class Progress(Lines):
         self._say_channels(channels)
         self.say(
             f"a stream of {stream.encoding}, {stream.rate} Hz, "
-            f"{channels} channel{'s' * (channels > 1)}",
+            f"{counted(channels, 'channel')}",
             VERBOSE,
         )
 

@@ -16,6 +16,7 @@ from pplex.cli.options import (
     overwrite_option,
     vad_option,
 )
+from pplex.units import counted
 
 if TYPE_CHECKING:
     from pplex.evaluation.report import Entry
@@ -110,7 +111,7 @@ def report(
 def _say(output: Path, entries: Sequence[Entry], notes: Sequence[str]) -> None:
     not_done = sum(entry.status != "done" for entry in entries)
     said = f", {not_done} of them not done" if not_done else ""
-    count = f"{len(entries)} recording{'s' * (len(entries) != 1)}"
+    count = counted(len(entries), "recording")
     click.echo(f"{output}: {count}{said}", err=True)
     for line in notes:
         click.echo(line, err=True)

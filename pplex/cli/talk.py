@@ -24,6 +24,7 @@ from pplex.cli.options import (
 from pplex.cli.progress import Progress
 from pplex.cli.transcripts import formats_option
 from pplex.respond.request import MOST_TALK_S, Outputs, transcript_beside
+from pplex.units import counted
 
 if TYPE_CHECKING:
     from pplex.respond.talk import Talk, Talked
@@ -169,7 +170,7 @@ def _talks(sides: list[dict[str, str]], options: dict[str, Any]) -> list[Talk]:
 
 def _summary(talked: Talked) -> str:
     sides = ", ".join(
-        f"{name} {settings.voice or 'its own voice'} {len(words)} words"
+        f"{name} {settings.voice or 'its own voice'} {counted(len(words), 'word')}"
         for name, settings, words in zip(
             ("left", "right"), talked.talk.sides, talked.words, strict=True
         )

@@ -40,6 +40,7 @@ from pplex.respond.stats import (
 )
 from pplex.respond.stopping import Stop
 from pplex.respond.transcript import Captions
+from pplex.units import counted
 
 _STDIN = 0
 _MOST_WAITING = 3  # frames of speech that a player may be behind
@@ -325,8 +326,8 @@ def _check_whole(user: UserStream) -> None:
     fault = user.fault
     if user.missing_bytes:
         fault = (
-            f"the input stream ended {user.missing_bytes} bytes before the length its "
-            "header names"
+            f"the input stream ended {counted(user.missing_bytes, 'byte')} before the "
+            "length its header names"
         )
     if fault:
         raise PplexError(f"{fault}; what came before was answered and written")
