@@ -66,7 +66,7 @@ def test_a_wide_table_goes_on_below_and_empty_columns_go():
 
 def comparison(*streams: StreamFigures) -> Comparison:
     model = ModelFigures("m", "mlx", (16,), 11_000_000, 8_000_000, 0.2)
-    return Comparison(model, model, [], 96, 0, "cpu", 1e-7, list(streams), [])
+    return Comparison(model, model, [], 96, 0, "cpu", 1e-7, list(streams), [], None)
 
 
 def test_a_comparison_begins_with_a_verdict():
