@@ -14,7 +14,7 @@ from typing import get_args
 
 import numpy as np
 
-from pplex.audio.files import Samples, probe, write_wav
+from pplex.audio.files import Samples, probe
 from pplex.audio.streams import LiveFrame
 from pplex.batch.decoding import Answered, Decoder, Job, Size
 from pplex.bench.estimate import best_model
@@ -29,10 +29,10 @@ from pplex.conversation.state import Opening, State, read_state, state_of
 from pplex.conversation.tracks import Conversation
 from pplex.engine.choose import Compute
 from pplex.errors import PplexError, check_count
-from pplex.files import put, put_new
+from pplex.files import check_named, put, put_new
 from pplex.model.sampling import SamplingConfig
-from pplex.respond.outputs import spoken_words
-from pplex.respond.request import MOST_TAIL_S, Settings
+from pplex.respond.outputs import open_sink, spoken_words
+from pplex.respond.request import MOST_TAIL_S, SOUND_FORMATS, Settings
 from pplex.respond.run import read_user
 from pplex.respond.takes import answers_to
 from pplex.respond.transcript import PieceText, Word
@@ -63,12 +63,15 @@ class Answer:
         return " ".join(word.text for word in self.words)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a 16-bit mono WAV file, whole or not at all.
+        """Write it in mono, whole or not at all: 16-bit WAV, or as the suffix says.
 
         PplexError if the file exists, unless ``overwrite``, or cannot be written.
         """
-        place = put if overwrite else put_new
-        write_wav(Path(path), self.audio, self.sample_rate, place=place)
+        path, place = Path(path), put if overwrite else put_new
+        check_named(path, (".wav", *SOUND_FORMATS), overwrite)
+        sink = open_sink("agent", {"audio": path}, self.sample_rate, place=place)
+        with sink as write:
+            write(self.audio, self.audio)
 
 
 @dataclass(frozen=True)

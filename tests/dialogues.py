@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from pplex.audio.files import write_wav
-
 DATA = Path(__file__).parent / "data" / "fdb"
 RATE = 16_000
 
@@ -45,4 +43,4 @@ def write_dialogue(
         track("user", user, duration_s, noise),
         track("agent", agent, duration_s, noise),
     ]
-    write_wav(path, np.stack(sides, axis=1), RATE)
+    soundfile.write(path, np.stack(sides, axis=1), RATE)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
-from pplex.audio.files import read_pcm, write_wav
+from pplex.audio.files import read_pcm
 from pplex.errors import PplexError
 from pplex.evaluation.asr import Recogniser, compare, plain, utterances
 from pplex.evaluation.recognisers import make_recogniser
@@ -123,7 +124,7 @@ def test_the_score_compares_sound_and_text(tmp_path, run):
     pytest.importorskip("pocketsphinx")
     pcm = read_pcm(DATA / "speech_agent.flac", sample_rate=16_000).pcm
     sides = np.stack([np.zeros_like(pcm), pcm], axis=1)
-    write_wav(tmp_path / "call.wav", sides, 16_000)
+    soundfile.write(tmp_path / "call.wav", sides, 16_000)
     said = [
         {"text": text, "start_s": i * 0.2, "end_s": i * 0.2 + 0.2, "frame": i}
         for i, text in enumerate(SPOKEN.replace("while", "year").split())

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from pplex.audio import source
-from pplex.audio.files import frames_of, read_pcm, to_pcm16, write_wav
+from pplex.audio.files import frames_of, read_pcm, to_pcm16
 from pplex.audio.source import open_source
 from pplex.errors import PplexError
 from pplex.files import atomic_write, put_new, write_text
@@ -277,18 +277,6 @@ def test_pcm16_clamps_scales_and_truncates_toward_zero():
     np.testing.assert_array_equal(to_pcm16(values), expected)
 
 
-@pytest.mark.parametrize("shape", [(1000,), (1000, 1), (1000, 2)])
-def test_a_written_wav_reads_back(tmp_path, shape):
-    tracks = np.random.default_rng(3).uniform(-1.2, 1.2, shape).astype(np.float32)
-    write_wav(tmp_path / "o.wav", tracks, RATE)
-    read, rate = soundfile.read(tmp_path / "o.wav", dtype="int16", always_2d=True)
-    expected = np.trunc(np.clip(tracks, -1, 1).astype(np.float64) * 32767)
-    assert rate == RATE
-    assert np.abs(read - expected.reshape(1000, -1)).max() <= 1
-    assert soundfile.info(tmp_path / "o.wav").subtype == "PCM_16"
-    assert [p.name for p in tmp_path.iterdir()] == ["o.wav"]
-
-
 def test_an_output_that_fails_half_way_leaves_the_old_one(tmp_path):
     target = tmp_path / "o.json"
     target.write_text("old")
@@ -347,14 +335,14 @@ def test_a_failing_disk_is_one_sentence(tmp_path, code, reason):
 
 def test_outputs_in_missing_folders_on_folders_and_devices_are_refused(tmp_path):
     with pytest.raises(PplexError, match="does not exist"):
-        write_wav(tmp_path / "none" / "o.wav", noise(10), RATE)
+        write_text(tmp_path / "none" / "o.txt", "x")
     (tmp_path / "file").write_text("")
     with pytest.raises(PplexError, match="cannot write"):
-        write_wav(tmp_path / "file" / "o.wav", noise(10), RATE)
+        write_text(tmp_path / "file" / "o.txt", "x")
     with pytest.raises(PplexError, match="folder"):
         write_text(tmp_path, "x")
-    with pytest.raises(PplexError, match="device"):
-        write_wav(Path("/dev/null"), noise(10), RATE)
+    with pytest.raises(PplexError, match="device"), atomic_write(Path("/dev/null")):
+        pass
 
 
 def test_a_link_is_followed_and_stays_a_link(tmp_path):

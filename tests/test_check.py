@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from dialogues import track, write_dialogue
 from test_score import transcript
 
-from pplex.audio.files import write_wav
 from pplex.errors import PplexError
 from pplex.evaluation.checks import Checks, passed, run_checks
 from pplex.evaluation.measure import measure_levels
@@ -33,7 +33,7 @@ def reply(tmp_path) -> Path:
         "step_ms": {"late_frames": 3},
     }
     (tmp_path / "reply.stats.json").write_text(json.dumps(stats))
-    write_wav(tmp_path / "call.wav", track("user", ((1, 3),), 6.0), RATE)
+    soundfile.write(tmp_path / "call.wav", track("user", ((1, 3),), 6.0), RATE)
     return path
 
 
@@ -95,7 +95,7 @@ def test_clipping_is_three_samples_at_full_scale(tmp_path):
     pcm[100:102] = 1.0
     assert measure_levels(pcm, RATE).clips == 0
     pcm[8000:8003] = -1.0
-    write_wav(tmp_path / "a.wav", np.repeat(pcm, 3), 24_000)
+    soundfile.write(tmp_path / "a.wav", np.repeat(pcm, 3), 24_000)
     outcome = one(tmp_path / "a.wav", no_clipping=True)
     assert not outcome.passed and "clipped stretches, 0.01 s" in outcome.detail
     assert measure_levels(pcm, RATE).first_clip_s == 0.5

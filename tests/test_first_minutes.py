@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from pplex.audio.files import Part, read_pcm, write_wav
+from pplex.audio.files import Part, read_pcm
 from pplex.cli.batch_report import BatchProgress
 from pplex.cli.progress import Progress
 from pplex.conversation.roles import ROLES
@@ -199,7 +199,7 @@ def test_measurements_replace_no_file_unasked(run, tmp_path, line):
 @pytest.mark.parametrize("rate", [24_000, 16_000])
 def test_a_part_is_answered_as_if_it_were_a_file(run, tmp_path, tiny, data, rate):
     whole = read_pcm(data / "respond" / "user_a.wav", sample_rate=24_000).pcm
-    write_wav(tmp_path / "whole.wav", whole, rate)
+    soundfile.write(tmp_path / "whole.wav", whole, rate)
     args = ("--model", tiny, "--layout", "separate", "--tail", "0.2")
     part = (*args, "--start", "0.5", "--duration", "1.01")
     stats = tmp_path / "s.json"
@@ -242,7 +242,7 @@ def test_a_part_that_is_none_is_refused(run, tmp_path, tiny, data, options, code
 
 def test_a_long_recordings_part_is_read_as_it_is_needed(tmp_path):
     pcm = np.linspace(-0.5, 0.5, 100_000, dtype=np.float32)
-    write_wav(tmp_path / "a.wav", pcm, 24_000)
+    soundfile.write(tmp_path / "a.wav", pcm, 24_000)
     kept = read_pcm(tmp_path / "a.wav", sample_rate=24_000).pcm
     part = Part(1.0, 2.0)
     found = read_pcm(

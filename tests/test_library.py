@@ -169,6 +169,8 @@ def test_errors_name_what_is_wrong(model, tiny, calls, tmp_path):
     assert (tmp_path / "reply.wav").read_bytes() == kept
     model.respond(calls[1]).save(tmp_path / "reply.wav", overwrite=True)
     assert (tmp_path / "reply.wav").read_bytes() != kept
+    with pytest.raises(PplexError, match="end its name in .wav, .flac"):
+        model.respond(calls[0]).save(tmp_path / "reply.mp4")
 
 
 def test_the_pages_examples_run(data, tiny, tmp_path, monkeypatch, capsys):

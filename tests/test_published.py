@@ -67,11 +67,11 @@ def twins(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory) -> Path:
-    from pplex.audio.files import write_wav
+    import soundfile
 
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("sound") / "user.wav"
-    write_wav(path, 0.1 * rng.standard_normal(20 * 1920).astype(np.float32), 24000)
+    soundfile.write(path, 0.1 * rng.standard_normal(20 * 1920), 24000)
     return path
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from dialogues import DATA, track, write_dialogue
 
-from pplex.audio.files import write_wav
 from pplex.cli.score_tables import score_table
 from pplex.errors import PplexError
 from pplex.evaluation.diarization import read_rttm
@@ -116,8 +116,8 @@ def bench_sample(
     folder.mkdir(parents=True)
     for path in (DATA / task / "1").glob("*.json"):
         shutil.copy(path, folder)
-    write_wav(folder / "input.wav", track("user", ((0.5, 1.5),), 8.0), 16_000)
-    write_wav(folder / "output.wav", track("agent", agent, 8.0), 16_000)
+    soundfile.write(folder / "input.wav", track("user", ((0.5, 1.5),), 8.0), 16_000)
+    soundfile.write(folder / "output.wav", track("agent", agent, 8.0), 16_000)
     if chunks is not None:
         content = {
             "text": "",
@@ -154,9 +154,9 @@ def test_the_benchmarks_figures_are_those_worked_out_by_hand(tmp_path):
 def test_backchannels_are_compared_with_peoples_timing(tmp_path):
     folder = tmp_path / "icc_backchannel" / "7"
     folder.mkdir(parents=True)
-    write_wav(folder / "input.wav", track("user", ((0.5, 9),), 10.0), 16_000)
+    soundfile.write(folder / "input.wav", track("user", ((0.5, 9),), 10.0), 16_000)
     agent = ((2.0, 2.5), (6.0, 6.6))
-    write_wav(folder / "output.wav", track("agent", agent, 10.0), 16_000)
+    soundfile.write(folder / "output.wav", track("agent", agent, 10.0), 16_000)
     transcript(folder / "output.transcript.json", ("mhm", 2, 2.4), ("right", 6, 6.4))
     timing = folder.parent / "icc_gt_distribution.json"
     timing.write_text(json.dumps({"7": [1 / 51] * 51}))
@@ -259,8 +259,8 @@ def test_an_output_that_was_changed_is_told(tmp_path):
 
 
 def test_separate_tracks_are_one_recording(tmp_path):
-    write_wav(tmp_path / "x.user.wav", track("user", ((1, 3),), 8.0), 16_000)
-    write_wav(tmp_path / "x.agent.wav", track("agent", ((3.4, 6),), 8.0), 16_000)
+    soundfile.write(tmp_path / "x.user.wav", track("user", ((1, 3),), 8.0), 16_000)
+    soundfile.write(tmp_path / "x.agent.wav", track("agent", ((3.4, 6),), 8.0), 16_000)
     (row,) = score(find([tmp_path]), ENERGY)["recordings"]
     assert row["name"] == "x.wav"
     assert row["turns"]["reply_delays_s"] == pytest.approx([0.4], abs=0.02)
@@ -269,10 +269,10 @@ def test_separate_tracks_are_one_recording(tmp_path):
 def test_the_agent_alone_is_scored_with_the_recording_its_stats_name(tmp_path):
     calls = tmp_path / "calls"
     calls.mkdir()
-    write_wav(calls / "call.wav", track("user", ((1, 3),), 8.0), 16_000)
+    soundfile.write(calls / "call.wav", track("user", ((1, 3),), 8.0), 16_000)
     out = tmp_path / "out"
     out.mkdir()
-    write_wav(out / "call.wav", track("agent", ((3.4, 6),), 8.0), 16_000)
+    soundfile.write(out / "call.wav", track("agent", ((3.4, 6),), 8.0), 16_000)
     (row,) = score(find([out]), ENERGY)["recordings"]
     assert row["scored"] and row["turns"] is None
     stats = {
@@ -352,7 +352,7 @@ def test_an_overlap_sample_is_scored_with_its_clean_pair(tmp_path):
         for side, spoken in (("input", user), ("output", times)):
             voice = "user" if side == "input" else "agent"
             path = folder / f"{name}{side}.wav"
-            write_wav(path, track(voice, spoken, 13.0), 16_000)
+            soundfile.write(path, track(voice, spoken, 13.0), 16_000)
     (folder / "metadata.json").write_text('{"timestamps": [6.0, 8.0]}')
     result = score(find([tmp_path / "user_interruption"]), ENERGY)
     (row,) = result["recordings"]
@@ -376,7 +376,7 @@ def test_rewards_of_a_run_on_one_side_of_a_call(tmp_path):
     """The recording's other side is the person whom the agent stands in for."""
     user = ((1.0, 5.0), (10.0, 14.0))
     sides = [track("user", user, 20.0), track("agent", ((3.0, 3.5), (12, 12.4)), 20.0)]
-    write_wav(tmp_path / "call.wav", np.stack(sides, axis=1), 16_000)
+    soundfile.write(tmp_path / "call.wav", np.stack(sides, axis=1), 16_000)
     folder = tmp_path / "answers"
     folder.mkdir()
     agent = ((3.6, 4.1), (5.5, 7.0), (14.3, 18.0))

@@ -8,10 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+import soundfile
 from piped import pipe
 from small import SharedSteps, speech
 
-from pplex.audio.files import Samples, write_wav
+from pplex.audio.files import Samples
 from pplex.checkpoint.hub import resolve
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.checkpoint.weights import codec_tensors, lm_tensors
@@ -197,7 +198,7 @@ def test_what_was_said_before_does_not_change_and_the_words_are_heard_of(run, tm
 
 
 def test_a_line_past_the_end_is_refused_where_the_end_is_known(run, tmp_path):
-    write_wav(tmp_path / "in.wav", np.zeros(48_000, np.float32), 24_000)
+    soundfile.write(tmp_path / "in.wav", np.zeros(48_000, np.float32), 24_000)
     (tmp_path / "s.csv").write_text("at,say\n1.5,I am your teacher.\n")
     common = ("--model", "mini", "--script", tmp_path / "s.csv")
     respond = ("respond", tmp_path / "in.wav", "-o", tmp_path / "o.wav", *common)

@@ -5,7 +5,6 @@ the 16-bit output are the same here. Its resampler is not followed: it delays th
 signal and rounds the length up (see the project's notes on alignment).
 """
 
-import wave
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,12 +19,9 @@ from pplex.audio.levels import Channel as Channel
 from pplex.audio.levels import Levels
 from pplex.audio.source import SoundSource, open_source
 from pplex.errors import PplexError
-from pplex.files import Place, atomic_write, put
 from pplex.units import counted
 
-_BLOCK_SAMPLES = 1 << 19  # written at a time, all channels together: 1 MB
 _ENCODED_SAMPLES = 1 << 13
-_MAX_WAV_BYTES = (1 << 32) - 64
 # Above floats on the scale of 32-bit integers; what resampling adds up stays finite.
 _MAX_SAMPLE = 1e12
 
@@ -238,33 +234,6 @@ def to_pcm16(pcm: np.ndarray) -> np.ndarray:
     """Turn float PCM of any shape into int16: clamp, times 32767, toward zero."""
     scaled: np.ndarray = np.clip(pcm, -1.0, 1.0) * np.float32(32767)
     return scaled.astype(np.int16)
-
-
-def write_wav(
-    path: Path, tracks: np.ndarray, sample_rate: int, *, place: Place = put
-) -> None:
-    """Write float32 (samples,) or (samples, channels) as 16-bit WAV, atomically.
-
-    ``place`` is that of ``atomic_write``.
-    """
-    path = Path(path)
-    tracks = tracks if tracks.ndim == 2 else tracks[:, None]
-    num_samples, num_channels = tracks.shape
-    if tracks.size * 2 > _MAX_WAV_BYTES:
-        raise PplexError(
-            f"cannot write {path}: {num_samples} samples of {num_channels} channels "
-            "do not fit in a WAV file (4 GB); split the recording"
-        )
-    step = max(1, _BLOCK_SAMPLES // num_channels)
-    with atomic_write(path, place=place) as temporary, temporary.open("wb") as file:
-        with wave.open(file, "wb") as out:
-            out.setnchannels(num_channels)
-            out.setsampwidth(2)
-            out.setframerate(sample_rate)
-            out.setnframes(num_samples)
-            for start in range(0, num_samples, step):
-                block = to_pcm16(tracks[start : start + step])
-                out.writeframesraw(block.astype("<i2").tobytes())
 
 
 @contextmanager
