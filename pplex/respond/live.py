@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +32,10 @@ from pplex.respond.outputs import (
 from pplex.respond.request import Request, Settings, check_outputs
 from pplex.respond.run import Clock, Config, Report, begin, conclude, load_model
 from pplex.respond.stats import (
-    Histogram,
     Latency,
     Source,
     Stats,
+    latency,
     make_stats,
     model_info,
 )
@@ -49,19 +50,19 @@ _NO_STEPS = Latency(0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
 class _Delays:
-    """How long after its last sample a frame was answered.
+    """Seconds from a frame's last sample to its reply, of each frame.
 
     ``with_step`` is how long it would have been, were all that is done ahead (the step
     and the codec's work) done then.
     """
 
-    def __init__(self, frame_s: float) -> None:
-        self.reply, self.with_step = Histogram(frame_s), Histogram(frame_s)
+    def __init__(self) -> None:
+        self.reply, self.with_step = array("f"), array("f")
 
     def add(self, seconds: float, ahead_s: float) -> None:
         """Count a frame."""
-        self.reply.add(seconds)
-        self.with_step.add(seconds + ahead_s)
+        self.reply.append(seconds)
+        self.with_step.append(seconds + ahead_s)
 
 
 class _Player:
@@ -86,7 +87,7 @@ class _Player:
 
 
 class _Record:
-    """What a conversation leaves behind, in memory that hardly grows."""
+    """What a conversation leaves behind: of an hour less than 1 MB."""
 
     def __init__(self, model: Model, *, keeps_tokens: bool) -> None:
         self._keeps_tokens = keeps_tokens
@@ -94,8 +95,8 @@ class _Record:
         self._frame_s = model.config.frame_s
         self._text, self._user, self._agent = bytearray(), bytearray(), bytearray()
         self.end = np.zeros(0, np.float32)  # the agent's last sound: two frames
-        self.steps = Histogram(self._frame_s)
-        self._start_up, self._delays = _Delays(self._frame_s), _Delays(self._frame_s)
+        self.steps = array("f")  # seconds
+        self._start_up, self._delays = _Delays(), _Delays()
         self.timings, self._codec_s, self.num_samples = Timings(), 0.0, 0
         self.left_out_frames = 0
 
@@ -116,12 +117,12 @@ class _Record:
         self.timings = reply.timings
         step_s, codec_s = self.timings.steps.pop(), self._codec_s
         self._codec_s = self.timings.encode_s + self.timings.decode_s
-        self.steps.add(step_s)
+        self.steps.append(step_s)
         if frame.arrived is None:
             return
         latency_s = now - frame.arrived
         # Until one is in time they came while the model was loaded, or wait for those.
-        in_time = self._delays.reply.count or latency_s <= self._frame_s
+        in_time = len(self._delays.reply) or latency_s <= self._frame_s
         delays = self._delays if in_time else self._start_up
         delays.add(latency_s, (step_s + self._codec_s - codec_s) * self._is_ahead)
 
@@ -137,13 +138,17 @@ class _Record:
 
     def with_delays(self, stats: Stats, user: UserStream) -> Stats:
         """``stats`` with how late replies were, where ``user`` came in real time."""
-        delays, start_up_frames = self._delays, self._start_up.reply.count
-        if not delays.reply.count:  # it was never caught up with
+        delays, start_up_frames = self._delays, len(self._start_up.reply)
+        if not delays.reply:  # it was never caught up with
             delays, start_up_frames = self._start_up, 0
+        if delays.reply and user.is_live:
+            stats = replace(
+                stats,
+                latency_ms=latency(delays.reply, self._frame_s),
+                latency_with_step_ms=latency(delays.with_step, self._frame_s),
+            )
         return replace(
             stats,
-            latency_ms=delays.reply.latency() if user.is_live else None,
-            latency_with_step_ms=delays.with_step.latency() if user.is_live else None,
             start_up_frames=start_up_frames,
             source_pace=user.pace,
             skipped_s=user.skipped_s,
@@ -291,7 +296,8 @@ def _stats(
     """The figures of a stream that has ended."""
     rate, text, timings = model.config.sample_rate, record.text(), record.timings
     heard = resampled_length(user.source_frames, user.format.rate, rate)
-    step_ms, frames = record.steps.latency() or _NO_STEPS, record.steps.count
+    frames = len(record.steps)
+    step_ms = latency(record.steps, model.config.frame_s) if frames else _NO_STEPS
     stats = make_stats(
         request,
         Source(
