@@ -41,9 +41,9 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:,.{places}f}".replace(",", " ")
 
 
-def percent(share: float, digits: int = 1) -> str:
+def percent(share: float) -> str:
     """A share of 0 to 1: ``99.9 %``."""
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.1f} %"
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -40,14 +40,14 @@ def test_on_a_gpu_one_conversation_is_computed_alone_unless_asked_otherwise(gpu,
 
 def test_on_a_gpu_what_is_computed_alone_is_so_one_by_one(gpu):
     cost = job.cost_of(SMALL, random_lm(SMALL.lm, 16))
-    assert batch_size(SMALL, cost, 100, 1e12, alone=True) == 1
+    assert batch_size(SMALL, replace(cost, alone=True), 100, 1e12) == 1
     assert batch_size(SMALL, cost, 100, 1e12) > 1
 
 
 def test_one_conversation_on_a_gpu_has_no_groups_codec(gpu):
     tensors = random_lm(ModelConfig().lm, 4)
     group, alone = (job.cost_of(ModelConfig(), tensors, alone=a) for a in (False, True))
-    assert alone == replace(group, codec_work=alone.codec_work)
+    assert alone == replace(group, codec_work=alone.codec_work, alone=True)
     assert 0 < alone.codec_work < group.codec_work / 10
 
 

@@ -247,7 +247,7 @@ def test_takes_are_as_many_at_a_time_in_a_batch_as_of_one_recording(monkeypatch)
     cost = Cost(step=0, position=1024, codec=0, codec_state=0, codec_work=0, held=0)
     size = Size(None, 100, 40, 4000)
     for given, rows in ((size, 8), (replace(size, takes=True), 16)):
-        assert given.fitting(ModelConfig(), cost, alone=False) == rows
+        assert given.fitting(ModelConfig(), cost) == rows
 
 
 def attend_as_the_kernel(qkv, ring, prompts, rows, tiles, slot, window, max_period):

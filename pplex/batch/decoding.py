@@ -124,12 +124,7 @@ class Size:
         return max(1, min(self.count, -(-self.total_frames // self.max_frames)))
 
     def fitting(
-        self,
-        config: ModelConfig,
-        cost: Cost,
-        *,
-        alone: bool,
-        free_bytes: float | None = None,
+        self, config: ModelConfig, cost: Cost, free_bytes: float | None = None
     ) -> int:
         """As many of these as ``choose.batch_size`` says and are of use."""
         rows = batch_size(
@@ -138,7 +133,6 @@ class Size:
             self.max_frames,
             free_bytes,
             prompt_frames=PROMPT_FRAMES,
-            alone=alone,
             takes=self.takes,
         )
         return min(rows, self.busy_rows)
@@ -185,7 +179,7 @@ class Decoder:
         if self.batch_size is None:
             model = self._model
             cost, form = model.engine.cost(), model.form
-            self.batch_size = self._size.fitting(model.config, cost, alone=form.alone)
+            self.batch_size = self._size.fitting(model.config, cost)
             instead = f"; computed {form}; dense has other bytes" * form.lacks_memory
             self._note(f"batch size {self.batch_size}{instead}")
         return self.batch_size

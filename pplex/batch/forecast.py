@@ -176,7 +176,7 @@ def _add_memory(found: Forecast, batch: Batch, model: Description) -> None:
     found.memory_gb = available_gb() or 0.0
     free = 1e9 * found.memory_gb - cost.held
     if batch.batch_size is None:
-        found.batch_size = size.fitting(config, cost, alone=form.alone, free_bytes=free)
+        found.batch_size = size.fitting(config, cost, free)
     else:
         found.batch_size = min(batch.batch_size, found.todo)
     found.sound_gb = _sound_bytes(found, config.sample_rate) / 1e9

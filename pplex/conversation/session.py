@@ -17,7 +17,6 @@ from pplex.engine.base import Engine, Start
 from pplex.engine.choose import (
     Compute,
     Form,
-    batch_size,
     choose_form,
     make_engine,
 )
@@ -44,19 +43,6 @@ class Model:
     bits: tuple[int, ...]
     form: Form
     load_s: float
-
-    def most_rows(
-        self, frames: int, *, prompt_frames: int = 0, takes: bool = False
-    ) -> int:
-        """How many recordings to answer at once, as ``choose.batch_size`` says."""
-        return batch_size(
-            self.config,
-            self.engine.cost(),
-            frames,
-            prompt_frames=prompt_frames,
-            alone=self.form.alone,
-            takes=takes,
-        )
 
 
 def load(

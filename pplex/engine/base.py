@@ -151,7 +151,8 @@ class Cost:
     ``step``: weights that a step reads, once for all its rows; ``position``: keys and
     values of one position of one row; ``codec``: weights of the codec, read once a
     chunk, ``codec_state`` what it keeps of one direction of a stream, and
-    ``codec_work`` what computing a chunk takes; ``held``: all weights in memory.
+    ``codec_work`` what computing a chunk takes; ``held``: all weights in memory; what
+    is ``alone`` computes one conversation at a time.
     """
 
     step: int
@@ -160,6 +161,7 @@ class Cost:
     codec_state: int
     codec_work: int
     held: int
+    alone: bool = False
 
 
 class Engine(Protocol):

@@ -287,16 +287,14 @@ def batch_size(
     free_bytes: float | None = None,
     *,
     prompt_frames: int = 0,
-    alone: bool = False,
     takes: bool = False,
 ) -> int:
     """How many recordings to answer at once, none with more than ``frames`` frames.
 
     They begin after prompts of ``prompt_frames``. Of the free memory, or of
-    ``free_bytes``; one if each is computed ``alone``. With ``takes``, how many takes of
-    one.
+    ``free_bytes``; one if each is computed alone. With ``takes``, of one recording.
     """
-    if alone:
+    if cost.alone:
         return 1
     if free_bytes is None:
         free_bytes = 1e9 * (memory_gb()[1] or 0.0)

@@ -93,7 +93,7 @@ def calibrate(
             left -= len(user) / config.sample_rate
 
     longest = -(-max(len(user) for user in users) // config.frame_size)
-    rows = batch_size(config, engine.cost(), longest, alone=model.form.alone)
+    rows = batch_size(config, engine.cost(), longest)
     answered: dict[int, tuple[np.ndarray, int]] = {}
     with new_folder(target) as new:
         for one, answer in converse_many(

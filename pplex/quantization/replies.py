@@ -83,7 +83,7 @@ def count_right(model: Model, questions: Questions) -> int:
 
     longest = max(len(user) for user in users.values())
     frames = -(-longest // model.config.frame_size)
-    rows = batch_size(model.config, engine.cost(), frames, alone=model.form.alone)
+    rows = batch_size(model.config, engine.cost(), frames)
     said = {}
     for one, answer in converse_many(engine, conversations(), GREEDY, batch_size=rows):
         ids = [int(idx) for idx in answer.text if idx >= _NUM_SPECIAL]

@@ -15,6 +15,7 @@ from pplex.conversation.scheduler import converse_many
 from pplex.conversation.session import Model
 from pplex.conversation.state import Opening
 from pplex.conversation.tracks import Conversation
+from pplex.engine.choose import batch_size
 from pplex.errors import PplexError
 from pplex.files import is_pipe, name_of, put, put_new
 from pplex.model.sampling import SamplingConfig
@@ -80,7 +81,8 @@ def answers_to(
     seconds = one.sound.num_samples / config.sample_rate
     seconds += longest("auto") if one.until_quiet else 0.0
     frames = math.ceil(seconds * config.frame_rate)
-    rows = model.most_rows(frames, prompt_frames=opening.prompt_frames, takes=True)
+    cost, prompt_frames = model.engine.cost(), opening.prompt_frames
+    rows = batch_size(config, cost, frames, prompt_frames=prompt_frames, takes=True)
     every = [replace(take, more_takes=True) for take in takes[:-1]] + takes[-1:]
     answers: dict[str, Answer] = {}
     for take, reply in converse_many(

@@ -41,7 +41,7 @@ from pplex.conversation.seeds import seed_for
 from pplex.conversation.session import Model, load
 from pplex.conversation.talk import Dialogue, Side, converse_together
 from pplex.engine.base import Start
-from pplex.engine.choose import Compute
+from pplex.engine.choose import Compute, batch_size
 from pplex.errors import PplexError, did_you_mean
 from pplex.files import PIPE, Place, check_no_pipe, folded, make_folder, put, put_new
 from pplex.model.sampling import SamplingConfig
@@ -264,7 +264,10 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
             yield Dialogue(str(idx), (left, right), frames[idx], writers[idx])
 
     prompt_frames = max(role.prompt.num_frames for role in roles.values())
-    rows = min(m.most_rows(max(frames), prompt_frames=prompt_frames) for m in models)
+    rows = min(
+        batch_size(m.config, m.engine.cost(), max(frames), prompt_frames=prompt_frames)
+        for m in models
+    )
     pairs = config.batch_size or max(1, rows // 2)
     report.answering(sum(frames) / frame_rate)
     if known is not None:

@@ -386,6 +386,7 @@ def cost_of(
         codec_state=codec_state,
         codec_work=work_bytes(config.mimi, *chunk),
         held=matrices + tables + codec,
+        alone=alone,
     )
 
 
