@@ -14,7 +14,7 @@ from typing import get_args
 
 import numpy as np
 
-from pplex.audio.files import Samples, probe
+from pplex.audio.files import Samples, first_unsound, probe
 from pplex.audio.streams import LiveFrame
 from pplex.batch.decoding import Answered, Decoder, Job, Size
 from pplex.bench.estimate import best_model
@@ -32,7 +32,7 @@ from pplex.errors import PplexError, check_count
 from pplex.files import check_named, put, put_new
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.outputs import open_sink, spoken_words
-from pplex.respond.request import MOST_TAIL_S, SOUND_FORMATS, Settings
+from pplex.respond.request import MAX_SEED, MOST_TAIL_S, SOUND_FORMATS, Settings
 from pplex.respond.run import read_user
 from pplex.respond.takes import answers_to
 from pplex.respond.transcript import PieceText, Word
@@ -163,7 +163,7 @@ class Model:
                 key=str(number),
                 sound=sound,
                 start=opening.start,
-                seed=seed + number,
+                seed=(settings.seed + number) & MAX_SEED,
                 until_quiet=tail == "auto",
                 saves=saves,
             )
@@ -208,7 +208,7 @@ class Model:
                 sound=Samples(self._read(recording, settings)),
                 voice=settings.voice or "",
                 text=settings.text or "",
-                seed=seed,
+                seed=settings.seed,
                 until_quiet=tail == "auto",
             )
             for idx, recording in enumerate(every)
@@ -237,7 +237,7 @@ class Model:
         ``chunks`` are float32 (samples,) at ``sample_rate``, of any length.
         """
         settings = self._settings(voice, prompt, 0.0, seed, sampling)
-        start = self._opening(settings).start
+        start, seed = self._opening(settings).start, settings.seed
         spoken = PieceText(self._model.tokenizer.piece)
         frames = self._frames(chunks)
         for frame, said in converse_live(
@@ -338,6 +338,8 @@ def _checked(
 ) -> Settings:
     """Settings; PplexError for a tail or a seed that is none."""
     check_count("seed", seed, 0)
+    if seed > MAX_SEED:
+        raise PplexError(f"seed is {seed}, where at most 2**63 - 1 is expected")
     if tail != "auto" and not (
         isinstance(tail, int | float) and 0.0 <= tail <= MOST_TAIL_S
     ):
@@ -345,7 +347,7 @@ def _checked(
             f"tail is {tail!r}, where 0 to {MOST_TAIL_S:.0f} seconds or 'auto' are "
             "expected"
         )
-    return Settings(voice, prompt, sampling, seed, tail=tail)
+    return Settings(voice, prompt, sampling, int(seed), tail=tail)
 
 
 def _warn(message: str) -> None:
@@ -360,6 +362,6 @@ def _samples(pcm: np.ndarray) -> np.ndarray:
             f"samples are floating-point numbers in an array of one dimension, from -1 "
             f"to 1: {pcm.dtype} of shape {pcm.shape} was given"
         )
-    if not np.isfinite(pcm).all():
-        raise PplexError("samples hold values that are no numbers; leave them out")
+    if found := first_unsound(pcm):
+        raise PplexError(f"sample {found[0]} is {found[1]}; leave it out")
     return pcm.astype(np.float32)

@@ -132,7 +132,8 @@ def test_a_prompt_that_was_read_before_is_the_same_prompt(model, calls):
     [
         (np.zeros((2, 100), np.float32), r"float32 of shape \(2, 100\)"),
         (np.zeros(100, np.int16), r"int16 of shape \(100,\)"),
-        (np.array([0.0, np.nan]), "no numbers"),
+        (np.array([0.0, np.nan]), "sample 1 is NaN"),
+        (np.array([1e300]), r"sample 0 is 1e\+300"),
         (np.zeros(0, np.float32), "no samples"),
     ],
 )
@@ -154,6 +155,7 @@ def test_errors_name_what_is_wrong(model, tiny, calls, tmp_path):
         pplex.load("no model")
     for asked, said in (
         (lambda: model.respond(calls[0], seed=-1), "seed is -1"),
+        (lambda: model.respond(calls[0], seed=1 << 63), f"seed is {1 << 63}"),
         (lambda: model.takes(calls[0], 0), "count is 0"),
         (lambda: list(model.batch(calls, batch_size=0)), "batch_size is 0"),
         (lambda: SamplingConfig(text_temp=float("nan")), "text_temp is nan"),
