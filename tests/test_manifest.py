@@ -210,6 +210,16 @@ def test_a_file_that_was_only_touched_is_done(answered, which):
     assert is_done(answered)
 
 
+def test_a_file_of_the_far_future_is_done(answered):
+    manifest, source, output = answered
+    os.utime(source, ns=(0, 10**19))  # more than 63 bits
+    known = manifest.describe(source, file_print(source))
+    written = manifest.describe(output, file_print(output))
+    manifest.append(line(input=known, outputs={"audio": written}))
+    again = Manifest(output.parent)
+    assert again.is_done("a.wav", "s", source, [output])
+
+
 @pytest.mark.parametrize("which", [1, 2])
 def test_a_file_that_is_gone_is_not_done(answered, which):
     answered[which].unlink()

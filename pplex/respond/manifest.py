@@ -83,7 +83,12 @@ def file_print(path: Path) -> FilePrint:
         digest = hashlib.sha256()
         while block := file.read(_BLOCK):
             digest.update(block)
-    return FilePrint(status.st_size, status.st_mtime_ns, digest.hexdigest())
+    return FilePrint(status.st_size, _mtime_ns(status), digest.hexdigest())
+
+
+def _mtime_ns(status: os.stat_result) -> int:
+    """When a file was changed: a clock may say what 64 bits do not hold."""
+    return min(status.st_mtime_ns, (1 << 63) - 1)
 
 
 def is_unchanged(path: Path, known: Mapping[str, object]) -> bool:
@@ -96,7 +101,7 @@ def is_unchanged(path: Path, known: Mapping[str, object]) -> bool:
         status = path.stat()
         if status.st_size != known.get("size"):
             return False
-        if status.st_mtime_ns == known.get("mtime_ns"):
+        if _mtime_ns(status) == known.get("mtime_ns"):
             return True
         return file_print(path).sha256 == known.get("sha256")
     except (OSError, ValueError, PplexError):
