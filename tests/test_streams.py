@@ -148,7 +148,7 @@ def test_what_is_no_stream_is_refused_in_a_sentence(content, reason):
 
 def test_a_first_sample_that_is_no_number_is_refused():
     pcm = np.full(3000, np.nan, np.float32)
-    with pytest.raises(PplexError, match=r"NaN at 0\.000 s"):
+    with pytest.raises(PplexError, match=r"at 0\.000 s that is NaN"):
         stream(wav(pcm, 24000, "FLOAT"))
 
 
@@ -159,7 +159,7 @@ def test_what_comes_before_a_sample_that_is_no_number_counts():
     user = UserStream(feed, open_stream(feed), 1)
     frames = list(user.frames(24000, 1920))
     assert [frame.num_samples for frame in frames] == [1920, 480]
-    assert "NaN at 0.100 s" in user.fault
+    assert "at 0.100 s that is NaN" in user.fault
 
 
 def test_what_comes_before_a_failing_read_counts(monkeypatch):

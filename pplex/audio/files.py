@@ -284,8 +284,8 @@ def _samples(
         if found := first_unsound(mono):
             first, what = found
             raise PplexError(
-                f"{path} has a sample that is {what} at "
-                f"{(frames + first) / source.rate:.3f} s; export the recording again"
+                f"{path} has a sample at {(frames + first) / source.rate:.3f} s that "
+                f"is {what}; export the recording again"
             )
         if levels is not None:
             levels.add(block, mono)

@@ -407,7 +407,7 @@ class UserStream:
             if found := first_unsound(mono):
                 mono = mono[: found[0]]
                 where = (self.source_frames + len(mono)) / self.format.rate
-                self.fault = f"{NAME} has a sample that is {found[1]} at {where:.3f} s"
+                self.fault = f"{NAME} has a sample at {where:.3f} s that is {found[1]}"
                 if not self.source_frames + len(mono):
                     raise PplexError(self.fault)
             if len(mono):
