@@ -56,7 +56,7 @@ def check_new(path: Path, overwrite: bool) -> None:
 
 def check_new_folder(path: Path) -> None:
     """Refuse a folder's name that is taken, or a place that is none."""
-    check_no_pipe(path)
+    _check_no_pipe(path)
     if os.path.lexists(path):
         raise PplexError(f"{path} exists already; give the name of a new folder")
     if not path.absolute().parent.is_dir():
@@ -265,7 +265,7 @@ def plan_files(
 
 def make_folder(folder: Path) -> None:
     """Make a folder, and those that it is in, unless it is there."""
-    check_no_pipe(folder)
+    _check_no_pipe(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as e:
@@ -274,8 +274,7 @@ def make_folder(folder: Path) -> None:
         raise PplexError(f"cannot write to {folder}: {e.strerror or e}") from e
 
 
-def check_no_pipe(folder: Path) -> None:
-    """Refuse stdout where a folder's name is wanted."""
+def _check_no_pipe(folder: Path) -> None:
     if folder == PIPE:
         raise PplexError("stdout is no folder: many files are written; name a folder")
 

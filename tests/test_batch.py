@@ -437,7 +437,7 @@ def test_the_output_of_a_recording_of_another_name_is_kept(calls, batch, tmp_pat
 
 def test_an_output_that_a_killed_run_named_is_known_with_its_bytes(calls, batch):
     """The manifest does not tell of it yet; the lock does."""
-    from pplex.batch.lock import LOCK_NAME
+    from pplex.respond.lock import LOCK_NAME
     from pplex.respond.manifest import file_print
 
     go(batch)
@@ -604,7 +604,7 @@ def test_killed_at_random_and_run_again_the_bytes_are_the_same(calls, batch, tmp
 
 
 def test_a_second_run_on_the_same_folder_is_refused(calls, batch):
-    from pplex.batch.lock import FolderLock
+    from pplex.respond.lock import FolderLock
 
     batch.outdir.mkdir()
     lock = FolderLock(batch.outdir, None)

@@ -13,12 +13,12 @@ from dialogues import write_dialogue
 from test_score import ENERGY, score
 
 import pplex.respond.manifest
-from pplex.batch.lock import LOCK_NAME, FolderLock
 from pplex.errors import PplexError
 from pplex.evaluation.find import find
 from pplex.evaluation.measure import Method
 from pplex.evaluation.report import make_entries
 from pplex.files import read_regular
+from pplex.respond.lock import LOCK_NAME, FolderLock
 from pplex.respond.manifest import Manifest, file_print, flat, manifest_name, read_lines
 
 
@@ -276,7 +276,7 @@ def test_shards_run_side_by_side(tmp_path):
 def test_a_lock_ends_with_its_process_and_what_it_began_is_known(tmp_path):
     code = (
         "import os, sys, pathlib\n"
-        "from pplex.batch.lock import FolderLock\n"
+        "from pplex.respond.lock import FolderLock\n"
         f"lock = FolderLock(pathlib.Path({str(tmp_path)!r}), None)\n"
         f"for path in ('a.wav', 'a.srt'): lock.begin({{**{BEGUN}, 'path': path}})\n"
         "os.kill(os.getpid(), 9)\n"

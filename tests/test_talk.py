@@ -24,6 +24,7 @@ from pplex.engine.choose import KINDS
 from pplex.evaluation.find import find
 from pplex.model.prompt import no_prompt
 from pplex.model.sampling import SamplingConfig
+from pplex.respond.lock import LOCK_NAME, FolderLock
 
 TINY = Path(__file__).parent / "data" / "tiny"
 FRAME, RATE = 1920, 24_000
@@ -206,26 +207,38 @@ def test_a_talk_is_a_stereo_file_with_what_both_said(run, tmp_path):
     assert again.exit_code == 0 and "2 done before\n" in again.stderr
     assert (tmp_path / "many/c.wav").is_file()
     assert (tmp_path / "many/b.wav").stat() == sound
-    # Also what a run that was killed had no time to note: of c the transcript is there.
-    manifest = tmp_path / "many/manifest.jsonl"
-    lines = manifest.read_text().splitlines(keepends=True)
-    assert [json.loads(line)["status"] for line in lines[-3:]] == ["stopped"] * 2 + [
-        "done"
-    ]
-    manifest.write_text("".join(lines[:-1]))
+    # Also what a run that was killed had no time to note: its lock tells of c's files.
+    manifest, lock = tmp_path / "many/manifest.jsonl", tmp_path / "many" / LOCK_NAME
+    whole = manifest.read_text()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    told = {key: lines[-1][key] for key in ("recording", "settings")}
+    begun = [{"begun": output | told} for output in lines[-1]["outputs"].values()]
+    others = [line for line in lines if line["recording"] != "c.wav"]
+    half = tmp_path / "many/a/.x.wav.pplex-0123abcd.tmp"
+
+    def killed() -> None:
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in others))
+        lock.write_text("".join(json.dumps(line) + "\n" for line in begun))
+        half.touch()
+
+    killed()
     words = (tmp_path / "many/c.transcript.json").read_bytes()
     again = run(*names, "--transcript", "json")
     assert again.exit_code == 0 and "2 done before\n" in again.stderr
     assert (tmp_path / "many/c.transcript.json").read_bytes() == words
-    assert manifest.read_text().count('"done"') == 4
-    # But not what somebody has changed since.
-    manifest.write_text("".join(lines[:-1]))
+    assert not half.exists() and not lock.exists()
+    # But not what somebody has changed since, nor beside a run that is at work.
+    killed()
     (tmp_path / "many/c.transcript.json").write_text("Mine.")
     again = run(*names, "--transcript", "json")
     assert again.exit_code == 1 and "exists" in again.stderr
     assert (tmp_path / "many/c.transcript.json").read_text() == "Mine."
+    held = FolderLock(tmp_path / "many")
+    again = run(*names, "--transcript", "json")
+    assert again.exit_code == 1 and "another run of pplex" in again.stderr
+    held.release(ended=True)
     (tmp_path / "many/c.transcript.json").write_bytes(words)
-    manifest.write_text("".join(lines))
+    manifest.write_text(whole)
     other = run(*names, "--transcript", "json", "--top-k", 9)
     assert other.exit_code == 1 and "exists" in other.stderr
     # The right one is the agent of a report.

@@ -30,11 +30,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pplex.batch.lock import is_held_by
 from pplex.batch.plan import digest_of
 from pplex.checkpoint.unpack import MAX_VOICE_BYTES
 from pplex.errors import PplexError, first_line
 from pplex.files import hidden_beside, open_regular, read_regular, reading
+from pplex.respond.lock import is_held_by
 
 if TYPE_CHECKING:
     from pplex.batch.answering import Answering, Result

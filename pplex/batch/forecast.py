@@ -13,7 +13,6 @@ from pplex.audio.folders import LeftOut
 from pplex.batch.answering import READ_AHEAD
 from pplex.batch.decoding import PROMPT_FRAMES, Size
 from pplex.batch.describe import Description
-from pplex.batch.lock import begun_in
 from pplex.batch.prepare import (
     Batch,
     Kept,
@@ -27,6 +26,7 @@ from pplex.conversation.quiet import longest
 from pplex.engine.choose import choose_form, cost_of, need_bytes
 from pplex.engine.device import available_gb, host_memory_gb, on_cpu
 from pplex.errors import PplexError
+from pplex.respond.lock import begun_in
 from pplex.respond.manifest import DONE, Manifest
 from pplex.respond.request import Request
 from pplex.respond.run import MOST_KEPT, check_script

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from pplex.respond.manifest import Manifest
 from pplex.respond.request import Request, Settings
 from pplex.respond.stats import Check
 
-_LEFTOVER = re.compile(r"\.(.{0,48})\.pplex-[0-9a-f]{8}\.tmp", re.DOTALL)
 _PROBES = 4  # at a time
 
 
@@ -155,14 +153,13 @@ def check_outputs_free(
 ) -> None:
     """Refuse to replace files that no run of pplex batch has written."""
     foreign = []
-    for request in requests:
-        for path in request.outputs.files().values():
-            if os.path.isdir(path):  # no error for a name too long: it fails alone
-                raise PplexError(f"cannot write {path}: it is a folder")
-            if overwrite or not os.path.lexists(path):
-                continue
-            if not manifest.has_written(path):
-                foreign.append(path)
+    for path in files_of(requests):
+        if os.path.isdir(path):  # no error for a name too long: it fails alone
+            raise PplexError(f"cannot write {path}: it is a folder")
+        if overwrite or not os.path.lexists(path):
+            continue
+        if not manifest.has_written(path):
+            foreign.append(path)
     if foreign:
         more = f" and {len(foreign) - 1} more exist" if len(foreign) > 1 else " exists"
         raise PplexError(
@@ -171,29 +168,9 @@ def check_outputs_free(
         )
 
 
-def remove_leftovers(work: Workload, outdir: Path, alone: bool) -> int:
-    """Remove temporary files of a run that was killed; how many there were.
-
-    Where other shards may be at work (not ``alone``), theirs are left.
-    """
-    own = {_kept_part(p) for r in work.requests for p in r.outputs.files().values()}
-    theirs = {_kept_part(p) for r in work.others for p in r.outputs.files().values()}
-    removed = 0
-    for folder in {outdir, *(folder for folder, _ in own)}:
-        if not folder.is_dir():
-            continue
-        for entry in os.scandir(folder):
-            match = _LEFTOVER.fullmatch(entry.name)
-            name = (folder, match[1]) if match else None
-            if name and (alone or (name in own and name not in theirs)):
-                Path(entry.path).unlink(missing_ok=True)
-                removed += 1
-    return removed
-
-
-def _kept_part(path: Path) -> tuple[Path, str]:
-    """The folder and the part of a name that ``atomic_write`` keeps."""
-    return path.parent, path.name[:48]
+def files_of(requests: Iterable[Request]) -> list[Path]:
+    """All outputs of some requests."""
+    return [path for one in requests for path in one.outputs.files().values()]
 
 
 def durations(requests: list[Request]) -> dict[str, float | None | PplexError]:

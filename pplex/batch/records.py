@@ -14,12 +14,12 @@ import numpy as np
 from pplex.audio.files import Recording
 from pplex.batch.decoding import Answered
 from pplex.batch.describe import Description
-from pplex.batch.lock import FolderLock
 from pplex.conversation.quiet import longest
 from pplex.conversation.script import unsaid
 from pplex.errors import PplexError
 from pplex.files import hidden_beside, make_folder, put, put_new, reading
 from pplex.respond.ending import Ending, is_cut_off
+from pplex.respond.lock import FolderLock
 from pplex.respond.manifest import (
     DONE,
     FAILED,

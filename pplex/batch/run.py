@@ -18,15 +18,14 @@ from pplex.audio.folders import LeftOut
 from pplex.batch.answering import WRITERS, Answering, Behind, Result, is_disk_full
 from pplex.batch.decoding import Decoder, Size
 from pplex.batch.describe import Description
-from pplex.batch.lock import FolderLock
 from pplex.batch.prepare import (
     Batch,
     Kept,
     check_outputs_free,
     durations,
+    files_of,
     make_workload,
     remaining,
-    remove_leftovers,
 )
 from pplex.batch.records import (
     Placing,
@@ -43,6 +42,7 @@ from pplex.engine.device import num_gpus
 from pplex.errors import PplexError
 from pplex.files import make_folder
 from pplex.respond.ending import Ending
+from pplex.respond.lock import FolderLock, remove_leftovers
 from pplex.respond.manifest import FAILED, Line, Manifest, stopped_line
 from pplex.respond.request import Request
 from pplex.respond.stats import Outcome
@@ -136,7 +136,9 @@ def run_batch(batch: Batch, report: Report) -> Summary:
             manifest.know(output)
         left = remaining(batch, work, manifest)
         check_outputs_free(left.todo, manifest, batch.overwrite)
-        if removed := remove_leftovers(work, batch.outdir, batch.shard is None):
+        files = files_of(work.requests)
+        spared = None if batch.shard is None else files_of(work.others)
+        if removed := remove_leftovers(batch.outdir, files, spared):
             report.note(f"removed {removed} temporary files of a run that was killed")
         manifest.open()
         own = {request.key for request in work.requests}
@@ -158,7 +160,7 @@ def run_batch(batch: Batch, report: Report) -> Summary:
         except _Stop:
             summary.not_run = len(left.todo) - summary.done - len(run.failed)
         if batch.ray is not None:  # of workers that were lost
-            remove_leftovers(work, batch.outdir, batch.shard is None)
+            remove_leftovers(batch.outdir, files, spared)
         summary.total_s = time.perf_counter() - start
         lock.release(ended=True)
         return summary

@@ -204,13 +204,8 @@ class Request:
         return *self.opening, *heard
 
 
-def check_outputs(
-    request: Request, overwrite: bool, *, new_folders: bool = False
-) -> None:
-    """Refuse outputs that would destroy something, before any work is done.
-
-    With ``new_folders`` those that they go to are made later.
-    """
+def check_outputs(request: Request, overwrite: bool) -> None:
+    """Refuse outputs that would destroy something, before any work is done."""
     source, outputs = request.source, request.outputs
     if is_descriptor(outputs.audio):
         if outputs.layout == "separate":
@@ -265,7 +260,7 @@ def check_outputs(
         _check_name(path)
         if path.exists() and os.path.exists(source) and path.samefile(source):
             raise PplexError(f"cannot write {path}: it is the input by another name")
-        _check_place(path, overwrite, new_folders)
+        _check_place(path, overwrite)
 
 
 def check_state_name(path: Path | None) -> None:
@@ -287,15 +282,11 @@ def _check_name(path: Path) -> None:
         raise PplexError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-def _check_place(path: Path, overwrite: bool, new_folders: bool) -> None:
-    folder = path.parent
-    while new_folders and not os.path.lexists(folder):
-        folder = folder.parent
-    if folder.exists() and not folder.is_dir():
-        raise PplexError(f"cannot write {path}: {folder} is not a folder")
+def _check_place(path: Path, overwrite: bool) -> None:
+    if path.parent.exists() and not path.parent.is_dir():
+        raise PplexError(f"cannot write {path}: {path.parent} is not a folder")
     if path.is_dir():
         raise not_a_file(path)
-    if folder == path.parent:
-        check_new(path, overwrite)
-    if not os.access(folder, os.W_OK):
+    check_new(path, overwrite)
+    if not os.access(path.parent, os.W_OK):
         raise no_permission(path)

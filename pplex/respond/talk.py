@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -43,8 +43,9 @@ from pplex.conversation.talk import Dialogue, Side, converse_together
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute, batch_size
 from pplex.errors import PplexError, did_you_mean
-from pplex.files import PIPE, Place, check_no_pipe, folded, make_folder, put, put_new
+from pplex.files import PIPE, Place, folded, make_folder, put, put_new
 from pplex.model.sampling import SamplingConfig
+from pplex.respond.lock import FolderLock, remove_leftovers
 from pplex.respond.manifest import (
     DONE,
     STOPPED,
@@ -220,13 +221,38 @@ def side_seed(seed: int, side: int) -> int:
 
 def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talked]:
     """Have agents talk, many pairs at a time; each is whole when it is yielded."""
-    known = None
-    if config.folder is not None:
-        check_no_pipe(config.folder)
+    if config.folder is None:
+        yield from _talk(talks, config, report, None)
+        return
+    folders = {p for one in talks for p in one.outputs.audio.absolute().parents}
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        for folder in [config.folder, *(one.outputs.audio.parent for one in talks)]:
+            make_folder(folder)
+        lock, ended = FolderLock(config.folder), False
+        try:
+            yield from _talk(talks, config, report, lock)
+            ended = True
+        finally:
+            lock.release(ended=ended)
+    finally:
+        for folder in sorted(new, reverse=True):
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _talk(
+    talks: Sequence[Talk], config: Config, report: Report, lock: FolderLock | None
+) -> Iterator[Talked]:
+    known, unknown = None, []
+    if config.folder is not None and lock is not None:
         known = Manifest(config.folder, note=report.warn)
+        unknown = [output for output in lock.begun if not known.knows(output)]
+        for output in unknown:
+            known.know(output)
     for one in talks:
         if known is None or known.line_of(known.relative(one.outputs.audio)) is None:
-            _check_outputs(one, config, config.overwrite)
+            _check_outputs(one, _may_replace(one, config, known))
     models = _load(config, report)
     frame_rate = models[0].config.frame_rate
     roles: dict[_Key, Role] = {}
@@ -235,14 +261,21 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
     if known is not None and not config.overwrite:
         ready = [one for one in ready if not _is_done(known, one, digests)]
         for one in ready:
-            _check_outputs(one, config, _may_replace(one, config, known))
-    if not ready:
-        return
+            _check_outputs(one, _may_replace(one, config, known))
     frames = [math.ceil(one.seconds * frame_rate) for one in ready]
     scripts = [
         _scripts(one, models, count) for one, count in zip(ready, frames, strict=True)
     ]
-    places = [partial(_place, one, config, known, digests) for one in ready]
+    if known is not None:
+        files = [path for one in talks for path in one.outputs.files().values()]
+        if removed := remove_leftovers(known.outdir, files):
+            report.warn(f"removed {removed} temporary files of a run that was killed")
+        known.open()
+        for output in unknown:
+            known.append(stopped_line(output))
+    if not ready:
+        return
+    places = [partial(_place, one, config, known, lock, digests) for one in ready]
     rate = models[0].config.sample_rate
     writers = [
         SoundWriter(partial(_open, one.outputs, rate, place))
@@ -270,10 +303,6 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
     )
     pairs = config.batch_size or max(1, rows // 2)
     report.answering(sum(frames) / frame_rate)
-    if known is not None:
-        for folder in {known.outdir, *(one.outputs.audio.parent for one in ready)}:
-            make_folder(folder)
-        known.open()
     try:
         for dialogue, answers in converse_together(
             (models[0].engine, models[1].engine),
@@ -283,7 +312,7 @@ def talk(talks: Sequence[Talk], config: Config, report: Report) -> Iterator[Talk
         ):
             idx = int(dialogue.key)
             one = ready[idx]
-            _check_outputs(one, config, _may_replace(one, config, known))
+            _check_outputs(one, _may_replace(one, config, known))
             writers[idx].finish()
             talked = _write(one, models, answers, places[idx], report)
             if known is not None:
@@ -333,9 +362,8 @@ def _scripts(
     return left, right
 
 
-def _check_outputs(one: Talk, config: Config, overwrite: bool) -> None:
-    request = Request(Path(PIPE), one.outputs, one.sides[0])
-    check_outputs(request, overwrite, new_folders=config.folder is not None)
+def _check_outputs(one: Talk, overwrite: bool) -> None:
+    check_outputs(Request(Path(PIPE), one.outputs, one.sides[0]), overwrite)
 
 
 def _is_done(known: Manifest, one: Talk, digests: Mapping[Path, str]) -> bool:
@@ -348,7 +376,7 @@ def _may_replace(one: Talk, config: Config, known: Manifest | None) -> bool:
     if config.overwrite or known is None:
         return config.overwrite
     line = known.line_of(known.relative(one.outputs.audio))
-    return (line is not None and line["status"] == STOPPED) and all(
+    return (line is None or line["status"] == STOPPED) and all(
         known.origin_of(path, surely=True)
         for path in one.outputs.files().values()
         if os.path.lexists(path)
@@ -359,18 +387,20 @@ def _place(
     one: Talk,
     config: Config,
     known: Manifest | None,
+    lock: FolderLock | None,
     digests: Mapping[Path, str],
     hidden: Path,
     path: Path,
 ) -> None:
-    """Give a file its name; the manifest has been told by then."""
-    place = put if _may_replace(one, config, known) else put_new
-    if known is not None:
+    """Give a file its name; the lock has been told by then."""
+    is_there = config.overwrite or os.path.lexists(path)
+    place = put if is_there and _may_replace(one, config, known) else put_new
+    if known is not None and lock is not None:
         audio = one.outputs.audio
         told = {"recording": known.relative(audio), "settings": digests[audio]}
         output = known.describe(path, file_print(hidden)) | told
         known.know(output)
-        known.append(stopped_line(output))
+        lock.begin(output)
     place(hidden, path)
 
 

@@ -130,7 +130,7 @@ def test_fail_fast_says_what_was_not_run(batch, calls):
 
 
 def test_a_second_run_on_one_folder_is_refused(batch, calls, tmp_path):
-    from pplex.batch.lock import FolderLock
+    from pplex.respond.lock import FolderLock
 
     (tmp_path / "out").mkdir()
     lock = FolderLock(tmp_path / "out", None)

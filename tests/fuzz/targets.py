@@ -127,7 +127,7 @@ def read_tokenizer(path: Path) -> None:
 
 
 def read_lock(path: Path) -> None:
-    from pplex.batch.lock import LOCK_NAME, FolderLock
+    from pplex.respond.lock import LOCK_NAME, FolderLock
 
     folder = path.parent / "locked"
     folder.mkdir(exist_ok=True)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ class FolderLock:
     ``begun`` are the outputs that earlier runs, since killed, were about to name.
     """
 
-    def __init__(self, outdir: Path, shard: tuple[int, int] | None) -> None:
+    def __init__(self, outdir: Path, shard: tuple[int, int] | None = None) -> None:
         """Take the lock, or say who has it."""
         self._outdir = outdir
         self._files: list[_LockFile] = []
@@ -85,6 +87,36 @@ def is_held_by(outdir: Path, pid: int, host: str) -> bool:
     )
 
 
+_LEFTOVER = re.compile(r"\.(.{0,48})\.pplex-[0-9a-f]{8}\.tmp", re.DOTALL)
+
+
+def remove_leftovers(
+    outdir: Path, files: Iterable[Path], spared: Iterable[Path] | None = None
+) -> int:
+    """Remove temporary files of a run that was killed; how many there were.
+
+    They are in ``outdir`` and beside ``files``. Where other shards may be at work,
+    whose files are ``spared``, only those that were to be one of ``files`` go.
+    """
+    own, theirs = set(map(_kept_part, files)), set(map(_kept_part, spared or ()))
+    removed = 0
+    for folder in {outdir, *(folder for folder, _ in own)}:
+        if not folder.is_dir():
+            continue
+        for entry in os.scandir(folder):
+            match = _LEFTOVER.fullmatch(entry.name)
+            name = (folder, match[1]) if match else None
+            if name and (spared is None or (name in own and name not in theirs)):
+                Path(entry.path).unlink(missing_ok=True)
+                removed += 1
+    return removed
+
+
+def _kept_part(path: Path) -> tuple[Path, str]:
+    """The folder and the part of a name that ``atomic_write`` keeps."""
+    return path.parent, path.name[:48]
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     try:
@@ -127,8 +159,9 @@ class _LockFile:
             except BlockingIOError:
                 os.close(self._fd)
                 raise PplexError(
-                    f"{path.parent} is being written by another run of pplex batch"
-                    f"{self._holder()}; wait until it ends, or choose another folder"
+                    f"{path.parent} is being written by another run of pplex batch or "
+                    f"talk{self._holder()}; wait until it ends, or choose another "
+                    "folder"
                 ) from None
             if self._is_in_place():
                 self._tells = any(line["begun"] for line in _lines(path))
