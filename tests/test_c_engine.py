@@ -174,7 +174,7 @@ def step(compiled, caches, columns, sampling=GREEDY, given=None, keys=None):
     return agent, logits
 
 
-@pytest.mark.parametrize("length", [1, 20, 60, 150])
+@pytest.mark.parametrize("length", [1, 150])
 def test_logits_are_those_of_the_specification(lm, length):
     prompt, compiled = start(lm, length), compile_lm(lm)
     cache, row, column = prompt.specified(), prompt.compiled(compiled), prompt.column
