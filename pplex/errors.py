@@ -15,7 +15,12 @@ class PplexError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(map(_visible, message)))
+        super().__init__(visible(message))
+
+
+def visible(text: str) -> str:
+    """A text in one line, that has no controls: names may hold those of a terminal."""
+    return "".join(map(_visible, text))
 
 
 def _visible(character: str) -> str:

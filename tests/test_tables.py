@@ -57,6 +57,12 @@ def test_a_column_of_small_numbers_has_one_scale():
     assert Scale([0.0]).heading("KL", "nats") == Scale([4.0]).heading("KL", "nats")
 
 
+def test_a_name_says_nothing_to_the_terminal():
+    assert table([["name", "n"], ["a\nb\x1b[31m.wav", "1"]]).splitlines() == [
+        *(f"name{'':14}n", r"a\nb\x1b[31m.wav  1")
+    ]
+
+
 def test_a_wide_table_goes_on_below_and_empty_columns_go():
     rows = [["name", "a" * 40, "empty", "b" * 40], ["x.wav", "1", "-", "2"]]
     first, second = table(rows, right=(1, 2, 3)).split("\n\n")

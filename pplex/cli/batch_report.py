@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pplex.cli.progress import QUIET, VERBOSE, Lines
+from pplex.errors import visible
 from pplex.units import counted, size
 
 if TYPE_CHECKING:
@@ -122,7 +123,9 @@ def forecast_text(found: Forecast, every: bool) -> str:
     ]
     if found.replaced:
         lines.insert(1, f"replace: {found.replaced} of them have outputs already")
-    lines += _first([f"  {key}: {error}" for key, error in found.failed.items()])
+    lines += _first(
+        [f"  {visible(key)}: {error}" for key, error in found.failed.items()]
+    )
     lines += _first([f"odd:     {warning}" for warning in found.warnings])
     lines += [*found.left_out.sentences(), *kept_lines(found.kept, every)]
     lines.append(
@@ -173,7 +176,7 @@ def kept_lines(kept: Kept, every: bool) -> list[str]:
         if not names:
             continue
         lines.append(f"kept: {len(names)}, {why}")
-        named = [f"  {name}" for name in names]
+        named = [f"  {visible(name)}" for name in names]
         lines += named if every else _first(named, "more, which -v names")
     return lines
 
@@ -181,7 +184,7 @@ def kept_lines(kept: Kept, every: bool) -> list[str]:
 def failures_before(done: Summary) -> list[str]:
     """The failures of earlier runs, as lines."""
     known = list(done.failed.items())[: done.failed_before]
-    lines = [f"{key}: {error}" for key, error in known]
+    lines = [f"{visible(key)}: {error}" for key, error in known]
     return _first(lines, "more, see the manifest", "")
 
 

@@ -12,6 +12,7 @@ import click
 from tqdm import tqdm
 
 from pplex.cli.ci import annotate_checks
+from pplex.errors import visible
 from pplex.units import counted
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Lines:
         self._wait_no_more()
         if self._bar is not None:
             self._bar.clear()
-        click.echo(message, err=True)
+        click.echo(visible(message), err=True)
 
     def loading(self, local: LocalModel) -> None:
         """Say what is being loaded."""

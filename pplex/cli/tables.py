@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from pplex.errors import visible
+
 _WIDTH = 80
 
 
@@ -18,6 +20,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     What 80 columns do not hold goes on in a block below, with the first column again;
     columns that hold nothing are left out.
     """
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     blocks: list[list[int]] = [[0]]
     for idx, width in enumerate(widths[1:], 1):
