@@ -32,8 +32,8 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 def cache_folder() -> Path:
     """The folder for what pplex can make again: under $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pplex"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "pplex"
 
 
 def put(temporary: Path, path: Path) -> None:

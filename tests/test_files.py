@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from pplex.errors import PplexError, first_line
-from pplex.files import atomic_write, check_new, write_text
+from pplex.files import atomic_write, cache_folder, check_new, write_text
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
@@ -40,3 +40,11 @@ def test_an_error_says_its_first_line_or_its_name():
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(MemoryError()) == "MemoryError"
     assert first_line(RuntimeError("  ")) == "RuntimeError"
+
+
+@pytest.mark.parametrize("base", ["", "here"])
+def test_a_cache_that_is_nowhere_is_at_home(base, tmp_path, monkeypatch):
+    """Else there would be one in each folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", base)
+    assert cache_folder() == tmp_path / ".cache/pplex"
