@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from small import SMALL, SharedSteps, converse, speech
@@ -24,6 +26,13 @@ def engine():
     engine = SharedSteps(SMALL, random_lm(SMALL.lm, 4), codec)
     engine.codec = codec_of_groups()
     return engine
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    """The thread of what the codec does beside the steps."""
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
 
 
 def codec_of_groups(**options) -> MlxCodec:
@@ -58,10 +67,10 @@ def alone(engine, recordings):
     ("size", "order"), [(2, 1), (3, -1), (SharedSteps.gpu_rows, 1), (10, -1)]
 )
 def test_a_batch_of_any_size_in_any_order_says_the_same(
-    engine, recordings, alone, size, order, monkeypatch
+    engine, recordings, alone, size, order, monkeypatch, launcher
 ):
     if order == -1:
-        monkeypatch.setattr(engine, "codec", codec_of_groups(groups_beside=True))
+        monkeypatch.setattr(engine, "codec", codec_of_groups(launcher=launcher))
     found = dict.fromkeys(alone)
     for one, answer in converse_many(
         engine, recordings[::order], SamplingConfig(), batch_size=size

@@ -108,7 +108,7 @@ def test_a_batch_waits_as_one_recording_does(mini, calls, size):
 class Script(Codec):
     """Sound of a code: a tone for 1, silence for 0. Recordings are coded in twos."""
 
-    concurrent = groups_beside = False
+    concurrent, launcher = False, None
     chunk_frames, group = 16, 2
 
     def make_state(self, saved=None):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -57,7 +60,15 @@ class Failing:
 class Beside:
     """A codec that claims to run beside the steps."""
 
-    concurrent = groups_beside = True
+    concurrent, launcher = True, None
+
+
+@contextmanager
+def launching():
+    """The same with a thread for groups."""
+    codec = Beside()
+    with ThreadPoolExecutor(1) as codec.launcher:
+        yield codec
 
 
 def with_codec(engine: Engine, codec: Codec) -> Engine:
@@ -146,13 +157,33 @@ def test_of_groups_the_most_urgent_call_is_begun_first():
         go_on.wait(60)
         return lambda: name.upper()
 
-    with group_worker(Beside()) as worker:
+    with launching() as codec, group_worker(codec) as worker:
         calls = [worker.begin(Urgency.LATER, begin, name) for name in "ab"]
         calls += [worker.begin(Urgency.SOON, begin, name) for name in "cd"]
         calls += [worker.begin(Urgency.NOW, begin, name) for name in "ef"]
         go_on.set()
         assert [call.result() for call in calls] == [*"ABCDEF"]
     assert begun in ([*"aefcdb"], [*"efcdab"])  # the first had begun, or not
+
+
+def test_calls_of_groups_that_nobody_waits_for_any_more_are_dropped():
+    go_on, begun = threading.Event(), []
+
+    def begin(name: str):
+        begun.append(name)
+        go_on.wait(60)
+        return lambda: name
+
+    with launching() as codec:
+        with group_worker(codec) as worker:
+            call = worker.begin(Urgency.NOW, begin, "a")
+            while not begun:
+                time.sleep(0.001)
+            worker.begin(Urgency.LATER, begin, "b")
+            threading.Timer(0.05, go_on.set).start()
+        assert call.result(0) == "a" and begun == ["a"]
+        with group_worker(codec) as worker:
+            assert worker.begin(Urgency.SOON, begin, "c").result(60) == "c"
 
 
 def test_without_a_worker_items_are_asked_for_one_by_one():

@@ -6,10 +6,10 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from functools import partial
-from queue import PriorityQueue
+from queue import Empty, PriorityQueue
 from typing import Any, TypeVar
 
 from pplex.engine.base import Codec
@@ -46,10 +46,10 @@ def codec_worker(codec: Codec, *, beside: int) -> Iterator[Executor | None]:
 @contextmanager
 def group_worker(codec: Codec) -> Iterator[GroupWorker | None]:
     """The same for recordings that are coded together."""
-    if not codec.groups_beside:
+    if codec.launcher is None:
         yield None
         return
-    worker = GroupWorker()
+    worker = GroupWorker(codec.launcher)
     try:
         yield worker
     finally:
@@ -70,10 +70,11 @@ class GroupWorker:
     together, and a group that joins then would wait for them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Executor) -> None:
+        """``launcher`` has the thread."""
         self._calls: PriorityQueue[tuple[Urgency, int, Future[Any], Callable[[], Any]]]
         self._calls, self._count = PriorityQueue(), itertools.count()
-        self._beginning = ThreadPoolExecutor(1, thread_name_prefix="codec")
+        self._launcher = launcher
         self._waiting = ThreadPoolExecutor(1, thread_name_prefix="codec results")
 
     def begin(
@@ -86,11 +87,14 @@ class GroupWorker:
         call: Future[Result] = Future()
         item = urgency, next(self._count), call, partial(function, *arguments)
         self._calls.put(item)
-        self._beginning.submit(self._begin_next)
+        self._launcher.submit(self._begin_next)
         return call
 
     def _begin_next(self) -> None:
-        _, _, call, function = self._calls.get()
+        try:
+            _, _, call, function = self._calls.get_nowait()
+        except Empty:  # dropped
+            return
         try:
             wait = function()
         except BaseException as e:
@@ -99,9 +103,12 @@ class GroupWorker:
             self._waiting.submit(_settle, call, wait)
 
     def end(self) -> None:
-        """Drop what has not begun, wait for what has, end the threads."""
-        for threads in (self._beginning, self._waiting):
-            threads.shutdown(wait=True, cancel_futures=True)
+        """Drop what has not begun, wait for what has, end the thread that waits."""
+        with suppress(Empty):
+            while True:
+                self._calls.get_nowait()
+        self._launcher.submit(int).result()
+        self._waiting.shutdown(wait=True, cancel_futures=True)
 
 
 def _settle(call: Future[Result], function: Callable[[], Result]) -> None:

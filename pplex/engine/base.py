@@ -7,6 +7,7 @@ past positions and its codec. The loop around it (``conversation``) is the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,9 +38,9 @@ class Codec(Protocol):
     A chunk has any number of frames, and the bits do not depend on how a stream was
     cut. ``concurrent``: calls may run in a thread beside the steps. ``chunk_frames``
     are best taken at a time where nobody waits for them; ``group`` recordings are best
-    coded together, 1 for one by one, and ``groups_beside`` whether in a thread beside
-    the steps. ``form`` is added to ``Engine.compute`` where it computes otherwise than
-    it usually does in that.
+    coded together, 1 for one by one, and ``launcher`` begins that in its one thread
+    beside the steps; None where it waits its turn. ``form`` is added to
+    ``Engine.compute`` where it computes otherwise than it usually does in that.
     """
 
     @property
@@ -52,7 +53,7 @@ class Codec(Protocol):
     def group(self) -> int: ...
 
     @property
-    def groups_beside(self) -> bool: ...
+    def launcher(self) -> Executor | None: ...
 
     @property
     def form(self) -> str: ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
 import mlx.core as mx
@@ -207,11 +208,26 @@ class CudaEngine(mlx.MlxEngine):
             on_gpu=True,
             alone=self.alone,
             frames=self.alone_frames if self.alone else _codec_frames(self.config.mimi),
-            groups_beside=True,
+            launcher=_launcher(),
             exchange=self.exchange,
         )
-        if codec.group > 1:  # kernels are compiled and convolutions planned
-            frame = np.zeros((1, self.config.frame_size), np.float32)
-            codes = codec.encode_next([frame], codec.make_state())()
-            codec.decode_next(codes, codec.make_state())()
+        if codec.group > 1:
+            self._code_nothing(codec)
+            _launcher().submit(self._code_nothing, codec).result()
         return codec
+
+    def _code_nothing(self, codec: Codec) -> None:
+        """Let kernels be compiled, and convolutions be planned in this thread."""
+        frame = np.zeros((1, self.config.frame_size), np.float32)
+        codes = codec.encode_next([frame], codec.make_state())()
+        codec.decode_next(codes, codec.make_state())()
+
+
+@functools.cache
+def _launcher() -> Executor:
+    """The thread of this process that launches what the codec does beside steps.
+
+    MLX plans convolutions in each thread anew: here once, and before rows take the
+    memory.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix="codec")

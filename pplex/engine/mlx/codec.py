@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -68,11 +69,11 @@ class MlxCodec:
         on_gpu: bool,
         alone: bool = False,
         frames: int = CHUNK_FRAMES,
-        groups_beside: bool = False,
+        launcher: Executor | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         self._mimi, self._exchange = mimi, exchange or Exchange()
-        self.groups_beside = groups_beside
+        self.launcher = launcher
         self.group = GROUP_ROWS if on_gpu and not alone else 1
         self._alone_frames = frames if on_gpu else 1
         best_alone = CHUNK_FRAMES if on_gpu else CPU_FRAMES
