@@ -26,7 +26,7 @@ from pplex.checkpoint.safetensors import (
     write_tensors,
 )
 from pplex.engine.base import Arrays, Engine, Start, check_tokens, checked
-from pplex.engine.choose import version_of
+from pplex.engine.choose import kernels_of
 from pplex.errors import PplexError
 from pplex.files import Place, put_new
 from pplex.model.sampling import SamplingConfig
@@ -200,7 +200,7 @@ def state_of(
         engine=engine.name,
         compute=engine.compute,
         dtype=engine.dtype,
-        kernels=version_of(engine.name),
+        kernels=kernels_of(engine),
         # Moshi makes a step before the first frame.
         duration_s=max(0, steps - model.config.lm.is_moshi) * model.config.frame_s,
         prompt_frames=opening.prompt_frames,

@@ -40,7 +40,8 @@ class Codec(Protocol):
     are best taken at a time where nobody waits for them; ``group`` recordings are best
     coded together, 1 for one by one, and ``launcher`` begins that in its one thread
     beside the steps; None where it waits its turn. ``form`` is added to
-    ``Engine.compute`` where it computes otherwise than it usually does in that.
+    ``Engine.compute`` where it computes otherwise than it usually does in that;
+    ``version`` tells by what a library chose to compute, empty where none chooses.
     """
 
     @property
@@ -57,6 +58,9 @@ class Codec(Protocol):
 
     @property
     def form(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
 
     def make_state(self, saved: Arrays | None = None) -> Any:
         """A state for one direction of one stream: a fresh one, or as it was ``saved``.

@@ -239,6 +239,11 @@ def version_of(name: str) -> str:
     return f"{name} {digest.hexdigest()[:12]}"
 
 
+def kernels_of(engine: Engine) -> str:
+    """The version of what ``engine`` computes by; the codec's where a library chose."""
+    return "-".join(filter(None, (version_of(engine.name), engine.codec.version)))
+
+
 def machine(engine: Engine | None = None) -> dict[str, str]:
     """What computes here, with which versions, and how: for records that are shared."""
     found = {

@@ -146,7 +146,7 @@ class ModelInfo:
 
 def model_info(model: Model) -> ModelInfo:
     """The facts as they are now."""
-    from pplex.engine.choose import version_of
+    from pplex.engine.choose import kernels_of
     from pplex.engine.device import device_name, peak_memory_gb
 
     return ModelInfo(
@@ -154,7 +154,7 @@ def model_info(model: Model) -> ModelInfo:
         dtype=model.engine.dtype,
         bits=model.bits,
         compute=model.engine.compute + model.engine.codec.form,
-        kernels=version_of(model.engine.name),
+        kernels=kernels_of(model.engine),
         layout=model.layout,
         peak_memory_gb=peak_memory_gb(),
     )

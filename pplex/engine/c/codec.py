@@ -133,7 +133,7 @@ class CCodec:
 
     chunk_frames = 32
     group = 1
-    launcher = None
+    launcher, version = None, ""
     form = ""
 
     def __init__(

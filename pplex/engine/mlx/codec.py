@@ -61,6 +61,7 @@ class MlxCodec:
     """
 
     concurrent = False
+    version = ""
 
     def __init__(
         self,
