@@ -207,6 +207,20 @@ def test_results_may_lie_beside_the_recordings(calls, batch):
     assert names == {"input.wav", "output.wav", "output.transcript.json"}
 
 
+def test_answers_computed_in_another_way_are_named_once(calls, batch, monkeypatch):
+    _, notes = go(batch)
+    assert not any("computed on" in note for note in notes.notes)
+    for idx in (5, 6):
+        record(calls / f"{idx}.wav", 2000, idx)
+    info = decoding.model_info
+    monkeypatch.setattr(
+        decoding, "model_info", lambda model: replace(info(model), device="gpu (X)")
+    )
+    _, notes = go(batch)
+    (note,) = (note for note in notes.notes if "computed on" in note)
+    assert "was computed on gpu (X), float32" in note and "others here on cpu" in note
+
+
 # Failures
 
 

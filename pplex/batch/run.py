@@ -190,6 +190,7 @@ class _Run:
         self._seconds: dict[str, float] = {}
         self._tasks: dict[str, Task] = {}
         self._started = 0.0
+        self._ways: list[str] = []
         self.failed: set[str] = set()
 
     def look_again(self, requests: list[Request]) -> None:
@@ -197,6 +198,7 @@ class _Run:
         for request in requests:
             line = self._manifest.line_of(request.key)
             assert line is not None  # it was skipped for what this says
+            self._compare_way(line)
             self._count_ending(line)
             if self._batch.check is not None:
                 outcomes = check_again(self._manifest, request, self._batch.check)
@@ -316,9 +318,22 @@ class _Run:
         self._summary.done += 1
         self._summary.audio_s += line["audio_s"]
         self._report.finished(key, task.seconds)
+        self._compare_way(line)
         self._count_ending(line)
         if checks:
             self._count_checks(task.request, checks)
+
+    def _compare_way(self, line: Line) -> None:
+        """Say it where answers are computed in different ways, each once."""
+        way = ", ".join(map(str, line.get("computed", {}).values()))
+        if not way or way in self._ways:
+            return
+        if self._ways:
+            self._report.note(
+                f"{line['recording']} was computed on {way}; others here on "
+                f"{self._ways[0]}: a recording gets other bytes by each"
+            )
+        self._ways.append(way)
 
     def _count_ending(self, line: Line) -> None:
         if line["words"] is not None:
