@@ -18,7 +18,6 @@ from pplex.conversation import scheduler
 from pplex.conversation.prompts import make_role
 from pplex.engine.base import Start
 from pplex.engine.mlx.engine import Frame, MlxEngine
-from pplex.errors import PplexError
 from pplex.model.cache import KvCache
 from pplex.model.prompt import make_prompt
 from pplex.model.sampling import GREEDY, Sampler, SamplingConfig
@@ -136,16 +135,6 @@ def test_other_delays_equal_the_whole_computation(each_engine, full_lm, delays):
     found, user, _ = converse(engine, start, speech(40), chunk=7)
     expected = literal_run(full_lm, config, voice, [7, 90], user)
     np.testing.assert_array_equal(found, expected)
-
-
-def test_a_voice_that_the_model_would_forget_is_refused():
-    most = SMALL.lm.context
-    saved = np.zeros((most, SMALL.lm.dim), np.float32), np.zeros((17, 4), np.int32)
-    said = f"the voice has {most + 1} frames, more than the {most} frames"
-    with pytest.raises(PplexError, match=said):
-        make_prompt(SMALL, [], voice_codes=np.zeros((8, most + 1), np.int32))
-    with pytest.raises(PplexError, match=said):
-        make_prompt(SMALL, [], saved_voice=saved)
 
 
 def test_past_both_windows_it_equals_the_whole_computation(each_engine, full_lm):

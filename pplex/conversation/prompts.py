@@ -119,13 +119,24 @@ def make_role(
         lm = model.config.lm
         voices.check_voice(saved, lm.dim, text_card=lm.text_card, card=lm.card)
         voices.check_made_for(saved, _first_input(model))
+        _check_remembered(name, len(saved.embeddings) + 1, lm)
         prompt = make_prompt(
             model.config, text_ids, saved_voice=(saved.embeddings, saved.cache)
         )
     else:
         codes = encode_voice(model, path, warn=warn)
+        _check_remembered(name, codes.shape[1], model.config.lm)
         prompt = make_prompt(model.config, text_ids, voice_codes=codes)
     return Role(prompt, name, text)
+
+
+def _check_remembered(name: str, frames: int, lm: LmConfig) -> None:
+    """Of a longer voice the model would forget the beginning."""
+    if frames > lm.context:
+        raise PplexError(
+            f"voice {name}: it has {frames} frames, more than the {lm.context} the "
+            "model remembers; shorten it"
+        )
 
 
 def open_role(

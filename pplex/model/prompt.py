@@ -51,20 +51,11 @@ def make_prompt(
     embeddings (positions, dim) and the last columns of the grid (streams, ring).
     """
     lm = config.lm
-    voice_frames = 0
-    if saved_voice is not None:
-        voice_frames = len(saved_voice[0]) + 1
-    elif voice_codes is not None:
-        voice_frames = voice_codes.shape[1]
-    for what, count, of in (
-        ("voice", voice_frames, "frames"),
-        ("role prompt", len(text_ids), "tokens"),
-    ):
-        if count > lm.context:
-            raise PplexError(
-                f"the {what} has {count} {of}, more than the {lm.context} frames the "
-                "model remembers; shorten it"
-            )
+    if len(text_ids) > lm.context:
+        raise PplexError(
+            f"the role prompt has {len(text_ids)} tokens, more than the "
+            f"{lm.context} frames the model remembers; shorten it"
+        )
     roles = [_role_frame(config, TEXT_PAD)] * int(SILENCE_S * config.frame_rate)
     roles += [_role_frame(config, token) for token in text_ids]
     roles += [_role_frame(config, TEXT_PAD)] * int(SILENCE_S * config.frame_rate)

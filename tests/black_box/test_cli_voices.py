@@ -131,6 +131,24 @@ def test_a_length_is_judged_as_it_is_shown(
     assert others == [] if serves is None else serves in others[0]
 
 
+def test_a_voice_that_the_model_would_forget_is_not_used(run, wav, tiny, tmp_path):
+    import soundfile
+
+    soundfile.write(tmp_path / "in.wav", np.full(100_000, 0.1), 24_000)
+    made = tmp_path / "o.safetensors"
+    run("voices", "make", tmp_path / "in.wav", made, "-m", tiny)
+    for voice in (made, tmp_path / "in.wav"):
+        result = run(
+            "respond", wav, "-o", tmp_path / "a.wav", "--voice", voice, "-m", tiny
+        )
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1] == (
+            f"Error: voice {voice}: it has 53 frames, more than the 40 the model "
+            "remembers; shorten it"
+        )
+        assert not (tmp_path / "a.wav").exists()
+
+
 @pytest.mark.parametrize(
     ("output", "says"),
     [("me.pt", "end its name in .safetensors"), ("there.safetensors", "--overwrite")],
