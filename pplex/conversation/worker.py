@@ -107,7 +107,8 @@ class GroupWorker:
         with suppress(Empty):
             while True:
                 self._calls.get_nowait()
-        self._launcher.submit(int).result()
+        with suppress(RuntimeError):  # the interpreter ends, as the thread has
+            self._launcher.submit(int).result()
         self._waiting.shutdown(wait=True, cancel_futures=True)
 
 
