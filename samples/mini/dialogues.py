@@ -131,7 +131,7 @@ def work_off(work: Path, numbers: list[int], size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--chunks", type=int, default=120)
+    parser.add_argument("--chunks", type=int, default=400)
     parser.add_argument("--size", type=int, default=1200)
     parser.add_argument("--processes", type=int, default=12)
     args = parser.parse_args()

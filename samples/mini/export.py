@@ -1,11 +1,12 @@
 """Write the trained model as a checkpoint folder.
 
-    python export.py WORK FOLDER [--lm FILES...]
+    python export.py WORK FOLDER
 
-Needs WORK/codec.pt, WORK/lm.pt, WORK/agent.pt and WORK/tokenizer.model. The language
-model is bfloat16, the codec float16 (a loader widens both). With `--lm` it is the mean
-of these files, of trainings that went on from one. Also writes the voices: NATF0 (flite
-slt) and NATM0 (flite rms).
+Needs WORK/codec.pt, WORK/codec_ear.pt, WORK/lm_7.pt (and of other seeds, where there
+are such), WORK/agent.pt and WORK/tokenizer.model. The language model is the mean of
+these, bfloat16, the codec float16 (a loader widens both), with the encoder of the one
+and all else of the other. Also writes the voices: NATF0 (flite slt) and NATM0 (flite
+rms).
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 from codes import Agent
-from nets import LanguageModel
+from nets import HEARS, LanguageModel
 from plan import Grid
 from safetensors.torch import save_file
 from sizes import DELAYS, PAD, config
@@ -64,7 +65,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--lm", type=Path, nargs="+", help="instead of WORK/lm.pt")
     args = parser.parse_args()
     work, folder = args.work, args.folder
     (folder / "voices").mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n")
     shutil.copy(work / "tokenizer.model", folder / sizes["tokenizer_name"])
 
-    files = args.lm or [work / "lm.pt"]
+    files = sorted(work.glob("lm_[0-9]*.pt"))
     trained = [torch.load(file, map_location="cpu") for file in files]
     state = {k: sum(t[k].float() for t in trained) / len(files) for k in trained[0]}
     for table in USER_ACOUSTIC:
@@ -84,7 +84,11 @@ def main() -> None:
     state["text_linear.weight"] *= SHARPER
     state = {k: v.bfloat16().contiguous() for k, v in state.items()}
     save_file(state, folder / sizes["moshi_name"])
-    codec = torch.load(work / "codec.pt", map_location="cpu")
+    ear, codec = (
+        torch.load(work / name, map_location="cpu")
+        for name in ("codec_ear.pt", "codec.pt")
+    )
+    codec |= {k: v for k, v in ear.items() if k.startswith(HEARS)}
     codec = {k: v.half().contiguous() for k, v in codec.items()}
     save_file(codec, folder / sizes["mimi_name"])
 

@@ -2,7 +2,7 @@
 
     python make_tests.py WORK [--size N]
 
-Needs WORK/bank.pt, WORK/codec_listen.pt, WORK/tokenizer.model and WORK/agent.pt; writes
+Needs WORK/bank.pt, WORK/codec_ear.pt, WORK/tokenizer.model and WORK/agent.pt; writes
 WORK/test.pt. Phrasings are not trained ones; most user voices are not either. `--kinds`
 has other clips asked, where there are such: test_engine (an engine that was not
 trained), test_neural (voices of Kokoro that were not) or test_people (questions put
@@ -48,7 +48,7 @@ def main() -> None:
     random.seed(5)
     work, rng = args.work, random.Random(5)
     bank = load_bank(work, "bank.pt", "held*.pt")
-    codec = load_codec(work / "codec_listen.pt")
+    codec = load_codec(work / "codec_ear.pt")
     agent = Agent.load(work / "agent.pt")
     tokenizer = sentencepiece.SentencePieceProcessor(str(work / "tokenizer.model"))
     lm = config(tokenizer.vocab_size())["lm"]

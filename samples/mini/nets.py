@@ -283,6 +283,9 @@ class Quantizer(nn.Module):
         return F.linear(q, self.output_proj.weight[:, :, 0])
 
 
+HEARS = ("encoder", "encoder_transformer", "downsample")  # parts of a codec
+
+
 class Codec(nn.Module):
     """Mimi: PCM to codes to PCM."""
 

@@ -6,7 +6,7 @@ Two stages. `listen` trains everything, on the agent's clips and on the users' w
 noise; phone labels on the semantic codebook make it hear words. Then encoder and
 codebooks are frozen (WORK/codec_listen.pt), and `speak` goes on with the decoder alone
 against discriminators, on the codes of the agent's clips (WORK/codec.pt). A stage whose
-file is there is not trained again; `--more` goes on with `speak` from its file.
+file is there is not trained again.
 """
 
 import argparse
@@ -378,10 +378,9 @@ def agent_tape(codec: Codec, bank: dict, silence: Tensor) -> tuple[Tensor, Tenso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--listen", type=float, default=200, help="seconds")
-    parser.add_argument("--speak", type=float, default=240, help="seconds")
+    parser.add_argument("--listen", type=float, default=170, help="seconds")
+    parser.add_argument("--speak", type=float, default=420, help="seconds")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--more", action="store_true", help="go on with the decoder")
     args = parser.parse_args()
     seed(0)
     where = device()
@@ -394,10 +393,9 @@ def main() -> None:
         state = half(codec)
         torch.save(state, listen.with_suffix(".part"))
         listen.with_suffix(".part").rename(listen)
-    if speak.exists() and not args.more:
+    if speak.exists():
         return
-    state = torch.load(speak if speak.exists() else listen, map_location=where)
-    codec.load_state_dict(state)
+    codec.load_state_dict(torch.load(listen, map_location=where))
     train_speak(codec, bank, args.speak, args.batch, speak)
     torch.save(half(codec), speak)
 

@@ -1,14 +1,12 @@
 """Teach the codec's encoder to hear the same words whatever carries them.
 
-    python train_ear.py WORK [--seconds S] [--more] [--mean]
+    python train_ear.py WORK [--seconds S]
 
-Needs WORK/bank.pt, WORK/agent.pt (the agent keeps the codes of the encoder there was)
-and WORK/codec_listen.pt, which it replaces; `codec.pt` gets the new encoder too, if it
-is there. Codebooks and decoder stay as they are. The old encoder is the teacher: of the
-agent's clips, in all codebooks, and of the users', in the semantic codes of the clip as
-spoken; the new one hears it through a microphone, in a room, at any level. Phone labels
-keep it at the words. Its first filters cannot hear a constant offset. With `--mean` the
-mean of the encoder before and after is written: of two that hear well it hears better.
+Needs WORK/bank.pt and WORK/codec_listen.pt; writes WORK/codec_ear.pt. Codebooks and
+decoder stay as they are. The old encoder is the teacher: of the agent's clips, in all
+codebooks, and of the users', in the semantic codes of the clip as spoken; the new one
+hears it through a microphone, in a room, at any level. Phone labels keep it at the
+words. Its first filters cannot hear a constant offset.
 """
 
 import argparse
@@ -20,16 +18,15 @@ import torch.nn.functional as F
 from agent import load_codec
 from bank import NO_LABEL
 from codes import load_bank
-from nets import Codebook, Codec
+from nets import HEARS, Codebook, Codec
 from rooms import LOWEST_DB, ROOMS, babble, carry, tract
 from sizes import config
 from speech import PHONES
 from torch import Tensor, nn
 from train_codec import Data, half
-from training import Average, Clock, captured, cosine, device, optimizer, seed, set_rate
+from training import Average, captured, device, optimizer, seed, set_rate
 
 RATE = 6e-4
-HEARS = ("encoder", "encoder_transformer", "downsample")
 LOUD = 0.25  # the loudest sample of what the teacher hears
 SHARPNESS = 8.0
 PHONE = 1.0
@@ -130,10 +127,8 @@ class Ear:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument("--seconds", type=float, default=230)
     parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--more", action="store_true", help="after an earlier call")
-    parser.add_argument("--mean", action="store_true", help="with the encoder before")
     args = parser.parse_args()
     seed(3)
     where = device()
@@ -141,11 +136,10 @@ def main() -> None:
     codec = load_codec(args.work / "codec_listen.pt")
     codec.requires_grad_(False)
     agents = args.batch // 4
-    teacher = load_codec(args.work / "codec.pt").requires_grad_(False)
+    teacher = load_codec(args.work / "codec_listen.pt").requires_grad_(False)
     ear = Ear(codec, teacher, Data(bank, agents, args.batch - agents), where)
     first_conv = codec.encoder.model[0].conv.conv
-    if not args.more:
-        spread(first_conv)
+    spread(first_conv)
     parameters = [*ear.phones.parameters()]
     hearing = [getattr(codec, name) for name in HEARS]
     for module in hearing:
@@ -167,30 +161,15 @@ def main() -> None:
         return parts.detach()
 
     run = captured(step)
-    clock, count = Clock(args.seconds), 0
-    while not clock.over():
-        set_rate(opt, RATE * cosine(clock.fraction()))
+    for count, factor in enumerate(average.rounds(args.seconds), 1):
+        set_rate(opt, RATE * factor)
         parts = run()
-        count += 1
         if count % 100 == 0:
             values = " ".join(f"{v:.3f}" for v in parts.tolist())
-            print(f"ear {count} {clock.elapsed():.0f} s: {values}", flush=True)
-    average.swap()
-    if args.mean:
-        for name in HEARS:
-            before = dict(getattr(teacher, name).named_parameters())
-            for key, p in getattr(codec, name).named_parameters():
-                p.data.lerp_(before[key], 0.5)
+            print(f"ear {count}: {values}", flush=True)
+    average.settle()
     round_centred(first_conv)
-    state = half(codec)
-    torch.save(state, args.work / "codec_listen.pt")
-    speak = args.work / "codec.pt"
-    if speak.exists():
-        spoken = torch.load(speak, map_location="cpu")
-        torch.save(
-            {k: state[k] if k.startswith(HEARS) else v for k, v in spoken.items()},
-            speak,
-        )
+    torch.save(half(codec), args.work / "codec_ear.pt")
 
 
 if __name__ == "__main__":

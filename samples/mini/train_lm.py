@@ -1,10 +1,11 @@
 """Train the language model on the dialogues of dialogues.py.
 
-    python train_lm.py WORK [--seconds S] [--rate R]
+    python train_lm.py WORK [--seconds S] [--seed N]
 
-Starts as soon as a chunk is there and takes up the others as they come; goes on from
-WORK/lm.pt where there is one, and writes it. The users' acoustic codebooks are not
-used: they hardly help and overfit.
+Starts as soon as a chunk is there and takes up the others as they come; writes
+WORK/lm_begin.pt after the first round, from which another seed goes on, and
+WORK/lm_N.pt, of all of which export.py takes the mean. The users' acoustic codebooks
+are not used: they hardly help and overfit.
 
 Two losses help to learn and are not needed afterwards: where a sentence of the user has
 ended, its words must be readable from the hidden vector (a layer that is thrown away);
@@ -24,7 +25,7 @@ from dialogues import HEARD, LONG, SHORT, sentences
 from nets import LanguageModel
 from sizes import PAD, config
 from torch import Tensor, nn
-from training import Average, Clock, captured, cosine, device, optimizer, seed, set_rate
+from training import Average, captured, device, optimizer, seed, set_rate
 
 RATE = 1.5e-3
 COPY_HEAD = 0
@@ -213,28 +214,29 @@ def initialize(lm: LanguageModel) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--seconds", type=float, default=200)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
-    seed(7)
+    seed(args.seed)
     work, where = args.work, device()
     stores = {
         "short": Store(work, "short", SHORT, where),
         "long": Store(work, "long", LONG, where),
     }
     for store in stores.values():
-        store.reserve(150000 if store.kind == "short" else 12500)
+        store.reserve(500000 if store.kind == "short" else 42000)
         while store.refresh() < 1:
             time.sleep(1)
     tokenizer = sentencepiece.SentencePieceProcessor(str(work / "tokenizer.model"))
     lm = LanguageModel(config(tokenizer.vocab_size())["lm"]).to(where)
     initialize(lm)
+    begin = work / "lm_begin.pt"
+    begun = begin.exists()
+    if begun:
+        lm.load_state_dict(torch.load(begin, map_location=where))
     for layer in lm.transformer.layers:
         layer.dropout = 0.1
-    saved = work / "lm.pt"
-    if saved.exists():
-        lm.load_state_dict(torch.load(saved, map_location=where))
     silence = torch.load(work / "agent.pt", weights_only=False)["constants"]["silence"]
     facts = [fact for values in domain.domain()["facts"].values() for fact in values]
     is_fact = torch.zeros(tokenizer.vocab_size(), dtype=torch.bool)
@@ -247,7 +249,7 @@ def main() -> None:
     parameters = [*lm.parameters(), *ear.parameters()]
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    opt = optimizer(parameters, args.rate, (0.9, 0.98), 0.05)
+    opt = optimizer(parameters, RATE, (0.9, 0.98), 0.05)
     average = Average(lm, 0.998)
 
     def step(kind: str, size: int) -> Tensor:
@@ -259,24 +261,34 @@ def main() -> None:
         average.update()
         return parts.detach()
 
+    def save(path: Path) -> None:
+        state = {k: v.bfloat16() for k, v in lm.state_dict().items()}
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+
+    def after() -> None:
+        if not begin.exists():
+            average.swap()
+            save(begin)
+            average.swap()
+
     long_size = max(1, args.batch * SHORT // LONG)
     runs = {
         "short": captured(lambda: step("short", args.batch)),
         "long": captured(lambda: step("long", long_size)),
     }
-    clock, count = Clock(args.seconds), 0
-    while not clock.over():
-        set_rate(opt, args.rate * cosine(clock.fraction(), floor=0.01))
-        parts = runs["long" if count % 5 == 4 else "short"]()
-        count += 1
+    rounds = average.rounds(args.seconds, int(begun), after)
+    for count, factor in enumerate(rounds, 1):
+        set_rate(opt, RATE * factor)
+        parts = runs["short" if count % 5 else "long"]()
         if count % 100 == 0:
             values = " ".join(f"{v:.3f}" for v in parts.tolist())
-            print(f"lm {count} {clock.elapsed():.0f} s: {values}", flush=True)
+            print(f"lm {count}: {values}", flush=True)
             chunks = [store.refresh() for store in stores.values()]
             if count % 1000 == 0:
                 print(f"lm: {chunks[0]} chunks", flush=True)
-    average.swap()
-    torch.save({k: v.bfloat16() for k, v in lm.state_dict().items()}, saved)
+    average.settle()
+    save(work / f"lm_{args.seed}.pt")
 
 
 if __name__ == "__main__":

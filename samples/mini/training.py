@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,11 @@ def set_rate(opt: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
+# Parts of a training's time, and how high the rate is at their begin. The mean of what
+# the later ones end with is used: alike in the main, each with other errors.
+ROUNDS = ((0.4, 1.0), (0.3, 0.7), (0.3, 0.7))
+
+
 class Average:
     """A moving average of parameters."""
 
@@ -68,6 +73,7 @@ class Average:
         self.live = list(module.parameters())
         self.values = [p.detach().clone() for p in self.live]
         self.decay = decay
+        self.kept: list[list[Tensor]] = []
 
     @torch.no_grad()
     def update(self) -> None:
@@ -82,6 +88,27 @@ class Average:
             keep = p.detach().clone()
             p.copy_(value)
             value.copy_(keep)
+
+    def rounds(
+        self, budget_s: float, first: int = 0, after: Callable[[], None] = int
+    ) -> Iterator[float]:
+        """A factor for the learning rate, as often as there is time.
+
+        It falls in several rounds, from whose ends `settle` makes the parameters;
+        `after` is called at the end of each. Those before `first` are left out.
+        """
+        for share, height in ROUNDS[first:]:
+            clock = Clock(share * budget_s)
+            while not clock.over():
+                yield height * cosine(clock.fraction())
+            self.kept.append([value.clone() for value in self.values])
+            after()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Set the parameters to the mean of the averages after the later rounds."""
+        for p, *values in zip(self.live, *self.kept[1 - len(ROUNDS) :], strict=True):
+            p.copy_(torch.stack(values).mean(0))
 
 
 def captured(step: Callable[[], Tensor], warm_up: int = 3) -> Callable[[], Tensor]:

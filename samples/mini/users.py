@@ -4,7 +4,7 @@ Questions once in the voice they have and once in one bent from it.
 
     python users.py WORK
 
-Needs WORK/bank.pt and WORK/codec_listen.pt; writes WORK/users.pt: the semantic codes of
+Needs WORK/bank.pt and WORK/codec_ear.pt; writes WORK/users.pt: the semantic codes of
 every clip as a microphone in a room brings it (one after the other in `codes`), and
 those of the rooms alone.
 """
@@ -87,7 +87,9 @@ def bent(rng: random.Random, clip: dict, sound: Tensor) -> tuple[dict, Tensor]:
 @torch.no_grad()
 def semantic(codec: Codec, pcm: Tensor) -> Tensor:
     """Semantic codes (batch, frames)."""
-    return codec.encode(pcm)[:, 0].to(torch.uint8).cpu()
+    first = codec.quantizer.rvq_first
+    codes = first.codebooks()[0].nearest(first.project(codec.latents(pcm)))
+    return codes.to(torch.uint8).cpu()
 
 
 def heard(codec: Codec, sounds: list[tuple[dict, Tensor]], room: int) -> list[dict]:
@@ -128,7 +130,7 @@ def main() -> None:
     seed(11)
     torch.set_float32_matmul_precision("highest")
     bank = load_bank(work)
-    codec = load_codec(work / "codec_listen.pt")
+    codec = load_codec(work / "codec_ear.pt")
     sounds = [
         (clip, clip_pcm(bank, clip))
         for clip in bank["clips"]
