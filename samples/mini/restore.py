@@ -2,8 +2,8 @@
 
     python restore.py FOLDER WORK
 
-Writes WORK/codec_listen.pt, WORK/codec.pt, WORK/lm.pt and WORK/tokenizer.model, from
-which train_ear.py, agent.py and train_lm.py go on.
+Writes WORK/codec_listen.pt, WORK/codec_ear.pt, WORK/codec.pt, WORK/lm_begin.pt and
+WORK/tokenizer.model, from which agent.py, users.py and train_lm.py go on.
 """
 
 import argparse
@@ -24,11 +24,11 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     sizes = json.loads((args.folder / "config.json").read_text())
     codec = load_file(args.folder / sizes["mimi_name"])
-    torch.save(codec, args.work / "codec_listen.pt")
-    torch.save(codec, args.work / "codec.pt")
+    for name in ("codec_listen.pt", "codec_ear.pt", "codec.pt"):
+        torch.save(codec, args.work / name)
     lm = load_file(args.folder / sizes["moshi_name"])
     lm["text_linear.weight"] /= SHARPER
-    torch.save(lm, args.work / "lm.pt")
+    torch.save(lm, args.work / "lm_begin.pt")
     shutil.copy(args.folder / sizes["tokenizer_name"], args.work / "tokenizer.model")
 
 

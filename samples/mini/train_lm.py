@@ -243,7 +243,7 @@ def main() -> None:
     is_fact[[tokenizer.encode(fact)[0] for fact in facts]] = True
     texts = sentences(torch.load(work / "users.pt", weights_only=False))
     ear = Ear(texts, lm.config["dim"]).to(where)
-    codec = load_codec(work / "codec_listen.pt")
+    codec = load_codec(work / "codec_ear.pt")
     near = codec.quantizer.rvq_first.codebooks()[0].near(NEAR)
     trainer = Trainer(lm, ear, silence.to(where), is_fact.to(where), near.to(where))
     parameters = [*lm.parameters(), *ear.parameters()]
