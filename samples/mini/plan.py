@@ -19,7 +19,7 @@ REPLY_AFTER = {
     "plain": (6, 6, 7, 8),
     "fact": (6, 6, 7, 8),
     "unknown": (8, 9, 9, 10),
-    "stranger": (14, 15),
+    "stranger": (15, 16),
 }
 
 
