@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import queue
 import random
 import shutil
 import signal
@@ -19,6 +22,8 @@ import pytest
 import soundfile
 
 from pplex.batch import decoding
+from pplex.batch import run as batch_run
+from pplex.batch.answering import Answering
 from pplex.batch.plan import OutputOptions, Selection
 from pplex.batch.prepare import Batch
 from pplex.batch.run import Summary, run_batch
@@ -205,6 +210,57 @@ def test_results_may_lie_beside_the_recordings(calls, batch):
         assert (done.done, done.skipped) == expected
     names = {p.name for p in (tree / "1").iterdir()}
     assert names == {"input.wav", "output.wav", "output.transcript.json"}
+
+
+class InFours:
+    """A codec that codes four recordings together, one after the other."""
+
+    group, chunk_frames, launcher, form, version = 4, 8, None, "", ""
+
+    def __init__(self, codec):
+        self._codec = codec
+
+    def make_state(self, saved=None):
+        return [self._codec.make_state() for _ in range(4)]
+
+    def encode_next(self, parts, state):
+        made = map(self._codec.encode, parts, state)
+        return lambda codes=list(made): codes
+
+    def decode_next(self, parts, state):
+        made = map(self._codec.decode, parts, state)
+        return lambda sounds=list(made): sounds
+
+
+@pytest.mark.parametrize("coded", [lambda codec: codec, InFours])
+def test_who_has_so_many_ahead_as_it_wants_never_waits_for_another(
+    tmp_path, batch, monkeypatch, coded
+):
+    for idx in range(250):
+        record(tmp_path / "in" / f"{idx:03}.wav", 4000, idx)
+    load, run = batch_run.load, Answering.run
+
+    def loaded(*args, **options):
+        model = load(*args, **options)
+        model.engine.codec = coded(model.engine.codec)
+        return model
+
+    def run_fed(self, tasks, done):
+        given = queue.Queue()
+        for task in itertools.islice(tasks, self.batch_size + self.ahead):
+            given.put(task)
+
+        def fed():
+            with contextlib.suppress(queue.Empty):
+                while (task := given.get(timeout=10)) is not None:
+                    yield task
+
+        run(self, fed(), lambda result: (done(result), given.put(next(tasks, None))))
+
+    monkeypatch.setattr(batch_run, "load", loaded)
+    monkeypatch.setattr(Answering, "run", run_fed)
+    summary, _ = go(batch, batch_size=100, outputs=OutputOptions())
+    assert summary.done == 250
 
 
 def test_answers_computed_in_another_way_are_named_once(calls, batch, monkeypatch):

@@ -91,9 +91,13 @@ class Answering:
 
     @property
     def ahead(self) -> int:
-        """How many it may have beyond those, so that it never waits for another."""
-        group = self._decoder.group
-        return READ_AHEAD + _WRITE_BEHIND + (_GROUPS * group if group > 1 else 2)
+        """How many it may have beyond those, so that it never waits for another.
+
+        All that are answered may end, and others begin, before one of them is decoded.
+        """
+        group, rows = self._decoder.group, self._decoder.choose_batch_size()
+        waiting = _GROUPS * group if group > 1 else 2
+        return rows + READ_AHEAD + _WRITE_BEHIND + waiting
 
     def run(self, tasks: Iterator[Task], done: Callable[[Result], None]) -> None:
         """Answer ``tasks``; ``done`` is told of each, in any order."""
