@@ -4,7 +4,9 @@ All matrices at once, by gradients through the whole model: the least mean diver
 over text and the agent's codebooks alike, of the rounded model's choices from its own
 in conversations that it had. So mlx-lm's DWQ learns scales and biases; here codes move
 too: what a code was rounded from is learned as if nothing were rounded, and where it
-comes nearer to another code, that one is taken. The rate falls to zero.
+comes nearer to another code, that one is taken. The rate falls to zero. Text counts
+once more, softened: a model that is nearly always sure of it shows seldom what it would
+choose next, and learned by those few frames its rarer choices get worse.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ _Learned = dict[str, dict[str, mx.array]]
 # scale itself. In all its steps a value may go about half a code.
 _RATE, _SCALES, _BIASES = 1e-3, 0.3, 1.2
 _BETAS, _WARM_STEPS = [0.9, 0.98], 30
+_SOFT = 3.0  # what text logits are divided by
 _NEAR = 0.48  # of a code: how far from it a value begins at most
 # Of a value: the model's, the rounded one's and its gradient, what that was rounded
 # from, its gradient, the mean and the square of that, and what lies between.
@@ -104,7 +107,10 @@ def distill(
     learned = student.start
 
     def loss(learned: _Learned, batch: Batch, wanted: tuple[mx.array, ...]) -> mx.array:
-        return _divergences(wanted, student.logits(learned, batch)).mean()
+        found = student.logits(learned, batch)
+        soft = _divergence(wanted[0] / _SOFT, found[0] / _SOFT).mean() * _SOFT**2
+        streams = _divergences(wanted, found)
+        return (streams.sum() + soft) / len(streams)
 
     step = mx.grad(loss)
     random, order = np.random.default_rng(0), np.zeros(0, int)
