@@ -158,8 +158,13 @@ def test_a_shards_last_line_counts_for_all_if_it_is_the_latest(tmp_path):
     assert item.status == manifest.last["a.wav"]["status"]
 
 
-def test_a_line_of_another_kind_is_passed_over_by_all(tmp_path):
-    manifest = written(tmp_path, line(), '{"recording": "b.wav", "status": "failed"}')
+@pytest.mark.parametrize(
+    "other",
+    ['{"recording": "b.wav", "status": "failed"}', line("b.wav", computed=5)],
+    ids=["lacks parts", "has odd ones"],
+)
+def test_a_line_of_another_kind_is_passed_over_by_all(tmp_path, other):
+    manifest = written(tmp_path, line(), other)
     found = find([tmp_path])
     assert set(manifest.last) == {item.name for item in found.items} == {"a.wav"}
     assert any("line 2 is none of pplex batch" in note for note in found.notes)

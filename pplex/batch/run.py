@@ -325,7 +325,7 @@ class _Run:
 
     def _compare_way(self, line: Line) -> None:
         """Say it where answers are computed in different ways, each once."""
-        way = ", ".join(map(str, line.get("computed", {}).values()))
+        way = ", ".join((line["computed"] or {}).values())
         if not way or way in self._ways:
             return
         if self._ways:

@@ -53,6 +53,7 @@ _LINE = {
     "words": (int, None),
     "text": (str, None),
     "cut_off": (bool, None),
+    "computed": ({str: str}, None),
     "checks": ({"asked": {}, "outcomes": [_OUTCOME]}, None),
     "timings": ({str: float}, None),
     "prompt": (str, None),
