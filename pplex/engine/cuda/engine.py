@@ -7,9 +7,12 @@ work takes the GPU.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
@@ -236,4 +239,18 @@ def _launcher() -> Executor:
     MLX plans convolutions in each thread anew: here once, and before rows take the
     memory.
     """
-    return ThreadPoolExecutor(1, thread_name_prefix="codec")
+    launcher = ThreadPoolExecutor(1, thread_name_prefix="codec")
+    atexit.register(_await_end, launcher.submit(threading.get_native_id).result())
+    return launcher
+
+
+def _await_end(thread: int) -> None:
+    """Let a thread that was joined come to its end, while there is an interpreter.
+
+    What MLX has compiled in it is given back then, by way of Python; without, the
+    process would be aborted.
+    """
+    for _ in range(5000):
+        if not os.path.exists(f"/proc/self/task/{thread}"):
+            return
+        time.sleep(0.001)
