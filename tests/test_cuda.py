@@ -496,12 +496,12 @@ def test_latents_attend_as_the_codec_specifies():
 
 def test_a_streams_replies_are_those_to_a_recording():
     engine = make_engine(random_lm(4), alone=True)
-    voice = np.zeros((CONFIG.num_codebooks, 40), np.int32)
+    voice = np.zeros((CONFIG.num_codebooks, 60), np.int32)
     prompt = make_prompt(engine.config, [7], voice_codes=voice)
     check_live(engine, engine.prefill(prompt), 150)
 
 
-@pytest.mark.parametrize(("frames", "kv_bits"), [(12, None), (40, None), (40, 8)])
+@pytest.mark.parametrize(("frames", "kv_bits"), [(12, None), (60, None), (60, 8)])
 @pytest.mark.parametrize("alone", [False, True])
 def test_saved_rows_go_on_as_if_they_had_not_stopped(alone, frames, kv_bits):
     """Past the window: rows that share a ring and prompts, and those of one kernel.
