@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pplex.checkpoint.tokenizer import TextTokenizer
 from pplex.errors import PplexError
-from pplex.model.config import TEXT_EPAD, TEXT_PAD, ModelConfig
+from pplex.model.config import NUM_SPECIAL, TEXT_EPAD, TEXT_PAD, ModelConfig
 from pplex.model.streams import NOT_FORCED, instead
 from pplex.values import read_rows, seconds_of, shown, text_of
 
@@ -31,7 +31,6 @@ _PAUSES = {",": 3.0, ";": 3.0, ":": 3.0, ".": 4.0, "!": 4.0, "?": 4.0, "\u2026":
 _MOST, _SPARE = 1.5, 2.0
 _ROUNDING = 1e-6  # frames by which a time that names one may pass it
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-_NUM_SPECIAL = 4  # ids 0 to 3 say nothing; 0 also stands for unknown characters
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ def _frames(ids: Sequence[int], tokenizer: TextTokenizer) -> float:
 
 def _is_unknown(idx: int, tokenizer: TextTokenizer) -> bool:
     is_byte = _BYTE_PIECE.fullmatch(tokenizer.piece(idx)) is not None
-    return idx < _NUM_SPECIAL or is_byte
+    return idx < NUM_SPECIAL or is_byte
 
 
 def _unknown_in(text: str, tokenizer: TextTokenizer) -> str:

@@ -23,6 +23,8 @@ TEXT_TEMP, TEXT_TOP_K = 0.7, 25
 
 TEXT_EPAD = 0
 TEXT_PAD = 3
+# Ids 0 to 3 say nothing: end of padding (and unknown characters), start, end, padding.
+NUM_SPECIAL = 4
 
 
 def gated_hidden_dim(feed_forward: int) -> int:

@@ -6,6 +6,7 @@ is to say, among other words; where that is left open it is to say nothing.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,17 +16,18 @@ import numpy as np
 
 from pplex.audio.files import Samples, read_pcm
 from pplex.conversation import tracks
-from pplex.conversation.prompts import make_role
+from pplex.conversation.prompts import KEPT_ROLES, make_role
 from pplex.conversation.roles import role_words
 from pplex.conversation.scheduler import converse_many
 from pplex.conversation.session import Model
+from pplex.engine.base import Start
 from pplex.engine.choose import batch_size
 from pplex.errors import PplexError
+from pplex.model.config import NUM_SPECIAL
 from pplex.model.sampling import GREEDY
 from pplex.values import read_rows, text_of
 
 _COLUMNS = ("input", "voice", "prompt", "role", "reply")
-_NUM_SPECIAL = 4  # ids 0 to 3 say nothing
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,13 @@ def count_right(model: Model, questions: Questions) -> int:
     engine, users = model.engine, questions.users
     asked = list(users)
 
+    @functools.lru_cache(KEPT_ROLES)
+    def start_of(voice: str | None, text: str | None) -> Start:
+        return engine.prefill(make_role(model, voice, text).prompt)
+
     def conversations() -> Iterator[tracks.Conversation]:
         for idx, one in enumerate(asked):
-            start = engine.prefill(make_role(model, one.voice, one.text).prompt)
-            sound = Samples(users[one])
+            start, sound = start_of(one.voice, one.text), Samples(users[one])
             yield tracks.Conversation(str(idx), sound, start, 0, until_quiet=True)
 
     longest = max(len(user) for user in users.values())
@@ -86,7 +91,7 @@ def count_right(model: Model, questions: Questions) -> int:
     rows = batch_size(model.config, engine.cost(), frames)
     said = {}
     for one, answer in converse_many(engine, conversations(), GREEDY, batch_size=rows):
-        ids = [int(idx) for idx in answer.text if idx >= _NUM_SPECIAL]
+        ids = [int(idx) for idx in answer.text if idx >= NUM_SPECIAL]
         pieces = map(model.tokenizer.piece, ids)
         said[asked[int(one.key)]] = _plain("".join(pieces))
     return sum(_is_right(said[one], reply) for one, reply in questions.replies)

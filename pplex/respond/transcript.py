@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pplex.errors import PplexError
 from pplex.files import Place, put, write_text
+from pplex.model.config import NUM_SPECIAL
 
 FORMATS = ("json", "srt", "vtt", "tsv", "txt")
 SUBTITLES = ("srt", "vtt")  # formats whose lines have a width
@@ -22,7 +23,6 @@ SUBTITLES = ("srt", "vtt")  # formats whose lines have a width
 _MAX_CUE_S = 7.0
 _MAX_GAP_S = 1.0
 
-_NUM_SPECIAL = 4  # ids 0 to 3: end of padding, start, end, padding; nothing is said
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SENTENCE_END = re.compile(r"[.!?\u2026][\"')\]\u2019\u201d]*$")
 
@@ -88,7 +88,7 @@ def words(
         content.clear()
 
     for frame, idx in enumerate(int(i) for i in text_tokens):
-        if idx < _NUM_SPECIAL:
+        if idx < NUM_SPECIAL:
             continue
         raw = _piece_bytes(piece(idx))
         if raw[:1].isspace():
@@ -263,7 +263,7 @@ class PieceText:
 
     def add(self, idx: int) -> str:
         """The text of the next id; empty for most."""
-        if idx < _NUM_SPECIAL:
+        if idx < NUM_SPECIAL:
             return ""
         return _printable(self._utf8.decode(_piece_bytes(self._piece(idx))))
 
@@ -280,7 +280,7 @@ class Captions:
     def add(self, idx: int) -> str:
         """What to print for the next frame; empty for most."""
         frame, self._frame = self._frame, self._frame + 1
-        if idx < _NUM_SPECIAL:
+        if idx < NUM_SPECIAL:
             return ""
         text = self._spoken.add(idx)
         gap = None if self._last is None else (frame - self._last) / self._frame_rate
