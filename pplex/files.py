@@ -162,6 +162,53 @@ def atomic_write(path: Path, *, place: Place = put) -> Iterator[Path]:
             temporary.unlink()
 
 
+class Together:
+    """Files that get their names once all are whole; a ``place`` of ``atomic_write``.
+
+    ``hidden`` is where each is until then. As a context it leaves none of these behind.
+    """
+
+    def __init__(self) -> None:
+        self.hidden: dict[Path, Path] = {}
+
+    def __call__(self, temporary: Path, path: Path) -> None:
+        """Keep what is to be at ``path``."""
+        hidden = hidden_beside(temporary.with_name(path.name))
+        os.replace(temporary, hidden)
+        self.hidden[path] = hidden
+
+    def name(self, place: Place) -> None:
+        """Have ``place`` name them; where it cannot, none that is new is there."""
+        new: list[Path] = []
+        try:
+            for path, hidden in self.hidden.items():
+                target = real_path(path)
+                is_new = not target.exists()
+                try:
+                    place(hidden, path)
+                except OSError as e:
+                    raise PplexError(_reason(path, e)) from e
+                new += [target] * is_new
+        except BaseException:
+            for path in new:
+                path.unlink(missing_ok=True)
+            raise
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Leave nothing behind of what has no name."""
+        for hidden in self.hidden.values():
+            with suppress(OSError):
+                hidden.unlink()
+
+    def __enter__(self) -> "Together":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
+
+
 def hidden_beside(path: Path) -> Path:
     """A new name for a temporary file in the folder of ``path``."""
     # A long name is cut so that the temporary one stays within 255 bytes.

@@ -12,7 +12,7 @@ from pplex.audio import source
 from pplex.audio.files import frames_of, read_pcm, to_pcm16
 from pplex.audio.source import open_source
 from pplex.errors import PplexError
-from pplex.files import atomic_write, put_new, write_text
+from pplex.files import Together, atomic_write, put, put_new, write_text
 
 DATA = Path(__file__).parent / "data"
 RATE = 24_000
@@ -305,6 +305,25 @@ def test_of_two_that_write_one_name_the_first_wins(tmp_path, monkeypatch, links)
                 early.write_bytes(b"early")
     assert path.read_bytes() == b"early"
     assert [p.name for p in tmp_path.iterdir()] == ["o.wav"]
+
+
+@pytest.mark.parametrize("place", [put, put_new])
+def test_files_of_one_run_get_their_names_together(tmp_path, place):
+    """Where the second cannot have its name, the first has none either."""
+    (tmp_path / "link.wav").symlink_to("o.wav")
+    with pytest.raises(PplexError, match=r"t\.txt"), Together() as files:
+        for name in ("link.wav", "t.txt"):
+            write_text(tmp_path / name, "new", place=files)
+            assert not (tmp_path / name).exists()
+        (tmp_path / "t.txt").mkdir()
+        files.name(place)
+    assert {p.name for p in tmp_path.iterdir()} == {"link.wav", "t.txt"}
+    (tmp_path / "t.txt").rmdir()
+    with Together() as files:
+        for name in ("link.wav", "t.txt"):
+            write_text(tmp_path / name, "new", place=files)
+        files.name(place)
+        assert {p.name for p in tmp_path.iterdir()} == {"link.wav", "o.wav", "t.txt"}
 
 
 def test_the_temporary_file_is_hidden_and_beside_the_output(tmp_path):

@@ -16,7 +16,6 @@ from typing import Any, Generic, TypeVar
 from pplex.batch.decoding import Answered, Decoder, Failure, Job
 from pplex.batch.describe import Description
 from pplex.batch.records import (
-    Drafts,
     Read,
     Task,
     Written,
@@ -26,6 +25,7 @@ from pplex.batch.records import (
 )
 from pplex.engine.device import num_cores
 from pplex.errors import PplexError
+from pplex.files import Together
 from pplex.respond.outputs import SoundWriter
 from pplex.respond.run import check_script
 
@@ -71,7 +71,7 @@ class _Begun:
     task: Task
     read: Read
     writer: SoundWriter
-    drafts: Drafts
+    drafts: Together
 
 
 class Answering:
@@ -150,7 +150,7 @@ class Answering:
             except MemoryError:
                 done(Failure(key, f"{source} is too long for this memory"))
                 continue
-            drafts = Drafts()
+            drafts = Together()
             writer = sound_writer(task, drafts, rate)
             self._begun[key] = _Begun(task, read, writer, drafts)
             for warning in read.recording.warnings:

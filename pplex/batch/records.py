@@ -17,7 +17,7 @@ from pplex.batch.describe import Description
 from pplex.conversation.quiet import longest
 from pplex.conversation.script import unsaid
 from pplex.errors import PplexError
-from pplex.files import hidden_beside, make_folder, put, put_new, reading
+from pplex.files import Together, make_folder, put, put_new, reading
 from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.lock import FolderLock
 from pplex.respond.manifest import (
@@ -111,24 +111,6 @@ def read_request(request: Request, sample_rate: int) -> Read:
     return Read(recording, print_, time.perf_counter() - start)
 
 
-class Drafts:
-    """Outputs that are whole, under hidden names until they are given their own."""
-
-    def __init__(self) -> None:
-        self.kept: dict[Path, Draft] = {}
-
-    def __call__(self, temporary: Path, path: Path) -> None:
-        """Keep what is to be at ``path``; as ``place`` of ``atomic_write``."""
-        hidden = hidden_beside(temporary.with_name(path.name))
-        os.replace(temporary, hidden)
-        self.kept[path] = Draft(hidden, file_print(hidden))
-
-    def discard(self) -> None:
-        """Leave nothing behind."""
-        for draft in self.kept.values():
-            draft.hidden.unlink(missing_ok=True)
-
-
 class Placing:
     """Gives the outputs of a recording their names, and keeps what is not ours.
 
@@ -179,7 +161,7 @@ class Placing:
         self.written[what] = output
 
 
-def sound_writer(task: Task, drafts: Drafts, sample_rate: int) -> SoundWriter:
+def sound_writer(task: Task, drafts: Together, sample_rate: int) -> SoundWriter:
     """What writes the sound of an answer to the files of ``task``."""
     outputs = task.local.outputs
 
@@ -197,7 +179,7 @@ def write_answer(
     task: Task,
     read: Read,
     writer: SoundWriter,
-    drafts: Drafts,
+    drafts: Together,
     answered: Answered,
 ) -> Written:
     """Write the outputs of ``task`` to the end.
@@ -257,10 +239,13 @@ def write_answer(
         "cut_off": stats.cut_off,
         "unsaid": unsaid(model.script_of(request), answer.text) or None,
     }
+    hidden = {what: drafts.hidden[path] for what, path in files.items()}
+    with reading(task.outdir, "cannot be read"):
+        whole = {what: Draft(path, file_print(path)) for what, path in hidden.items()}
     return Written(
         request.key,
         line,
-        {what: drafts.kept[path] for what, path in files.items()},
+        whole,
         asdict(stats),
         spoken,
         answered.info.peak_memory_gb,

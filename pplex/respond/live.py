@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -199,16 +200,17 @@ def respond_stream(
             # Another program may have written there in the meantime.
             check_outputs(request, config.overwrite)
         clock.lap("answer")
-        _write_tokens(model, request, record, place)
-        if outputs.state is not None and saving is not None and closed is None:
-            seed, sampling = settings.seed, settings.sampling
-            state = state_of(model, saving.arrays, opening, seed, sampling)
-            state.write(outputs.state, place)
-        clock.lap("write")
-        clock.parts["read"] += feed.waited_s - waited_s
-        stats = _stats(model, request, opening, record, user, clock)
-        if outputs.stats is not None:
-            stats.write(outputs.stats, place)
+        with _kept_sound():
+            _write_tokens(model, request, record, place)
+            if outputs.state is not None and saving is not None and closed is None:
+                seed, sampling = settings.seed, settings.sampling
+                state = state_of(model, saving.arrays, opening, seed, sampling)
+                state.write(outputs.state, place)
+            clock.lap("write")
+            clock.parts["read"] += feed.waited_s - waited_s
+            stats = _stats(model, request, opening, record, user, clock)
+            if outputs.stats is not None:
+                stats.write(outputs.stats, place)
         for warning in user.warnings() if closed is None else ():  # else unheard
             report.warn(warning)
     conclude(model, script, request, record.text(), stats, config, report)
@@ -271,6 +273,15 @@ def _answer(
         closed = e
     report.said(captions.end())
     return closed
+
+
+@contextmanager
+def _kept_sound() -> Iterator[None]:
+    """A conversation cannot be had again: what fails beside its sound leaves that."""
+    try:
+        yield
+    except PplexError as e:
+        raise PplexError(f"{e}; the sound was written") from e
 
 
 def _write_tokens(

@@ -25,7 +25,7 @@ from pplex.conversation.tracks import cut
 from pplex.engine.base import KV_AT_8, Start
 from pplex.engine.choose import Compute
 from pplex.errors import PplexError
-from pplex.files import Place, put, put_new
+from pplex.files import Place, Together, put, put_new
 from pplex.model.config import MimiConfig, ModelConfig
 from pplex.respond.ending import Ending, is_cut_off
 from pplex.respond.outputs import Write, open_sink, spoken_words, write_outputs
@@ -207,11 +207,10 @@ def respond(
     request, settings = ready.request, ready.request.settings
     model, recording, clock = ready.model, ready.recording, ready.clock
     saving = None if outputs.state is None else Saving()
-    place = put if config.overwrite else put_new
     rate = model.config.sample_rate
-    with ExitStack() as stack:
+    with Together() as files, ExitStack() as stack:
         length = None if settings.tail == "auto" else recording.num_samples
-        sink = open_sink(outputs.layout, outputs.files(), rate, length, place=place)
+        sink = open_sink(outputs.layout, outputs.files(), rate, length, place=files)
         write = stack.enter_context(sink)
         reply, answered = _answer(
             model,
@@ -230,7 +229,8 @@ def respond(
             # Another program may have written there in the meantime.
             check_outputs(request, config.overwrite)
             stack.close()
-            stats = finish(ready, request, reply, answered, place)
+            stats = finish(ready, request, reply, answered, files)
+            files.name(put if config.overwrite else put_new)
     conclude(model, ready.script, request, reply.text, stats, config, report)
     return stats
 

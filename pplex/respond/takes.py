@@ -17,7 +17,7 @@ from pplex.conversation.state import Opening
 from pplex.conversation.tracks import Conversation
 from pplex.engine.choose import batch_size
 from pplex.errors import PplexError
-from pplex.files import is_pipe, name_of, put, put_new
+from pplex.files import Together, is_pipe, name_of, put, put_new
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.outputs import SoundWriter, open_sink
 from pplex.respond.request import Request, check_outputs, takes_of
@@ -44,14 +44,13 @@ def respond_takes(
         check_outputs(one, config.overwrite)
     ready = prepare(request, config, report, many=True)
     every = takes_of(ready.request, takes)
-    place = put if config.overwrite else put_new
     recording, rate = ready.recording, ready.model.config.sample_rate
-    with ExitStack() as stack:
+    with Together() as files, ExitStack() as stack:
         writers = []
         for one in every:
-            files, layout = one.outputs.files(), one.outputs.layout
+            sound, layout = one.outputs.files(), one.outputs.layout
             writers.append(
-                SoundWriter(partial(open_sink, layout, files, rate, place=place))
+                SoundWriter(partial(open_sink, layout, sound, rate, place=files))
             )
             stack.callback(writers[-1].abandon)
         replies = _answer(ready, every, writers, report)
@@ -67,7 +66,8 @@ def respond_takes(
                     writer(0, np.pad(recording.pcm, (0, missing)), reply.pcm)
                 writer.finish()
                 count = writer.num_samples
-                done.append(finish(ready, one, reply, count, place, is_share=True))
+                done.append(finish(ready, one, reply, count, files, is_share=True))
+            files.name(put if config.overwrite else put_new)
     for one, stats, reply in zip(every, done, replies, strict=True):
         conclude(ready.model, ready.script, one, reply.text, stats, config, report)
     return done

@@ -43,7 +43,7 @@ from pplex.conversation.talk import Dialogue, Side, converse_together
 from pplex.engine.base import Start
 from pplex.engine.choose import Compute, batch_size
 from pplex.errors import PplexError, did_you_mean
-from pplex.files import PIPE, Place, folded, make_folder, put, put_new
+from pplex.files import PIPE, Place, Together, folded, make_folder, put, put_new
 from pplex.model.sampling import SamplingConfig
 from pplex.respond.lock import FolderLock, remove_leftovers
 from pplex.respond.manifest import (
@@ -275,11 +275,11 @@ def _talk(
             known.append(stopped_line(output))
     if not ready:
         return
-    places = [partial(_place, one, config, known, lock, digests) for one in ready]
     rate = models[0].config.sample_rate
+    together = [Together() for _ in ready]
     writers = [
-        SoundWriter(partial(_open, one.outputs, rate, place))
-        for one, place in zip(ready, places, strict=True)
+        SoundWriter(partial(_open, one.outputs, rate, files))
+        for one, files in zip(ready, together, strict=True)
     ]
 
     @functools.lru_cache(KEPT_ROLES)
@@ -314,14 +314,16 @@ def _talk(
             one = ready[idx]
             _check_outputs(one, _may_replace(one, config, known))
             writers[idx].finish()
-            talked = _write(one, models, answers, places[idx], report)
+            talked = _write(one, models, answers, together[idx], report)
+            together[idx].name(partial(_place, one, config, known, lock, digests))
             if known is not None:
                 known.append(_line(known, talked, models, digests))
             yield talked
             report.advance(dialogue.num_frames / frame_rate)
     finally:
-        for writer in writers:
+        for writer, drafts in zip(writers, together, strict=True):
             writer.abandon()
+            drafts.discard()
         if known is not None:
             known.close()
 

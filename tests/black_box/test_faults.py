@@ -60,6 +60,29 @@ def test_a_file_that_cannot_grow_leaves_the_old_one(model, tmp_path, source):
     assert {p.name for p in tmp_path.iterdir()} == {"call.wav", "o.wav"}
 
 
+def test_a_side_file_that_cannot_grow_leaves_none_beside_it(model, tmp_path):
+    """Sound without the conversation's state would be in the next run's way."""
+    record(tmp_path / "in" / "call.wav")
+    out, state = tmp_path / "out" / "o.wav", tmp_path / "out" / "o.safetensors"
+    out.parent.mkdir()
+    args = (tmp_path / "in" / "call.wav", "-o", out, "--save-state", state, *model)
+    wanted = "--transcript", "all", "--stats", out.with_suffix(".stats.json")
+    for takes in ((), ("--takes", 2)):
+        code, err = pplex("respond", *args, *wanted, *takes, preexec_fn=limited)
+        failed = state if not takes else state.with_name("o.1.safetensors")
+        assert code == 1 and f"cannot write {failed}: File too large" in err
+        assert not list(out.parent.iterdir())
+
+
+def test_a_stream_whose_state_cannot_grow_keeps_its_sound(model, tmp_path):
+    call, out = record(tmp_path / "call.wav"), tmp_path / "o.wav"
+    args = "respond", "-", "-o", out, "--save-state", tmp_path / "o.safetensors"
+    with call.open("rb") as stdin:
+        code, err = pplex(*args, *model, stdin=stdin, preexec_fn=limited)
+    assert code == 1 and "o.safetensors: File too large; the sound was written" in err
+    assert {p.name for p in tmp_path.iterdir()} == {"call.wav", "o.wav"}
+
+
 def test_a_batch_whose_files_cannot_grow_loses_only_those(model, tmp_path):
     for idx in range(4):
         record(tmp_path / "in" / f"{idx}.wav", 0.3)
