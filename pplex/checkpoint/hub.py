@@ -93,6 +93,11 @@ def list_models() -> list[ModelEntry]:
 
 def remove(name: str) -> int:
     """Delete a downloaded model, by alias or owner/name; bytes that were freed."""
+    return remove_from_cache(downloaded_repo(name))
+
+
+def downloaded_repo(name: str) -> str:
+    """The repository of a model that can be deleted; what cannot is refused."""
     known = KNOWN_MODELS.get(name)
     if known is None and Path(name).expanduser().exists():
         raise PplexError(
@@ -105,7 +110,7 @@ def remove(name: str) -> int:
         raise PplexError(
             f"{name} is not on this machine; `pplex models list` shows what is"
         )
-    return remove_from_cache(repo)
+    return repo
 
 
 def locate(name: str) -> LocalModel:

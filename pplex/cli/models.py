@@ -63,6 +63,7 @@ def remove(model: str, yes: bool) -> None:
     """Delete the downloaded MODEL, every revision of it, from this machine."""
     from pplex.checkpoint import hub
 
+    hub.downloaded_repo(model)
     if not yes:
         click.confirm(f"Delete {model} from this machine?", abort=True, err=True)
     freed = hub.remove(model)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from pplex.cli.options import (
     FILE,
+    NEW_MODEL,
     FiniteRange,
     OneOf,
     complete_model,
@@ -53,7 +54,7 @@ class SizeType(click.ParamType):
     epilog="Example: pplex models convert bf16 ./mixed --bits 4 --recipe mixed"
 )
 @click.argument("source", metavar="SRC", shell_complete=complete_model)
-@click.argument("target", metavar="DST", type=FILE)
+@click.argument("target", metavar="DST", type=NEW_MODEL)
 @click.option(
     "--bits", type=OneOf(["3", "4", "8", "16"]), required=True, help="Bits a weight."
 )

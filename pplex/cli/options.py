@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.shell_completion import CompletionItem
 
-from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS
+from pplex.checkpoint.known import AUTO_MODEL, DEFAULT_MODEL, KNOWN_MODELS
 from pplex.cli.foresee import chosen_model
 from pplex.conversation.roles import DEFAULT_ROLE, DEFAULT_SEED, ROLES
 from pplex.errors import PplexError, did_you_mean
@@ -107,7 +107,31 @@ class _File(click.Path):
         return super().convert(value, param, ctx)
 
 
+class _NewModel(_File):
+    """The folder of a model that is made; no name by which another is meant."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        """Turn the argument's text into its value."""
+        names = *KNOWN_MODELS, AUTO_MODEL
+        if value in names:
+            self.fail(
+                f"by {value} pplex means a model that it knows; for a folder of that "
+                f"name write ./{value}",
+                param,
+                ctx,
+            )
+        path = super().convert(value, param, ctx)
+        # It is printed, to be given to others.
+        return path.absolute() if str(path) in names else path
+
+
 FILE = _File(path_type=Path)
+NEW_MODEL = _NewModel(path_type=Path)
 FOLDER = _File(path_type=Path, file_okay=False)
 
 

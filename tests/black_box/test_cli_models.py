@@ -65,6 +65,17 @@ def test_convert_prints_the_folder_and_verify_passes_it(run, four):
     assert (checked.exit_code, checked.stdout, checked.stderr) == (0, "", "")
 
 
+def test_a_new_model_has_no_name_by_which_another_is_meant(
+    run, four, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mini", "auto"):
+        result = run("models", "convert", four[0], name, "--bits", 16)
+        assert result.exit_code == 2 and f"write ./{name}" in result.stderr
+    result = run("models", "convert", four[0], "./mini", "--bits", 8)
+    assert result.stdout == f"{tmp_path / 'mini'}\n"
+
+
 def test_a_fault_ends_verify_with_1_and_is_printed(run, four, tmp_path):
     import shutil
 
@@ -223,10 +234,10 @@ def test_only_downloads_are_removed(run, tiny):
     assert tiny.is_dir()
 
 
-def test_removing_asks_first(run):
-    result = run("models", "remove", "8bit")
-    assert result.exit_code == 1
-    assert "Delete 8bit" in result.stderr
+@pytest.mark.parametrize("name", ["mini", "8bit", "nobody/nothing"])
+def test_what_cannot_be_removed_is_refused_unasked(run, name):
+    result = run("models", "remove", name)
+    assert result.exit_code == 1 and "Delete" not in result.stderr
 
 
 def test_a_download_is_removed(run, tmp_path):
@@ -238,6 +249,9 @@ def test_a_download_is_removed(run, tmp_path):
     (repo / "refs" / "main").write_text("a" * 40)
     (repo / "blobs" / "b").write_text("x" * 100)
     (snapshot / "config.json").symlink_to(repo / "blobs" / "b")
+    result = run("models", "remove", "bf16")  # removing asks first
+    assert result.exit_code == 1
+    assert "Delete bf16" in result.stderr and repo.exists()
     result = run("models", "remove", "bf16", "--yes")
     assert (result.exit_code, result.stdout) == (0, "")
     assert "bf16 is removed" in result.stderr
