@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -129,8 +130,10 @@ def run_batch(batch: Batch, report: Report) -> Summary:
     work = make_workload(batch, report.shows_bars)
     make_folder(batch.outdir)
     lock = FolderLock(batch.outdir, batch.shard)
-    manifest = Manifest(batch.outdir, batch.shard)
-    try:
+    with ExitStack() as stack:
+        stack.callback(lock.release)
+        manifest = Manifest(batch.outdir, batch.shard, report.note)
+        stack.callback(manifest.close)
         unknown = [output for output in lock.begun if not manifest.knows(output)]
         for output in unknown:
             manifest.know(output)
@@ -164,9 +167,6 @@ def run_batch(batch: Batch, report: Report) -> Summary:
         summary.total_s = time.perf_counter() - start
         lock.release(ended=True)
         return summary
-    finally:
-        manifest.close()
-        lock.release()
 
 
 class _Run:

@@ -129,6 +129,18 @@ def test_fail_fast_says_what_was_not_run(batch, calls):
     assert "1 failed, 2 not run" in result.stderr
 
 
+def test_a_damaged_manifest_is_told_and_leaves_no_lock(batch, calls, tmp_path):
+    batch(calls)
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    text = manifest.read_text()
+    manifest.write_text(text + "torn\n")
+    assert "line 3 is not JSON and was left out" in batch(calls).stderr
+    manifest.write_text(text.replace('"schema": 1', '"schema": 2'))
+    assert "update pplex" in batch(calls, code=NOTHING).stderr
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"a.wav", "b.wav", "manifest.jsonl"}
+
+
 def test_a_second_run_on_one_folder_is_refused(batch, calls, tmp_path):
     from pplex.respond.lock import FolderLock
 
