@@ -50,7 +50,7 @@ def check_new(path: Path, overwrite: bool) -> None:
         return
     if path.exists() and not overwrite:
         raise _exists(path)
-    if not path.parent.is_dir():
+    if not _folder_of(path).is_dir():
         raise _no_folder(path)
 
 
@@ -438,14 +438,20 @@ def _check_target(path: Path, target: Path) -> None:
         )
 
 
+def _folder_of(path: Path) -> Path:
+    """Where a file is written; that of a link where it leads."""
+    return (real_path(path) if os.path.islink(path) else path).parent
+
+
 def _no_folder(path: Path) -> PplexError:
+    folder = _folder_of(path)
     return PplexError(
-        f"cannot write {path}: the folder {path.parent} does not exist; create it first"
+        f"cannot write {path}: the folder {folder} does not exist; create it first"
     )
 
 
 def _reason(path: Path, error: OSError) -> str:
-    folder, name = path.parent, name_of(path)
+    folder, name = _folder_of(path), name_of(path)
     if error.errno in _DISK_FULL:
         return f"cannot write {name}: the disk is full; free some space and try again"
     if error.errno in _DENIED:

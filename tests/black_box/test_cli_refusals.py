@@ -179,6 +179,12 @@ def test_the_input_is_never_an_output(refuses, call, tmp_path, spelling):
     assert "the input" in message
 
 
+def test_a_link_into_a_folder_that_is_gone_is_no_output(refuses, call, tmp_path):
+    link = tmp_path / "link.wav"
+    link.symlink_to("gone/o.wav")
+    refuses(call, output=link, names=(link, tmp_path / "gone does not exist"))
+
+
 def test_another_name_of_the_inputs_file_is_no_output(refuses, call, tmp_path):
     other = tmp_path / "other.wav"
     os.link(call, other)
