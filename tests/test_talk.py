@@ -271,6 +271,14 @@ def test_what_cannot_talk_is_refused(options, said, run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("beside", [["--tokens"], ["--transcript", "srt"]])
+def test_a_stream_has_no_files_beside_it(beside, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("talk", *beside, "-o", "-", "--model", "mini")
+    assert done.exit_code == 2 and "a stream has no name" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

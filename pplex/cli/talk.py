@@ -23,6 +23,7 @@ from pplex.cli.options import (
 )
 from pplex.cli.progress import Progress
 from pplex.cli.transcripts import formats_option
+from pplex.files import is_descriptor
 from pplex.respond.request import MOST_TALK_S, Outputs, transcript_beside
 from pplex.units import counted
 
@@ -161,6 +162,12 @@ def _talks(sides: list[dict[str, str]], options: dict[str, Any]) -> list[Talk]:
             seed,
             outputs,
         )
+    follow = options["transcripts"] or options["tokens"]
+    if follow and is_descriptor(options["output"]):
+        raise click.UsageError(
+            "a stream has no name that --transcript and --tokens could follow: give -o "
+            "a file"
+        )
     left, right = (
         talking.settings_of(side, sampling, talking.side_seed(seed, idx), f"--{name}")
         for idx, (name, side) in enumerate(zip(talking.SIDES, sides, strict=True))
@@ -190,5 +197,6 @@ def _lines(done: list[Talked], took_s: float) -> list[str]:
     )
     return [
         *what,
-        f"{took_s:.1f} s in all, loading included; {audio_s / took_s:.1f} s a s",
+        f"{took_s:.1f} s in all, loading included; {audio_s / took_s:.1f} s of "
+        "audio a second",
     ]
