@@ -232,7 +232,8 @@ def test_an_incomplete_folder_says_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["unknown", "./none", "/no/where", "a/b/c", "", "~/no"]
+    "name",
+    ["unknown", "./none", "/no/where", "a/b/c", "", "~/no", "gone/model.safetensors"],
 )
 def test_names_that_are_nothing_are_refused_with_the_aliases(name):
     message = refusal(name)

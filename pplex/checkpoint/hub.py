@@ -62,7 +62,7 @@ def resolve(
     if name and path.exists():
         return _local(name, path)
     match = _REPO_NAME.fullmatch(name)
-    if not match or name.startswith((".", "~", "/")):
+    if not match or name.startswith((".", "~", "/")) or path.suffix == ".safetensors":
         known = ", ".join(KNOWN_MODELS)
         raise PplexError(
             f"there is no model {name!r}: give one of {known}, a folder or "
