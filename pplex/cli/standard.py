@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 
 from pplex.respond.stopping import Stop, Stopped
@@ -79,7 +80,12 @@ def stop_on_signals() -> Iterator[Stop]:
     stop = Stop()
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        stop.request(signum)
+        if _loads_an_extension(frame):
+            again = threading.Timer(0.02, os.kill, (os.getpid(), signum))
+            again.daemon = True
+            again.start()
+        else:
+            stop.request(signum)
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -93,6 +99,15 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _loads_an_extension(frame: FrameType | None) -> bool:
+    """Whether a module in C++ is being imported: MLX aborts if that is interrupted."""
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def exit_code(error: KeyboardInterrupt) -> int:

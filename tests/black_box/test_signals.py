@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from importlib.machinery import ExtensionFileLoader
 
 import pytest
 import soundfile
 from piped import FRAME, RATE, noise, start
 
 from pplex.audio.streams import wav_header
+from pplex.cli.standard import stop_on_signals
 from pplex.respond.stopping import Stop, Stopped
 
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
@@ -85,6 +87,19 @@ def test_an_interrupt_before_the_program_is_loaded_ends_it_without_a_traceback(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     _, err = (process := start("--help")).communicate(timeout=60)
     assert (process.returncode, err) == (-signal.SIGINT, b"")
+
+
+def test_an_interrupt_while_a_library_is_loaded_waits_until_it_is():
+    """MLX aborts where what it calls in Python raises while it is imported."""
+
+    def imported(self: ExtensionFileLoader) -> bool:
+        signal.raise_signal(signal.SIGTERM)
+        return True
+
+    with stop_on_signals():
+        assert imported(ExtensionFileLoader("mlx.core", "mlx/core.so"))
+        with pytest.raises(Stopped):
+            time.sleep(60)
 
 
 def test_a_killed_stream_leaves_no_file_of_its_name(model, tmp_path):
