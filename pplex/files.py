@@ -274,10 +274,12 @@ def open_pipe(path: Path) -> Iterator[Callable[[bytes], None]]:
         os.close(fd)
 
 
-def check_named(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+def check_named(
+    path: Path, suffixes: Sequence[str], overwrite: bool, *, is_text: bool = False
+) -> None:
     """Refuse an output whose name tells no format, or that exists; not a descriptor."""
     if is_descriptor(path):
-        check_descriptor(path)
+        check_descriptor(path, is_text=is_text)
     elif path.suffix.lower() not in suffixes:
         *others, last = suffixes
         ending = f"{', '.join(others)} or {last}" if others else last
@@ -360,15 +362,23 @@ def is_descriptor(path: Path) -> bool:
     return descriptor(path) is not None
 
 
-def check_descriptor(path: Path) -> None:
-    """Refuse a descriptor that is not open for writing, before any work is done."""
+def check_descriptor(path: Path, *, is_text: bool) -> None:
+    """Refuse a descriptor that is not open for writing, before any work is done.
+
+    Nor is what ``is_text`` not written to a terminal.
+    """
+    fd = descriptor(path) or 0
     try:
-        mode = fcntl.fcntl(descriptor(path) or 0, fcntl.F_GETFL) & os.O_ACCMODE
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError as e:
         raise PplexError(f"cannot write {name_of(path)}: it is not open") from e
     if mode == os.O_RDONLY:
         raise PplexError(
             f"cannot write {name_of(path)}: it is closed, or open to read only"
+        )
+    if not is_text and os.isatty(fd):
+        raise PplexError(
+            f"{name_of(path)} is a terminal: pipe it into a player or a file"
         )
 
 

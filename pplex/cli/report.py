@@ -87,7 +87,7 @@ def report(
     if output is None:
         folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
         output = folder / "report.html"
-    check_named(output, (".html", ".htm"), overwrite)
+    check_named(output, (".html", ".htm"), overwrite, is_text=True)
     found = find(paths)
     if embed:
         check_embedded(found.items)

@@ -310,10 +310,6 @@ def _check_usage(given: dict[str, Any], is_stream: bool) -> None:
             "stdin is a terminal: pipe a recording into it",
         ),
         (
-            output == PIPE and sys.stdout.isatty(),
-            "stdout is a terminal: pipe it into a player or a file",
-        ),
-        (
             given["live"] and not is_stream,
             "--live is for a microphone: give - as INPUT",
         ),

@@ -243,7 +243,8 @@ def check_outputs(request: Request, overwrite: bool) -> None:
     seen = {} if source == PIPE else {os.path.realpath(source): "the input"}
     for what, path in files.items():
         if is_descriptor(path):
-            check_descriptor(path)
+            is_text = what == "stats" or path in outputs.transcripts
+            check_descriptor(path, is_text=is_text)
             if seen.setdefault(f"{descriptor(path)}", what) != what:
                 raise PplexError(
                     f"only one output fits on {name_of(path)}: give the others file "

@@ -215,3 +215,19 @@ def test_a_full_disk_is_one_sentence(call, model):
 def test_what_pipes_cannot_do_is_refused(args, code, reason):
     found, out, err = pipe(b"", "respond", *args, "--model", "mini")
     assert (found, out) == (code, b"") and reason in err
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+@pytest.mark.parametrize(
+    "line",
+    [("respond", "call", "-o"), ("talk", "-o"), ("voices", "make", "call")],
+    ids=lambda line: line[0],
+)
+def test_no_sound_goes_to_a_terminal(line, name, call):
+    args = [call if word == "call" else word for word in line]
+    terminal, shown = os.openpty()
+    process = start(*args, name, "--model", "mini", stdout=shown)
+    _, err = process.communicate(timeout=60)
+    os.close(shown)
+    os.close(terminal)
+    assert process.returncode == 1 and b"is a terminal: pipe it into" in err
