@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from pplex.batch import decoding
+from pplex.batch import answering, decoding
 from pplex.batch import run as batch_run
 from pplex.batch.answering import Answering
+from pplex.batch.decoding import Failure
 from pplex.batch.plan import OutputOptions, Selection
 from pplex.batch.prepare import Batch
 from pplex.batch.run import Summary, run_batch
@@ -261,6 +262,57 @@ def test_who_has_so_many_ahead_as_it_wants_never_waits_for_another(
     monkeypatch.setattr(Answering, "run", run_fed)
     summary, _ = go(batch, batch_size=100, outputs=OutputOptions())
     assert summary.done == 250
+
+
+def test_the_longest_come_first_but_not_so_that_all_end_together(
+    tmp_path, batch, monkeypatch
+):
+    order = []
+    for idx in range(96):
+        record(tmp_path / "in" / f"{idx:02}.wav", 1000 + 100 * (idx * 37 % 96), idx)
+
+    def note_only(self, tasks, done):
+        order.extend(tasks)
+
+    monkeypatch.setattr(Answering, "run", note_only)
+    go(batch, outputs=OutputOptions(takes=2))
+    lengths = [round(RATE * task.seconds) for task in order]
+    assert len(lengths) == 192
+    assert min(lengths[:64]) > max(lengths[128:])
+    assert lengths != sorted(lengths, reverse=True)
+    for first in range(0, 192, 16):
+        together = lengths[first : first + 16]
+        assert max(together) - min(together) <= 800
+    for one, other in zip(order[::2], order[1::2], strict=True):
+        assert one.request.source == other.request.source
+
+
+def test_what_rows_that_end_together_need_next_is_read_before(
+    tmp_path, batch, monkeypatch
+):
+    for idx in range(150):
+        record(tmp_path / "in" / f"{idx:03}.wav", 1000 + idx, idx)
+    read, most = [], 0
+    inner = answering.read_request
+
+    def noted(*args):
+        read.append(args)
+        return inner(*args)
+
+    def counted(self, jobs):
+        nonlocal most
+        self.batch_size = 100
+        for count, job in enumerate(jobs, 1):
+            time.sleep(0.3 if count == 20 else 0)
+            if count == 20:
+                most = len(read)
+            yield Failure(job.key, "not tried")
+
+    monkeypatch.setattr(answering, "read_request", noted)
+    monkeypatch.setattr(decoding.Decoder, "run", counted)
+    summary, _ = go(batch)
+    assert len(summary.failed) == 150
+    assert 110 <= most <= 125
 
 
 def test_answers_computed_in_another_way_are_named_once(calls, batch, monkeypatch):

@@ -32,8 +32,9 @@ from pplex.respond.run import check_script
 # On a large machine a batch starts with a hundred recordings at once.
 _READERS = min(8, max(2, num_cores() // 2))
 READ_AHEAD = 2 * _READERS
+_AHEAD_S = 3600.0  # of sound, which takes 350 MB
 WRITERS = _READERS
-_WRITE_BEHIND = 4 * WRITERS
+_WRITE_BEHIND = 8 * WRITERS
 _GROUPS = 6  # being encoded, waiting for a place, for others to be decoded, to be given
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -97,7 +98,7 @@ class Answering:
         """
         group, rows = self._decoder.group, self._decoder.choose_batch_size()
         waiting = _GROUPS * group if group > 1 else 2
-        return rows + READ_AHEAD + _WRITE_BEHIND + waiting
+        return rows + most_ahead(rows, 0.0) + _WRITE_BEHIND + waiting
 
     def run(self, tasks: Iterator[Task], done: Callable[[Result], None]) -> None:
         """Answer ``tasks``; ``done`` is told of each, in any order."""
@@ -136,8 +137,14 @@ class Answering:
         self, tasks: Iterator[Task], done: Callable[[Result], None]
     ) -> Iterator[Job]:
         rate = self._model.config.sample_rate
-        coming = _ahead(lambda t: read_request(t.local, rate), tasks)
-        for task, future, more_takes in coming:
+
+        def work(task: Task) -> Read:
+            return read_request(task.local, rate)
+
+        def most(seconds: float) -> int:
+            return most_ahead(self.batch_size or 1, seconds)
+
+        for task, future, more_takes in _ahead(work, tasks, most):
             key, source = task.request.key, str(task.request.source)
             try:
                 read = future.result()
@@ -177,17 +184,29 @@ def is_disk_full(error: PplexError) -> bool:
     return isinstance(cause, OSError) and cause.errno in _DISK_FULL
 
 
-def _ahead(
-    work: Callable[[Task], Read], tasks: Iterator[Task]
-) -> Iterator[tuple[Task, Future[Read], bool]]:
-    """Do ``work`` on threads, a few tasks ahead of whoever asks; in order.
+def most_ahead(rows: int, seconds: float) -> int:
+    """How many recordings are read ahead of ``rows``, of so many seconds on average.
 
-    And whether the next is another take of the recording, which is read once for all.
+    Rows that began together may end together: what is to begin then is read before.
+    """
+    return max(READ_AHEAD, min(rows, int(_AHEAD_S / max(seconds, 1.0))))
+
+
+def _ahead(
+    work: Callable[[Task], Read], tasks: Iterator[Task], most: Callable[[float], int]
+) -> Iterator[tuple[Task, Future[Read], bool]]:
+    """Do ``work`` on threads, ahead of whoever asks; in order.
+
+    With whether the next is another take of the recording, which is read once for all.
+    ``most`` says for how many, of so many seconds on average.
     """
     waiting: deque[tuple[Task, Future[Read]]] = deque()
+    waiting_s = 0.0
 
     def first() -> tuple[Task, Future[Read], bool]:
+        nonlocal waiting_s
         task, future = waiting.popleft()
+        waiting_s -= task.seconds
         return task, future, bool(waiting) and waiting[0][1] is future
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -198,7 +217,8 @@ def _ahead(
                 if last is None or last[0] != heard:
                     last = heard, pool.submit(work, task)
                 waiting.append((task, last[1]))
-                if len(waiting) > READ_AHEAD:
+                waiting_s += task.seconds
+                if len(waiting) > most(waiting_s / len(waiting)):
                     yield first()
             while waiting:
                 yield first()

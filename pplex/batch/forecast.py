@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pplex import units
 from pplex.audio.files import Recording
 from pplex.audio.folders import LeftOut
-from pplex.batch.answering import READ_AHEAD
+from pplex.batch.answering import most_ahead
 from pplex.batch.decoding import PROMPT_FRAMES, Size
 from pplex.batch.describe import Description
 from pplex.batch.prepare import (
@@ -190,7 +190,8 @@ def _sound_bytes(found: Forecast, sample_rate: int) -> float:
     """
     longest = found.longest_s * sample_rate * _SAMPLE_BYTES
     kept = min(longest, MOST_KEPT * _SAMPLE_BYTES)
-    ahead = min(READ_AHEAD, max(0, found.todo - found.batch_size))
+    most = most_ahead(found.batch_size, found.longest_s)
+    ahead = min(most, max(0, found.todo - found.batch_size))
     return found.batch_size * (kept if on_cpu() else 2 * longest) + ahead * kept
 
 
