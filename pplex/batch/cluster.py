@@ -410,6 +410,23 @@ class Worker:
         With what is in its outputs where its ``sound`` was sent, and what is worth a
         line since the last. None if it was not and the driver's files are not seen.
         """
+        from pplex.batch.decoding import Failure
+
+        try:
+            return await self._answer(task, known, sound, voice)
+        except Exception as e:
+            if self._is_ending:  # the driver is to take all back
+                raise
+            error = f"{socket.gethostname()} cannot answer it: {first_line(e)}"
+            return Failure(task.request.key, error), {}, []
+
+    async def _answer(
+        self,
+        task: Task,
+        known: tuple[int, int],
+        sound: bytes | None,
+        voice: Content | None,
+    ) -> tuple[Result, dict[str, bytes], list[str]] | None:
         if sound is None and not self._sees(task, known):
             return None
         if voice is not None:
