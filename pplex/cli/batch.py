@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import closing
+import sys
+from contextlib import closing, redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,8 @@ def batch(dry_run: bool, as_json: bool, verbosity: int, **options: Any) -> None:
 
             progress.waiting(job.model_name)
             try:
-                done = run_batch(job, progress)
+                with redirect_stdout(sys.stderr):  # Ray prints what it sees
+                    done = run_batch(job, progress)
             except KeyboardInterrupt:
                 progress.stopped()
                 raise
