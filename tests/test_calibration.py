@@ -243,7 +243,10 @@ def _longer(folder) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda folder: (folder / "calibration.json").unlink(), "cannot be read"),
+        (
+            lambda folder: (folder / "calibration.json").unlink(),
+            "calibration.json cannot be read",
+        ),
         (lambda folder: (folder / "tokens.safetensors").unlink(), "tokens.safetensors"),
         (_longer, "does not fit this model"),
     ],

@@ -136,9 +136,7 @@ def calibrate(
 def read_calibration(folder: Path, config: LmConfig) -> list[Conversation]:
     """The conversations in a folder of ``calibrate``, for a model of these sizes."""
     path = folder / RECORD
-    with reading(
-        f"--calibration {folder}", "is not a folder of `pplex models calibrate`"
-    ):
+    with reading(f"--calibration {path}", "is not from `pplex models calibrate`"):
         found = fit(read_json(path, 1 << 26), {"answers": [{"frames": int}]})
     arrays = load_tensors(folder / TOKENS)
     conversations = []
