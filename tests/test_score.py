@@ -291,6 +291,8 @@ def test_the_command_prints_a_table_csv_and_json(tmp_path, run):
     table = run("score", tmp_path, "--vad", "energy")
     assert table.exit_code == 0, table.output
     assert "Not scored: 2 of 3" in table.stdout and "Method: " in table.stdout
+    notes, _, unscored = table.stdout.partition("Not scored: ")
+    assert "no line of the manifest" in notes and "lost.wav" in unscored
     lines = list(
         csv.DictReader(
             io.StringIO(

@@ -111,18 +111,18 @@ def _disagreements(recordings: Sequence[dict[str, Any]]) -> str:
 
 
 def _unscored(result: dict[str, Any]) -> str:
-    lines = [f"  {note}" for note in result["notes"]]
-    lines += [
+    notes = "".join(f"{note}\n" for note in result["notes"])
+    lines = [
         f"  {row['name']}: {row['status']}"
         + (f" ({row['error']})" if row["error"] else "")
         for row in result["recordings"]
         if not row["scored"] or row["error"]
     ]
     if not lines:
-        return ""
+        return notes
     total = result["total"]
     head = f"Not scored: {total['not_scored']} of {total['recordings']}"
-    return head + "\n" + "\n".join(lines) + "\n"
+    return notes + head + "\n" + "\n".join(lines) + "\n"
 
 
 def _method(method: dict[str, Any]) -> str:
