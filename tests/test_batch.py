@@ -264,25 +264,20 @@ def test_who_has_so_many_ahead_as_it_wants_never_waits_for_another(
     assert summary.done == 250
 
 
-def test_the_longest_come_first_but_not_so_that_all_end_together(
-    tmp_path, batch, monkeypatch
-):
+@pytest.mark.parametrize("takes", [1, 2])
+def test_few_rows_idle_and_takes_follow_each_other(tmp_path, batch, monkeypatch, takes):
     order = []
-    for idx in range(96):
-        record(tmp_path / "in" / f"{idx:02}.wav", 1000 + 100 * (idx * 37 % 96), idx)
-
-    def note_only(self, tasks, done):
-        order.extend(tasks)
-
-    monkeypatch.setattr(Answering, "run", note_only)
-    go(batch, outputs=OutputOptions(takes=2))
-    lengths = [round(RATE * task.seconds) for task in order]
-    assert len(lengths) == 192
-    assert min(lengths[:64]) > max(lengths[128:])
-    assert lengths != sorted(lengths, reverse=True)
-    for first in range(0, 192, 16):
-        together = lengths[first : first + 16]
-        assert max(together) - min(together) <= 800
+    for idx in range(24):
+        record(tmp_path / "in" / f"{idx:02}.wav", 2000 * (1 + idx * 7 % 24), idx)
+    monkeypatch.setattr(Answering, "run", lambda self, tasks, done: order.extend(tasks))
+    go(batch, batch_size=8, outputs=OutputOptions(takes=takes))
+    lengths = [round(task.seconds * RATE) for task in order]
+    assert len(order) == 24 * takes
+    assert lengths[-1] == 2000
+    if takes == 1:
+        assert lengths[8:] == sorted(lengths[8:], reverse=True)
+        assert max(lengths) in lengths[:8]
+        return
     for one, other in zip(order[::2], order[1::2], strict=True):
         assert one.request.source == other.request.source
 

@@ -91,12 +91,17 @@ class Answering:
         return self._decoder.batch_size
 
     @property
+    def rows(self) -> int:
+        """How many are answered at a time."""
+        return self._decoder.choose_batch_size()
+
+    @property
     def ahead(self) -> int:
         """How many it may have beyond those, so that it never waits for another.
 
         All that are answered may end, and others begin, before one of them is decoded.
         """
-        group, rows = self._decoder.group, self._decoder.choose_batch_size()
+        group, rows = self._decoder.group, self.rows
         waiting = _GROUPS * group if group > 1 else 2
         return rows + most_ahead(rows, 0.0) + _WRITE_BEHIND + waiting
 

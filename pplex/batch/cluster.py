@@ -138,6 +138,11 @@ class Cluster:
             self._shut_down()
             raise
 
+    @property
+    def rows(self) -> int:
+        """How many are answered at a time by the workers there are."""
+        return sum(worker.rows for worker in self._workers)
+
     def run(self, tasks: Iterator[Task], done: Callable[[Result], None]) -> None:
         """Answer ``tasks``; ``done`` is told of each, in any order."""
         self._done = done

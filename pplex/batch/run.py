@@ -19,6 +19,7 @@ from pplex.audio.folders import LeftOut
 from pplex.batch.answering import WRITERS, Answering, Behind, Result, is_disk_full
 from pplex.batch.decoding import Decoder, Size
 from pplex.batch.describe import Description
+from pplex.batch.order import in_order
 from pplex.batch.prepare import (
     Batch,
     Kept,
@@ -113,15 +114,15 @@ class Workers(Protocol):
     @property
     def batch_size(self) -> int | None: ...
 
+    @property
+    def rows(self) -> int:
+        """How many are answered at a time in all."""
+
     def run(self, tasks: Iterator[Task], done: Callable[[Result], None]) -> None:
         """Answer ``tasks``; ``done`` is told of each, in any order."""
 
 
 _Finished = tuple[Task, Line, list[Outcome]]
-
-# Recordings of about one length that a GPU codes together, and by how much they may
-# come sooner or later than their lengths say, as spread out as can be.
-_TOGETHER, _SHIFT, _GOLDEN = 16, 0.2, (5**0.5 - 1) / 2
 
 
 class _Stop(Exception):
@@ -209,7 +210,7 @@ class _Run:
                 self._count_checks(request, outcomes)
 
     def all(self, requests: list[Request]) -> None:
-        """Answer them, about the longest first: short ones fill the rows at the end."""
+        """Answer them, so that rows are busy to the end."""
         known = durations(requests)
         good = [r for r in requests if not isinstance(known[r.key], PplexError)]
         self._seconds = {
@@ -235,30 +236,27 @@ class _Run:
         self._summary.load_s = time.perf_counter() - start
         self._started = time.perf_counter()
         try:
-            self._answer(workers, self._ordered(good))
+            self._answer(workers, self._ordered(good, workers.rows))
         finally:
             self._summary.batch_size = workers.batch_size
 
-    def _ordered(self, requests: list[Request]) -> list[Request]:
-        """The longest first, but not quite: those that are coded together stay so.
-
-        In that order what two after the other take is alike in all rows: all would end
-        at once, and all that is to be read, written and begun then.
-        """
+    def _ordered(self, requests: list[Request], rows: int) -> list[Request]:
+        """In the order of ``in_order``, where nothing has to stay together."""
         roles = {r.opening: 0 for r in requests}
         if len(roles) > KEPT_ROLES:  # else all prompts stay computed
             roles = {role: idx for idx, role in enumerate(roles)}
-        # Takes of one recording follow each other.
-        longest_first = sorted(
-            requests, key=lambda r: (-self._seconds[r.key], r.source)
+        elif self._batch.outputs.takes == 1:
+            rate = self._model.config.frame_rate
+            frames = [int(self._seconds[r.key] * rate) + 1 for r in requests]
+            return [requests[idx] for idx in in_order(frames, rows)]
+        return sorted(
+            requests,
+            key=lambda r: (
+                roles[r.opening],
+                -self._seconds[r.key],
+                r.source,  # takes of one recording follow each other
+            ),
         )
-        about: dict[Path, float] = {}
-        for idx, request in enumerate(longest_first):
-            block = idx // _TOGETHER
-            longest_s = self._seconds[longest_first[block * _TOGETHER].key]
-            shift = _SHIFT * (2 * (block * _GOLDEN % 1) - 1)
-            about.setdefault(request.source, longest_s * (1 + shift))
-        return sorted(longest_first, key=lambda r: (roles[r.opening], -about[r.source]))
 
     def _workers(self, size: Size) -> Workers:
         if self._batch.ray is not None:
