@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pplex.errors import PplexError
-from pplex.files import atomic_write, check_named
+from pplex.files import Place, atomic_write, check_named, put
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,9 @@ def check_plot(path: Path | None, overwrite: bool = True) -> None:
 
 
 @contextmanager
-def plot(path: Path, width: float, height: float) -> Iterator[Figure]:
+def plot(
+    path: Path, width: float, height: float, *, place: Place = put
+) -> Iterator[Figure]:
     """Yield a figure of this many inches; write it when the body is done.
 
     The suffix of ``path`` tells the format; a descriptor gets PNG. The file is there
@@ -79,7 +81,7 @@ def plot(path: Path, width: float, height: float) -> Iterator[Figure]:
     with style.context(["default", _STYLE]):
         figure = Figure((width, height), dpi=_DPI)
         yield figure
-        with warnings.catch_warnings(), atomic_write(path) as temporary:
+        with warnings.catch_warnings(), atomic_write(path, place=place) as temporary:
             # Words in a script that the font does not have become boxes.
             warnings.filterwarnings("ignore", "Glyph .* missing from font")
             figure.savefig(temporary, format=suffix[1:], metadata=_NO_METADATA[suffix])

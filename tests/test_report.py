@@ -10,6 +10,7 @@ import re
 import struct
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from pplex.evaluation.measure import Method
 from pplex.evaluation.pictures import write_picture
 from pplex.evaluation.report import (
     COLUMNS,
+    Entry,
     check_embedded,
     heading,
     make_entries,
@@ -296,6 +298,22 @@ def test_pictures_are_png_files(tmp_path, run):
     content = (tmp_path / "png" / "a.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">II", content[16:24]) > (1000, 200)
+
+
+def test_there_is_no_page_without_all_of_its_pictures(tmp_path, run, monkeypatch):
+    for name in "ab":
+        write_dialogue(tmp_path / f"{name}.wav", ((1, 3),), ((2.0, 6),), 8.0)
+
+    def write_one(path: Path, entry: Entry, **options: Any) -> None:
+        if entry.name == "b.wav":
+            raise PplexError(f"cannot write {path}: the disk is full")
+        write_picture(path, entry, **options)
+
+    monkeypatch.setattr("pplex.evaluation.pictures.write_picture", write_one)
+    done = run("report", tmp_path, "--png", tmp_path / "png")
+    assert done.exit_code == 1 and "b.png: the disk is full" in done.stderr
+    assert not (tmp_path / "report.html").exists()
+    assert list((tmp_path / "png").iterdir()) == []
 
 
 def test_a_picture_has_levels_speech_words_and_what_went_wrong(tmp_path):

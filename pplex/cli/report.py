@@ -76,7 +76,7 @@ def report(
         picture_names,
         write_report,
     )
-    from pplex.files import check_named, plan_files
+    from pplex.files import Together, check_named, plan_files, put, put_new
     from pplex.plots import check_plot
     from pplex.respond.ending import advice
 
@@ -101,10 +101,12 @@ def report(
     measured = [entry.measured for entry in entries if entry.measured is not None]
     advised = advice([one.ending for one in measured if one.ending is not None])
     notes = [*found.notes, *advised]
-    write_report(output, entries, notes, vad, title, embed=embed)
-    for name, entry in zip(names, entries, strict=True):
-        for planned in pictures if entry.measured is not None else ():
-            write_picture(planned[name], entry)
+    with Together() as files:
+        for name, entry in zip(names, entries, strict=True):
+            for planned in pictures if entry.measured is not None else ():
+                write_picture(planned[name], entry, place=files)
+        write_report(output, entries, notes, vad, title, embed=embed, place=files)
+        files.name(put if overwrite else put_new)
     _say(output, entries, notes)
 
 

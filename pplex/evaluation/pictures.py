@@ -11,6 +11,7 @@ import numpy as np
 from pplex.evaluation.find import Track
 from pplex.evaluation.report import Entry
 from pplex.evaluation.speech_activity import VAD_RATE, Segment, levels_db
+from pplex.files import Place, put
 from pplex.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, plot, shortened
 from pplex.respond.transcript import Word
 
@@ -50,7 +51,7 @@ class _Side(NamedTuple):
     speech: Sequence[Segment]
 
 
-def write_picture(path: Path, entry: Entry) -> None:
+def write_picture(path: Path, entry: Entry, *, place: Place = put) -> None:
     """Draw one recording, over as many rows as its length asks for."""
     measured, item = entry.measured, entry.item
     assert measured is not None and item.agent is not None
@@ -64,7 +65,7 @@ def write_picture(path: Path, entry: Entry) -> None:
     if item.user is not None and measured.user is not None:
         levels = _loudness(item.user, row_s)
         sides.insert(0, _Side("user", 1, BLUE, *levels, measured.user))
-    with plot(path, WIDTH, rows * height + _MARGIN_HEIGHT) as figure:
+    with plot(path, WIDTH, rows * height + _MARGIN_HEIGHT, place=place) as figure:
         all_axes = figure.subplots(rows, squeeze=False)[:, 0]
         name = f"{entry.folder}/{entry.name}" if entry.folder else entry.name
         all_axes[0].set_title(f"{shortened(name, 100)}, {duration_s:.1f} s")

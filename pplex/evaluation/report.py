@@ -33,7 +33,15 @@ from pplex.evaluation.measure import Measured, Method, measure
 from pplex.evaluation.metrics import METRICS, Metric, rounded, single
 from pplex.evaluation.speech_activity import Segment, make_detector
 from pplex.evaluation.turns import TurnSettings
-from pplex.files import is_descriptor, open_regular, reading, real_path, write_text
+from pplex.files import (
+    Place,
+    is_descriptor,
+    open_regular,
+    put,
+    reading,
+    real_path,
+    write_text,
+)
 from pplex.plots import thinned
 
 _COLUMNS_PER_S = 20
@@ -214,6 +222,7 @@ def write_report(
     title: str,
     *,
     embed: bool = False,
+    place: Place = put,
 ) -> None:
     """Write the page, whole or not at all; ``embed`` puts the sound into it."""
     answered = _facts(entries)
@@ -251,7 +260,7 @@ def write_report(
     for name, part in parts.items():
         # Safe: no part holds a marker, as every name in it is escaped.
         text = text.replace(f"<!--{name}-->", part)
-    write_text(path, text)
+    write_text(path, text, place=place)
 
 
 def _table_head(entries: Sequence[Entry], columns: Sequence[Metric]) -> str:
