@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+import tracemalloc
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pplex.evaluation.diarization import read_rttm
 from pplex.evaluation.find import find
 from pplex.evaluation.measure import Method
 from pplex.evaluation.metrics import METRICS, figure_of, single
+from pplex.evaluation.report import make_entries
 from pplex.evaluation.score import as_csv
 from pplex.evaluation.score import score as score_and_measure
 from pplex.evaluation.sound_quality import SoundQuality, make_sound_quality
@@ -478,3 +480,18 @@ def test_dnsmos_prefers_clean_speech_to_noisy():
     good, bad = quality(clean, speech), quality(noisy.astype(np.float32), speech)
     assert good and bad and good["overall"] > bad["overall"] + 0.3
     assert all(0.5 < value < 5.0 for value in (*good.values(), *bad.values()))
+
+
+@pytest.mark.parametrize("judge", [score, make_entries])
+def test_recordings_take_little_more_memory_than_one_of_them(tmp_path, judge):
+    pcm = track("agent", ((0.0, 160.0),), 160.0).clip(-1, 1)  # 24 kHz is said of it
+    for name in "abc":
+        soundfile.write(tmp_path / f"{name}.wav", pcm, 24_000)
+    judge(find([tmp_path]), ENERGY)  # what is loaded once is no recording's
+    tracemalloc.start()
+    try:
+        judge(find([tmp_path]), ENERGY)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * pcm.nbytes

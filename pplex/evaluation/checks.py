@@ -134,8 +134,10 @@ def _not_silent(pcm: Any) -> Outcome:
 
 def _length(agent: Track, source: Path, stats: dict[str, Any] | None) -> Outcome:
     """Same length after resampling, plus the tail where stats know of one."""
-    ours = read_pcm(agent.path, sample_rate=SAMPLE_RATE, channel=agent.channel)
-    theirs = read_pcm(source, sample_rate=SAMPLE_RATE)
+    ours = read_pcm(
+        agent.path, sample_rate=SAMPLE_RATE, channel=agent.channel, most_kept=0
+    )
+    theirs = read_pcm(source, sample_rate=SAMPLE_RATE, most_kept=0)
     tail_s = (stats or {}).get("tail_s") or 0.0
     rate = ours.source_rate
     wanted = resampled_length(theirs.source_frames, theirs.source_rate, rate)

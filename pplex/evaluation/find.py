@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pplex.audio.files import Channel, read_pcm
+from pplex.audio.files import Channel, probe, read_pcm
 from pplex.audio.folders import LeftOut, is_recording, list_folder
 from pplex.errors import PplexError
 from pplex.evaluation.full_duplex_bench import Sample, read_sample
@@ -304,7 +304,7 @@ def _outputs_item(
         stem = name.removesuffix(USER).removesuffix(AGENT)
         item = replace(item, name=stem + ".wav")
     try:
-        channels = read_pcm(path, sample_rate=SAMPLE_RATE).source_channels
+        channels = probe(path).channels
     except PplexError as e:
         return replace(item, status="unreadable", error=str(e))
     source = source or _source_of(stats, path.parent)

