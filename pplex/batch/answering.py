@@ -34,7 +34,7 @@ _READERS = min(8, max(2, num_cores() // 2))
 READ_AHEAD = 2 * _READERS
 _AHEAD_S = 3600.0  # of sound, which takes 350 MB
 WRITERS = _READERS
-_WRITE_BEHIND = 8 * WRITERS
+_WRITE_BEHIND = 32 * WRITERS
 _GROUPS = 6  # being encoded, waiting for a place, for others to be decoded, to be given
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 

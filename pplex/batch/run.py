@@ -122,7 +122,7 @@ class Workers(Protocol):
         """Answer ``tasks``; ``done`` is told of each, in any order."""
 
 
-_Finished = tuple[Task, Line, list[Outcome]]
+_Finished = tuple[Task, Line, list[Outcome], float]  # when, by perf_counter
 
 
 class _Stop(Exception):
@@ -309,10 +309,10 @@ class _Run:
             if is_disk_full(e):
                 raise
             line, checks = failed_line(self._model, task, str(e), placing.written), []
-        return task, line, checks
+        return task, line, checks, time.perf_counter()
 
     def _take(self, finished: _Finished) -> None:
-        task, line, checks = finished
+        task, line, checks, end = finished
         key = task.request.key
         self._manifest.append(line)
         if line["status"] == FAILED:
@@ -324,7 +324,7 @@ class _Run:
             return
         if line["unsaid"]:
             self._report.note(f"{key}: {line['unsaid']}")
-        self._summary.run_s = time.perf_counter() - self._started
+        self._summary.run_s = max(self._summary.run_s, end - self._started)
         self._summary.done += 1
         self._summary.audio_s += line["audio_s"]
         self._report.finished(key, task.seconds)
@@ -356,4 +356,5 @@ class _Run:
         self._report.checked(outcomes, request.outputs.audio, request.key)
 
     def _fail(self, task: Task, error: str) -> None:
-        self._take((task, failed_line(self._model, task, error, {}), []))
+        line = failed_line(self._model, task, error, {})
+        self._take((task, line, [], time.perf_counter()))
