@@ -34,7 +34,8 @@ _READERS = min(8, max(2, num_cores() // 2))
 READ_AHEAD = 2 * _READERS
 _AHEAD_S = 3600.0  # of sound, which takes 350 MB
 WRITERS = _READERS
-_WRITE_BEHIND = 32 * WRITERS
+_WRITTEN = 4 * WRITERS  # at a time, as a rule
+_WRITE_BEHIND = 8 * _WRITTEN
 _GROUPS = 6  # being encoded, waiting for a place, for others to be decoded, to be given
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -103,7 +104,7 @@ class Answering:
         """
         group, rows = self._decoder.group, self.rows
         waiting = _GROUPS * group if group > 1 else 2
-        return rows + most_ahead(rows, 0.0) + _WRITE_BEHIND + waiting
+        return rows + most_ahead(rows, 0.0) + _WRITTEN + waiting
 
     def run(self, tasks: Iterator[Task], done: Callable[[Result], None]) -> None:
         """Answer ``tasks``; ``done`` is told of each, in any order."""
