@@ -245,7 +245,7 @@ class _Run:
         roles = {r.opening: 0 for r in requests}
         if len(roles) > KEPT_ROLES:  # else all prompts stay computed
             roles = {role: idx for idx, role in enumerate(roles)}
-        elif self._batch.outputs.takes == 1:
+        elif self._batch.outputs.takes < 2:
             rate = self._model.config.frame_rate
             frames = [int(self._seconds[r.key] * rate) + 1 for r in requests]
             return [requests[idx] for idx in in_order(frames, rows)]
