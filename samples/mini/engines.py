@@ -192,8 +192,8 @@ def festival(voice: str, text: str, pitch: float, tempo: float) -> Sound:
     assert pitch == 1
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
         orders = (
-            f"(voice_{voice}) (Parameter.set 'Duration_Stretch {1 / tempo}) "
-            f'(utt.save.wave (utt.synth (Utterance Text "{text}")) "{file.name}")'
+            f"(begin (voice_{voice}) (Parameter.set 'Duration_Stretch {1 / tempo}) "
+            f'(utt.save.wave (utt.synth (Utterance Text "{text}")) "{file.name}"))'
         )
         subprocess.run(["festival", "--batch", orders], check=True)
         pcm, rate = soundfile.read(file.name, dtype="int16")
