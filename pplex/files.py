@@ -365,7 +365,7 @@ def is_descriptor(path: Path) -> bool:
 def check_descriptor(path: Path, *, is_text: bool) -> None:
     """Refuse a descriptor that is not open for writing, before any work is done.
 
-    Nor is what ``is_text`` not written to a terminal.
+    And a terminal, for what is no text.
     """
     fd = descriptor(path) or 0
     try:

@@ -87,14 +87,11 @@ class Answering:
         self._begun: dict[str, _Begun] = {}
 
     @property
-    def batch_size(self) -> int | None:
-        """How many are answered at a time, once that is known."""
-        return self._decoder.batch_size
-
-    @property
-    def rows(self) -> int:
-        """How many are answered at a time."""
+    def batch_size(self) -> int:
+        """How many are answered at a time: all there are."""
         return self._decoder.choose_batch_size()
+
+    rows = batch_size
 
     @property
     def ahead(self) -> int:
@@ -143,14 +140,12 @@ class Answering:
         self, tasks: Iterator[Task], done: Callable[[Result], None]
     ) -> Iterator[Job]:
         rate = self._model.config.sample_rate
-
-        def work(task: Task) -> Read:
-            return read_request(task.local, rate)
-
-        def most(seconds: float) -> int:
-            return most_ahead(self.batch_size or 1, seconds)
-
-        for task, future, more_takes in _ahead(work, tasks, most):
+        coming = _ahead(
+            lambda task: read_request(task.local, rate),
+            tasks,
+            lambda seconds: most_ahead(self.rows, seconds),
+        )
+        for task, future, more_takes in coming:
             key, source = task.request.key, str(task.request.source)
             try:
                 read = future.result()

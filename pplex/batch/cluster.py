@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from pplex.batch.prepare import Batch
     from pplex.batch.records import Task, Written
 
+    _Answer = tuple[Result, dict[str, bytes], list[str]]
+
 _MAX_TRIES = 3  # of a recording whose worker was lost
 _MAX_RESTARTS = 3  # of a worker on its machine
 _CONNECT_S = 10.0
@@ -403,22 +405,12 @@ class Worker:
         """Nothing will come that is worth waiting for."""
         self._tasks.put(None)
 
-    async def answer(
-        self,
-        task: Task,
-        known: tuple[int, int],
-        sound: bytes | None,
-        voice: Content | None,
-    ) -> tuple[Result, dict[str, bytes], list[str]] | None:
-        """The answer to a recording of ``known`` size and time of change.
-
-        With what is in its outputs where its ``sound`` was sent, and what is worth a
-        line since the last. None if it was not and the driver's files are not seen.
-        """
+    async def answer(self, task: Task, *given: Any) -> _Answer | None:
+        """As ``_answer``; what goes wrong there is the recording's failure."""
         from pplex.batch.decoding import Failure
 
         try:
-            return await self._answer(task, known, sound, voice)
+            return await self._answer(task, *given)
         except Exception as e:
             if self._is_ending:  # the driver is to take all back
                 raise
@@ -431,7 +423,12 @@ class Worker:
         known: tuple[int, int],
         sound: bytes | None,
         voice: Content | None,
-    ) -> tuple[Result, dict[str, bytes], list[str]] | None:
+    ) -> _Answer | None:
+        """The answer to a recording of ``known`` size and time of change.
+
+        With what is in its outputs where its ``sound`` was sent, and what is worth a
+        line since the last. None if it was not and the driver's files are not seen.
+        """
         if sound is None and not self._sees(task, known):
             return None
         if voice is not None:
@@ -538,7 +535,6 @@ class Worker:
         sampling = SamplingConfig(**spec["sampling"])
         note = self._notes.append
         decoder = Decoder(model, sampling, size, note)
-        decoder.choose_batch_size()
         return Answering(describe(replace(local, name=spec["called"])), decoder, note)
 
 

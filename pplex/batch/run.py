@@ -112,7 +112,8 @@ class Workers(Protocol):
     """What answers recordings: a model here, or many on a cluster."""
 
     @property
-    def batch_size(self) -> int | None: ...
+    def batch_size(self) -> int | None:
+        """How many each of them answers at a time."""
 
     @property
     def rows(self) -> int:

@@ -13,7 +13,6 @@ from pplex.checkpoint.hub_cache import (
     ModelEntry,
     cached_models,
     cached_snapshot,
-    remove_from_cache,
 )
 from pplex.checkpoint.known import DEFAULT_MODEL, KNOWN_MODELS, known_repo
 from pplex.errors import PplexError, did_you_mean
@@ -91,13 +90,8 @@ def list_models() -> list[ModelEntry]:
     return entries + [on_disk[repo] for repo in sorted(on_disk, key=str)]
 
 
-def remove(name: str) -> int:
-    """Delete a downloaded model, by alias or owner/name; bytes that were freed."""
-    return remove_from_cache(downloaded_repo(name))
-
-
 def downloaded_repo(name: str) -> str:
-    """The repository of a model that can be deleted; what cannot is refused."""
+    """The repository of a downloaded model, by alias or owner/name; else refused."""
     known = KNOWN_MODELS.get(name)
     if known is None and Path(name).expanduser().exists():
         raise PplexError(

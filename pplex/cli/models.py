@@ -61,12 +61,13 @@ def path(model: str) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def remove(model: str, yes: bool) -> None:
     """Delete the downloaded MODEL, every revision of it, from this machine."""
-    from pplex.checkpoint import hub
+    from pplex.checkpoint.hub import downloaded_repo
+    from pplex.checkpoint.hub_cache import remove_from_cache
 
-    hub.downloaded_repo(model)
+    repo = downloaded_repo(model)
     if not yes:
         click.confirm(f"Delete {model} from this machine?", abort=True, err=True)
-    freed = hub.remove(model)
+    freed = remove_from_cache(repo)
     click.echo(f"{model} is removed, {size(freed)} are free again", err=True)
 
 

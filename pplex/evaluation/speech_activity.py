@@ -179,9 +179,7 @@ def _silero_segments(pcm: np.ndarray, settings: VadSettings) -> list[Segment]:
 def levels_db(pcm: np.ndarray) -> np.ndarray:
     """The level of every 10 ms, smoothed over 30 ms, in dB relative to full scale."""
     power = _power(pcm, _HOP, np.float64)
-    wide = power
-    if len(power) > 2:
-        wide = np.convolve(power, np.ones(3) / 3, mode="same")
+    wide = np.convolve(power, np.ones(3) / 3, mode="same") if len(power) > 2 else power
     # A loud neighbour must not make a quiet hop loud.
     power = np.minimum(wide, 4 * power)
     return 10 * np.log10(np.maximum(power, 10 ** (_QUIET_DB / 10)))
