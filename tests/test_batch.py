@@ -311,6 +311,31 @@ def test_what_rows_that_end_together_need_next_is_read_before(
     assert 110 <= most <= 125
 
 
+def test_few_answers_of_long_recordings_wait_to_be_written(
+    tmp_path, batch, monkeypatch
+):
+    """Each holds the sound of both sides."""
+    for idx in range(24):
+        record(tmp_path / "in" / f"{idx:03}.wav", 3000, idx)
+    monkeypatch.setattr(answering, "_BEHIND_S", 9.0)  # a short one counts as a second
+    monkeypatch.setattr(answering, "_WRITTEN", 5)
+    write, add, waited = Answering._write, answering.Behind.add, []
+
+    def slow(self, begun, answered):
+        time.sleep(0.2)
+        return write(self, begun, answered)
+
+    def noted(self, work, *args, **options):
+        add(self, work, *args, **options)
+        if work.__name__ == "slow":
+            waited.append(len(self._waiting))
+
+    monkeypatch.setattr(Answering, "_write", slow)
+    monkeypatch.setattr(answering.Behind, "add", noted)
+    summary, _ = go(batch, outputs=OutputOptions())
+    assert (summary.done, max(waited)) == (24, 9)
+
+
 def test_answers_computed_in_another_way_are_named_once(calls, batch, monkeypatch):
     _, notes = go(batch)
     assert not any("computed on" in note for note in notes.notes)

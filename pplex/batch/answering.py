@@ -35,7 +35,7 @@ READ_AHEAD = 2 * _READERS
 _AHEAD_S = 3600.0  # of sound, which takes 350 MB
 WRITERS = _READERS
 _WRITTEN = 4 * WRITERS  # at a time, as a rule
-_WRITE_BEHIND = 8 * _WRITTEN
+_WRITE_BEHIND, _BEHIND_S = 8 * _WRITTEN, 3 * 3600.0  # 2 GB of both sides
 _GROUPS = 6  # being encoded, waiting for a place, for others to be decoded, to be given
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -50,11 +50,13 @@ class Behind(Generic[T]):
         self._pool, self._take = pool, take
         self._waiting: deque[Future[T]] = deque()
 
-    def add(self, work: Callable[..., T], *args: Any) -> None:
-        """Begin some more, and take what is done; where there is too much, wait."""
+    def add(
+        self, work: Callable[..., T], *args: Any, most: int = _WRITE_BEHIND
+    ) -> None:
+        """Begin some more, and take what is done; wait where over ``most`` are not."""
         waiting = self._waiting
         waiting.append(self._pool.submit(work, *args))
-        while waiting and (waiting[0].done() or len(waiting) > _WRITE_BEHIND):
+        while waiting and (waiting[0].done() or len(waiting) > most):
             self._take(waiting.popleft().result())
 
     def rest(self) -> None:
@@ -112,7 +114,10 @@ class Answering:
                     begun = self._begun.pop(result.key, None)
                     if isinstance(result, Answered):
                         assert begun is not None
-                        writing.add(self._write, begun, result)
+                        most = _most(
+                            _WRITTEN, _WRITE_BEHIND, _BEHIND_S, begun.task.seconds
+                        )
+                        writing.add(self._write, begun, result, most=most)
                         continue
                     if begun is not None:
                         begun.writer.abandon()
@@ -190,7 +195,12 @@ def most_ahead(rows: int, seconds: float) -> int:
 
     Rows that began together may end together: what is to begin then is read before.
     """
-    return max(READ_AHEAD, min(rows, int(_AHEAD_S / max(seconds, 1.0))))
+    return _most(READ_AHEAD, rows, _AHEAD_S, seconds)
+
+
+def _most(least: int, most: int, total_s: float, seconds: float) -> int:
+    """As many recordings of so many seconds as have ``total_s``, between two counts."""
+    return max(least, min(most, int(total_s / max(seconds, 1.0))))
 
 
 def _ahead(
